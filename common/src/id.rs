@@ -1,0 +1,283 @@
+//! Identities: objects, file systems, configurations, batches, positions.
+//!
+//! Every identity is a type of its own, so that a batch number can never be
+//! taken for a journal position.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use smallvec::SmallVec;
+
+/// The most bytes an [`ObjectId`] may hold: one byte of handle type and
+/// `MAX_HANDLE_SZ` (128) bytes of handle, see `name_to_handle_at(2)`.
+pub const OBJECT_ID_MAX: usize = 1 + 128;
+
+/// An object (inode) by its file handle: stable across renames, remounts and
+/// restarts, and never reused (the handle holds the inode's generation).
+///
+/// The first byte says what the rest is: the kernel's handle type, or one of
+/// the reserved values below for what the kernel gives no handle for. Objects
+/// of the source and of the replica both use this form; they are never mixed:
+/// see [`ReplicaHandle`].
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectId(SmallVec<[u8; 24]>);
+
+/// An [`ObjectId`] made on the replica's file system. A separate name keeps
+/// signatures readable; the two come from different file systems and must not
+/// be compared with each other.
+pub type ReplicaHandle = ObjectId;
+
+impl ObjectId {
+    /// (No file system of Linux 6.18 uses 0xe1 or 0xe2 as a handle type.)
+    /// First byte of an id made of inode number and birth time, for file
+    /// systems without handles. Weaker than a handle: status says so.
+    pub const TAG_INODE: u8 = 0xe1;
+    /// First byte of an id for what a reconciled replica holds and the source
+    /// does not know; the rest is the [`ReplicaHandle`].
+    pub const TAG_FOREIGN: u8 = 0xe2;
+
+    /// Builds an id from its tag and body; `None` when it is too long.
+    pub fn new(tag: u8, body: &[u8]) -> Option<Self> {
+        if 1 + body.len() > OBJECT_ID_MAX {
+            return None;
+        }
+        let mut bytes = SmallVec::with_capacity(1 + body.len());
+        bytes.push(tag);
+        bytes.extend_from_slice(body);
+        Some(Self(bytes))
+    }
+
+    /// Reads an id back from its stored bytes; `None` when the length is wrong.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        (!bytes.is_empty() && bytes.len() <= OBJECT_ID_MAX).then(|| Self(bytes.into()))
+    }
+
+    /// The stored bytes: tag, then body.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The tag: a kernel handle type or one of the `TAG_` values.
+    pub fn tag(&self) -> u8 {
+        self.0[0]
+    }
+
+    /// What follows the tag.
+    pub fn body(&self) -> &[u8] {
+        &self.0[1..]
+    }
+
+    /// The id under which a replica's own object takes part in the plan.
+    pub fn foreign(handle: &ReplicaHandle) -> Option<Self> {
+        Self::new(Self::TAG_FOREIGN, handle.as_bytes())
+    }
+
+    /// Whether this names a replica's object that the source never had.
+    pub fn is_foreign(&self) -> bool {
+        self.tag() == Self::TAG_FOREIGN
+    }
+
+    /// Lower-case hexadecimal, safe as a file name (at most 258 characters:
+    /// ids longer than 120 bytes are hashed so that the name fits in 255).
+    pub fn to_file_name(&self) -> String {
+        if self.0.len() <= 120 {
+            hex::encode(&self.0)
+        } else {
+            format!("h{}", blake3::hash(&self.0).to_hex())
+        }
+    }
+}
+
+impl fmt::Debug for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", hex::encode(&self.0))
+    }
+}
+
+impl fmt::Display for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+impl Serialize for ObjectId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serde_bytes::Bytes::new(&self.0).serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for ObjectId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let bytes = serde_bytes::ByteBuf::deserialize(deserializer)?;
+        Self::from_bytes(&bytes).ok_or_else(|| {
+            serde::de::Error::custom(format!(
+                "object id of {} bytes, expected 1 to {OBJECT_ID_MAX}",
+                bytes.len()
+            ))
+        })
+    }
+}
+
+macro_rules! counter {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(
+            Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+        )]
+        #[serde(transparent)]
+        pub struct $name(pub u64);
+
+        impl $name {
+            /// The one after this.
+            #[must_use]
+            pub fn next(self) -> Self {
+                Self(self.0 + 1)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{}", self.0)
+            }
+        }
+    };
+}
+
+counter!(
+    /// A record's place in the journal; grows by one a record, never reused
+    /// within one source incarnation. 0 stands before the first record.
+    Seq
+);
+counter!(
+    /// A batch's number within one pair of incarnations; the first is 1 and 0
+    /// means that none was ever committed.
+    BatchId
+);
+counter!(
+    /// A large object's transfer within one session.
+    TransferId
+);
+
+/// A random 128-bit value that names one life of a side's state. When a state
+/// directory is lost, restored from a backup or made anew, it changes, and the
+/// other side knows that nothing it remembers can be trusted.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Incarnation(#[serde(with = "hex_array")] pub [u8; 16]);
+
+impl Incarnation {
+    /// A new one from the thread's cryptographic generator.
+    pub fn random() -> Self {
+        Self(rand::random())
+    }
+}
+
+impl fmt::Debug for Incarnation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", hex::encode(self.0))
+    }
+}
+
+mod hex_array {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(value: &[u8; 16], s: S) -> Result<S::Ok, S::Error> {
+        if s.is_human_readable() {
+            hex::encode(value).serialize(s)
+        } else {
+            value.serialize(s)
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<[u8; 16], D::Error> {
+        if d.is_human_readable() {
+            let text = String::deserialize(d)?;
+            let mut out = [0; 16];
+            hex::decode_to_slice(&text, &mut out).map_err(serde::de::Error::custom)?;
+            Ok(out)
+        } else {
+            <[u8; 16]>::deserialize(d)
+        }
+    }
+}
+
+/// Why a text is not a valid identity.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{text:?} is not a file system id (expected fs- and 8 to 40 lower-case hexadecimal digits)")]
+pub struct InvalidFileSystemId {
+    /// What was given.
+    pub text: String,
+}
+
+/// A file system in EFS's form: `fs-` and 8 to 40 lower-case hexadecimal
+/// digits; ours have 17, as Amazon's do.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileSystemId(String);
+
+impl FileSystemId {
+    /// A new random id of 17 digits.
+    pub fn random() -> Self {
+        let bytes: [u8; 9] = rand::random();
+        Self(format!("fs-{}", &hex::encode(bytes)[..17]))
+    }
+
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for FileSystemId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for FileSystemId {
+    type Err = InvalidFileSystemId;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let valid = text.strip_prefix("fs-").is_some_and(|digits| {
+            (8..=40).contains(&digits.len())
+                && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+        });
+        if valid {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(InvalidFileSystemId { text: text.to_owned() })
+        }
+    }
+}
+
+impl Serialize for FileSystemId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.0.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for FileSystemId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_system_id_accepts_only_efs_form() {
+        assert!(FileSystemId::random().as_str().parse::<FileSystemId>().is_ok());
+        for bad in ["", "fs-", "fs-1234567", "fs-0123456G", "fs-0123456A", "xs-01234567", "fs-../../x"] {
+            assert!(bad.parse::<FileSystemId>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn object_id_is_bounded() {
+        assert!(ObjectId::new(1, &[0; 128]).is_some());
+        assert!(ObjectId::new(1, &[0; 129]).is_none());
+        assert!(ObjectId::from_bytes(&[]).is_none());
+        assert!(ObjectId::new(1, &[7; 128]).is_some_and(|id| id.to_file_name().len() < 255));
+    }
+}

@@ -1,0 +1,20 @@
+//! What both sides of a replication share: identities, the wire format, the
+//! description of status, certificates and QUIC, durable files, and the one
+//! module of raw system calls.
+//!
+//! The source ([`replicator-src`]) and the destination ([`replicator-dst`])
+//! never import each other; everything they agree on stands here.
+//!
+//! [`replicator-src`]: https://docs.rs/replicator-src
+//! [`replicator-dst`]: https://docs.rs/replicator-dst
+
+pub mod chunk;
+pub mod codec;
+pub mod crashsafe;
+pub mod id;
+pub mod name;
+pub mod object;
+pub mod status;
+pub mod sys;
+pub mod time;
+pub mod wire;

@@ -1,0 +1,17 @@
+//! Thin, safe wrappers of system calls, and the only place with `unsafe`.
+//!
+//! Where rustix has a call, it is used; the rest goes through libc. Nothing
+//! here decides anything: every function is one kernel operation (or the
+//! shortest sequence that makes sense alone) with its errors passed on.
+
+pub mod handle;
+pub mod stat;
+pub mod xattr;
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+/// The `/proc/self/fd` path of a descriptor: calls that take only paths reach
+/// the very object through it, whatever happens to its names.
+pub fn proc_path(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
+}

@@ -1,0 +1,499 @@
+//! The wire format between source and destination.
+//!
+//! One QUIC connection a configuration, ALPN [`ALPN`]. The source opens one
+//! bidirectional **control stream** ([`SourceMessage`] one way,
+//! [`DestinationMessage`] the other) and [`DATA_STREAMS`] unidirectional
+//! **data streams** ([`DataFrame`]) in parallel. Each stream is a sequence of
+//! frames (see [`crate::net::frame`] for the envelope). QUIC's TLS 1.3 guards
+//! frames in flight; content carries a BLAKE3 hash from the place where it was
+//! read to the place where it is staged.
+//!
+//! Order between streams is not defined. What a batch needs is therefore
+//! counted: [`BatchHeader::packed`] says how many packed objects must have
+//! arrived before the batch may be sealed.
+//!
+//! # The life of a batch
+//! 1. The source sends packed objects of batch N on data streams, and large
+//!    objects as transfers of their own that belong to no batch.
+//! 2. It sends [`SourceMessage::Plan`] frames for N, then
+//!    [`SourceMessage::Commit`]. Before Commit, its index's delta for N is
+//!    durable on the source (else a lost acknowledgement loses changes).
+//! 3. The destination waits for all packed objects, syncs, logs the batch,
+//!    applies it and answers [`DestinationMessage::Applied`].
+//!
+//! Batches commit strictly in order of their ids, without holes.
+
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
+
+use crate::id::{BatchId, FileSystemId, Incarnation, ObjectId, ReplicaHandle, Seq, TransferId};
+use crate::name::Name;
+use crate::object::ObjectState;
+use crate::status::SourceReport;
+use crate::time::Timestamp;
+
+/// ALPN of a replication connection; the number is the protocol's version.
+pub const ALPN: &[u8] = b"replicator/1";
+/// ALPN of an enrolment connection.
+pub const ALPN_ENROL: &[u8] = b"replicator-enrol/1";
+/// The most bytes of one frame's body, compressed or not.
+pub const FRAME_MAX: usize = 4 << 20;
+/// The most bytes of control-plane body: plans are cut to stay below it.
+pub const PLAN_OPS_MAX: usize = 4096;
+/// Data streams a connection has.
+pub const DATA_STREAMS: usize = 4;
+/// Files up to this many bytes travel whole, packed many to a frame; larger
+/// ones travel as transfers and as deltas.
+pub const PACK_MAX: u64 = 256 << 10;
+/// The most content bytes of one [`Piece::Data`].
+pub const PIECE_MAX: usize = 1 << 20;
+
+/// A BLAKE3 hash.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Hash(pub [u8; 32]);
+
+impl Hash {
+    /// The hash of some content.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self(*blake3::hash(bytes).as_bytes())
+    }
+}
+
+impl std::fmt::Debug for Hash {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", hex::encode(&self.0[..8]))
+    }
+}
+
+/// A run of bytes in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+}
+
+// ---------------------------------------------------------------- control
+
+/// From the source, on the control stream.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum SourceMessage {
+    /// The first message of a session.
+    Hello(SourceHello),
+    /// Part of batch `batch`'s plan; at most [`PLAN_OPS_MAX`] operations.
+    Plan {
+        /// The batch it belongs to.
+        batch: BatchId,
+        /// What to do.
+        ops: Vec<Op>,
+    },
+    /// The plan is whole: seal, make durable, apply.
+    Commit {
+        /// The batch.
+        batch: BatchId,
+        /// What the batch says of itself.
+        header: BatchHeader,
+    },
+    /// Gives up everything sent for a batch that was not yet committed; its id
+    /// will be used again.
+    Abandon {
+        /// The batch.
+        batch: BatchId,
+    },
+    /// The source's view, for the destination's status; sent at least once a
+    /// second, also when nothing changes. Its arrival says that the source lives.
+    Report(Box<SourceReport>),
+    /// Asks for the inventory of a replica that is to be reconciled; answered
+    /// by [`DestinationMessage::Inventory`] frames until one says it is the last.
+    RequestInventory,
+    /// The configuration is deleted on the source with `ALL_CONFIGURATIONS`:
+    /// fail over now. Answered by [`DestinationMessage::FailedOver`].
+    Delete,
+}
+
+/// The source introduces itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SourceHello {
+    /// The source's file system; names the configuration.
+    pub source: FileSystemId,
+    /// The source's file system region, owner and so on are in the configuration;
+    /// this names this life of the source's state.
+    pub incarnation: Incarnation,
+    /// The destination's incarnation as last known; `None` at first contact.
+    pub destination_incarnation: Option<Incarnation>,
+    /// The last batch of which an acknowledgement arrived.
+    pub acknowledged: BatchId,
+    /// A batch whose index delta is durable on the source but whose
+    /// acknowledgement never arrived.
+    pub pending: Option<BatchId>,
+    /// The source's clock at sending.
+    pub time: Timestamp,
+}
+
+/// What a batch says of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BatchHeader {
+    /// The journal is covered up to here.
+    pub seq: Seq,
+    /// After this batch, every change whose system call returned on the source
+    /// before this moment is in the replica. [`Timestamp::NEVER`] while the
+    /// initial sync runs. Held back by gaps, held objects and orphans; never
+    /// smaller than the batch before said.
+    pub watermark: Timestamp,
+    /// When the replica after this batch equals the source at one instant:
+    /// that instant.
+    pub exact: Option<Timestamp>,
+    /// Packed objects sent for this batch on data streams (each (object,
+    /// version) once).
+    pub packed: u64,
+    /// Operations in the plan.
+    pub ops: u64,
+    /// The initial sync is through with this batch.
+    pub complete: bool,
+    /// Content bytes that changed on the source, as far as known.
+    pub bytes_changed: u64,
+    /// Content bytes that travelled for this batch.
+    pub bytes_shipped: u64,
+}
+
+/// One operation of a plan. Operations say target states, so that applying one
+/// twice is applying it once.
+///
+/// The order within a batch does not matter: the destination sorts them into
+/// phases.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Op {
+    /// The object's state becomes this. For an object that the replica does not
+    /// have, it is created (and an entry op of the same batch attaches it).
+    Put {
+        /// The object.
+        object: ObjectId,
+        /// Its attributes, kind and size after the batch.
+        state: ObjectState,
+        /// Where its content comes from.
+        content: ContentSource,
+        /// The replica does not have it yet.
+        new: bool,
+        /// Entries the object has after the batch, as the source's index knows;
+        /// more than one means hard links.
+        links: u32,
+    },
+    /// The entry (`directory`, `name`) becomes `new`.
+    ///
+    /// `old == new` restates an entry that stays, so that the destination knows
+    /// one living name of an object that lost another.
+    Entry {
+        /// The directory; the root of the source is [`SourceHello`]'s root id,
+        /// sent as [`Op::Root`] once.
+        directory: ObjectId,
+        /// The name.
+        name: Name,
+        /// What the replica has there before the batch.
+        old: Option<ObjectId>,
+        /// What it has after.
+        new: Option<ObjectId>,
+    },
+    /// The object has no entry after this batch and never will again: it is
+    /// dead, or outside the source tree. Whatever a directory still holds here
+    /// is removed with it, except what the same batch attaches elsewhere.
+    Drop {
+        /// The object.
+        object: ObjectId,
+    },
+    /// The object has no entry after this batch but lives: it is being moved.
+    /// Kept in the orphan area until a later batch attaches or drops it.
+    Orphan {
+        /// The object.
+        object: ObjectId,
+    },
+    /// This id of the source is the replica's root directory.
+    Root {
+        /// The source root's id.
+        object: ObjectId,
+    },
+    /// Reconciliation: the replica's own object `handle` from now on is `object`.
+    Adopt {
+        /// The source's object, or a foreign id (see [`ObjectId::foreign`]).
+        object: ObjectId,
+        /// The replica's object.
+        handle: ReplicaHandle,
+        /// Where it stands in the replica now.
+        directory: ObjectId,
+        /// Under which name.
+        name: Name,
+        /// Its kind.
+        kind: crate::object::Kind,
+    },
+    /// Reconciliation: the foreign object is moved to lost+found, with its
+    /// subtree. Its entry is removed by an entry op of the same batch.
+    SetAside {
+        /// A foreign id.
+        object: ObjectId,
+    },
+}
+
+/// Where a [`Op::Put`] takes content from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ContentSource {
+    /// Only attributes change (or the object has no content: a new directory,
+    /// a device node).
+    Unchanged,
+    /// It arrived packed, with this version.
+    Packed {
+        /// [`PackedObject::version`].
+        version: u32,
+    },
+    /// It arrived as a finished transfer.
+    Transferred {
+        /// The transfer.
+        transfer: TransferId,
+    },
+    /// A symbolic link's target.
+    Symlink {
+        /// Target, 1 to 4095 bytes without NUL.
+        #[serde(with = "serde_bytes")]
+        target: Vec<u8>,
+    },
+}
+
+/// From the destination, on the control stream.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum DestinationMessage {
+    /// The answer to [`SourceMessage::Hello`].
+    Hello(DestinationHello),
+    /// Batch `batch` and all before it are durable and visible in the replica.
+    Applied {
+        /// The batch.
+        batch: BatchId,
+        /// The destination's clock.
+        time: Timestamp,
+    },
+    /// All packed objects and the plan of `batch` are durable, not yet applied.
+    Durable {
+        /// The batch.
+        batch: BatchId,
+    },
+    /// The destination's view for the source's status; at least once a second.
+    Report(Box<crate::status::DestinationReport>),
+    /// A part of the replica's inventory, parents before children.
+    Inventory {
+        /// Some of the replica's entries.
+        items: Vec<InventoryItem>,
+        /// Nothing follows.
+        last: bool,
+    },
+    /// The transfer's content could not be staged from its basis (the basis is
+    /// not what the source believes): send it again without one.
+    TransferRefused {
+        /// The transfer.
+        transfer: TransferId,
+        /// Why.
+        reason: String,
+    },
+    /// Failover is done.
+    FailedOver {
+        /// What a person is told.
+        report: Box<crate::status::FailoverReport>,
+    },
+    /// The destination ends the session and says why.
+    Refused(Refusal),
+}
+
+/// The destination introduces itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DestinationHello {
+    /// The replica's file system.
+    pub destination: FileSystemId,
+    /// This life of the destination's state.
+    pub incarnation: Incarnation,
+    /// The last batch that is durable here (it will be applied before the next).
+    pub committed: BatchId,
+    /// The watermark that the replica stands at.
+    pub watermark: Timestamp,
+    /// The replica was not empty when the configuration was made, and has not
+    /// been reconciled yet: the source must ask for the inventory first.
+    pub reconcile: bool,
+    /// The destination's clock at sending; with [`SourceHello::time`] and the
+    /// connection's round trip it gives the clocks' offset.
+    pub time: Timestamp,
+    /// [`SourceHello::time`] as received.
+    pub echo: Timestamp,
+    /// What the replica can hold.
+    pub abilities: crate::status::Abilities,
+}
+
+/// One entry of a replica that is to be reconciled.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct InventoryItem {
+    /// The replica's directory; `None` is the root itself (one item, name unused).
+    pub parent: Option<ReplicaHandle>,
+    /// Its name there.
+    pub name: Name,
+    /// The object.
+    pub handle: ReplicaHandle,
+    /// State apart from content.
+    pub state: ObjectState,
+    /// Content: hash of small files, chunks of larger ones, target of symlinks.
+    pub content: InventoryContent,
+}
+
+/// The content of an [`InventoryItem`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum InventoryContent {
+    /// Has none.
+    None,
+    /// Hash of the whole content of a file up to [`PACK_MAX`] bytes.
+    Hash(Hash),
+    /// Chunks of a larger file as [`crate::chunk`] cuts it with this average;
+    /// long lists are continued by further items for the same handle.
+    Chunks {
+        /// Average size of the chunker, bytes.
+        average: u32,
+        /// The chunks in order.
+        chunks: Vec<crate::chunk::Chunk>,
+        /// Another item for the same handle follows with more chunks.
+        more: bool,
+    },
+    /// A symbolic link's target.
+    Symlink(ByteBuf),
+}
+
+/// Why the destination refuses a session.
+#[derive(Clone, Debug, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    /// There is no such configuration here (it was deleted, or failed over).
+    #[error("the destination has no replication configuration for {source_id}")]
+    NoConfiguration {
+        /// The source's file system.
+        source_id: FileSystemId,
+    },
+    /// Another session of this configuration is open and alive.
+    #[error("another session of this configuration is open")]
+    Busy,
+    /// The source broke the protocol.
+    #[error("protocol error: {0}")]
+    Protocol(String),
+    /// The replica cannot take batches now; the source retries with backoff.
+    #[error("the replica cannot take changes: {0}")]
+    Unable(String),
+}
+
+// ------------------------------------------------------------------- data
+
+/// From the source, on a data stream.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum DataFrame {
+    /// Small objects of a batch, many to a frame.
+    Pack {
+        /// The batch they belong to.
+        batch: BatchId,
+        /// The objects.
+        objects: Vec<PackedObject>,
+    },
+    /// A large object's transfer starts. All its frames are on one stream.
+    TransferBegin(TransferBegin),
+    /// Its next pieces, in order of offset, without holes between them.
+    TransferPieces {
+        /// The transfer.
+        transfer: TransferId,
+        /// The pieces.
+        pieces: Vec<Piece>,
+    },
+    /// All pieces were sent.
+    TransferEnd {
+        /// The transfer.
+        transfer: TransferId,
+        /// State at the end of reading, which [`Op::Put`] repeats or updates.
+        state: ObjectState,
+    },
+    /// The transfer is given up (the object died or is read again).
+    TransferAbort {
+        /// The transfer.
+        transfer: TransferId,
+    },
+}
+
+/// A small regular file: content and attributes, staged as one.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PackedObject {
+    /// The object.
+    pub object: ObjectId,
+    /// Grows with each reading of the object within a batch; the plan names
+    /// the one that counts.
+    pub version: u32,
+    /// Its state when it was read.
+    pub state: ObjectState,
+    /// Where data lies; all else are holes. Ordered, not overlapping.
+    pub extents: Vec<Extent>,
+    /// The extents' bytes, one after the other.
+    #[serde(with = "serde_bytes")]
+    pub bytes: Vec<u8>,
+    /// Hash of `bytes`.
+    pub hash: Hash,
+}
+
+/// How a transfer becomes content at the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Layout {
+    /// A new file is built in staging and replaces the object's old one.
+    Replace,
+    /// Literal bytes are kept in staging and written into the object in place
+    /// when the batch is applied. All copies stay at their offset.
+    Patch,
+}
+
+/// The first frame of a transfer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TransferBegin {
+    /// Its number; pieces refer to it.
+    pub transfer: TransferId,
+    /// The object.
+    pub object: ObjectId,
+    /// State when reading began.
+    pub state: ObjectState,
+    /// How content is put together.
+    pub layout: Layout,
+    /// The object from whose present content in the replica [`Piece::Copy`]
+    /// copies: itself, or the one that stood under its name before.
+    pub basis: Option<ObjectId>,
+    /// The batch that last changed the basis' content, as the source believes.
+    /// The destination keeps the same number in its objects map and refuses the
+    /// transfer when they differ. 0 without a basis.
+    pub basis_version: BatchId,
+}
+
+/// A run of a transferred file's content.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Piece {
+    /// Bytes, at most [`PIECE_MAX`].
+    Data {
+        /// Hash of `bytes`.
+        hash: Hash,
+        /// The bytes.
+        #[serde(with = "serde_bytes")]
+        bytes: Vec<u8>,
+    },
+    /// The same bytes as the basis has there.
+    Copy {
+        /// Where in the basis.
+        from: u64,
+        /// How many.
+        length: u64,
+    },
+    /// A hole.
+    Hole {
+        /// How many bytes.
+        length: u64,
+    },
+}
+
+impl Piece {
+    /// Bytes of the file that this piece covers.
+    pub fn length(&self) -> u64 {
+        match self {
+            Self::Data { bytes, .. } => bytes.len() as u64,
+            Self::Copy { length, .. } | Self::Hole { length } => *length,
+        }
+    }
+}
