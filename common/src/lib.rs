@@ -10,9 +10,11 @@
 
 pub mod chunk;
 pub mod codec;
+pub mod control;
 pub mod crashsafe;
 pub mod id;
 pub mod name;
+pub mod net;
 pub mod object;
 pub mod status;
 pub mod sys;

@@ -1,0 +1,114 @@
+//! What can be asked of a running side, whoever asks: the HTTP API, the
+//! command line of `run`, a test.
+//!
+//! Calls block (they may wait for a disk or a peer); async callers run them
+//! on a blocking thread.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::FileSystemId;
+use crate::status::{DesiredState, FailoverReport, Status};
+use crate::time::Timestamp;
+
+/// Which half of a replication deletion reaches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum DeletionMode {
+    /// Both sides. Fails when the other side cannot be reached.
+    #[default]
+    AllConfigurations,
+    /// This side alone: what works when the other side is dead.
+    LocalConfigurationOnly,
+}
+
+/// Asks a source to enable replication.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CreateRequest {
+    /// The directory or mount to replicate.
+    pub source: PathBuf,
+    /// The destination's enrolment token (see [`crate::net::token`]).
+    pub token: String,
+    /// Replicate device nodes too.
+    #[serde(default)]
+    pub devices: bool,
+    /// Which watcher: `auto`, `fanotify`, `inotify`, `scan`.
+    #[serde(default)]
+    pub watcher: WatcherChoice,
+}
+
+/// The operator's choice of watcher.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WatcherChoice {
+    /// The best that privilege and file system allow.
+    #[default]
+    Auto,
+    /// fanotify or an error.
+    Fanotify,
+    /// inotify or an error.
+    Inotify,
+    /// A periodic walk.
+    Scan,
+}
+
+/// Why something that was asked for was not done. The variants are EFS's error
+/// classes, so that the API can name them.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The request makes no sense.
+    #[error("{0}")]
+    Validation(String),
+    /// There is no such file system here.
+    #[error("file system {0} is not known here")]
+    FileSystemNotFound(FileSystemId),
+    /// The file system is in no replication configuration here.
+    #[error("file system {0} has no replication configuration")]
+    ReplicationNotFound(FileSystemId),
+    /// The file system already is in a configuration.
+    #[error("{0}")]
+    ReplicationAlreadyExists(String),
+    /// It conflicts with what is going on, or the other side refuses.
+    #[error("{0}")]
+    Conflict(String),
+    /// The time given ran out before it was done.
+    #[error("{0}")]
+    TimedOut(String),
+    /// Something broke.
+    #[error("{0}")]
+    Internal(String),
+}
+
+/// A running source, destination, or both.
+pub trait Control: Send + Sync + 'static {
+    /// Enables replication of a directory; returns when both sides are
+    /// enrolled. A destination answers with [`ControlError::Validation`].
+    fn create(&self, request: &CreateRequest) -> Result<Status, ControlError>;
+
+    /// Every configuration of this side, ordered by creation.
+    fn list(&self) -> Vec<Status>;
+
+    /// Deletes a configuration: the failover. On a destination with
+    /// `AllConfigurations` while the source cannot be reached: a conflict that
+    /// says to use the local mode.
+    fn delete(
+        &self,
+        source: &FileSystemId,
+        mode: DeletionMode,
+    ) -> Result<FailoverReport, ControlError>;
+
+    /// Returns when everything that was done on the source before the call is
+    /// durable on the replica: the watermark reached by then. Only a source
+    /// can tell; a destination answers with a conflict that says so.
+    fn wait(&self, source: &FileSystemId, timeout: Duration) -> Result<Timestamp, ControlError>;
+
+    /// Pauses or resumes shipping. Changes are captured either way. On a
+    /// destination: stops taking batches.
+    fn set_desired(
+        &self,
+        source: &FileSystemId,
+        desired: DesiredState,
+    ) -> Result<Status, ControlError>;
+}

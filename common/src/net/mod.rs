@@ -1,0 +1,5 @@
+//! Certificates, QUIC, frames, enrolment.
+
+pub mod token {
+    //! Enrolment tokens.
+}

@@ -1,0 +1,116 @@
+//! Change capture: three watchers behind one interface.
+
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use replicator_common::id::ObjectId;
+use replicator_common::name::Name;
+use replicator_common::status::WatcherReport;
+
+/// Which parts of an object may have changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct What {
+    /// Its content.
+    pub content: bool,
+    /// Its attributes (owner, mode, times, xattrs, number of links).
+    pub attributes: bool,
+}
+
+/// Something may have changed: look again. Never more than a hint of what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// The entry may now refer to another object, or to none.
+    Entry {
+        /// The directory.
+        directory: ObjectId,
+        /// The name.
+        name: Name,
+    },
+    /// The object itself, known by its handle.
+    Object {
+        /// The object.
+        object: ObjectId,
+        /// The directory through which it was reached, where the kernel says.
+        /// Serves to drop what lies outside the source cheaply; it may be
+        /// wrong about where the object stands now.
+        via: Option<ObjectId>,
+        /// What may have changed.
+        what: What,
+    },
+    /// Whatever stood under the name at that moment.
+    Named {
+        /// The directory.
+        directory: ObjectId,
+        /// The name.
+        name: Name,
+        /// What may have changed.
+        what: What,
+    },
+    /// Changes may have been lost; all that happened since the last complete
+    /// drain is in doubt.
+    Gap {
+        /// Why, in words: `event queue overflow`, `watch lost` …
+        reason: String,
+    },
+}
+
+/// Why a watcher cannot be made or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum WatchError {
+    /// This watcher does not work here; `auto` tries the next.
+    #[error("{watcher} cannot watch {path}: {reason}")]
+    Unsupported {
+        /// Which watcher.
+        watcher: &'static str,
+        /// The source.
+        path: String,
+        /// Why, in words.
+        reason: String,
+    },
+    /// The watcher broke.
+    #[error("{watcher} failed: {action}: {source}")]
+    Io {
+        /// Which watcher.
+        watcher: &'static str,
+        /// What was tried.
+        action: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// Reads changes of one source tree from the kernel. Owned by the capture
+/// thread.
+pub trait Watcher: Send {
+    /// Waits up to `timeout` for changes and appends what is there (bounded to
+    /// some thousands a call). Returns with nothing appended when time is up.
+    fn read(&mut self, timeout: Duration, changes: &mut Vec<Change>) -> Result<(), WatchError>;
+
+    /// The barrier: appends everything whose system call returned before this
+    /// call. Bounded by what is queued at the call (FIONREAD), so that a
+    /// source under constant load cannot hold it up.
+    fn drain(&mut self, changes: &mut Vec<Change>) -> Result<(), WatchError>;
+
+    /// Whether a drain proves that all changes before it were seen. The `scan`
+    /// watcher says no: only a complete walk proves anything.
+    fn proves(&self) -> bool;
+
+    /// How often the whole tree must be walked because events alone do not
+    /// suffice; `None` for never.
+    fn rescan_every(&self) -> Option<Duration>;
+
+    /// What the walk must call for each directory before it reads it.
+    fn directories(&self) -> std::sync::Arc<dyn DirectoryWatch>;
+
+    /// For status.
+    fn report(&self) -> WatcherReport;
+}
+
+/// The part of a watcher that the walk needs, shared between threads.
+pub trait DirectoryWatch: Send + Sync {
+    /// Called with each directory before it is listed, so that nothing slips
+    /// between listing and watching. fanotify does nothing here; inotify adds
+    /// a watch. An error makes the directory's changes invisible; the watcher
+    /// counts it and says so in its report.
+    fn before_listing(&self, directory: BorrowedFd<'_>, id: &ObjectId);
+}
