@@ -8,6 +8,7 @@ use rustix::io::Errno;
 
 use crate::id::{OBJECT_ID_MAX, ObjectId};
 use crate::name::Name;
+use crate::sys::last_errno;
 use crate::sys::stat::{self, Stat};
 
 /// `struct file_handle` with room for the largest handle (`MAX_HANDLE_SZ`).
@@ -122,8 +123,4 @@ fn from_stat(stat: &Stat) -> ObjectId {
     body[8..16].copy_from_slice(&stat.ino.to_le_bytes());
     body[16..].copy_from_slice(&stat.btime.map_or(0, |t| t.0).to_le_bytes());
     ObjectId::new(ObjectId::TAG_INODE, &body).unwrap_or_else(|| unreachable!("25 bytes fit"))
-}
-
-fn last_errno() -> Errno {
-    Errno::from_raw_os_error(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))
 }

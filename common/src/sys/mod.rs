@@ -5,6 +5,7 @@
 //! shortest sequence that makes sense alone) with its errors passed on.
 
 pub mod handle;
+pub mod mount;
 pub mod stat;
 pub mod xattr;
 
@@ -14,4 +15,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 /// the very object through it, whatever happens to its names.
 pub fn proc_path(fd: BorrowedFd<'_>) -> String {
     format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
+}
+
+/// What the system call that just failed said.
+fn last_errno() -> rustix::io::Errno {
+    use rustix::io::Errno;
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
