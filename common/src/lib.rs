@@ -10,6 +10,7 @@
 
 pub mod chunk;
 pub mod codec;
+pub mod config;
 pub mod control;
 pub mod crashsafe;
 pub mod id;

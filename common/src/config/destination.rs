@@ -1,0 +1,121 @@
+//! `replicator-dst`'s configuration.
+
+use std::collections::BTreeSet;
+use std::net::{Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::{DEFAULT_API, DEFAULT_REGION, Interval, LogFormat, Sanitize};
+
+/// What `replicator-dst serve --config FILE` reads.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DestinationConfig {
+    /// The directory that holds this daemon's certificate, configurations,
+    /// commit log and objects map. Made (mode 0700) when missing. Absolute;
+    /// not inside a replica. Default `/var/lib/replicator/destination`.
+    #[serde(deserialize_with = "super::absolute_path")]
+    pub state_dir: PathBuf,
+    /// Address and UDP port on which sources connect (QUIC). `[::]` takes
+    /// IPv4 too, unless the sysctl `net.ipv6.bindv6only` is 1. Default
+    /// `[::]:4481`.
+    pub listen: SocketAddr,
+    /// `HOST:PORT` under which sources reach `listen`, as written into
+    /// tokens. Needed where this host's own name does not do (NAT, several
+    /// networks). Default: this host's name and `listen`'s port.
+    #[serde(deserialize_with = "host_and_port", skip_serializing_if = "Option::is_none")]
+    pub advertise: Option<String>,
+    /// Address and port of the HTTP API. Default `127.0.0.1:4480`; with both
+    /// daemons on one host, give one of them another port.
+    pub api: SocketAddr,
+    /// Lets `api` be an address that other hosts can reach. The API asks for
+    /// no password: whoever reaches it can fail a replica over. Default
+    /// `false`.
+    pub api_remote: bool,
+    /// Names, beside `localhost` and addresses, under which clients may call
+    /// the API; requests for other names are refused, since a web page could
+    /// have made them (DNS rebinding). Default none.
+    #[serde(deserialize_with = "super::host_names")]
+    pub api_hosts: Vec<String>,
+    /// The region that answers in EFS's form name. EFS's pattern. Default
+    /// `xx-local`.
+    #[serde(deserialize_with = "super::region")]
+    pub region: String,
+    /// How long an enrolment token can be used after it was issued. 1 min to
+    /// 7 d, default 1 h.
+    pub token_validity: Interval<60_000, 604_800_000>,
+    /// What is logged where `RUST_LOG` is not set, in its syntax. Default
+    /// `info`.
+    pub log: String,
+    /// How log lines look: `text` or `json`. Default `text`.
+    pub log_format: LogFormat,
+    /// The replicas of this host: for each that no source replicates to yet,
+    /// an enrolment token is printed at start. Others can be enrolled by
+    /// `replicator-dst token --replica PATH`. Default none.
+    #[serde(rename = "replica")]
+    pub replicas: Vec<ReplicaConfig>,
+}
+
+/// A `[[replica]]` table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReplicaConfig {
+    /// The directory or mount that becomes the replica. Made when missing.
+    /// Absolute. Required.
+    #[serde(deserialize_with = "super::absolute_path")]
+    pub path: PathBuf,
+    /// Whether a directory that is not empty is taken: then only differences
+    /// travel, and what the source lacks is moved to lost+found. Default
+    /// `false`: it is refused.
+    #[serde(default)]
+    pub reconcile: bool,
+}
+
+impl Default for DestinationConfig {
+    fn default() -> Self {
+        Self {
+            state_dir: PathBuf::from("/var/lib/replicator/destination"),
+            listen: SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 4481),
+            advertise: None,
+            api: DEFAULT_API,
+            api_remote: false,
+            api_hosts: Vec::new(),
+            region: DEFAULT_REGION.to_owned(),
+            token_validity: Interval::from_millis(3_600_000),
+            log: "info".to_owned(),
+            log_format: LogFormat::Text,
+            replicas: Vec::new(),
+        }
+    }
+}
+
+impl Sanitize for DestinationConfig {
+    fn sanitize(&self) -> Result<(), String> {
+        super::check_api(self.api, self.api_remote)?;
+        if self.listen.port() == 0 {
+            return Err("listen needs a fixed port: tokens name it".to_owned());
+        }
+        let mut seen = BTreeSet::new();
+        for replica in &self.replicas {
+            if !seen.insert(&replica.path) {
+                return Err(format!("replica {} is given twice", replica.path.display()));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn host_and_port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let valid = text.parse::<SocketAddr>().is_ok_and(|address| address.port() != 0)
+        || text.rsplit_once(':').is_some_and(|(host, port)| {
+            super::is_host_name(host) && port.parse::<u16>().is_ok_and(|port| port != 0)
+        });
+    if valid {
+        return Ok(Some(text));
+    }
+    Err(serde::de::Error::custom(format!(
+        "{text:?} is not HOST:PORT (as in replica.example.org:4481 or [2001:db8::1]:4481)"
+    )))
+}

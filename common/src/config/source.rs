@@ -1,0 +1,87 @@
+//! `replicator-src`'s configuration.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::{DEFAULT_API, DEFAULT_REGION, Interval, LogFormat, Sanitize, Size};
+use crate::control::WatcherChoice;
+
+/// What `replicator-src serve --config FILE` reads. What is replicated is not
+/// here: configurations are made and deleted through the API.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SourceConfig {
+    /// The directory that holds this daemon's certificate, configurations,
+    /// journal and index. Made (mode 0700) when missing. Absolute; not inside
+    /// a replicated tree. Default `/var/lib/replicator/source`.
+    #[serde(deserialize_with = "super::absolute_path")]
+    pub state_dir: PathBuf,
+    /// Address and port of the HTTP API. Default `127.0.0.1:4480`; with both
+    /// daemons on one host, give one of them another port.
+    pub api: SocketAddr,
+    /// Lets `api` be an address that other hosts can reach. The API asks for
+    /// no password: whoever reaches it can delete a replication. Default
+    /// `false`.
+    pub api_remote: bool,
+    /// Names, beside `localhost` and addresses, under which clients may call
+    /// the API; requests for other names are refused, since a web page could
+    /// have made them (DNS rebinding). Default none.
+    #[serde(deserialize_with = "super::host_names")]
+    pub api_hosts: Vec<String>,
+    /// The region that answers in EFS's form name. EFS's pattern. Default
+    /// `xx-local`.
+    #[serde(deserialize_with = "super::region")]
+    pub region: String,
+    /// How often an idle source moves the watermark on. 100 ms to 60 s,
+    /// default 1 s.
+    pub heartbeat: Interval<100, 60_000>,
+    /// How long a file that stays open must rest after its last write before
+    /// it is shipped; a closed one is shipped at once. 0 ms to 60 s, default
+    /// 500 ms.
+    pub settle: Interval<0, 60_000>,
+    /// How often the `scan` watcher walks the source; the other watchers do
+    /// not use it. 1 s to 7 d, default 60 s.
+    pub rescan_interval: Interval<1000, 604_800_000>,
+    /// The most content bytes of a batch; a batch that reaches it is closed,
+    /// and bounds what is staged at once. 1 MiB to 4 GiB, default 64 MiB.
+    pub max_batch_bytes: Size<{ 1 << 20 }, { 4 << 30 }>,
+    /// The watcher of a configuration whose creation names none: `auto`,
+    /// `fanotify`, `inotify` or `scan`. Default `auto`.
+    pub watcher: WatcherChoice,
+    /// Whether device nodes are replicated by a configuration whose creation
+    /// does not say. Default `false`.
+    pub devices: bool,
+    /// What is logged where `RUST_LOG` is not set, in its syntax. Default
+    /// `info`.
+    pub log: String,
+    /// How log lines look: `text` or `json`. Default `text`.
+    pub log_format: LogFormat,
+}
+
+impl Default for SourceConfig {
+    fn default() -> Self {
+        Self {
+            state_dir: PathBuf::from("/var/lib/replicator/source"),
+            api: DEFAULT_API,
+            api_remote: false,
+            api_hosts: Vec::new(),
+            region: DEFAULT_REGION.to_owned(),
+            heartbeat: Interval::from_millis(1000),
+            settle: Interval::from_millis(500),
+            rescan_interval: Interval::from_millis(60_000),
+            max_batch_bytes: Size::from_bytes(64 << 20),
+            watcher: WatcherChoice::Auto,
+            devices: false,
+            log: "info".to_owned(),
+            log_format: LogFormat::Text,
+        }
+    }
+}
+
+impl Sanitize for SourceConfig {
+    fn sanitize(&self) -> Result<(), String> {
+        super::check_api(self.api, self.api_remote)
+    }
+}

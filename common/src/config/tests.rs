@@ -1,0 +1,153 @@
+use super::*;
+
+fn path() -> &'static Path {
+    Path::new("x.toml")
+}
+
+fn source(text: &str) -> Result<SourceConfig, String> {
+    parse(text, path()).map_err(|error| error.to_string())
+}
+
+fn destination(text: &str) -> Result<DestinationConfig, String> {
+    parse(text, path()).map_err(|error| error.to_string())
+}
+
+/// The keys of a sample, commented-out ones among them.
+fn keys(sample: &str) -> Vec<&str> {
+    sample
+        .lines()
+        .filter_map(|line| line.trim_start_matches('#').trim_start().split_once(" = "))
+        .map(|(key, _)| key)
+        .filter(|key| key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'))
+        .collect()
+}
+
+#[test]
+fn empty_means_defaults() {
+    assert_eq!(source("").unwrap(), SourceConfig::default());
+    assert_eq!(destination("").unwrap(), DestinationConfig::default());
+}
+
+#[test]
+fn samples_say_the_defaults_and_name_every_key() {
+    let sample = include_str!("../../../deploy/config/source.toml");
+    assert_eq!(source(sample).unwrap(), SourceConfig::default());
+    let toml::Value::Table(all) = toml::Value::try_from(SourceConfig::default()).unwrap() else {
+        panic!("a table")
+    };
+    for key in all.keys() {
+        assert!(keys(sample).contains(&key.as_str()), "source.toml lacks {key}");
+    }
+
+    let sample = include_str!("../../../deploy/config/destination.toml");
+    let replicas = vec![ReplicaConfig { path: PathBuf::from("/srv/replica"), reconcile: false }];
+    assert_eq!(
+        destination(sample).unwrap(),
+        DestinationConfig { replicas, ..DestinationConfig::default() }
+    );
+    let toml::Value::Table(all) = toml::Value::try_from(DestinationConfig::default()).unwrap()
+    else {
+        panic!("a table")
+    };
+    for key in all.keys().map(String::as_str).filter(|key| *key != "replica").chain(["advertise"]) {
+        assert!(keys(sample).contains(&key), "destination.toml lacks {key}");
+    }
+}
+
+#[test]
+fn what_is_written_reads_back() {
+    let config = SourceConfig { heartbeat: Interval::from_millis(250), ..SourceConfig::default() };
+    assert_eq!(source(&toml::to_string(&config).unwrap()).unwrap(), config);
+    let config = DestinationConfig {
+        advertise: Some("a.example:1".to_owned()),
+        replicas: vec![ReplicaConfig { path: PathBuf::from("/r"), reconcile: true }],
+        ..DestinationConfig::default()
+    };
+    assert_eq!(destination(&toml::to_string(&config).unwrap()).unwrap(), config);
+}
+
+#[test]
+fn invalid_sources_are_told_in_one_line() {
+    for (text, expected) in [
+        (
+            "\nheartbaet = \"1s\"",
+            "x.toml:2: unknown field `heartbaet`, expected one of `state_dir`, `api`, `api_remote`, `api_hosts`, `region`, `heartbeat`, `settle`, `rescan_interval`, `max_batch_bytes`, `watcher`, `devices`, `log`, `log_format`",
+        ),
+        ("heartbeat = \"2m\"", "x.toml:1: \"2m\" is out of bounds (expected 100ms to 1m)"),
+        (
+            "heartbeat = \"1\"",
+            "x.toml:1: \"1\" is not a duration (expected a whole number and ms, s, m, h or d, as in \"500ms\")",
+        ),
+        ("heartbeat = 1", "x.toml:1: invalid type: integer `1`, expected a string"),
+        (
+            "max_batch_bytes = \"1TiB\"",
+            "x.toml:1: \"1TiB\" is not a size (expected a whole number and B, KiB, MiB or GiB, as in \"64MiB\")",
+        ),
+        ("state_dir = \"state\"", "x.toml:1: expected an absolute path, got \"state\""),
+        ("api = \"localhost\"", "x.toml:1: invalid socket address syntax"),
+        (
+            "api = \"0.0.0.0:4480\"",
+            "x.toml: api = \"0.0.0.0:4480\" can be reached from other hosts, and the API asks for no password: use a loopback address, or set api_remote = true if a firewall or proxy guards it",
+        ),
+        (
+            "region = \"local\"",
+            "x.toml:1: \"local\" is not a region (expected the form of eu-central-1 or xx-local)",
+        ),
+        (
+            "watcher = \"magic\"",
+            "x.toml:1: unknown variant `magic`, expected one of `auto`, `fanotify`, `inotify`, `scan`",
+        ),
+        (
+            "api_hosts = [\"a:1\"]",
+            "x.toml:1: \"a:1\" is not a host name (letters, digits, dots and dashes, without a port)",
+        ),
+        ("devices = true\n\ndevices = false", "x.toml:3: duplicate key"),
+    ] {
+        assert_eq!(source(text).unwrap_err(), expected, "{text}");
+    }
+}
+
+#[test]
+fn invalid_destinations_are_told_in_one_line() {
+    for (text, expected) in [
+        ("[[replica]]\nreconcile = true", "x.toml:1: missing field `path`"),
+        (
+            "[[replica]]\npath = \"/r\"\n[[replica]]\npath = \"/r\"",
+            "x.toml: replica /r is given twice",
+        ),
+        (
+            "[[replica]]\npath = \"/r\"\nmode = 1",
+            "x.toml:3: unknown field `mode`, expected `path` or `reconcile`",
+        ),
+        ("listen = \"[::]:0\"", "x.toml: listen needs a fixed port: tokens name it"),
+        (
+            "advertise = \"replica.example.org\"",
+            "x.toml:1: \"replica.example.org\" is not HOST:PORT (as in replica.example.org:4481 or [2001:db8::1]:4481)",
+        ),
+        ("token_validity = \"8d\"", "x.toml:1: \"8d\" is out of bounds (expected 1m to 7d)"),
+    ] {
+        assert_eq!(destination(text).unwrap_err(), expected, "{text}");
+    }
+    assert!(destination("advertise = \"[2001:db8::1]:4481\"").is_ok());
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_named() {
+    let error = load::<SourceConfig>(Path::new("/nonexistent/x.toml")).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "cannot read configuration /nonexistent/x.toml: No such file or directory (os error 2)"
+    );
+}
+
+#[test]
+fn regions() {
+    for good in ["xx-local", "eu-central-1", "us-gov-west-1", "us-iso-east-1", "us-isob-east-1"] {
+        assert!(is_region(good), "{good}");
+    }
+    for bad in
+        ["local", "", "-", "eu-", "e-central-1", "eu-central-12", "EU-central-1", "us-x-west-1"]
+    {
+        assert!(!is_region(bad), "{bad}");
+    }
+}
