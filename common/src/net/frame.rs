@@ -1,0 +1,389 @@
+//! The envelope of every message on a stream.
+//!
+//! | bytes | meaning |
+//! |---|---|
+//! | 4 | length of the body as it follows, little endian |
+//! | 1 | flags: bit 0 = the body is compressed by zstd; all others must be 0 |
+//! | 4 | only with bit 0: length of the body when decompressed, little endian |
+//! | … | body: [`codec::encode`] of the message |
+//!
+//! Both lengths are checked against a limit ([`FRAME_MAX`] unless told) before
+//! anything is allocated for them. Integrity is QUIC's; content carries its own
+//! hash besides.
+//!
+//! Encoding and decoding are pure, so that worker threads can do them
+//! ([`encode_frame`] with [`FrameWriter::write_encoded`],
+//! [`FrameReader::read_encoded`] with [`decode_frame`]); small control messages
+//! go through [`FrameWriter::write`] and [`FrameReader::read`].
+
+use std::cell::RefCell;
+use std::io;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use crate::codec::{self, CodecError};
+use crate::wire::FRAME_MAX;
+
+/// Flag: the body is compressed.
+const ZSTD: u8 = 1;
+/// Length and flags.
+const HEADER: usize = 5;
+/// The same with the length of the decompressed body.
+const HEADER_ZSTD: usize = HEADER + 4;
+
+/// zstd's level: the fastest of the regular ones, about 500 MB/s a core.
+const LEVEL: i32 = 1;
+/// Bodies below this are sent as they are: nothing to gain.
+const COMPRESS_MIN: usize = 256;
+/// Bodies above this are judged by a sample of this many bytes first.
+const SAMPLE: usize = 12 << 10;
+/// The sample is taken from this many places, evenly spread.
+const SAMPLE_PARTS: usize = 3;
+
+/// Why a frame could not be written or read. A stream on which one occurred is
+/// of no further use.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    /// A length in a header, or of a message to be sent, is above the limit.
+    #[error("frame of {length} bytes, the limit is {limit}")]
+    TooLong {
+        /// What the header says.
+        length: usize,
+        /// What is allowed.
+        limit: usize,
+    },
+    /// A flag is set that this version does not know.
+    #[error("frame with unknown flags {0:#04x}")]
+    UnknownFlags(u8),
+    /// The stream ended, or the bytes did, within a frame.
+    #[error("frame cut short")]
+    Truncated,
+    /// Bytes follow the frame where there should be none.
+    #[error("frame with {0} bytes too many")]
+    Trailing(usize),
+    /// The compressed body cannot be decompressed to the length it claims.
+    #[error("frame cannot be decompressed: {0}")]
+    Compressed(String),
+    /// The body is not a message of the expected type.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    /// The stream broke.
+    #[error("stream: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Whether to compress a body.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Compression {
+    /// Send it as it is.
+    Never,
+    /// Compress what a sample, and then the result, shows to become at least a
+    /// tenth smaller.
+    #[default]
+    Auto,
+}
+
+// ---------------------------------------------------------------- pure part
+
+/// What stands before a body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Header {
+    /// Bytes of body that follow.
+    length: usize,
+    /// Bytes after decompression, when it is compressed.
+    raw: Option<usize>,
+}
+
+impl Header {
+    /// The size of the whole header, from its first [`HEADER`] bytes. Checks
+    /// length and flags.
+    fn size(first: &[u8; HEADER], limit: usize) -> Result<usize, FrameError> {
+        let [a, b, c, d, flags] = *first;
+        within([a, b, c, d], limit)?;
+        match flags {
+            0 => Ok(HEADER),
+            ZSTD => Ok(HEADER_ZSTD),
+            unknown => Err(FrameError::UnknownFlags(unknown)),
+        }
+    }
+
+    /// Splits a header off; `None` when there are too few bytes.
+    fn parse(bytes: &[u8], limit: usize) -> Result<Option<(Self, &[u8])>, FrameError> {
+        let Some((first, rest)) = bytes.split_first_chunk::<HEADER>() else {
+            return Ok(None);
+        };
+        let [a, b, c, d, _] = *first;
+        let length = within([a, b, c, d], limit)?;
+        if Self::size(first, limit)? == HEADER {
+            return Ok(Some((Self { length, raw: None }, rest)));
+        }
+        let Some((raw, rest)) = rest.split_first_chunk::<4>() else {
+            return Ok(None);
+        };
+        Ok(Some((Self { length, raw: Some(within(*raw, limit)?) }, rest)))
+    }
+}
+
+fn within(length: [u8; 4], limit: usize) -> Result<usize, FrameError> {
+    let length = u32::from_le_bytes(length) as usize;
+    if length > limit { Err(FrameError::TooLong { length, limit }) } else { Ok(length) }
+}
+
+/// Encodes a message with its envelope.
+///
+/// # Errors
+/// [`FrameError::TooLong`] when the message, before compression, is above
+/// [`FRAME_MAX`]; [`FrameError::Codec`] when it cannot be expressed.
+pub fn encode_frame<T: Serialize + ?Sized>(
+    value: &T,
+    compression: Compression,
+) -> Result<Vec<u8>, FrameError> {
+    let body = codec::encode(value)?;
+    if body.len() > FRAME_MAX {
+        return Err(FrameError::TooLong { length: body.len(), limit: FRAME_MAX });
+    }
+    let packed = match compression {
+        Compression::Never => None,
+        Compression::Auto => compress_if_it_pays(&body),
+    };
+    let (flags, sent) = match &packed {
+        Some(packed) => (ZSTD, packed.as_slice()),
+        None => (0, body.as_slice()),
+    };
+    let mut frame = Vec::with_capacity(HEADER_ZSTD + sent.len());
+    frame.extend_from_slice(&length_bytes(sent.len()));
+    frame.push(flags);
+    if packed.is_some() {
+        frame.extend_from_slice(&length_bytes(body.len()));
+    }
+    frame.extend_from_slice(sent);
+    Ok(frame)
+}
+
+/// A length that was checked against [`FRAME_MAX`], which 32 bits hold.
+fn length_bytes(length: usize) -> [u8; 4] {
+    const { assert!(FRAME_MAX <= u32::MAX as usize) };
+    (length as u32).to_le_bytes()
+}
+
+/// Decodes a whole frame, as [`FrameReader::read_encoded`] gives it.
+///
+/// # Errors
+/// Any [`FrameError`] but [`FrameError::Io`].
+pub fn decode_frame<T: DeserializeOwned>(frame: &[u8]) -> Result<T, FrameError> {
+    decode_within(frame, FRAME_MAX)
+}
+
+fn decode_within<T: DeserializeOwned>(frame: &[u8], limit: usize) -> Result<T, FrameError> {
+    let (header, body) = Header::parse(frame, limit)?.ok_or(FrameError::Truncated)?;
+    match body.len().checked_sub(header.length) {
+        Some(0) => {}
+        Some(more) => return Err(FrameError::Trailing(more)),
+        None => return Err(FrameError::Truncated),
+    }
+    match header.raw {
+        None => Ok(codec::decode(body)?),
+        Some(raw) => Ok(codec::decode(&decompress(body, raw)?)?),
+    }
+}
+
+thread_local! {
+    // Contexts are hundreds of kilobytes: made once a thread, not once a frame.
+    static COMPRESSOR: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) };
+    static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
+/// The compressed body, when it is at least a tenth smaller.
+fn compress_if_it_pays(body: &[u8]) -> Option<Vec<u8>> {
+    if body.len() < COMPRESS_MIN {
+        return None;
+    }
+    if body.len() > SAMPLE {
+        compress_to(&sample(body), SAMPLE - SAMPLE / 10)?;
+    }
+    compress_to(body, body.len() - body.len() / 10)
+}
+
+/// Bytes from the beginning, the middle and the end, as one piece.
+fn sample(body: &[u8]) -> Vec<u8> {
+    let part = SAMPLE / SAMPLE_PARTS;
+    let step = (body.len() - part) / (SAMPLE_PARTS - 1);
+    (0..SAMPLE_PARTS).flat_map(|i| &body[i * step..i * step + part]).copied().collect()
+}
+
+/// The compressed bytes, when they fit in `room`. A compressor that fails does
+/// so in not compressing: the frame then travels as it is.
+fn compress_to(bytes: &[u8], room: usize) -> Option<Vec<u8>> {
+    COMPRESSOR.with_borrow_mut(|slot| {
+        let compressor = match slot {
+            Some(compressor) => compressor,
+            None => slot.insert(zstd::bulk::Compressor::new(LEVEL).ok()?),
+        };
+        let mut out = Vec::with_capacity(room);
+        compressor.compress_to_buffer(bytes, &mut out).ok()?;
+        (out.len() <= room).then_some(out)
+    })
+}
+
+/// Decompresses to exactly `raw` bytes, which the caller has checked against
+/// the limit; no input makes it write more than it has reserved for them.
+fn decompress(bytes: &[u8], raw: usize) -> Result<Vec<u8>, FrameError> {
+    let failed = |error: io::Error| FrameError::Compressed(error.to_string());
+    DECOMPRESSOR.with_borrow_mut(|slot| {
+        let decompressor = match slot {
+            Some(decompressor) => decompressor,
+            None => slot.insert(zstd::bulk::Decompressor::new().map_err(failed)?),
+        };
+        let mut out = Vec::with_capacity(raw);
+        decompressor.decompress_to_buffer(bytes, &mut out).map_err(failed)?;
+        if out.len() == raw {
+            Ok(out)
+        } else {
+            Err(FrameError::Compressed(format!("{} bytes, {raw} announced", out.len())))
+        }
+    })
+}
+
+// ---------------------------------------------------------------- streams
+
+/// Writes frames to a stream. Not safe to cancel: a dropped write leaves half a
+/// frame on the stream.
+#[derive(Debug)]
+pub struct FrameWriter<W> {
+    stream: W,
+    compression: Compression,
+}
+
+impl<W: AsyncWrite + Unpin> FrameWriter<W> {
+    /// A writer that compresses where it pays.
+    pub fn new(stream: W) -> Self {
+        Self { stream, compression: Compression::Auto }
+    }
+
+    /// The same with another rule.
+    #[must_use]
+    pub fn with_compression(mut self, compression: Compression) -> Self {
+        self.compression = compression;
+        self
+    }
+
+    /// Encodes and writes one message; returns the bytes it took on the wire.
+    ///
+    /// # Errors
+    /// As [`encode_frame`], or [`FrameError::Io`].
+    pub async fn write<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<u64, FrameError> {
+        let frame = encode_frame(value, self.compression)?;
+        self.write_encoded(&frame).await
+    }
+
+    /// Writes what [`encode_frame`] made; returns the bytes it took.
+    ///
+    /// # Errors
+    /// [`FrameError::Io`].
+    pub async fn write_encoded(&mut self, frame: &[u8]) -> Result<u64, FrameError> {
+        self.stream.write_all(frame).await?;
+        Ok(frame.len() as u64)
+    }
+
+    /// The stream itself, to set its priority, say.
+    pub fn get_mut(&mut self) -> &mut W {
+        &mut self.stream
+    }
+
+    /// Gives the stream back, to finish it.
+    pub fn into_inner(self) -> W {
+        self.stream
+    }
+}
+
+/// Reads frames from a stream. Holds one buffer, which grows to the largest
+/// frame seen and never above the limit.
+#[derive(Debug)]
+pub struct FrameReader<R> {
+    stream: R,
+    limit: usize,
+    /// The frame being read; only the first `filled` bytes mean anything.
+    buffer: Vec<u8>,
+    filled: usize,
+}
+
+impl<R: AsyncRead + Unpin> FrameReader<R> {
+    /// A reader of frames up to [`FRAME_MAX`].
+    pub fn new(stream: R) -> Self {
+        Self::with_limit(stream, FRAME_MAX)
+    }
+
+    /// A reader that takes no body above `limit` bytes, compressed or not.
+    pub fn with_limit(stream: R, limit: usize) -> Self {
+        Self { stream, limit: limit.min(FRAME_MAX), buffer: Vec::new(), filled: 0 }
+    }
+
+    /// The next message; `None` when the stream ended cleanly between frames.
+    ///
+    /// Safe to cancel: a read that is dropped loses nothing, and the next one
+    /// goes on where it stopped.
+    ///
+    /// # Errors
+    /// Any [`FrameError`]; [`FrameError::Truncated`] when the stream ends
+    /// within a frame.
+    pub async fn read<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
+        let Some(length) = self.fill_frame().await? else {
+            return Ok(None);
+        };
+        self.filled = 0;
+        decode_within(&self.buffer[..length], self.limit).map(Some)
+    }
+
+    /// The next whole frame, envelope included, for [`decode_frame`] on another
+    /// thread. Otherwise as [`Self::read`].
+    ///
+    /// # Errors
+    /// As [`Self::read`], but for those of decoding.
+    pub async fn read_encoded(&mut self) -> Result<Option<Vec<u8>>, FrameError> {
+        let Some(length) = self.fill_frame().await? else {
+            return Ok(None);
+        };
+        self.filled = 0;
+        let mut frame = std::mem::take(&mut self.buffer);
+        frame.truncate(length);
+        Ok(Some(frame))
+    }
+
+    /// Reads until the buffer holds one frame; returns its length.
+    async fn fill_frame(&mut self) -> Result<Option<usize>, FrameError> {
+        if !self.fill(HEADER).await? {
+            return Ok(None);
+        }
+        let first = self.buffer.first_chunk::<HEADER>().ok_or(FrameError::Truncated)?;
+        let size = Header::size(first, self.limit)?;
+        self.fill(size).await?;
+        let (header, _) =
+            Header::parse(&self.buffer[..size], self.limit)?.ok_or(FrameError::Truncated)?;
+        let whole = size + header.length;
+        self.fill(whole).await?;
+        Ok(Some(whole))
+    }
+
+    /// Reads until `target` bytes of the frame are there. False when the
+    /// stream ended before its first byte.
+    async fn fill(&mut self, target: usize) -> Result<bool, FrameError> {
+        if self.buffer.len() < target {
+            self.buffer.resize(target, 0);
+        }
+        while self.filled < target {
+            match self.stream.read(&mut self.buffer[self.filled..target]).await? {
+                0 if self.filled == 0 => return Ok(false),
+                0 => return Err(FrameError::Truncated),
+                read => self.filled += read,
+            }
+        }
+        Ok(true)
+    }
+
+    /// Gives the stream back.
+    pub fn into_inner(self) -> R {
+        self.stream
+    }
+}
