@@ -4,6 +4,7 @@
 //! here decides anything: every function is one kernel operation (or the
 //! shortest sequence that makes sense alone) with its errors passed on.
 
+pub mod fanotify;
 pub mod handle;
 pub mod mount;
 pub mod stat;
