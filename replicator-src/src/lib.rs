@@ -1,2 +1,11 @@
-//! x
+//! The source's side of a replication: watches a tree, journals what may have
+//! changed, and ships batches of present state to the destination.
+//!
+//! The data's way through the modules: [`watcher`] → [`journal`] → [`plan`] →
+//! [`read`] → [`ship`], driven by the one loop in [`engine`].
+
+pub mod index;
+pub mod journal;
+pub mod plan;
+pub mod source;
 pub mod watcher;

@@ -1,4 +1,20 @@
 //! Change capture: three watchers behind one interface.
+//!
+//! [`open`] picks one. A watcher never decides what a change means or whether
+//! it concerns the source: it passes on what the kernel says, and says what it
+//! cannot see.
+
+mod choose;
+mod fanotify;
+mod inotify;
+mod root;
+mod scan;
+#[cfg(test)]
+mod tests;
+mod waker;
+
+pub use choose::{Settings, open};
+pub use waker::Waker;
 
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
@@ -6,9 +22,10 @@ use std::time::Duration;
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::status::WatcherReport;
+use serde::{Deserialize, Serialize};
 
 /// Which parts of an object may have changed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct What {
     /// Its content.
     pub content: bool,
@@ -67,6 +84,17 @@ pub enum WatchError {
         /// Why, in words.
         reason: String,
     },
+    /// The watcher sees the source no longer, or the source is not where it
+    /// was. What changed since the last drain is in doubt.
+    #[error("{watcher} lost sight of {path}: {reason}")]
+    Lost {
+        /// Which watcher.
+        watcher: &'static str,
+        /// The source.
+        path: String,
+        /// Why, in words.
+        reason: String,
+    },
     /// The watcher broke.
     #[error("{watcher} failed: {action}: {source}")]
     Io {
@@ -83,7 +111,8 @@ pub enum WatchError {
 /// thread.
 pub trait Watcher: Send {
     /// Waits up to `timeout` for changes and appends what is there (bounded to
-    /// some thousands a call). Returns with nothing appended when time is up.
+    /// some thousands a call). Returns with nothing appended when time is up,
+    /// when a signal came, or when [`Self::waker`] was used.
     fn read(&mut self, timeout: Duration, changes: &mut Vec<Change>) -> Result<(), WatchError>;
 
     /// The barrier: appends everything whose system call returned before this
@@ -98,6 +127,19 @@ pub trait Watcher: Send {
     /// How often the whole tree must be walked because events alone do not
     /// suffice; `None` for never.
     fn rescan_every(&self) -> Option<Duration>;
+
+    /// Proves that the watcher is alive: an unmount takes a mark away without a
+    /// word, and the queue merely stays empty. Also that the source's path still
+    /// leads to the source. Writes nothing to it, and is cheap enough for every
+    /// heartbeat.
+    ///
+    /// # Errors
+    /// [`WatchError::Lost`]: this watcher is of no more use; what it has not
+    /// delivered is a gap.
+    fn alive(&mut self) -> Result<(), WatchError>;
+
+    /// Interrupts a [`Self::read`] from another thread.
+    fn waker(&self) -> Waker;
 
     /// What the walk must call for each directory before it reads it.
     fn directories(&self) -> std::sync::Arc<dyn DirectoryWatch>;

@@ -1,0 +1,21 @@
+//! The index: what the replica is known to hold.
+//!
+//! A batch is planned as the difference between the source and the index, and
+//! its [`Delta`] becomes part of the index once the destination has applied it.
+//! Batches that are under way lie over the stored index as an overlay, so that
+//! the next batch can be planned before they are acknowledged.
+//!
+//! - [`known`]: the types, plain data.
+//! - [`view`]: what planning may ask, as a trait; [`overlay`] answers with the
+//!   deltas under way laid over [`store`].
+//! - [`store`]: the tables (redb) and the order in which they become durable.
+
+pub mod known;
+pub mod overlay;
+pub mod store;
+pub mod view;
+
+pub use known::{Content, Delta, EntryChange, Known, Orphan};
+pub use overlay::Index;
+pub use store::{IndexError, Store};
+pub use view::View;

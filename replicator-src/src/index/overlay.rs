@@ -1,0 +1,198 @@
+//! The stored index with the deltas under way laid over it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use replicator_common::id::{BatchId, ObjectId};
+use replicator_common::name::Name;
+
+use super::known::{Delta, Known, Mark, Orphan};
+use super::store::{IndexError, Snapshot, Store};
+use super::view::View;
+
+/// One delta, arranged for look-up.
+struct Layer {
+    delta: Arc<Delta>,
+    objects: HashMap<ObjectId, Option<Known>>,
+    entries: BTreeMap<(ObjectId, Name), Option<ObjectId>>,
+    /// Entries that each object gained (true) or lost (false).
+    links: HashMap<ObjectId, Vec<(bool, ObjectId, Name)>>,
+    acknowledged: bool,
+}
+
+impl Layer {
+    fn new(delta: Arc<Delta>) -> Self {
+        let mut links: HashMap<ObjectId, Vec<_>> = HashMap::new();
+        let mut entries = BTreeMap::new();
+        for change in &delta.entries {
+            let place = || (change.directory.clone(), change.name.clone());
+            entries.insert(place(), change.new.clone());
+            for (object, gained) in [(&change.old, false), (&change.new, true)] {
+                if let Some(object) = object {
+                    let (directory, name) = place();
+                    links.entry(object.clone()).or_default().push((gained, directory, name));
+                }
+            }
+        }
+        let objects = delta.objects.iter().cloned().collect();
+        Self { delta, objects, entries, links, acknowledged: false }
+    }
+}
+
+/// The index as planning sees it: the store, then each delta under way in order.
+///
+/// Memory: the deltas under way, which a batch's bounds and the number of
+/// batches under way limit.
+pub struct Index {
+    store: Arc<Store>,
+    snapshot: Snapshot,
+    layers: Vec<Layer>,
+}
+
+impl Index {
+    /// Over a store whose pending deltas are settled.
+    pub fn new(store: Arc<Store>) -> Result<Self, IndexError> {
+        let snapshot = store.snapshot()?;
+        Ok(Self { store, snapshot, layers: Vec::new() })
+    }
+
+    /// The store below.
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// Makes a batch's delta durable and lays it over the rest. Merges what
+    /// was acknowledged.
+    pub fn prepare(&mut self, delta: Delta) -> Result<(), IndexError> {
+        let delta = Arc::new(delta);
+        let acknowledged = self.take_acknowledged();
+        let merged: Vec<&Delta> = acknowledged.iter().map(AsRef::as_ref).collect();
+        self.store.prepare(Some(&delta), &merged)?;
+        self.layers.push(Layer::new(delta));
+        self.snapshot = self.store.snapshot()?;
+        Ok(())
+    }
+
+    /// Merges what was acknowledged without waiting for the next batch.
+    pub fn merge(&mut self) -> Result<(), IndexError> {
+        let acknowledged = self.take_acknowledged();
+        if acknowledged.is_empty() {
+            return Ok(());
+        }
+        let merged: Vec<&Delta> = acknowledged.iter().map(AsRef::as_ref).collect();
+        self.store.prepare(None, &merged)?;
+        self.snapshot = self.store.snapshot()?;
+        Ok(())
+    }
+
+    fn take_acknowledged(&mut self) -> Vec<Arc<Delta>> {
+        let count = self.layers.iter().take_while(|layer| layer.acknowledged).count();
+        self.layers.drain(..count).map(|layer| layer.delta).collect()
+    }
+
+    /// The destination has applied `batch` and all before it. Their deltas stay
+    /// in memory until the next [`Index::prepare`] or [`Index::merge`].
+    pub fn acknowledge(&mut self, batch: BatchId) -> Option<Mark> {
+        let mut mark = None;
+        for layer in &mut self.layers {
+            if layer.delta.mark.batch <= batch && !layer.acknowledged {
+                layer.acknowledged = true;
+                mark = Some(layer.delta.mark);
+            }
+        }
+        mark
+    }
+
+    /// After a session was lost: keeps the deltas up to `committed`, forgets
+    /// the rest. Returns the numbers of the batches that were forgotten.
+    pub fn settle(&mut self, committed: BatchId) -> Result<Vec<BatchId>, IndexError> {
+        self.store.settle(committed)?;
+        let lost = self.layers.iter().map(|layer| layer.delta.mark.batch);
+        let lost = lost.filter(|batch| *batch > committed).collect();
+        self.layers.clear();
+        self.snapshot = self.store.snapshot()?;
+        Ok(lost)
+    }
+}
+
+impl View for Index {
+    type Error = IndexError;
+
+    fn object(&self, object: &ObjectId) -> Result<Option<Known>, IndexError> {
+        for layer in self.layers.iter().rev() {
+            if let Some(known) = layer.objects.get(object) {
+                return Ok(known.clone());
+            }
+        }
+        self.snapshot.object(object)
+    }
+
+    fn entry(&self, directory: &ObjectId, name: &Name) -> Result<Option<ObjectId>, IndexError> {
+        if self.layers.is_empty() {
+            return self.snapshot.entry(directory, name);
+        }
+        let key = (directory.clone(), name.clone());
+        for layer in self.layers.iter().rev() {
+            if let Some(object) = layer.entries.get(&key) {
+                return Ok(object.clone());
+            }
+        }
+        self.snapshot.entry(directory, name)
+    }
+
+    fn children(&self, directory: &ObjectId) -> Result<Vec<(Name, ObjectId)>, IndexError> {
+        let stored = self.snapshot.children(directory)?;
+        let mut changed = BTreeMap::new();
+        for layer in &self.layers {
+            for ((_, name), object) in entries_of(&layer.entries, directory) {
+                changed.insert(name.clone(), object.clone());
+            }
+        }
+        if changed.is_empty() {
+            return Ok(stored);
+        }
+        let mut all: BTreeMap<Name, Option<ObjectId>> =
+            stored.into_iter().map(|(name, object)| (name, Some(object))).collect();
+        all.extend(changed);
+        Ok(all.into_iter().filter_map(|(name, object)| Some((name, object?))).collect())
+    }
+
+    fn links(&self, object: &ObjectId) -> Result<Vec<(ObjectId, Name)>, IndexError> {
+        let mut links = self.snapshot.links(object)?;
+        for (gained, directory, name) in
+            self.layers.iter().filter_map(|layer| layer.links.get(object)).flatten()
+        {
+            let place = (directory.clone(), name.clone());
+            links.retain(|link| *link != place);
+            if *gained {
+                links.push(place);
+            }
+        }
+        Ok(links)
+    }
+
+    fn orphans(&self) -> Result<Vec<(ObjectId, Orphan)>, IndexError> {
+        let mut all: BTreeMap<ObjectId, Orphan> = self.snapshot.orphans()?.into_iter().collect();
+        for (object, orphan) in self.layers.iter().flat_map(|layer| &layer.delta.orphans) {
+            match orphan {
+                Some(orphan) => all.insert(object.clone(), *orphan),
+                None => all.remove(object),
+            };
+        }
+        Ok(all.into_iter().collect())
+    }
+}
+
+/// The part of an ordered map of entries that lies in one directory.
+pub(crate) fn entries_of<'a, T>(
+    entries: &'a BTreeMap<(ObjectId, Name), T>,
+    directory: &ObjectId,
+) -> impl Iterator<Item = (&'a (ObjectId, Name), &'a T)> + use<'a, T> {
+    // Entries are ordered by directory first, and one byte of value 1 is the
+    // smallest name there is.
+    let from = Name::new(&[1]).map(|name| (directory.clone(), name)).ok();
+    let directory = directory.clone();
+    from.into_iter()
+        .flat_map(move |from| entries.range(from..))
+        .take_while(move |((of, _), _)| *of == directory)
+}

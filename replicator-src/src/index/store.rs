@@ -1,0 +1,537 @@
+//! The index on disk (redb; see ARCHITECTURE.md "Stores" for why).
+//!
+//! # Format
+//! One file. Tables, all with byte keys and values; values of objects, pending
+//! parts and marks are [`codec::encode_record`]s:
+//! - `meta`: `version`, `incarnation`, `peer`, `mark`, `next_list`
+//! - `objects`: object → [`Known`]
+//! - `entries`: [`pair_key`] of directory and name → object
+//! - `links`: [`pair_key`] of object and ([`pair_key`] of directory and name) →
+//!   nothing
+//! - `chunks`: list number and segment, big endian → chunks
+//! - `orphans`: object → [`Orphan`]
+//! - `pending`: batch and part, big endian → a part of a [`Delta`]
+//!
+//! Versions: 1, the first.
+//!
+//! # Durability
+//! INVARIANT (trap 5): a batch's delta is durable in `pending` before its
+//! COMMIT is sent. [`Store::prepare`] therefore commits with an fsync, and in
+//! the same transaction merges the deltas that were acknowledged since: one
+//! fsync a batch. Chunk lists are written before, without one: the same fsync
+//! covers them.
+
+use std::path::{Path, PathBuf};
+
+use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use replicator_common::chunk::Chunk;
+use replicator_common::codec::{self, CodecError};
+use replicator_common::id::{BatchId, Incarnation, ObjectId};
+use replicator_common::name::Name;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::known::{Content, Delta, EntryChange, Known, Mark, Orphan};
+
+type Bytes = &'static [u8];
+
+const META: TableDefinition<'static, &'static str, Bytes> = TableDefinition::new("meta");
+const OBJECTS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("objects");
+const ENTRIES: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("entries");
+const LINKS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("links");
+const CHUNKS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("chunks");
+const ORPHANS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("orphans");
+const PENDING: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("pending");
+
+const VERSION: u32 = 1;
+/// Chunks of a list in one row: 36 bytes each, so some 150 KB.
+const SEGMENT_CHUNKS: usize = 4096;
+/// Objects or entries of a delta in one pending row, so that a row stays far
+/// below the codec's limit.
+const PART_ITEMS: usize = 2048;
+/// redb's cache, bytes: bounds the index's memory whatever the tree's size.
+const CACHE_BYTES: usize = 96 << 20;
+
+/// Why the index cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum IndexError {
+    /// The store says no.
+    #[error("index {}: {source}", path.display())]
+    Store {
+        /// The index's file.
+        path: PathBuf,
+        /// What the store said.
+        source: Box<redb::Error>,
+    },
+    /// A row cannot be read.
+    #[error("index {}: a row of table {table} is damaged: {source}", path.display())]
+    Row {
+        /// The index's file.
+        path: PathBuf,
+        /// Which table.
+        table: &'static str,
+        /// What is wrong.
+        source: CodecError,
+    },
+    /// Written by a newer program.
+    #[error("index {} has format version {found}, this program knows up to {VERSION}: run the newer replicator that wrote it", path.display())]
+    Newer {
+        /// The index's file.
+        path: PathBuf,
+        /// Version found.
+        found: u32,
+    },
+    /// Another process has it open.
+    #[error("index {} is in use by another process", path.display())]
+    InUse {
+        /// The index's file.
+        path: PathBuf,
+    },
+}
+
+/// The index's tables.
+pub struct Store {
+    db: Database,
+    path: PathBuf,
+}
+
+/// A key of two ids (or an id and a name): length of the first, first, second.
+pub(super) fn pair_key(first: &ObjectId, second: &[u8]) -> Vec<u8> {
+    let first = first.as_bytes();
+    let mut key = Vec::with_capacity(1 + first.len() + second.len());
+    key.push(first.len() as u8);
+    key.extend_from_slice(first);
+    key.extend_from_slice(second);
+    key
+}
+
+fn link_key(object: &ObjectId, directory: &ObjectId, name: &Name) -> Vec<u8> {
+    pair_key(object, &pair_key(directory, name.as_bytes()))
+}
+
+/// Takes a [`pair_key`] apart.
+fn split_key(key: &[u8]) -> Option<(ObjectId, &[u8])> {
+    let (length, rest) = key.split_first()?;
+    let (first, second) = rest.split_at_checked(usize::from(*length))?;
+    Some((ObjectId::from_bytes(first)?, second))
+}
+
+impl Store {
+    /// Opens or makes the index in the file `path`.
+    pub fn open(path: &Path) -> Result<Self, IndexError> {
+        let db = redb::Builder::new().set_cache_size(CACHE_BYTES).create(path).map_err(|error| {
+            match error {
+                redb::DatabaseError::DatabaseAlreadyOpen => {
+                    IndexError::InUse { path: path.to_owned() }
+                }
+                other => failed(path)(other),
+            }
+        })?;
+        let store = Self { db, path: path.to_owned() };
+        store.make_tables()?;
+        Ok(store)
+    }
+
+    fn make_tables(&self) -> Result<(), IndexError> {
+        let write = self.db.begin_write().map_err(failed(&self.path))?;
+        {
+            let mut meta = write.open_table(META).map_err(failed(&self.path))?;
+            let found = meta
+                .get("version")
+                .map_err(failed(&self.path))?
+                .map(|v| v.value().try_into().map_or(u32::MAX, u32::from_le_bytes));
+            match found {
+                Some(found) if found > VERSION => {
+                    return Err(IndexError::Newer { path: self.path.clone(), found });
+                }
+                Some(_) => {}
+                None => {
+                    let incarnation = Incarnation::random();
+                    let value = self.encode("meta", &incarnation)?;
+                    meta.insert("version", &VERSION.to_le_bytes()[..]).map_err(failed(&self.path))?;
+                    meta.insert("incarnation", value.as_slice()).map_err(failed(&self.path))?;
+                }
+            }
+            for table in [OBJECTS, ENTRIES, LINKS, CHUNKS, ORPHANS, PENDING] {
+                write.open_table(table).map_err(failed(&self.path))?;
+            }
+        }
+        write.commit().map_err(failed(&self.path))
+    }
+
+    /// Names this life of the source's state.
+    pub fn incarnation(&self) -> Result<Incarnation, IndexError> {
+        // make_tables writes it in the transaction that makes the file.
+        Ok(self.meta("incarnation")?.unwrap_or(Incarnation([0; 16])))
+    }
+
+    /// The destination's incarnation that this index describes.
+    pub fn peer(&self) -> Result<Option<Incarnation>, IndexError> {
+        self.meta("peer")
+    }
+
+    /// Where the last acknowledged batch left the source.
+    pub fn mark(&self) -> Result<Mark, IndexError> {
+        Ok(self.meta("mark")?.unwrap_or_default())
+    }
+
+    /// A number for a new chunk list, never used before (also not by a process
+    /// that died: numbers are reserved by the thousand).
+    pub fn reserve_lists(&self, count: u64) -> Result<u64, IndexError> {
+        let next: u64 = self.meta("next_list")?.unwrap_or(1);
+        let write = self.begin(Durability::Immediate)?;
+        self.put_meta(&write, "next_list", &(next + count))?;
+        write.commit().map_err(failed(&self.path))?;
+        Ok(next)
+    }
+
+    /// Forgets everything and takes a new destination incarnation: the index
+    /// describes an empty replica afterwards.
+    pub fn reset(&self, peer: Incarnation) -> Result<(), IndexError> {
+        let write = self.begin(Durability::Immediate)?;
+        for table in [OBJECTS, ENTRIES, LINKS, CHUNKS, ORPHANS, PENDING] {
+            write.delete_table(table).map_err(failed(&self.path))?;
+            write.open_table(table).map_err(failed(&self.path))?;
+        }
+        let old = self.mark()?;
+        let mark = Mark { seq: old.seq, ..Mark::default() };
+        self.put_meta(&write, "peer", &peer)?;
+        self.put_meta(&write, "mark", &mark)?;
+        self.put_meta(&write, "incarnation", &Incarnation::random())?;
+        write.commit().map_err(failed(&self.path))
+    }
+
+    /// Makes a batch's delta durable as pending, and merges `acknowledged`
+    /// deltas into the tables, in one durable transaction.
+    pub fn prepare(&self, delta: Option<&Delta>, acknowledged: &[&Delta]) -> Result<(), IndexError> {
+        let write = self.begin(Durability::Immediate)?;
+        for delta in acknowledged {
+            self.merge(&write, delta)?;
+        }
+        if let Some(delta) = delta {
+            self.put_pending(&write, delta)?;
+        }
+        write.commit().map_err(failed(&self.path))
+    }
+
+    fn put_pending(&self, write: &WriteTransaction, delta: &Delta) -> Result<(), IndexError> {
+        let mut table = write.open_table(PENDING).map_err(failed(&self.path))?;
+        let parts = delta
+            .objects
+            .len()
+            .max(delta.entries.len())
+            .max(delta.orphans.len())
+            .max(delta.dead_lists.len())
+            .div_ceil(PART_ITEMS)
+            .max(1);
+        for part in 0..parts {
+            let piece = Delta {
+                objects: slice(&delta.objects, part),
+                entries: slice(&delta.entries, part),
+                orphans: slice(&delta.orphans, part),
+                dead_lists: slice(&delta.dead_lists, part),
+                mark: delta.mark,
+            };
+            let key = pending_key(delta.mark.batch, part as u32);
+            let value = self.encode("pending", &piece)?;
+            table.insert(&key[..], value.as_slice()).map_err(failed(&self.path))?;
+        }
+        Ok(())
+    }
+
+    /// Deltas that are durable but were not acknowledged, oldest first.
+    pub fn pending(&self) -> Result<Vec<Delta>, IndexError> {
+        let read = self.db.begin_read().map_err(failed(&self.path))?;
+        let table = read.open_table(PENDING).map_err(failed(&self.path))?;
+        let mut deltas: Vec<Delta> = Vec::new();
+        for row in table.iter().map_err(failed(&self.path))? {
+            let (_, value) = row.map_err(failed(&self.path))?;
+            let piece: Delta = self.decode("pending", value.value())?;
+            match deltas.last_mut() {
+                Some(last) if last.mark.batch == piece.mark.batch => {
+                    last.objects.extend(piece.objects);
+                    last.entries.extend(piece.entries);
+                    last.orphans.extend(piece.orphans);
+                    last.dead_lists.extend(piece.dead_lists);
+                }
+                _ => deltas.push(piece),
+            }
+        }
+        Ok(deltas)
+    }
+
+    /// Settles what was pending when the last session ended: deltas up to
+    /// `committed` took effect, later ones did not.
+    pub fn settle(&self, committed: BatchId) -> Result<(), IndexError> {
+        let pending = self.pending()?;
+        let write = self.begin(Durability::Immediate)?;
+        for delta in pending.iter().filter(|delta| delta.mark.batch <= committed) {
+            self.merge(&write, delta)?;
+        }
+        self.drop_pending(&write, BatchId(u64::MAX))?;
+        write.commit().map_err(failed(&self.path))
+    }
+
+    fn drop_pending(&self, write: &WriteTransaction, through: BatchId) -> Result<(), IndexError> {
+        let mut table = write.open_table(PENDING).map_err(failed(&self.path))?;
+        let end = pending_key(through, u32::MAX);
+        table.retain_in(..=&end[..], |_, _| false).map_err(failed(&self.path))
+    }
+
+    fn merge(&self, write: &WriteTransaction, delta: &Delta) -> Result<(), IndexError> {
+        {
+            let mut entries = write.open_table(ENTRIES).map_err(failed(&self.path))?;
+            let mut links = write.open_table(LINKS).map_err(failed(&self.path))?;
+            for change in &delta.entries {
+                merge_entry(&mut entries, &mut links, change).map_err(failed(&self.path))?;
+            }
+            let mut objects = write.open_table(OBJECTS).map_err(failed(&self.path))?;
+            for (object, known) in &delta.objects {
+                match known {
+                    None => drop(objects.remove(object.as_bytes()).map_err(failed(&self.path))?),
+                    Some(known) => {
+                        let value = self.encode("objects", known)?;
+                        objects.insert(object.as_bytes(), value.as_slice()).map_err(failed(&self.path))?;
+                    }
+                }
+            }
+            let mut orphans = write.open_table(ORPHANS).map_err(failed(&self.path))?;
+            for (object, orphan) in &delta.orphans {
+                match orphan {
+                    None => drop(orphans.remove(object.as_bytes()).map_err(failed(&self.path))?),
+                    Some(orphan) => {
+                        let value = self.encode("orphans", orphan)?;
+                        orphans.insert(object.as_bytes(), value.as_slice()).map_err(failed(&self.path))?;
+                    }
+                }
+            }
+            let mut chunks = write.open_table(CHUNKS).map_err(failed(&self.path))?;
+            for list in &delta.dead_lists {
+                let (from, to) = (chunk_key(*list, 0), chunk_key(*list, u32::MAX));
+                chunks.retain_in(&from[..]..=&to[..], |_, _| false).map_err(failed(&self.path))?;
+            }
+        }
+        self.put_meta(write, "mark", &delta.mark)?;
+        self.drop_pending(write, delta.mark.batch)
+    }
+
+    /// Writes a chunk list; durable with the next [`Store::prepare`].
+    pub fn put_chunks(&self, list: u64, chunks: &[Chunk]) -> Result<(), IndexError> {
+        let write = self.begin(Durability::None)?;
+        {
+            let mut table = write.open_table(CHUNKS).map_err(failed(&self.path))?;
+            for (segment, part) in chunks.chunks(SEGMENT_CHUNKS).enumerate() {
+                let key = chunk_key(list, segment as u32);
+                let value = self.encode("chunks", part)?;
+                table.insert(&key[..], value.as_slice()).map_err(failed(&self.path))?;
+            }
+        }
+        write.commit().map_err(failed(&self.path))
+    }
+
+    /// Reads a chunk list.
+    pub fn chunks(&self, list: u64) -> Result<Vec<Chunk>, IndexError> {
+        let read = self.db.begin_read().map_err(failed(&self.path))?;
+        let table = read.open_table(CHUNKS).map_err(failed(&self.path))?;
+        let (from, to) = (chunk_key(list, 0), chunk_key(list, u32::MAX));
+        let mut chunks = Vec::new();
+        for row in table.range(&from[..]..=&to[..]).map_err(failed(&self.path))? {
+            let (_, value) = row.map_err(failed(&self.path))?;
+            chunks.extend(self.decode::<Vec<Chunk>>("chunks", value.value())?);
+        }
+        Ok(chunks)
+    }
+
+    /// Opens the tables for reading as they stand now.
+    pub fn snapshot(&self) -> Result<Snapshot, IndexError> {
+        let read = self.db.begin_read().map_err(failed(&self.path))?;
+        let open = |table| read.open_table(table).map_err(failed(&self.path));
+        Ok(Snapshot {
+            objects: open(OBJECTS)?,
+            entries: open(ENTRIES)?,
+            links: open(LINKS)?,
+            orphans: open(ORPHANS)?,
+            path: self.path.clone(),
+        })
+    }
+
+    /// Bytes on disk.
+    pub fn size(&self) -> u64 {
+        std::fs::metadata(&self.path).map_or(0, |data| data.len())
+    }
+
+    fn begin(&self, durability: Durability) -> Result<WriteTransaction, IndexError> {
+        let mut write = self.db.begin_write().map_err(failed(&self.path))?;
+        write.set_durability(durability).map_err(failed(&self.path))?;
+        Ok(write)
+    }
+
+    fn meta<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>, IndexError> {
+        let read = self.db.begin_read().map_err(failed(&self.path))?;
+        let table = read.open_table(META).map_err(failed(&self.path))?;
+        let value = table.get(key).map_err(failed(&self.path))?;
+        value.map(|value| self.decode("meta", value.value())).transpose()
+    }
+
+    fn put_meta<T: Serialize>(
+        &self,
+        write: &WriteTransaction,
+        key: &str,
+        value: &T,
+    ) -> Result<(), IndexError> {
+        let value = self.encode("meta", value)?;
+        let mut table = write.open_table(META).map_err(failed(&self.path))?;
+        table.insert(key, value.as_slice()).map_err(failed(&self.path))?;
+        Ok(())
+    }
+
+    fn encode<T: Serialize + ?Sized>(&self, table: &'static str, value: &T) -> Result<Vec<u8>, IndexError> {
+        codec::encode_record(value)
+            .map_err(|source| IndexError::Row { path: self.path.clone(), table, source })
+    }
+
+    fn decode<T: DeserializeOwned>(&self, table: &'static str, value: &[u8]) -> Result<T, IndexError> {
+        codec::decode_record(value)
+            .map_err(|source| IndexError::Row { path: self.path.clone(), table, source })
+    }
+}
+
+fn merge_entry(
+    entries: &mut redb::Table<'_, Bytes, Bytes>,
+    links: &mut redb::Table<'_, Bytes, Bytes>,
+    change: &EntryChange,
+) -> Result<(), redb::StorageError> {
+    let key = pair_key(&change.directory, change.name.as_bytes());
+    match &change.new {
+        None => drop(entries.remove(key.as_slice())?),
+        Some(object) => drop(entries.insert(key.as_slice(), object.as_bytes())?),
+    }
+    if let Some(old) = &change.old {
+        links.remove(link_key(old, &change.directory, &change.name).as_slice())?;
+    }
+    if let Some(new) = &change.new {
+        links.insert(link_key(new, &change.directory, &change.name).as_slice(), &[][..])?;
+    }
+    Ok(())
+}
+
+/// The tables at one moment, for reading.
+pub struct Snapshot {
+    objects: redb::ReadOnlyTable<Bytes, Bytes>,
+    entries: redb::ReadOnlyTable<Bytes, Bytes>,
+    links: redb::ReadOnlyTable<Bytes, Bytes>,
+    orphans: redb::ReadOnlyTable<Bytes, Bytes>,
+    path: PathBuf,
+}
+
+impl Snapshot {
+    fn row<T: DeserializeOwned>(&self, table: &'static str, value: &[u8]) -> Result<T, IndexError> {
+        codec::decode_record(value)
+            .map_err(|source| IndexError::Row { path: self.path.clone(), table, source })
+    }
+
+    fn damaged(&self, table: &'static str) -> IndexError {
+        IndexError::Row { path: self.path.clone(), table, source: CodecError::Damaged("key") }
+    }
+
+    /// See [`super::View::object`].
+    pub fn object(&self, object: &ObjectId) -> Result<Option<Known>, IndexError> {
+        let value = self.objects.get(object.as_bytes()).map_err(failed(&self.path))?;
+        value.map(|value| self.row("objects", value.value())).transpose()
+    }
+
+    /// See [`super::View::entry`].
+    pub fn entry(&self, directory: &ObjectId, name: &Name) -> Result<Option<ObjectId>, IndexError> {
+        let key = pair_key(directory, name.as_bytes());
+        let value = self.entries.get(key.as_slice()).map_err(failed(&self.path))?;
+        value
+            .map(|value| {
+                ObjectId::from_bytes(value.value()).ok_or_else(|| self.damaged("entries"))
+            })
+            .transpose()
+    }
+
+    /// See [`super::View::children`].
+    pub fn children(&self, directory: &ObjectId) -> Result<Vec<(Name, ObjectId)>, IndexError> {
+        let mut found = Vec::new();
+        let prefix = pair_key(directory, &[]);
+        for row in self.entries.range(prefix.as_slice()..).map_err(failed(&self.path))? {
+            let (key, value) = row.map_err(failed(&self.path))?;
+            let Some(name) = key.value().strip_prefix(prefix.as_slice()) else { break };
+            let name = Name::new(name).map_err(|_| self.damaged("entries"))?;
+            let object =
+                ObjectId::from_bytes(value.value()).ok_or_else(|| self.damaged("entries"))?;
+            found.push((name, object));
+        }
+        Ok(found)
+    }
+
+    /// See [`super::View::links`].
+    pub fn links(&self, object: &ObjectId) -> Result<Vec<(ObjectId, Name)>, IndexError> {
+        let mut found = Vec::new();
+        let prefix = pair_key(object, &[]);
+        for row in self.links.range(prefix.as_slice()..).map_err(failed(&self.path))? {
+            let (key, _) = row.map_err(failed(&self.path))?;
+            let Some(rest) = key.value().strip_prefix(prefix.as_slice()) else { break };
+            let (directory, name) = split_key(rest).ok_or_else(|| self.damaged("links"))?;
+            found.push((directory, Name::new(name).map_err(|_| self.damaged("links"))?));
+        }
+        Ok(found)
+    }
+
+    /// See [`super::View::orphans`].
+    pub fn orphans(&self) -> Result<Vec<(ObjectId, Orphan)>, IndexError> {
+        let mut found = Vec::new();
+        for row in self.orphans.iter().map_err(failed(&self.path))? {
+            let (key, value) = row.map_err(failed(&self.path))?;
+            let object =
+                ObjectId::from_bytes(key.value()).ok_or_else(|| self.damaged("orphans"))?;
+            found.push((object, self.row("orphans", value.value())?));
+        }
+        Ok(found)
+    }
+
+    /// Calls `each` with every object; stops at the first error.
+    pub fn each_object(
+        &self,
+        mut each: impl FnMut(ObjectId, Known),
+    ) -> Result<(), IndexError> {
+        for row in self.objects.iter().map_err(failed(&self.path))? {
+            let (key, value) = row.map_err(failed(&self.path))?;
+            let object =
+                ObjectId::from_bytes(key.value()).ok_or_else(|| self.damaged("objects"))?;
+            each(object, self.row("objects", value.value())?);
+        }
+        Ok(())
+    }
+}
+
+fn slice<T: Clone>(items: &[T], part: usize) -> Vec<T> {
+    items.iter().skip(part * PART_ITEMS).take(PART_ITEMS).cloned().collect()
+}
+
+fn pending_key(batch: BatchId, part: u32) -> [u8; 12] {
+    let mut key = [0; 12];
+    key[..8].copy_from_slice(&batch.0.to_be_bytes());
+    key[8..].copy_from_slice(&part.to_be_bytes());
+    key
+}
+
+fn chunk_key(list: u64, segment: u32) -> [u8; 12] {
+    pending_key(BatchId(list), segment)
+}
+
+fn failed<E: Into<redb::Error>>(path: &Path) -> impl Fn(E) -> IndexError + use<E> {
+    let path = path.to_owned();
+    move |error| IndexError::Store { path: path.clone(), source: Box::new(error.into()) }
+}
+
+/// Chunk lists that an object's old content held and its new one does not.
+pub fn dead_list(old: Option<&Known>, new: Option<&Known>) -> Option<u64> {
+    let list = |known: Option<&Known>| match known?.content {
+        Content::Chunks { list, .. } => Some(list),
+        _ => None,
+    };
+    let old = list(old)?;
+    (list(new) != Some(old)).then_some(old)
+}

@@ -1,0 +1,465 @@
+//! Closes a batch over references and makes its operations and index delta.
+//!
+//! INVARIANT (trap 1): after assembling, every entry that the batch sets leads
+//! to an object that the replica has or gets with the batch, and every object
+//! that loses its last entry is named as dropped or as an orphan. What would
+//! break this is taken out of the batch as a [`Hold`]; the watermark waits for
+//! holds and for orphans.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+
+use replicator_common::id::ObjectId;
+use replicator_common::name::Name;
+use replicator_common::object::Kind;
+use replicator_common::time::Timestamp;
+use replicator_common::wire::{ContentSource, Op};
+
+use super::PlanError;
+use super::resolve::{Binding, Resolve};
+use super::tree::{Fate, Tree};
+use crate::index::overlay::entries_of;
+use crate::index::store::dead_list;
+use crate::index::{Delta, EntryChange, Known, Orphan, View};
+
+/// What reading an object gave.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was read; the replica gets this. Entries and link count in `known`
+    /// are filled in by [`assemble`].
+    Ship {
+        /// As the index will know it.
+        known: Known,
+        /// Where the destination takes the content from.
+        content: ContentSource,
+    },
+    /// Nothing differs; the index takes over the change time.
+    Same {
+        /// As the index will know it.
+        known: Known,
+    },
+    /// It is large and its content must travel on its own first.
+    Large {
+        /// Bytes of content.
+        size: u64,
+    },
+    /// It went away before it could be read; entries that lead to it are
+    /// looked at again.
+    Gone,
+    /// It cannot be read now.
+    Unreadable {
+        /// What the system said.
+        error: String,
+    },
+}
+
+/// Why something waits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HoldReason {
+    /// A large object's content travels.
+    Large {
+        /// Bytes of content.
+        size: u64,
+    },
+    /// It cannot be read.
+    Unreadable {
+        /// What the system said.
+        error: String,
+    },
+}
+
+/// An object whose change waits; it and its entries are looked at again later.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hold {
+    /// Why.
+    pub reason: HoldReason,
+    /// Entries that wait for it; none when only its content waits.
+    pub entries: BTreeSet<(ObjectId, Name)>,
+}
+
+/// What assembling needs to know beside the tree.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// The moment at which the batch was read, for new orphans.
+    pub now: Timestamp,
+    /// The watermark before this batch: where it waits for new orphans.
+    pub floor: Timestamp,
+    /// Orphans found before this moment are outside the source by now: every
+    /// event that could tell of a new entry has been seen. `None` while a gap
+    /// is open or the journal has not been read that far.
+    pub outside_before: Option<Timestamp>,
+}
+
+/// A batch, closed.
+#[derive(Debug, Default)]
+pub struct Assembly {
+    /// Operations, in no particular order.
+    pub ops: Vec<Op>,
+    /// What the batch changes in the index; the engine fills in the mark.
+    pub delta: Delta,
+    /// Objects that wait.
+    pub holds: BTreeMap<ObjectId, Hold>,
+    /// Entries to look at again in the next batch.
+    pub again: BTreeSet<(ObjectId, Name)>,
+    /// Orphans are left after this batch.
+    pub orphans: usize,
+}
+
+/// Assembles a batch from what was resolved and read.
+pub fn assemble<V: View, T: Tree>(
+    resolve: &Resolve,
+    outcomes: &HashMap<ObjectId, Outcome>,
+    settings: Settings,
+    view: &V,
+    tree: &mut T,
+) -> Result<Assembly, PlanError<V::Error, T::Error>> {
+    let mut work = Work {
+        resolve,
+        outcomes,
+        settings,
+        view,
+        tree,
+        out: Assembly::default(),
+        changed: BTreeMap::new(),
+        gained: HashMap::new(),
+        lost: HashMap::new(),
+        gone: HashSet::new(),
+    };
+    let admitted = work.admit()?;
+    work.bind(&admitted)?;
+    work.detach()?;
+    work.settle_orphans()?;
+    work.put_objects(&admitted)?;
+    work.entry_ops()?;
+    Ok(work.out)
+}
+
+type Place = (ObjectId, Name);
+type Failure<V, T> = PlanError<<V as View>::Error, <T as Tree>::Error>;
+
+struct Work<'a, V: View, T: Tree> {
+    resolve: &'a Resolve,
+    outcomes: &'a HashMap<ObjectId, Outcome>,
+    settings: Settings,
+    view: &'a V,
+    tree: &'a mut T,
+    out: Assembly,
+    /// Entries that this batch changes.
+    changed: BTreeMap<Place, Binding>,
+    gained: HashMap<ObjectId, BTreeSet<Place>>,
+    lost: HashMap<ObjectId, BTreeSet<Place>>,
+    /// Objects dropped or set aside.
+    gone: HashSet<ObjectId>,
+}
+
+impl<V: View, T: Tree> Work<'_, V, T> {
+    fn known(&self, object: &ObjectId) -> Result<Option<Known>, Failure<V, T>> {
+        self.view.object(object).map_err(PlanError::Index)
+    }
+
+    fn shippable(&self, object: &ObjectId) -> bool {
+        matches!(self.outcomes.get(object), Some(Outcome::Ship { .. } | Outcome::Same { .. }))
+    }
+
+    /// New objects that the replica gets: readable, and reachable from a
+    /// directory that the replica has.
+    fn admit(&self) -> Result<HashSet<ObjectId>, Failure<V, T>> {
+        let mut below: HashMap<&ObjectId, Vec<&ObjectId>> = HashMap::new();
+        let mut queue = VecDeque::new();
+        for ((directory, _), binding) in &self.resolve.bindings {
+            let Some(new) = &binding.new else { continue };
+            if !self.shippable(new) {
+                continue;
+            }
+            below.entry(directory).or_default().push(new);
+            if !self.resolve.fresh.contains(directory) {
+                queue.push_back(directory);
+            }
+        }
+        let mut admitted = HashSet::new();
+        while let Some(directory) = queue.pop_front() {
+            for object in below.remove(directory).unwrap_or_default() {
+                if self.known(object)?.is_none() && admitted.insert(object.clone()) {
+                    queue.push_back(object);
+                }
+            }
+        }
+        Ok(admitted)
+    }
+
+    /// Decides each entry: as it is on the source, or held.
+    fn bind(&mut self, admitted: &HashSet<ObjectId>) -> Result<(), Failure<V, T>> {
+        let bindings = &self.resolve.bindings;
+        for (place, binding) in bindings {
+            let (directory, _) = place;
+            if self.resolve.fresh.contains(directory) && !admitted.contains(directory) {
+                // The directory itself did not make it; what led to it is
+                // looked at again, and then it is listed anew.
+                continue;
+            }
+            if binding.old == binding.new {
+                continue;
+            }
+            let new = match &binding.new {
+                Some(new) if self.known(new)?.is_none() && !admitted.contains(new) => {
+                    self.hold(new, place);
+                    match &binding.old {
+                        Some(old) if !self.stays_under_held(old)? => None,
+                        _ => continue,
+                    }
+                }
+                new => new.clone(),
+            };
+            self.change(place.clone(), Binding { old: binding.old.clone(), new });
+        }
+        Ok(())
+    }
+
+    /// Whether the object that a held entry would replace may stay there
+    /// meanwhile. A directory may not: it can have only one entry, and may be
+    /// on its way elsewhere.
+    fn stays_under_held(&self, old: &ObjectId) -> Result<bool, Failure<V, T>> {
+        Ok(self.known(old)?.is_none_or(|known| known.state.kind != Kind::Directory))
+    }
+
+    /// Takes an entry out of the batch because its object is not there yet.
+    fn hold(&mut self, object: &ObjectId, place: &Place) {
+        let reason = match self.outcomes.get(object) {
+            Some(Outcome::Large { size }) => HoldReason::Large { size: *size },
+            Some(Outcome::Unreadable { error }) => HoldReason::Unreadable { error: error.clone() },
+            Some(Outcome::Gone | Outcome::Ship { .. } | Outcome::Same { .. }) | None => {
+                self.out.again.insert(place.clone());
+                return;
+            }
+        };
+        self.out
+            .holds
+            .entry(object.clone())
+            .or_insert_with(|| Hold { reason, entries: BTreeSet::new() })
+            .entries
+            .insert(place.clone());
+    }
+
+    fn change(&mut self, place: Place, binding: Binding) {
+        if let Some(old) = &binding.old {
+            self.lost.entry(old.clone()).or_default().insert(place.clone());
+        }
+        if let Some(new) = &binding.new {
+            self.gained.entry(new.clone()).or_default().insert(place.clone());
+        }
+        self.changed.insert(place, binding);
+    }
+
+    /// The object's entries after the batch.
+    fn links_after(&self, object: &ObjectId) -> Result<Vec<Place>, Failure<V, T>> {
+        let mut links = self.view.links(object).map_err(PlanError::Index)?;
+        if let Some(lost) = self.lost.get(object) {
+            links.retain(|place| !lost.contains(place));
+        }
+        if let Some(gained) = self.gained.get(object) {
+            links.extend(gained.iter().filter(|place| !links.contains(place)).cloned().collect::<Vec<_>>());
+        }
+        Ok(links)
+    }
+
+    /// Follows every object that lost an entry: what has none left is dead, on
+    /// its way, or outside.
+    fn detach(&mut self) -> Result<(), Failure<V, T>> {
+        let mut queue: VecDeque<ObjectId> = self.lost.keys().cloned().collect();
+        while let Some(object) = queue.pop_front() {
+            if self.gone.contains(&object) || !self.links_after(&object)?.is_empty() {
+                continue;
+            }
+            if self.tree_fate(&object)? == Fate::Alive {
+                let since = self.settings.now;
+                let orphan = Orphan { since, floor: self.settings.floor };
+                self.out.delta.orphans.push((object.clone(), Some(orphan)));
+                self.out.ops.push(Op::Orphan { object });
+                self.out.orphans += 1;
+                continue;
+            }
+            self.remove(&object, &mut queue)?;
+        }
+        Ok(())
+    }
+
+    fn tree_fate(&mut self, object: &ObjectId) -> Result<Fate, Failure<V, T>> {
+        if object.is_foreign() {
+            return Ok(Fate::Dead);
+        }
+        self.tree.fate(object).map_err(PlanError::Tree)
+    }
+
+    /// Drops an object; a directory's remaining entries go with it, and their
+    /// objects are followed in turn.
+    fn remove(
+        &mut self,
+        object: &ObjectId,
+        queue: &mut VecDeque<ObjectId>,
+    ) -> Result<(), Failure<V, T>> {
+        self.gone.insert(object.clone());
+        let known = self.known(object)?;
+        self.out.delta.dead_lists.extend(dead_list(known.as_ref(), None));
+        self.out.delta.objects.push((object.clone(), None));
+        self.out.ops.push(if object.is_foreign() {
+            Op::SetAside { object: object.clone() }
+        } else {
+            Op::Drop { object: object.clone() }
+        });
+        if known.is_none_or(|known| known.state.kind != Kind::Directory) {
+            return Ok(());
+        }
+        for (name, child) in self.view.children(object).map_err(PlanError::Index)? {
+            let place = (object.clone(), name);
+            if self.changed.contains_key(&place) {
+                continue;
+            }
+            self.change(place, Binding { old: Some(child.clone()), new: None });
+            queue.push_back(child);
+        }
+        // Entries that were seen in it before it went away lead nowhere now.
+        let inside: Vec<Place> = entries_of(&self.changed, object)
+            .filter(|(_, binding)| binding.new.is_some())
+            .map(|(place, _)| place.clone())
+            .collect();
+        for place in inside {
+            let Some(binding) = self.changed.remove(&place) else { continue };
+            if let Some(new) = &binding.new {
+                if let Some(gained) = self.gained.get_mut(new) {
+                    gained.remove(&place);
+                }
+                queue.push_back(new.clone());
+            }
+            if binding.old.is_some() {
+                self.changed.insert(place, Binding { old: binding.old, new: None });
+            }
+        }
+        Ok(())
+    }
+
+    /// Orphans of earlier batches: attached now, dead, outside, or still waiting.
+    fn settle_orphans(&mut self) -> Result<(), Failure<V, T>> {
+        let mut queue = VecDeque::new();
+        for (object, orphan) in self.view.orphans().map_err(PlanError::Index)? {
+            if self.gained.get(&object).is_some_and(|places| !places.is_empty()) {
+                self.out.delta.orphans.push((object, None));
+                continue;
+            }
+            let outside = self.settings.outside_before.is_some_and(|moment| orphan.since < moment);
+            if outside || self.tree_fate(&object)? == Fate::Dead {
+                self.out.delta.orphans.push((object.clone(), None));
+                self.remove(&object, &mut queue)?;
+            } else {
+                self.out.orphans += 1;
+            }
+        }
+        // What an outside directory takes along has no entry in the tree, or
+        // it would have been seen by now.
+        while let Some(object) = queue.pop_front() {
+            if !self.gone.contains(&object) && self.links_after(&object)?.is_empty() {
+                self.remove(&object, &mut queue)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// States of objects: those read, and those whose links changed.
+    fn put_objects(&mut self, admitted: &HashSet<ObjectId>) -> Result<(), Failure<V, T>> {
+        let mut touched: BTreeSet<&ObjectId> = self.lost.keys().chain(self.gained.keys()).collect();
+        touched.extend(self.outcomes.keys());
+        let touched: Vec<ObjectId> = touched.into_iter().cloned().collect();
+        for object in touched {
+            if self.gone.contains(&object) {
+                continue;
+            }
+            let old = self.known(&object)?;
+            if old.is_none() && !admitted.contains(&object) {
+                continue;
+            }
+            self.put_object(object, old)?;
+        }
+        Ok(())
+    }
+
+    fn put_object(&mut self, object: ObjectId, old: Option<Known>) -> Result<(), Failure<V, T>> {
+        let links = self.links_after(&object)?;
+        if old.is_none() && links.is_empty() {
+            // Admitted, but the directory that held it went away meanwhile.
+            return Ok(());
+        }
+        let outcome = self.outcomes.get(&object);
+        let mut known = match (outcome, &old) {
+            (Some(Outcome::Ship { known, content }), _) => {
+                self.out.ops.push(Op::Put {
+                    object: object.clone(),
+                    state: known.state.clone(),
+                    content: content.clone(),
+                    new: old.is_none(),
+                    links: links.len() as u32,
+                });
+                known.clone()
+            }
+            (Some(Outcome::Same { known }), _) => known.clone(),
+            (Some(Outcome::Large { size }), Some(old)) => {
+                let reason = HoldReason::Large { size: *size };
+                self.hold_content(&object, reason);
+                old.clone()
+            }
+            (Some(Outcome::Unreadable { error }), Some(old)) => {
+                let reason = HoldReason::Unreadable { error: error.clone() };
+                self.hold_content(&object, reason);
+                old.clone()
+            }
+            (_, Some(old)) => old.clone(),
+            (_, None) => return Ok(()),
+        };
+        known.links = links.len() as u32;
+        known.entry = match known.entry {
+            Some(place) if links.contains(&place) => Some(place),
+            _ => links.first().cloned(),
+        };
+        self.restate(&object, &links);
+        if old.as_ref() != Some(&known) {
+            self.out.delta.dead_lists.extend(dead_list(old.as_ref(), Some(&known)));
+            self.out.delta.objects.push((object, Some(known)));
+        }
+        Ok(())
+    }
+
+    fn hold_content(&mut self, object: &ObjectId, reason: HoldReason) {
+        self.out
+            .holds
+            .entry(object.clone())
+            .or_insert_with(|| Hold { reason, entries: BTreeSet::new() });
+    }
+
+    /// An object that lost an entry and gained none keeps others: one of them
+    /// is said, so that the destination knows a living name.
+    fn restate(&mut self, object: &ObjectId, links: &[Place]) {
+        let lost = self.lost.get(object).is_some_and(|places| !places.is_empty());
+        let gained = self.gained.get(object).is_some_and(|places| !places.is_empty());
+        if let Some((directory, name)) = links.first()
+            && lost
+            && !gained
+        {
+            self.out.ops.push(Op::Entry {
+                directory: directory.clone(),
+                name: name.clone(),
+                old: Some(object.clone()),
+                new: Some(object.clone()),
+            });
+        }
+    }
+
+    fn entry_ops(&mut self) -> Result<(), Failure<V, T>> {
+        for ((directory, name), binding) in std::mem::take(&mut self.changed) {
+            self.out.delta.entries.push(EntryChange {
+                directory: directory.clone(),
+                name: name.clone(),
+                old: binding.old.clone(),
+                new: binding.new.clone(),
+            });
+            self.out.ops.push(Op::Entry { directory, name, old: binding.old, new: binding.new });
+        }
+        Ok(())
+    }
+}

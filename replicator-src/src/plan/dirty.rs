@@ -1,0 +1,100 @@
+//! What is dirty: journal records merged, so that a thing that changed a
+//! thousand times is looked at once.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use replicator_common::id::ObjectId;
+use replicator_common::name::Name;
+
+use crate::journal::Record;
+use crate::watcher::What;
+
+/// A directory whose entries are all dirty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listing {
+    /// The directory.
+    pub directory: ObjectId,
+    /// Its known subdirectories too, and every object in it is compared with
+    /// the index: a rescan. Otherwise only what the index does not know is
+    /// descended into.
+    pub deep: bool,
+    /// Names that are still to be looked at, where a batch was full before the
+    /// directory was through; `None` when it was not read yet.
+    pub rest: Option<Vec<Name>>,
+}
+
+impl Listing {
+    /// A directory that was not read yet.
+    pub fn new(directory: ObjectId, deep: bool) -> Self {
+        Self { directory, deep, rest: None }
+    }
+}
+
+/// A set of dirty entries, objects and directories.
+#[derive(Clone, Debug, Default)]
+pub struct Dirty {
+    /// Entries to look at, with what may have changed of the object there.
+    pub entries: BTreeMap<(ObjectId, Name), What>,
+    /// Objects to look at.
+    pub objects: BTreeMap<ObjectId, What>,
+    /// Directories to list; worked from the front.
+    pub listings: VecDeque<Listing>,
+}
+
+impl Dirty {
+    /// Whether nothing is dirty.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty() && self.objects.is_empty() && self.listings.is_empty()
+    }
+
+    /// Entries and objects, for bounds.
+    pub fn len(&self) -> usize {
+        self.entries.len() + self.objects.len()
+    }
+
+    /// Merges a journal record. Gaps and barriers concern the engine.
+    pub fn absorb(&mut self, record: &Record) {
+        match record {
+            Record::Entry { directory, name } => {
+                self.entry(directory.clone(), name.clone(), What::default());
+            }
+            Record::Named { directory, name, what } => {
+                self.entry(directory.clone(), name.clone(), *what);
+            }
+            Record::Object { object, what } => self.object(object.clone(), *what),
+            Record::Gap { .. } | Record::Barrier { .. } => {}
+        }
+    }
+
+    /// Marks an entry.
+    pub fn entry(&mut self, directory: ObjectId, name: Name, what: What) {
+        join(self.entries.entry((directory, name)).or_default(), what);
+    }
+
+    /// Marks an object.
+    pub fn object(&mut self, object: ObjectId, what: What) {
+        join(self.objects.entry(object).or_default(), what);
+    }
+
+    /// Marks all that `other` marks.
+    pub fn merge(&mut self, other: Self) {
+        for ((directory, name), what) in other.entries {
+            self.entry(directory, name, what);
+        }
+        for (object, what) in other.objects {
+            self.object(object, what);
+        }
+        self.listings.extend(other.listings);
+    }
+
+    /// Directories that entries lie in.
+    pub fn directories(&self) -> BTreeSet<&ObjectId> {
+        self.entries.keys().map(|(directory, _)| directory).collect()
+    }
+}
+
+/// Both, together.
+pub fn join(into: &mut What, what: What) {
+    into.content |= what.content;
+    into.attributes |= what.attributes;
+}

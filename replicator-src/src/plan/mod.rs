@@ -1,0 +1,33 @@
+//! Planning: from what is dirty to what a batch does. Pure: no clock, no file
+//! system, no store, no network.
+//!
+//! 1. [`dirty`] merges journal records: a thing that changed often is dirty once.
+//! 2. [`resolve`] looks at each dirty entry and object as it stands now (trait
+//!    [`Tree`]) and as the replica holds it (trait [`View`]), and says what
+//!    must be read.
+//! 3. The engine has it read.
+//! 4. [`assemble`] closes the batch over references and makes its operations
+//!    and its index delta.
+//!
+//! [`View`]: crate::index::View
+
+pub mod assemble;
+pub mod dirty;
+pub mod resolve;
+pub mod tree;
+
+pub use assemble::{Assembly, Hold, HoldReason, Outcome, Settings, assemble};
+pub use dirty::{Dirty, Listing};
+pub use resolve::{Binding, Need, Resolve};
+pub use tree::{Fate, Lookup, Seen, Skip, Tree};
+
+/// Why planning could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError<V, T> {
+    /// The index could not answer.
+    #[error(transparent)]
+    Index(V),
+    /// The source could not be looked at.
+    #[error(transparent)]
+    Tree(T),
+}

@@ -1,0 +1,389 @@
+//! Looks at what is dirty as it stands now, and says what must be read.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+
+use replicator_common::id::ObjectId;
+use replicator_common::name::Name;
+use replicator_common::object::Kind;
+
+use super::PlanError;
+use super::dirty::{Dirty, Listing};
+use super::tree::{Lookup, Seen, Skip, Tree};
+use crate::index::{Known, View};
+use crate::journal::Record;
+use crate::watcher::What;
+
+/// What an entry is in the replica and what it is to become.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Binding {
+    /// In the replica now.
+    pub old: Option<ObjectId>,
+    /// On the source now.
+    pub new: Option<ObjectId>,
+}
+
+/// An object that must be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// What it is.
+    pub kind: Kind,
+    /// The replica does not have it.
+    pub new: bool,
+    /// Content may differ; else only attributes.
+    pub content: bool,
+    /// A name under which it was seen.
+    pub hint: Option<(ObjectId, Name)>,
+}
+
+/// The state of resolving one batch. Fed one or several times; each time adds
+/// to what is there (a later look at the same entry replaces the earlier).
+#[derive(Default)]
+pub struct Resolve {
+    /// Every entry that was looked at, changed or not.
+    pub bindings: BTreeMap<(ObjectId, Name), Binding>,
+    /// Objects to read since the last [`Resolve::take_needs`].
+    needs: BTreeMap<ObjectId, Need>,
+    /// Every object that was ever needed in this batch.
+    pub read: BTreeSet<ObjectId>,
+    /// Directories that the index does not know.
+    pub fresh: HashSet<ObjectId>,
+    /// Directories that were listed.
+    pub listed: HashSet<ObjectId>,
+    /// What was passed over, by entry; `None` when it no longer is.
+    pub skipped: HashMap<(ObjectId, Name), Option<Skip>>,
+    /// Content bytes of regular files among the needs, as statted.
+    pub bytes: u64,
+    /// Objects seen by deep listings that equal the index (count, bytes): for
+    /// progress.
+    pub equal: (u64, u64),
+    /// Sizes counted into `bytes`, to count each object once.
+    counted: HashMap<ObjectId, u64>,
+}
+
+/// How much one batch may hold before listings are put off to the next.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    /// Objects to read.
+    pub objects: usize,
+    /// Entries to look at.
+    pub entries: usize,
+    /// Content bytes of small files to read.
+    pub bytes: u64,
+    /// Files larger than this do not count as bytes: they travel on their own.
+    pub large: u64,
+}
+
+impl Resolve {
+    /// Looks at all of `dirty` but the listings for which the budget does not
+    /// suffice: those stay in `dirty`.
+    pub fn feed<V: View, T: Tree>(
+        &mut self,
+        dirty: &mut Dirty,
+        budget: Budget,
+        view: &V,
+        tree: &mut T,
+    ) -> Result<(), PlanError<V::Error, T::Error>> {
+        let mut work = Work { state: self, view, tree, large: budget.large };
+        let objects = std::mem::take(&mut dirty.objects);
+        let entries = std::mem::take(&mut dirty.entries);
+        let mut left = Vec::new();
+        for ((directory, name), what) in entries {
+            if work.full(budget) {
+                left.push(((directory, name), what));
+                continue;
+            }
+            work.entry(&directory, &name, Look::Event(what), &mut dirty.listings)?;
+        }
+        dirty.entries.extend(left);
+        for (object, what) in objects {
+            work.object(object, what)?;
+        }
+        while !work.full(budget) {
+            let Some(listing) = dirty.listings.pop_front() else { break };
+            work.listing(&listing, budget, dirty)?;
+        }
+        Ok(())
+    }
+
+    /// What must be read now. The next feed starts a new set.
+    pub fn take_needs(&mut self) -> BTreeMap<ObjectId, Need> {
+        std::mem::take(&mut self.needs)
+    }
+
+    /// Adds a need, or widens one.
+    pub fn need(&mut self, object: ObjectId, need: Need) {
+        self.read.insert(object.clone());
+        self.needs
+            .entry(object)
+            .and_modify(|old| {
+                old.content |= need.content;
+                if need.hint.is_some() {
+                    old.hint.clone_from(&need.hint);
+                }
+            })
+            .or_insert(need);
+    }
+
+    /// Whether a record that came after the barrier concerns anything that
+    /// this batch has looked at.
+    pub fn touches(&self, record: &Record) -> bool {
+        match record {
+            Record::Entry { directory, name } | Record::Named { directory, name, .. } => {
+                self.listed.contains(directory)
+                    || self.bindings.contains_key(&(directory.clone(), name.clone()))
+            }
+            Record::Object { object, .. } => {
+                self.read.contains(object) || self.listed.contains(object)
+            }
+            Record::Gap { .. } => true,
+            Record::Barrier { .. } => false,
+        }
+    }
+}
+
+struct Work<'a, V, T> {
+    state: &'a mut Resolve,
+    view: &'a V,
+    tree: &'a mut T,
+    large: u64,
+}
+
+impl<V: View, T: Tree> Work<'_, V, T> {
+    fn full(&self, budget: Budget) -> bool {
+        self.state.needs.len() >= budget.objects
+            || self.state.bytes >= budget.bytes
+            || self.state.bindings.len() >= budget.entries
+    }
+
+    /// Looks at one entry.
+    fn entry(
+        &mut self,
+        directory: &ObjectId,
+        name: &Name,
+        look: Look,
+        listings: &mut VecDeque<Listing>,
+    ) -> Result<(), PlanError<V::Error, T::Error>> {
+        let fresh = self.state.fresh.contains(directory);
+        if !fresh && !self.is_known_directory(directory)? {
+            // Outside the tree, or not reached yet: when the directory is
+            // reached, all of it is listed.
+            return Ok(());
+        }
+        let old = if fresh { None } else { self.known_entry(directory, name)? };
+        let place = (directory.clone(), name.clone());
+        let (new, skip) = match self.tree.lookup(directory, name).map_err(PlanError::Tree)? {
+            Lookup::Absent => (None, None),
+            Lookup::Skipped(skip) => (None, Some(skip)),
+            Lookup::Found(seen) => {
+                let object = seen.object.clone();
+                let look = if fresh { Look::Force } else { look };
+                self.seen(seen, place.clone(), look, listings)?;
+                (Some(object), None)
+            }
+        };
+        if skip.is_some() || self.state.skipped.contains_key(&place) {
+            self.state.skipped.insert(place.clone(), skip);
+        }
+        if old != new {
+            self.need_directory(directory)?;
+        }
+        self.state.bindings.insert(place, Binding { old, new });
+        Ok(())
+    }
+
+    /// An object was seen under a name.
+    fn seen(
+        &mut self,
+        seen: Seen,
+        place: (ObjectId, Name),
+        look: Look,
+        listings: &mut VecDeque<Listing>,
+    ) -> Result<(), PlanError<V::Error, T::Error>> {
+        let kind = seen.stat.kind;
+        let known = self.view.object(&seen.object).map_err(PlanError::Index)?;
+        let (new, content, attributes) = match &known {
+            None => (true, true, true),
+            Some(known) => {
+                let (content, attributes) = differs(known, &seen, look);
+                (false, content, attributes)
+            }
+        };
+        if kind == Kind::Directory
+            && (new || look == Look::Force)
+            && !self.state.listed.contains(&seen.object)
+            && (!new || self.state.fresh.insert(seen.object.clone()))
+        {
+            // The directory joins the known set before it is read (trap 4).
+            listings.push_front(Listing::new(seen.object.clone(), !new));
+        }
+        if content || attributes {
+            if content && kind == Kind::File {
+                self.count(&seen.object, seen.stat.size);
+            }
+            let need = Need { kind, new, content, hint: Some(place) };
+            self.state.need(seen.object, need);
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, object: &ObjectId, size: u64) {
+        let size = if size > self.large { 0 } else { size };
+        let old = self.state.counted.insert(object.clone(), size).unwrap_or(0);
+        self.state.bytes = self.state.bytes - old + size;
+    }
+
+    /// An object is dirty by its handle.
+    fn object(&mut self, object: ObjectId, what: What) -> Result<(), PlanError<V::Error, T::Error>> {
+        let Some(known) = self.view.object(&object).map_err(PlanError::Index)? else {
+            // Not ours, or new: then an entry leads to it.
+            return Ok(());
+        };
+        let need = Need {
+            kind: known.state.kind,
+            new: false,
+            content: what.content && known.state.kind == Kind::File,
+            hint: known.entry,
+        };
+        if need.content {
+            self.count(&object, known.state.size);
+        }
+        self.state.need(object, need);
+        Ok(())
+    }
+
+    /// Looks at every entry of a directory, in the replica and on the source.
+    /// What exceeds the budget is left in `dirty` as entries.
+    fn listing(
+        &mut self,
+        listing: &Listing,
+        budget: Budget,
+        dirty: &mut Dirty,
+    ) -> Result<(), PlanError<V::Error, T::Error>> {
+        let directory = &listing.directory;
+        let fresh = self.state.fresh.contains(directory);
+        if !fresh && !self.is_known_directory(directory)? {
+            return Ok(());
+        }
+        let names = match &listing.rest {
+            Some(rest) => rest.clone(),
+            None => match self.names(directory, fresh)? {
+                Some(names) => names,
+                // It went away; the entry that led here is dirty because of that.
+                None => return Ok(()),
+            },
+        };
+        self.state.listed.insert(directory.clone());
+        for (done, name) in names.iter().enumerate() {
+            if self.full(budget) {
+                let rest = Some(names[done..].to_vec());
+                dirty.listings.push_front(Listing { rest, ..listing.clone() });
+                break;
+            }
+            self.listed_entry(listing, name, &mut dirty.listings)?;
+        }
+        Ok(())
+    }
+
+    /// Every name of a directory, in the replica or on the source.
+    fn names(
+        &mut self,
+        directory: &ObjectId,
+        fresh: bool,
+    ) -> Result<Option<Vec<Name>>, PlanError<V::Error, T::Error>> {
+        let Some(names) = self.tree.list(directory).map_err(PlanError::Tree)? else {
+            return Ok(None);
+        };
+        let mut all: BTreeSet<Name> = names.into_iter().collect();
+        if !fresh {
+            let known = self.view.children(directory).map_err(PlanError::Index)?;
+            all.extend(known.into_iter().map(|(name, _)| name));
+        }
+        Ok(Some(all.into_iter().collect()))
+    }
+
+    fn listed_entry(
+        &mut self,
+        listing: &Listing,
+        name: &Name,
+        listings: &mut VecDeque<Listing>,
+    ) -> Result<(), PlanError<V::Error, T::Error>> {
+        let directory = &listing.directory;
+        let before = listings.len();
+        let look = if listing.deep { Look::Rescan } else { Look::Event(What::default()) };
+        self.entry(directory, name, look, listings)?;
+        if !listing.deep {
+            return Ok(());
+        }
+        let Some(Binding { new: Some(object), .. }) =
+            self.state.bindings.get(&(directory.clone(), name.clone())).cloned()
+        else {
+            return Ok(());
+        };
+        let Some(known) = self.view.object(&object).map_err(PlanError::Index)? else {
+            return Ok(());
+        };
+        if known.state.kind == Kind::Directory && listings.len() == before {
+            listings.push_front(Listing::new(object, true));
+        } else if known.state.kind == Kind::File && known.doubtful() {
+            let hint = Some((directory.clone(), name.clone()));
+            self.count(&object, known.state.size);
+            self.state.need(object, Need { kind: Kind::File, new: false, content: true, hint });
+        } else if !self.state.needs.contains_key(&object) {
+            self.state.equal.0 += 1;
+            self.state.equal.1 += known.state.size;
+        }
+        Ok(())
+    }
+
+    /// A directory with a changed entry has a new mtime at least.
+    fn need_directory(&mut self, directory: &ObjectId) -> Result<(), PlanError<V::Error, T::Error>> {
+        if self.state.fresh.contains(directory) {
+            return Ok(());
+        }
+        let hint =
+            self.view.object(directory).map_err(PlanError::Index)?.and_then(|known| known.entry);
+        let need = Need { kind: Kind::Directory, new: false, content: false, hint };
+        self.state.need(directory.clone(), need);
+        Ok(())
+    }
+
+    fn is_known_directory(&self, object: &ObjectId) -> Result<bool, PlanError<V::Error, T::Error>> {
+        let known = self.view.object(object).map_err(PlanError::Index)?;
+        Ok(known.is_some_and(|known| known.state.kind == Kind::Directory))
+    }
+
+    fn known_entry(
+        &self,
+        directory: &ObjectId,
+        name: &Name,
+    ) -> Result<Option<ObjectId>, PlanError<V::Error, T::Error>> {
+        self.view.entry(directory, name).map_err(PlanError::Index)
+    }
+}
+
+/// Why an entry is looked at: decides what of a known object is read again.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Look {
+    /// Events were seen, and tell what may have changed.
+    Event(What),
+    /// Events may have been lost: whatever could differ is read.
+    Rescan,
+    /// The object comes from outside: what events told of it was dropped (trap
+    /// 3), so it is read whole, known or not.
+    Force,
+}
+
+/// Whether (content, attributes) of a known object must be read again.
+fn differs(known: &Known, seen: &Seen, look: Look) -> (bool, bool) {
+    let stat = &seen.stat;
+    let changed = known.ctime != stat.ctime;
+    let file = stat.kind == Kind::File;
+    let resized = file && known.state.size != stat.size;
+    let touched = resized || known.state.attributes.mtime != stat.mtime;
+    let (content, attributes) = match look {
+        Look::Event(what) => (what.content || touched, what.attributes),
+        Look::Rescan => (changed || touched, false),
+        Look::Force => (true, true),
+    };
+    (file && content, attributes || content || changed || touched)
+}

@@ -1,0 +1,64 @@
+//! What planning may ask of the source's tree, as it stands now.
+
+use replicator_common::id::ObjectId;
+use replicator_common::name::Name;
+use replicator_common::sys::stat::Stat;
+
+/// What stands under a name now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lookup {
+    /// Nothing, or the directory itself is gone.
+    Absent,
+    /// Something that does not replicate.
+    Skipped(Skip),
+    /// An object.
+    Found(Seen),
+}
+
+/// Why something does not replicate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Skip {
+    /// A socket.
+    Socket,
+    /// A FIFO.
+    Fifo,
+    /// A device node, which nobody asked for.
+    Device,
+    /// Another file system is mounted there.
+    Mount,
+    /// A name that the replica needs for itself, or the file system's own
+    /// `lost+found`.
+    Reserved,
+}
+
+/// An object as it was seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// Which.
+    pub object: ObjectId,
+    /// Its state apart from content and xattrs.
+    pub stat: Stat,
+}
+
+/// What became of an object without entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Its handle is stale or its link count is zero: it never comes back.
+    Dead,
+    /// It lives somewhere.
+    Alive,
+}
+
+/// The source's tree as it stands now.
+pub trait Tree {
+    /// Why a question could not be answered.
+    type Error;
+
+    /// What stands under `name` in `directory`.
+    fn lookup(&mut self, directory: &ObjectId, name: &Name) -> Result<Lookup, Self::Error>;
+    /// All names of a directory; `None` when it is gone. Tells the watcher
+    /// about the directory before it reads it.
+    fn list(&mut self, directory: &ObjectId) -> Result<Option<Vec<Name>>, Self::Error>;
+    /// What became of an object.
+    fn fate(&mut self, object: &ObjectId) -> Result<Fate, Self::Error>;
+}

@@ -1,0 +1,368 @@
+//! The source's tree, looked at through descriptors.
+//!
+//! Objects are opened by handle where that is allowed, and otherwise by the
+//! names that lead to them, one component at a time, each step checked by
+//! handle. Links are never followed.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use replicator_common::id::ObjectId;
+use replicator_common::name::Name;
+use replicator_common::object::Kind;
+use replicator_common::sys::{handle, stat};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::plan::{Fate, Lookup, Seen, Skip, Tree};
+use crate::watcher::DirectoryWatch;
+
+/// Directories whose descriptors are kept open between look-ups.
+const OPEN_DIRECTORIES: usize = 512;
+/// Places of directories that are remembered for opening by name.
+const PLACES: usize = 1 << 20;
+
+/// Why the source could not be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The source cannot be used at all.
+    #[error("{}: {reason}", path.display())]
+    Unusable {
+        /// The source's path.
+        path: PathBuf,
+        /// What to do about it, in words.
+        reason: String,
+    },
+    /// One call failed.
+    #[error("cannot {action} {what}: {source}")]
+    Call {
+        /// What was tried.
+        action: &'static str,
+        /// On what: an object's id, or an entry.
+        what: String,
+        /// What the system said.
+        source: Errno,
+    },
+}
+
+impl SourceError {
+    fn call(action: &'static str, what: impl ToString) -> impl FnOnce(Errno) -> Self {
+        move |source| Self::Call { action, what: what.to_string(), source }
+    }
+}
+
+/// The root of a source: pinned by a descriptor, so that the file system
+/// cannot be unmounted under the watcher (trap 13).
+pub struct Root {
+    fd: OwnedFd,
+    /// The root directory's id.
+    pub id: ObjectId,
+    /// The path it was opened by, for messages.
+    pub path: PathBuf,
+    /// The mount that entries must be on to be entered.
+    mount_id: u64,
+    /// Device of the root, used where the kernel tells no mount ids.
+    dev: u64,
+    /// Objects can be opened by handle.
+    by_handle: bool,
+    /// The root directory is the root of an ext2/3/4 file system, whose
+    /// `lost+found` belongs to the file system itself.
+    own_lost_and_found: bool,
+}
+
+impl Root {
+    /// Opens the source at `path`, which must be a directory.
+    pub fn open(path: &Path) -> Result<Self, SourceError> {
+        let unusable =
+            |reason: String| SourceError::Unusable { path: path.to_owned(), reason };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| {
+            unusable(match error {
+                Errno::NOENT => "the source does not exist".to_owned(),
+                Errno::NOTDIR => "the source is not a directory".to_owned(),
+                other => format!("the source cannot be opened: {other}"),
+            })
+        })?;
+        let id = handle::identify(fd.as_fd())
+            .map_err(|error| unusable(format!("the source has no identity: {error}")))?;
+        let data = stat::of_fd(&fd).map_err(|error| unusable(error.to_string()))?;
+        let by_handle = handle::open(fd.as_fd(), &id, OFlags::PATH).is_ok();
+        let own_lost_and_found = data.ino == 2
+            && rustix::fs::fstatfs(&fd).is_ok_and(|fs| fs.f_type as u64 == 0xef53);
+        Ok(Self {
+            fd,
+            id,
+            path: path.to_owned(),
+            mount_id: data.mount_id,
+            dev: data.dev,
+            by_handle,
+            own_lost_and_found,
+        })
+    }
+
+    /// The pinned descriptor.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Whether objects can be opened by handle; else names lead to them.
+    pub fn by_handle(&self) -> bool {
+        self.by_handle
+    }
+
+    /// Whether the path still leads to this very directory (trap 13): not so
+    /// when it was unmounted, mounted over or replaced.
+    pub fn still_there(&self) -> bool {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open(&self.path, flags, Mode::empty())
+            .and_then(|fd| handle::identify(fd.as_fd()))
+            .is_ok_and(|id| id == self.id)
+    }
+
+    fn elsewhere(&self, data: &stat::Stat) -> bool {
+        if self.mount_id != 0 && data.mount_id != 0 {
+            data.mount_id != self.mount_id
+        } else {
+            data.dev != self.dev
+        }
+    }
+}
+
+/// What does not replicate, by the operator's choice or ours.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// Device nodes replicate.
+    pub devices: bool,
+    /// A name in the root that is the replica's own.
+    pub reserved: Option<Name>,
+}
+
+/// Where directories stand, for opening by name. Shared between the engine
+/// and the readers.
+#[derive(Default)]
+pub struct Places {
+    known: std::sync::Mutex<HashMap<ObjectId, (ObjectId, Name)>>,
+}
+
+impl Places {
+    /// Remembers where a directory was seen.
+    pub fn learn(&self, object: &ObjectId, directory: &ObjectId, name: &Name) {
+        let mut known = self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if known.len() < PLACES || known.contains_key(object) {
+            known.insert(object.clone(), (directory.clone(), name.clone()));
+        }
+    }
+
+    fn find(&self, object: &ObjectId) -> Option<(ObjectId, Name)> {
+        let known = self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        known.get(object).cloned()
+    }
+}
+
+/// Opens objects of a source.
+#[derive(Clone)]
+pub struct Opener {
+    root: Arc<Root>,
+    places: Arc<Places>,
+}
+
+impl Opener {
+    /// For a source.
+    pub fn new(root: Arc<Root>, places: Arc<Places>) -> Self {
+        Self { root, places }
+    }
+
+    /// The root it opens below.
+    pub fn root(&self) -> &Root {
+        &self.root
+    }
+
+    /// Opens an object; `hint` is a name that led to it. `None` when it is not
+    /// to be found any more.
+    pub fn open(
+        &self,
+        object: &ObjectId,
+        hint: Option<&(ObjectId, Name)>,
+        flags: OFlags,
+    ) -> Result<Option<OwnedFd>, Errno> {
+        let result = if self.root.by_handle {
+            handle::open(self.root.fd(), object, flags | OFlags::NOFOLLOW)
+        } else {
+            self.open_by_name(object, hint, flags)
+        };
+        match result {
+            Ok(fd) => Ok(Some(fd)),
+            Err(Errno::STALE | Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn open_by_name(
+        &self,
+        object: &ObjectId,
+        hint: Option<&(ObjectId, Name)>,
+        flags: OFlags,
+    ) -> Result<OwnedFd, Errno> {
+        if *object == self.root.id {
+            return rustix::fs::openat(&self.root.fd, ".", flags | OFlags::CLOEXEC, Mode::empty());
+        }
+        let learned = self.places.find(object);
+        for (directory, name) in [hint, learned.as_ref()].into_iter().flatten() {
+            let directory = self.open_by_name(
+                directory,
+                None,
+                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            );
+            let Ok(directory) = directory else { continue };
+            let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+            match rustix::fs::openat(&directory, name.as_bytes(), flags, Mode::empty()) {
+                Ok(fd) if handle::identify(fd.as_fd())? == *object => return Ok(fd),
+                Ok(_) | Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(Errno::NOENT)
+    }
+
+    /// Flags for reading content without leaving a trace in access times,
+    /// where that is allowed.
+    pub fn open_content(
+        &self,
+        object: &ObjectId,
+        hint: Option<&(ObjectId, Name)>,
+    ) -> Result<Option<OwnedFd>, Errno> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        match self.open(object, hint, flags | OFlags::NOATIME) {
+            Err(Errno::PERM) => self.open(object, hint, flags),
+            result => result,
+        }
+    }
+}
+
+/// [`Tree`] of the real source.
+pub struct SourceTree {
+    opener: Opener,
+    filter: Filter,
+    watch: Arc<dyn DirectoryWatch>,
+    open: HashMap<ObjectId, Arc<OwnedFd>>,
+}
+
+impl SourceTree {
+    /// Over a source; `watch` is told of each directory before it is listed.
+    pub fn new(opener: Opener, filter: Filter, watch: Arc<dyn DirectoryWatch>) -> Self {
+        Self { opener, filter, watch, open: HashMap::new() }
+    }
+
+    /// Opens what it needs.
+    pub fn opener(&self) -> &Opener {
+        &self.opener
+    }
+
+    /// The directory's descriptor; `None` when it is gone.
+    fn directory(&mut self, id: &ObjectId) -> Result<Option<Arc<OwnedFd>>, SourceError> {
+        if let Some(fd) = self.open.get(id) {
+            return Ok(Some(fd.clone()));
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd = self
+            .opener
+            .open(id, None, flags)
+            .map_err(SourceError::call("open directory", id))?;
+        let Some(fd) = fd else { return Ok(None) };
+        if self.open.len() >= OPEN_DIRECTORIES {
+            self.open.clear();
+        }
+        let fd = Arc::new(fd);
+        self.open.insert(id.clone(), fd.clone());
+        Ok(Some(fd))
+    }
+
+    /// Closes the directories kept open, so that removed ones are let go.
+    pub fn forget_open(&mut self) {
+        self.open.clear();
+    }
+
+    fn skip(&self, directory: &ObjectId, name: &Name, data: &stat::Stat) -> Option<Skip> {
+        let root = self.opener.root();
+        if *directory == root.id {
+            let reserved = self.filter.reserved.as_ref() == Some(name);
+            if reserved || (root.own_lost_and_found && name.as_bytes() == b"lost+found") {
+                return Some(Skip::Reserved);
+            }
+        }
+        match data.kind {
+            Kind::Socket => Some(Skip::Socket),
+            Kind::Fifo => Some(Skip::Fifo),
+            kind if kind.is_device() && !self.filter.devices => Some(Skip::Device),
+            _ if root.elsewhere(data) => Some(Skip::Mount),
+            _ => None,
+        }
+    }
+}
+
+impl Tree for SourceTree {
+    type Error = SourceError;
+
+    fn lookup(&mut self, directory: &ObjectId, name: &Name) -> Result<Lookup, SourceError> {
+        let Some(fd) = self.directory(directory)? else { return Ok(Lookup::Absent) };
+        // RACE: between the two calls the name may come to mean another
+        // object, and the stat is of the other. The event of that change is
+        // behind us in the queue, so the entry is looked at again.
+        let found = handle::identify_entry(fd.as_fd(), name)
+            .and_then(|object| Ok((object, stat::of_entry(fd.as_fd(), name)?)));
+        let (object, stat) = match found {
+            Ok(found) => found,
+            Err(Errno::NOENT | Errno::STALE | Errno::NOTDIR) => return Ok(Lookup::Absent),
+            Err(error) => return Err(SourceError::call("look up", name)(error)),
+        };
+        if let Some(skip) = self.skip(directory, name, &stat) {
+            return Ok(Lookup::Skipped(skip));
+        }
+        if stat.kind == Kind::Directory && !self.opener.root.by_handle {
+            self.opener.places.learn(&object, directory, name);
+        }
+        Ok(Lookup::Found(Seen { object, stat }))
+    }
+
+    fn list(&mut self, directory: &ObjectId) -> Result<Option<Vec<Name>>, SourceError> {
+        let Some(fd) = self.directory(directory)? else { return Ok(None) };
+        self.watch.before_listing(fd.as_fd(), directory);
+        let failed = || SourceError::call("list directory", directory);
+        let mut names = Vec::new();
+        let entries = match rustix::fs::Dir::read_from(&*fd) {
+            Ok(entries) => entries,
+            Err(Errno::NOENT | Errno::STALE) => return Ok(None),
+            Err(error) => return Err(failed()(error)),
+        };
+        for entry in entries {
+            let entry = match entry {
+                Ok(entry) => entry,
+                // A directory that is removed while it is read ends so.
+                Err(Errno::NOENT | Errno::STALE) => return Ok(None),
+                Err(error) => return Err(failed()(error)),
+            };
+            let name = entry.file_name().to_bytes();
+            if let Ok(name) = Name::new(name) {
+                names.push(name);
+            }
+        }
+        Ok(Some(names))
+    }
+
+    fn fate(&mut self, object: &ObjectId) -> Result<Fate, SourceError> {
+        if !self.opener.root.by_handle {
+            // Nothing tells whether it lives under another name; it waits as
+            // an orphan until every event has been seen.
+            return Ok(Fate::Alive);
+        }
+        let fd = self
+            .opener
+            .open(object, None, OFlags::PATH)
+            .map_err(SourceError::call("open", object))?;
+        let Some(fd) = fd else { return Ok(Fate::Dead) };
+        let data = stat::of_fd(&fd).map_err(SourceError::call("stat", object))?;
+        Ok(if data.nlink == 0 { Fate::Dead } else { Fate::Alive })
+    }
+}
