@@ -8,6 +8,7 @@
 //! [`replicator-src`]: https://docs.rs/replicator-src
 //! [`replicator-dst`]: https://docs.rs/replicator-dst
 
+pub mod api;
 pub mod chunk;
 pub mod codec;
 pub mod config;

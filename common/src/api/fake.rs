@@ -1,0 +1,166 @@
+//! A control without machinery, for tests of the API.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use super::{TokenIssuer, own};
+use crate::control::{Control, ControlError, CreateRequest, DeletionMode};
+use crate::id::{FileSystemId, Seq};
+use crate::status::{
+    Counters, DesiredState, FailoverReport, Link, Positions, ReplicationStatus, Skipped,
+    SourceReport, StageLag, Status, WatcherKind, WatcherReport,
+};
+use crate::time::Timestamp;
+
+#[derive(Default)]
+pub(super) struct Fake {
+    pub(super) all: Mutex<BTreeMap<FileSystemId, Status>>,
+    /// What the next calls fail with.
+    pub(super) fail: Mutex<Option<fn() -> ControlError>>,
+    pub(super) created: Mutex<Vec<CreateRequest>>,
+    pub(super) deleted: Mutex<Vec<DeletionMode>>,
+}
+
+/// `fs-` and the number in 17 digits.
+pub(super) fn id(number: u64) -> FileSystemId {
+    format!("fs-{number:017x}").parse().unwrap()
+}
+
+pub(super) fn status(number: u64) -> Status {
+    Status {
+        source_file_system_id: id(number),
+        destination_file_system_id: id(number + 0x1000),
+        creation_time: Timestamp(1_795_248_930_250_123_456 + number as i64),
+        status: ReplicationStatus::Enabling,
+        status_message: None,
+        source: Some(report()),
+        destination: None,
+    }
+}
+
+fn report() -> SourceReport {
+    SourceReport {
+        time: Timestamp(1_795_248_931_000_000_000),
+        desired: DesiredState::Enabled,
+        status: ReplicationStatus::Enabling,
+        message: None,
+        path: "/data".to_owned(),
+        watermark: Timestamp::NEVER,
+        watcher: WatcherReport {
+            kind: WatcherKind::Scan,
+            reason: "asked for".to_owned(),
+            doubts: Vec::new(),
+            watches: None,
+        },
+        positions: Positions { captured: Seq(3), ..Positions::default() },
+        lag: StageLag::default(),
+        backlog_records: 0,
+        store_bytes: 0,
+        progress: None,
+        blocked_by: Vec::new(),
+        skipped: Skipped::default(),
+        link: Link {
+            connected: true,
+            since: Timestamp(0),
+            peer: "[::1]:4481".to_owned(),
+            round_trip_micros: None,
+            clock_offset_nanos: None,
+            last_error: None,
+        },
+        counters: Counters::default(),
+        last_error: None,
+    }
+}
+
+impl Fake {
+    pub(super) fn with(numbers: impl IntoIterator<Item = u64>) -> Self {
+        let fake = Self::default();
+        fake.all.lock().unwrap().extend(numbers.into_iter().map(|n| (id(n), status(n))));
+        fake
+    }
+
+    pub(super) fn change(&self, number: u64, how: impl FnOnce(&mut Status)) {
+        how(self.all.lock().unwrap().get_mut(&id(number)).unwrap());
+    }
+
+    fn check(&self) -> Result<(), ControlError> {
+        self.fail.lock().unwrap().map_or(Ok(()), |error| Err(error()))
+    }
+}
+
+impl Control for Fake {
+    fn create(&self, request: &CreateRequest) -> Result<Status, ControlError> {
+        self.check()?;
+        self.created.lock().unwrap().push(request.clone());
+        let made = status(self.all.lock().unwrap().len() as u64 + 1);
+        self.all.lock().unwrap().insert(made.source_file_system_id.clone(), made.clone());
+        Ok(made)
+    }
+
+    fn list(&self) -> Vec<Status> {
+        self.all.lock().unwrap().values().cloned().collect()
+    }
+
+    fn delete(
+        &self,
+        source: &FileSystemId,
+        mode: DeletionMode,
+    ) -> Result<FailoverReport, ControlError> {
+        self.check()?;
+        let Some(gone) = self.all.lock().unwrap().remove(source) else {
+            return Err(ControlError::FileSystemNotFound(source.clone()));
+        };
+        self.deleted.lock().unwrap().push(mode);
+        Ok(FailoverReport {
+            source_file_system_id: gone.source_file_system_id,
+            destination_file_system_id: gone.destination_file_system_id,
+            path: "/replica".to_owned(),
+            last_replicated: None,
+            last_consistent: None,
+            time_since_last_sync: None,
+            lost_and_found: None,
+            set_aside: 0,
+            put_back: 0,
+            not_replicated_records: None,
+            not_replicated_paths: Vec::new(),
+            warnings: Vec::new(),
+        })
+    }
+
+    fn wait(&self, source: &FileSystemId, timeout: Duration) -> Result<Timestamp, ControlError> {
+        self.check()?;
+        if !self.all.lock().unwrap().contains_key(source) {
+            return Err(ControlError::FileSystemNotFound(source.clone()));
+        }
+        if timeout.is_zero() {
+            return Err(ControlError::TimedOut("not reached within 0 s".to_owned()));
+        }
+        Ok(Timestamp(1_795_248_930_250_000_000))
+    }
+
+    fn set_desired(
+        &self,
+        source: &FileSystemId,
+        desired: DesiredState,
+    ) -> Result<Status, ControlError> {
+        self.check()?;
+        let mut all = self.all.lock().unwrap();
+        let status =
+            all.get_mut(source).ok_or_else(|| ControlError::FileSystemNotFound(source.clone()))?;
+        status.status = match desired {
+            DesiredState::Enabled => ReplicationStatus::Enabled,
+            DesiredState::Paused => ReplicationStatus::Paused,
+        };
+        Ok(status.clone())
+    }
+}
+
+/// Issues tokens that say what was asked for.
+pub(super) struct FakeTokens;
+
+impl TokenIssuer for FakeTokens {
+    fn issue(&self, request: &own::TokenBody) -> Result<String, ControlError> {
+        Ok(format!("token-for-{}", request.replica.display()))
+    }
+}

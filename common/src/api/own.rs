@@ -1,0 +1,113 @@
+//! Bodies of our own operations: what the command line and the server both
+//! speak. Members of requests are lower-case; answers have EFS's spelling,
+//! like the status that they stand beside.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::control::{DeletionMode, WatcherChoice};
+
+/// The longest wait that can be asked for, and the one without
+/// `timeout_seconds`: a day.
+pub const WAIT_MAX_SECONDS: u64 = 86_400;
+
+/// Enables replication.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateBody {
+    /// The directory or mount to replicate, absolute.
+    pub source: PathBuf,
+    /// The destination's enrolment token.
+    pub token: String,
+    /// Replicate device nodes too; absent: as the daemon's configuration says.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub devices: Option<bool>,
+    /// Which watcher; absent: as the daemon's configuration says.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub watcher: Option<WatcherChoice>,
+}
+
+/// Names a configuration.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Target {
+    /// The file system at either end, or its ARN; may be absent where there is
+    /// only one configuration.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub id: Option<String>,
+}
+
+/// Waits until what was done on the source so far is on the replica.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WaitBody {
+    /// As in [`Target`].
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub id: Option<String>,
+    /// How long at most, seconds, 0 to [`WAIT_MAX_SECONDS`] (the default).
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub timeout_seconds: Option<f64>,
+}
+
+/// What a wait brought.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct WaitAnswer {
+    /// The source's file system.
+    pub source_file_system_id: String,
+    /// The watermark reached, seconds since the epoch.
+    pub last_replicated_timestamp: f64,
+}
+
+/// Fails over: deletes a configuration and makes the replica writable.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FailoverBody {
+    /// As in [`Target`].
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub id: Option<String>,
+    /// Which sides it reaches; both by default.
+    #[serde(default)]
+    pub mode: DeletionMode,
+}
+
+/// Asks a destination for an enrolment token.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBody {
+    /// The directory that becomes the replica, absolute; made when missing.
+    pub replica: PathBuf,
+    /// How long the token can be used, seconds, 60 to 604800; absent: as the
+    /// daemon's configuration says.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub valid_seconds: Option<u64>,
+    /// Take a directory that is not empty.
+    #[serde(default)]
+    pub reconcile: bool,
+}
+
+/// Bounds of [`TokenBody::valid_seconds`].
+pub const TOKEN_VALID_SECONDS: std::ops::RangeInclusive<u64> = 60..=604_800;
+
+/// A new token.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct TokenAnswer {
+    /// One line, to be handed to the source. A secret until it is used.
+    pub token: String,
+    /// For which replica.
+    pub replica: PathBuf,
+}
+
+/// Whether all is well.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Health {
+    /// No configuration needs help.
+    pub healthy: bool,
+    /// Configurations of this daemon.
+    pub configurations: usize,
+    /// Why it is not healthy, one a configuration.
+    pub unhealthy_reasons: Vec<String>,
+}
