@@ -145,8 +145,7 @@ async fn exchange(
     connection: &Connection,
     request: &EnrolRequest,
 ) -> Result<EnrolAnswer, EnrolError> {
-    let explain =
-        |error| EnrolError::Net(quic::explain(connection.remote_address(), error));
+    let explain = |error| EnrolError::Net(quic::explain(connection.remote_address(), error));
     let (send, receive) = connection.open_bi().await.map_err(explain)?;
     let mut writer = FrameWriter::new(send);
     writer.write(request).await?;

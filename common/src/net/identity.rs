@@ -169,6 +169,15 @@ impl Identity {
         Ok(Self { certified: Arc::new(certified), fingerprint })
     }
 
+    /// What a thief of a certificate (which is public) could build: it with a
+    /// key that is not its own.
+    #[cfg(test)]
+    pub(super) fn forged(certificate: &Self, key: &Self) -> Self {
+        let certified =
+            CertifiedKey::new(certificate.certified.cert.clone(), key.certified.key.clone());
+        Self { certified: Arc::new(certified), fingerprint: certificate.fingerprint }
+    }
+
     /// By what peers know it.
     pub fn fingerprint(&self) -> Fingerprint {
         self.fingerprint

@@ -43,7 +43,9 @@ pub enum NetError {
         source: io::Error,
     },
     /// The text is not `HOST:PORT`.
-    #[error("{text:?} is not an address of the form HOST:PORT (an IPv6 address stands in brackets)")]
+    #[error(
+        "{text:?} is not an address of the form HOST:PORT (an IPv6 address stands in brackets)"
+    )]
     InvalidAddress {
         /// What was given.
         text: String,
@@ -65,7 +67,9 @@ pub enum NetError {
         waited: Duration,
     },
     /// Another server than the pinned one answers there.
-    #[error("{address} has certificate {found}, expected {expected}: this is not the enrolled peer")]
+    #[error(
+        "{address} has certificate {found}, expected {expected}: this is not the enrolled peer"
+    )]
     WrongServer {
         /// Who answered.
         address: SocketAddr,

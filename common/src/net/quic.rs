@@ -282,6 +282,18 @@ pub async fn connect(
     server: Fingerprint,
     alpn: &[u8],
 ) -> Result<Connection, NetError> {
+    connect_within(CONNECT_TIMEOUT, endpoint, identity, address, server, alpn).await
+}
+
+/// [`connect`] with a patience of one's own.
+pub(super) async fn connect_within(
+    patience: Duration,
+    endpoint: &Endpoint,
+    identity: &Identity,
+    address: SocketAddr,
+    server: Fingerprint,
+    alpn: &[u8],
+) -> Result<Connection, NetError> {
     let (tls, seen) = tls::client(identity, server, alpn)?;
     let crypto =
         QuicClientConfig::try_from(tls).map_err(|error| NetError::Setup(error.to_string()))?;
@@ -296,9 +308,9 @@ pub async fn connect(
         confirmed(&connection).await.map_err(|source| explain(address, source))?;
         Ok(connection)
     };
-    let result = tokio::time::timeout(CONNECT_TIMEOUT, handshake)
+    let result = tokio::time::timeout(patience, handshake)
         .await
-        .unwrap_or(Err(NetError::TimedOut { address, waited: CONNECT_TIMEOUT }));
+        .unwrap_or(Err(NetError::TimedOut { address, waited: patience }));
     match (result, seen.get()) {
         (Err(NetError::Connection { .. }), Some(&found)) if found != server => {
             Err(NetError::WrongServer { address, expected: server, found })

@@ -67,7 +67,9 @@ pub enum InvalidToken {
     #[error("the enrolment token is damaged ({0}): copy the whole line again")]
     Damaged(&'static str),
     /// A newer program made it.
-    #[error("the enrolment token has version {found}, this program knows up to {VERSION}: update replicator here")]
+    #[error(
+        "the enrolment token has version {found}, this program knows up to {VERSION}: update replicator here"
+    )]
     Newer {
         /// The version it says.
         found: u32,
@@ -90,12 +92,10 @@ impl FromStr for Token {
 
     fn from_str(line: &str) -> Result<Self, Self::Err> {
         let encoded = split_version(line.trim())?;
-        let bytes = URL_SAFE_NO_PAD
-            .decode(encoded)
-            .map_err(|_| InvalidToken::Damaged("not base64url"))?;
-        let (body, sum) = bytes
-            .split_last_chunk::<CHECKSUM>()
-            .ok_or(InvalidToken::Damaged("too short"))?;
+        let bytes =
+            URL_SAFE_NO_PAD.decode(encoded).map_err(|_| InvalidToken::Damaged("not base64url"))?;
+        let (body, sum) =
+            bytes.split_last_chunk::<CHECKSUM>().ok_or(InvalidToken::Damaged("too short"))?;
         if *sum != checksum(body) {
             return Err(InvalidToken::Damaged("checksum"));
         }
@@ -184,10 +184,19 @@ mod tests {
     fn an_address_nobody_can_call_is_damage() {
         for address in ["", "host", "host:0", "host:99999", "a b:1", "::1:80", "[::1]", "[x]:1"] {
             let line = Token { address: address.to_owned(), ..token() }.to_string();
-            assert_eq!(line.parse::<Token>().unwrap_err(), InvalidToken::Damaged("address"), "{address}");
+            assert_eq!(
+                line.parse::<Token>().unwrap_err(),
+                InvalidToken::Damaged("address"),
+                "{address}"
+            );
         }
         for address in ["127.0.0.1:4481", "[::1]:4481", "a-b.example:1"] {
-            assert!(Token { address: address.to_owned(), ..token() }.to_string().parse::<Token>().is_ok());
+            assert!(
+                Token { address: address.to_owned(), ..token() }
+                    .to_string()
+                    .parse::<Token>()
+                    .is_ok()
+            );
         }
     }
 
