@@ -23,6 +23,16 @@ const FSID_LEN: usize = 8;
 /// `FILEID_INVALID`: what the kernel writes where it has no handle.
 const HANDLE_INVALID: i32 = 0xff;
 
+/// The bits of an event's mask, see `fanotify_mark(2)`.
+pub mod bits {
+    pub use libc::{
+        FAN_ATTRIB as ATTRIB, FAN_CLOSE_WRITE as CLOSE_WRITE, FAN_CREATE as CREATE,
+        FAN_DELETE as DELETE, FAN_FS_ERROR as FS_ERROR, FAN_MODIFY as MODIFY,
+        FAN_MOVED_FROM as MOVED_FROM, FAN_MOVED_TO as MOVED_TO, FAN_ONDIR as ONDIR,
+        FAN_Q_OVERFLOW as Q_OVERFLOW, FAN_RENAME as RENAME,
+    };
+}
+
 /// How much of an event the kernel reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Detail {
@@ -74,7 +84,7 @@ impl Group {
         Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) } })
     }
 
-    /// Marks the whole file system that `directory` is on: `mask` (`FAN_*`) of
+    /// Marks the whole file system that `directory` is on: `mask` ([`bits`]) of
     /// events anywhere in it, through whatever mount or namespace.
     ///
     /// # Errors
@@ -141,7 +151,7 @@ pub struct Place {
 /// One event, perhaps several merged into one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Event {
-    /// What happened, `FAN_*`.
+    /// What happened, [`bits`].
     pub mask: u64,
     /// Who did it, as this process's PID namespace knows it; else 0.
     pub pid: i32,
@@ -153,19 +163,19 @@ pub struct Event {
     pub new: Option<Place>,
     /// The object concerned.
     pub target: Option<ObjectId>,
-    /// Of `FAN_FS_ERROR`: the file system's error number.
+    /// Of [`bits::FS_ERROR`]: the file system's error number.
     pub error: Option<i32>,
 }
 
 impl Event {
-    /// Whether any of these `FAN_*` bits are set.
+    /// Whether any of these [`bits`] are set.
     pub fn is(&self, mask: u64) -> bool {
         self.mask & mask != 0
     }
 
     /// Whether events were lost at this place of the queue.
     pub fn is_overflow(&self) -> bool {
-        self.is(libc::FAN_Q_OVERFLOW)
+        self.is(bits::Q_OVERFLOW)
     }
 }
 

@@ -7,9 +7,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::CWD;
+use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+};
 pub use rustix::thread::CapabilitySet;
 
 use crate::sys::stat;
@@ -41,6 +43,29 @@ fn clone(at: BorrowedFd<'_>, path: &Path, flags: OpenTreeFlags) -> Result<OwnedF
     let tree = rustix::mount::open_tree(at, path, flags)?;
     set_attributes(tree.as_fd(), &attributes(0, 0, libc::MS_PRIVATE))?;
     Ok(tree)
+}
+
+/// The top level (`subvolid=5`) of the btrfs on `device`, mounted read-only and
+/// attached nowhere, as an open directory. All subvolumes are below it.
+///
+/// `read_only_device` must say whether the file system is read-only as a whole:
+/// btrfs would try to change that to what this mount asks for.
+///
+/// # Errors
+/// `EPERM` without `CAP_SYS_ADMIN`, `ENOENT` when the device cannot be reached
+/// from here, `ENOSYS` before Linux 5.2.
+pub fn btrfs_top(device: &Path, read_only_device: bool) -> Result<OwnedFd, Errno> {
+    let context = rustix::mount::fsopen("btrfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    rustix::mount::fsconfig_set_string(context.as_fd(), "source", device)?;
+    rustix::mount::fsconfig_set_string(context.as_fd(), "subvolid", "5")?;
+    if read_only_device {
+        rustix::mount::fsconfig_set_flag(context.as_fd(), "ro")?;
+    }
+    rustix::mount::fsconfig_create(context.as_fd())?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY;
+    let mount = rustix::mount::fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat(mount, ".", flags, Mode::empty())
 }
 
 /// Makes the mount whose root `mount` refers to (a clone, or a mount point's
@@ -272,7 +297,6 @@ pub fn has_capability(capability: CapabilitySet) -> Result<bool, Errno> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use rustix::fs::{Mode, OFlags};
 
     #[test]
     fn mountinfo_is_read_as_documented() {

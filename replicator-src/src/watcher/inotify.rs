@@ -1,0 +1,282 @@
+//! The unprivileged watcher: an inotify watch on each directory.
+//!
+//! Watches are added by the walk, before it lists a directory. Events carry a
+//! directory and a name, never an object: what the name refers to is looked up
+//! later, when it may refer to something else.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use ::inotify::{EventMask, Inotify as Queue, WatchMask, Watches};
+use replicator_common::id::ObjectId;
+use replicator_common::name::Name;
+use replicator_common::status::{WatcherKind, WatcherReport};
+use replicator_common::sys::proc_path;
+use rustix::io::Errno;
+
+use super::root::Root;
+use super::waker::{Bell, failed};
+use super::{Change, DirectoryWatch, Waker, WatchError, Watcher, What};
+
+const NAME: &str = "inotify";
+
+/// Bytes a read: 1,000 events with names of 255 bytes, more with shorter ones.
+const BUFFER: usize = 256 << 10;
+/// `sizeof(struct inotify_event)`; names are padded with NULs to a multiple.
+const EVENT_LEN: usize = 16;
+
+/// See the module.
+pub(super) struct Inotify {
+    queue: Queue,
+    root: Root,
+    directories: Arc<Directories>,
+    bell: Bell,
+    buffer: Box<[u8]>,
+    report: WatcherReport,
+    rescan: Duration,
+    /// The file system also changes without events.
+    blind: bool,
+}
+
+impl Inotify {
+    /// `rescan` is how often the source is walked when that is needed: when
+    /// there are directories without a watch, or when `blind`.
+    pub(super) fn new(
+        source: BorrowedFd<'_>,
+        path: &Path,
+        rescan: Duration,
+        blind: bool,
+        report: WatcherReport,
+    ) -> Result<Self, WatchError> {
+        let root = Root::new(NAME, source, path)?;
+        let queue =
+            Queue::init().map_err(|error| root.unsupported(NAME, format!("no queue: {error}")))?;
+        let directories = Directories {
+            root: root.id().clone(),
+            state: Mutex::new(State {
+                watches: queue.watches(),
+                watched: HashMap::new(),
+                unwatched: HashSet::new(),
+                last_error: None,
+            }),
+        };
+        let this = Self {
+            queue,
+            directories: Arc::new(directories),
+            bell: Bell::new(NAME)?,
+            buffer: vec![0; BUFFER].into(),
+            report,
+            rescan,
+            blind,
+            root,
+        };
+        // The first watch tells at once whether watches can be had at all.
+        this.directories.before_listing(this.root.fd(), this.root.id());
+        let error = this.directories.state().last_error.take();
+        match error {
+            Some(error) => Err(this.root.unsupported(NAME, format!("no watch: {error}"))),
+            None => Ok(this),
+        }
+    }
+
+    /// Reads once; the number of bytes, 0 when there were none.
+    fn read_queue(&mut self, changes: &mut Vec<Change>) -> Result<usize, WatchError> {
+        let events = match self.queue.read_events(&mut self.buffer) {
+            Ok(events) => events,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(0),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => return Ok(0),
+            Err(source) => {
+                return Err(WatchError::Io { watcher: NAME, action: "read events", source });
+            }
+        };
+        let mut length = 0;
+        let mut state = self.directories.state();
+        for event in events {
+            length += EVENT_LEN
+                + event.name.map_or(0, |name| (name.len() + 1).next_multiple_of(EVENT_LEN));
+            let descriptor = event.wd.get_watch_descriptor_id();
+            let directory = state.watched.get(&descriptor);
+            translate(event.mask, directory, event.name, changes);
+            if event.mask.contains(EventMask::IGNORED) {
+                state.watched.remove(&descriptor);
+            }
+        }
+        Ok(length)
+    }
+
+    fn complete(&self) -> bool {
+        !self.blind && self.directories.state().unwatched.is_empty()
+    }
+}
+
+impl Watcher for Inotify {
+    fn read(&mut self, timeout: Duration, changes: &mut Vec<Change>) -> Result<(), WatchError> {
+        if self.read_queue(changes)? == 0 {
+            self.bell.wait(Some(self.queue.as_fd()), timeout).map_err(failed(NAME, "wait"))?;
+            self.read_queue(changes)?;
+        }
+        Ok(())
+    }
+
+    fn drain(&mut self, changes: &mut Vec<Change>) -> Result<(), WatchError> {
+        // inotify's FIONREAD counts what a read would give, to the byte.
+        let mut left =
+            rustix::io::ioctl_fionread(&self.queue).map_err(failed(NAME, "count events"))?;
+        while left > 0 {
+            match self.read_queue(changes)? {
+                0 => break,
+                length => left = left.saturating_sub(length as u64),
+            }
+        }
+        Ok(())
+    }
+
+    fn proves(&self) -> bool {
+        self.complete()
+    }
+
+    fn rescan_every(&self) -> Option<Duration> {
+        (!self.complete()).then_some(self.rescan)
+    }
+
+    fn alive(&mut self) -> Result<(), WatchError> {
+        self.root.check(NAME)
+    }
+
+    fn waker(&self) -> Waker {
+        self.bell.waker()
+    }
+
+    fn directories(&self) -> Arc<dyn DirectoryWatch> {
+        Arc::clone(&self.directories) as Arc<dyn DirectoryWatch>
+    }
+
+    fn report(&self) -> WatcherReport {
+        let mut report = self.report.clone();
+        report.kind = WatcherKind::Inotify;
+        report.doubts.push(
+            "a write is not seen when it goes through a name outside the source, or through a \
+             file that was opened under a name which is unlinked since (another hard link, \
+             O_TMPFILE)"
+                .to_owned(),
+        );
+        let state = self.directories.state();
+        if let (missing @ 1.., Some(error)) = (state.unwatched.len(), &state.last_error) {
+            report.doubts.push(format!(
+                "{missing} directories could not be watched ({error}); they are walked every {} s",
+                self.rescan.as_secs_f64()
+            ));
+        }
+        report.watches = Some(state.watched.len() as u64);
+        report
+    }
+}
+
+/// The watches, shared with the walk.
+struct Directories {
+    root: ObjectId,
+    state: Mutex<State>,
+}
+
+struct State {
+    watches: Watches,
+    /// By watch descriptor. Held up to date under one lock with the adding of
+    /// watches, so that no event is read whose directory is not known.
+    watched: HashMap<i32, ObjectId>,
+    /// Directories whose changes are not seen.
+    unwatched: HashSet<ObjectId>,
+    /// Why the last of them could not be watched.
+    last_error: Option<String>,
+}
+
+impl Directories {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Each critical section leaves the state whole, even if it panicked.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DirectoryWatch for Directories {
+    fn before_listing(&self, directory: BorrowedFd<'_>, id: &ObjectId) {
+        // Not EXCL_UNLINK: a file may live on under another name.
+        let mask = WatchMask::CREATE
+            | WatchMask::DELETE
+            | WatchMask::MOVE
+            | WatchMask::MODIFY
+            | WatchMask::CLOSE_WRITE
+            | WatchMask::ATTRIB
+            | WatchMask::DELETE_SELF
+            | WatchMask::ONLYDIR;
+        let mut state = self.state();
+        if *id == self.root {
+            // A complete walk begins with the root and comes to every
+            // directory, so what cannot be watched is counted anew.
+            state.unwatched.clear();
+            state.last_error = None;
+        }
+        match state.watches.add(proc_path(directory), mask) {
+            Ok(descriptor) => {
+                state.watched.insert(descriptor.get_watch_descriptor_id(), id.clone());
+                state.unwatched.remove(id);
+            }
+            Err(error) => {
+                state.unwatched.insert(id.clone());
+                state.last_error = Some(describe(&error));
+            }
+        }
+    }
+}
+
+fn describe(error: &std::io::Error) -> String {
+    match Errno::from_io_error(error) {
+        Some(Errno::NOSPC) => "fs.inotify.max_user_watches is reached".to_owned(),
+        _ => error.to_string(),
+    }
+}
+
+/// What may have changed, by one event. `directory` is `None` for a watch that
+/// is not known: the queue as a whole, or one that has ended.
+fn translate(
+    mask: EventMask,
+    directory: Option<&ObjectId>,
+    name: Option<&OsStr>,
+    changes: &mut Vec<Change>,
+) {
+    let gap = |reason: &str| Change::Gap { reason: reason.to_owned() };
+    if mask.contains(EventMask::Q_OVERFLOW) {
+        changes.push(gap("event queue overflow"));
+    } else if mask.contains(EventMask::UNMOUNT) {
+        changes.push(gap("watch lost: the file system was unmounted"));
+    }
+    let Some(directory) = directory else {
+        return;
+    };
+    let what = What {
+        content: mask.intersects(EventMask::CREATE | EventMask::MODIFY | EventMask::CLOSE_WRITE),
+        attributes: true,
+    };
+    let entries =
+        EventMask::CREATE | EventMask::DELETE | EventMask::MOVED_FROM | EventMask::MOVED_TO;
+    // After these the name refers to nothing, or to something else.
+    let gone = EventMask::DELETE | EventMask::MOVED_FROM;
+    match name.map(Name::try_from) {
+        Some(Ok(name)) => {
+            let directory = directory.clone();
+            if mask.intersects(entries) {
+                changes.push(Change::Entry { directory: directory.clone(), name: name.clone() });
+            }
+            if !mask.intersects(gone) {
+                changes.push(Change::Named { directory, name, what });
+            }
+        }
+        Some(Err(error)) => changes.push(gap(&error.to_string())),
+        None if mask.intersects(EventMask::ATTRIB | EventMask::DELETE_SELF) => {
+            changes.push(Change::Object { object: directory.clone(), via: None, what });
+        }
+        None => {}
+    }
+}
