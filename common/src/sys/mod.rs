@@ -6,6 +6,7 @@
 
 pub mod fanotify;
 pub mod handle;
+pub mod place;
 pub mod mount;
 pub mod stat;
 pub mod xattr;
