@@ -20,6 +20,7 @@
 //!
 //! [`Api::perform`] is the whole API without a socket; [`server`] is the shell.
 
+pub mod client;
 pub mod efs;
 mod error;
 mod guard;

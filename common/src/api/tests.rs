@@ -357,3 +357,47 @@ fn a_port_in_use_is_said_so() {
     assert!(matches!(error, server::ServeError::InUse { .. }));
     assert!(error.to_string().contains("is in use"), "{error}");
 }
+
+#[test]
+fn the_client_speaks_what_the_server_does() {
+    use super::client::{Client, ClientError};
+    let fake = Arc::new(Fake::with(1..=150));
+    let server =
+        server::bind(local()).unwrap().serve(api(&fake).with_tokens(Arc::new(FakeTokens))).unwrap();
+    let client = Client::new(&format!("http://{}/", server.address())).unwrap();
+
+    assert_eq!(client.status().unwrap().len(), 150);
+    let all = client.describe(None).unwrap();
+    assert_eq!((all.replications.len(), all.next_token), (150, None));
+    assert_eq!(all.replications[149].source_file_system_id, id(150).as_str());
+    let arn = &all.replications[6].source_file_system_arn;
+    assert_eq!(client.describe(Some(arn)).unwrap().replications.len(), 1);
+    let error = client.describe(Some("fs-0123abcd")).unwrap_err();
+    assert_eq!(error.to_string(), "file system fs-0123abcd is not known here");
+
+    let seven = Some(id(7).to_string());
+    assert_eq!(client.pause(seven.clone()).unwrap().status, ReplicationStatus::Paused);
+    assert_eq!(client.resume(seven.clone()).unwrap().status, ReplicationStatus::Enabled);
+    let second = std::time::Duration::from_secs(1);
+    assert_eq!(client.wait(seven.clone(), second).unwrap().source_file_system_id, id(7).as_str());
+    assert!(client.wait(seven.clone(), std::time::Duration::ZERO).unwrap_err().is_timeout());
+    client.delete(arn, crate::control::DeletionMode::AllConfigurations).unwrap();
+    let body = own::FailoverBody { id: Some(id(8).to_string()), ..own::FailoverBody::default() };
+    assert_eq!(client.failover(&body).unwrap().path, "/replica");
+    let body = own::TokenBody { replica: "/r".into(), valid_seconds: None, reconcile: false };
+    assert_eq!(client.token(&body).unwrap().token, "token-for-/r");
+
+    server.stop();
+    let error = client.status().unwrap_err();
+    assert!(matches!(error, ClientError::Unreachable { .. }), "{error}");
+}
+
+#[test]
+fn endpoints() {
+    use super::client::check_endpoint;
+    assert_eq!(check_endpoint("http://localhost:4480/").unwrap(), "http://localhost:4480");
+    assert!(check_endpoint("http://[::1]:4480").is_ok());
+    for bad in ["", "localhost:4480", "https://localhost", "http://", "http://a/b", "http://a?b"] {
+        assert!(check_endpoint(bad).is_err(), "{bad}");
+    }
+}
