@@ -14,11 +14,11 @@
     reason = "this crate is nothing but tests: a panic is the report"
 )]
 
-//pub mod binary;
+pub mod binary;
 pub mod compare;
 pub mod mounts;
-//pub mod process;
-//pub mod scenario;
+pub mod process;
+pub mod scenario;
 pub mod serial;
-//pub mod stamps;
+pub mod stamps;
 pub mod workload;

@@ -1,0 +1,144 @@
+//! A source and a replica, and `replicator run` between them.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::binary;
+use crate::compare;
+use crate::mounts::{FileSystem, Mount, Scratch};
+use crate::process::{Daemon, free_port};
+use crate::serial::{self, Share};
+
+/// How long `wait` and the initial sync may take. Far beyond what is normal:
+/// it tells a hang from a slow machine.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The watchers, as the command line spells them.
+pub const WATCHERS: [&str; 3] = ["fanotify", "inotify", "scan"];
+
+/// A source and a replica on file systems of their own, or on one.
+#[derive(Debug)]
+pub struct Pair {
+    // Dropped in this order: mounts before the lock that says how many run.
+    source: PathBuf,
+    outside: PathBuf,
+    replica: PathBuf,
+    state: Scratch,
+    mounts: Vec<Mount>,
+    _share: Share,
+}
+
+/// Where source and replica stand.
+#[derive(Clone, Copy, Debug)]
+pub enum Layout {
+    /// Both are directories of one file system.
+    Same(FileSystem),
+    /// The source is a directory of one, the replica the root of the other.
+    Two(FileSystem, FileSystem),
+}
+
+impl Pair {
+    /// Makes the file systems; takes one share of the machine.
+    pub fn new(layout: Layout) -> Self {
+        Self::with_share(layout, serial::share())
+    }
+
+    /// The same for a test that measures time: nothing else runs meanwhile.
+    pub fn alone(layout: Layout) -> Self {
+        Self::with_share(layout, serial::alone())
+    }
+
+    fn with_share(layout: Layout, share: Share) -> Self {
+        let (mounts, replica) = match layout {
+            Layout::Same(kind) => {
+                let mount = Mount::new(kind);
+                let replica = mount.path().join("replica");
+                (vec![mount], replica)
+            }
+            Layout::Two(from, to) => {
+                let mounts = vec![Mount::new(from), Mount::new(to)];
+                let replica = mounts[1].path().to_owned();
+                (mounts, replica)
+            }
+        };
+        let base = mounts[0].path();
+        let (source, outside) = (base.join("source"), base.join("outside"));
+        fs::create_dir(&source).unwrap();
+        fs::create_dir(&outside).unwrap();
+        Self {
+            source,
+            outside,
+            replica,
+            state: Scratch::new("state"),
+            mounts,
+            _share: share,
+        }
+    }
+
+    /// The source.
+    pub fn source(&self) -> &Path {
+        &self.source
+    }
+
+    /// A directory beside the source, on its file system.
+    pub fn outside(&self) -> &Path {
+        &self.outside
+    }
+
+    /// The replica.
+    pub fn replica(&self) -> &Path {
+        &self.replica
+    }
+
+    /// The state directory of `replicator run`.
+    pub fn state_dir(&self) -> PathBuf {
+        self.state.path().join("state")
+    }
+
+    /// The file systems: the source's first.
+    pub fn mounts(&self) -> &[Mount] {
+        &self.mounts
+    }
+
+    /// `replicator run` with an API port of its own and further arguments.
+    pub fn command(&self, api_port: u16, arguments: &[&str]) -> Command {
+        let mut command = Command::new(binary::replicator());
+        command.arg("run").arg(&self.source).arg(&self.replica);
+        command.arg("--state-dir").arg(self.state_dir());
+        command
+            .args(["--api", &format!("127.0.0.1:{api_port}")])
+            .args(arguments);
+        command
+    }
+
+    /// Starts `replicator run` and waits until its API answers.
+    pub fn start_with(&self, arguments: &[&str]) -> Daemon {
+        let port = free_port();
+        let endpoint = format!("http://127.0.0.1:{port}");
+        let log = self.state.path().join("log");
+        let mut daemon = Daemon::spawn(self.command(port, arguments), &endpoint, &log);
+        daemon.wait_ready();
+        daemon
+    }
+
+    /// The same with a watcher.
+    pub fn start(&self, watcher: &str) -> Daemon {
+        self.start_with(&["--watcher", watcher])
+    }
+
+    /// Starts, and waits until the initial sync is through.
+    pub fn start_enabled(&self, watcher: &str) -> Daemon {
+        let mut daemon = self.start(watcher);
+        daemon.wait_enabled(PATIENCE);
+        daemon
+    }
+
+    /// Waits until all is replicated, and compares.
+    pub fn settle(&self, daemon: &Daemon, context: &dyn fmt::Display) {
+        daemon.wait(PATIENCE);
+        compare::assert_same(&self.source, &self.replica, context);
+    }
+}
