@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use replicator_common::control::WatcherChoice;
 use replicator_common::status::{WatcherKind, WatcherReport};
-use replicator_common::sys::fanotify::Queue;
 use replicator_common::sys::mount::{self, CapabilitySet};
 
 use super::fanotify::Fanotify;
@@ -109,7 +108,7 @@ impl Opener<'_> {
     fn fanotify(&self, reason: String) -> Result<Box<dyn Watcher>, WatchError> {
         let rescan = self.blind().then_some(self.settings.rescan_interval);
         let report = self.report(WatcherKind::Fanotify, reason);
-        Fanotify::new(self.source, self.path, Queue::Unlimited, rescan, report).map(boxed)
+        Fanotify::new(self.source, self.path, rescan, report).map(boxed)
     }
 
     fn inotify(&self, reason: String) -> Result<Box<dyn Watcher>, WatchError> {

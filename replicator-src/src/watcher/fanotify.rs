@@ -51,12 +51,23 @@ impl Fanotify {
     pub(super) fn new(
         source: BorrowedFd<'_>,
         path: &Path,
-        queue: Queue,
         rescan: Option<Duration>,
         report: WatcherReport,
     ) -> Result<Self, WatchError> {
         let root = Root::new(NAME, source, path)?;
-        let (group, top) = mark(&root, queue)?;
+        let (group, detail) =
+            open_group().map_err(|e| root.unsupported(NAME, format!("no group: {e}")))?;
+        Self::with_group(group, detail, root, rescan, report)
+    }
+
+    pub(super) fn with_group(
+        group: Group,
+        detail: Detail,
+        root: Root,
+        rescan: Option<Duration>,
+        report: WatcherReport,
+    ) -> Result<Self, WatchError> {
+        let top = mark(&group, detail, &root)?;
         let bell = Bell::new(NAME)?;
         let buffer = vec![0; BUFFER].into();
         Ok(Self { group, root, _top: top, bell, buffer, report, rescan })
@@ -130,41 +141,41 @@ impl Watcher for Fanotify {
     }
 }
 
-/// A group with a mark on the source's file system, with as much detail as the
-/// kernel gives.
-fn mark(root: &Root, queue: Queue) -> Result<(Group, Option<OwnedFd>), WatchError> {
+/// A group with as much detail as the kernel gives.
+fn open_group() -> Result<(Group, Detail), Errno> {
+    match Group::new(Detail::Target, Queue::Unlimited) {
+        // Before Linux 5.17.
+        Err(Errno::INVAL) => Ok((Group::new(Detail::Name, Queue::Unlimited)?, Detail::Name)),
+        result => Ok((result?, Detail::Target)),
+    }
+}
+
+/// Marks the source's file system. Gives what else must be held open for it.
+fn mark(group: &Group, detail: Detail, root: &Root) -> Result<Option<OwnedFd>, WatchError> {
     let unsupported =
         |action: &str, error: Errno| root.unsupported(NAME, format!("{action}: {error}"));
-    let group = |detail| Group::new(detail, queue);
-    let common = ENTRIES | CONTENT | bits::ATTRIB | bits::ONDIR;
-    let (group, masks) = match group(Detail::Target) {
-        Ok(group) => {
-            let mask = common | bits::RENAME;
-            (group, [mask | bits::FS_ERROR, mask])
-        }
-        // Before Linux 5.17.
-        Err(Errno::INVAL) => {
-            let group = group(Detail::Name).map_err(|e| unsupported("no group with names", e))?;
-            (group, [common | MOVES | bits::FS_ERROR, common | MOVES])
-        }
-        Err(error) => return Err(unsupported("no group", error)),
+    let renames = match detail {
+        Detail::Target => bits::RENAME,
+        Detail::Name => MOVES,
     };
-    let add = |directory: BorrowedFd<'_>| match group.mark_file_system(directory, masks[0]) {
-        // File system errors are not reported everywhere.
-        Err(Errno::INVAL | Errno::OPNOTSUPP) => group.mark_file_system(directory, masks[1]),
-        result => result,
+    let mask = ENTRIES | CONTENT | renames | bits::ATTRIB | bits::ONDIR;
+    let add = |directory: BorrowedFd<'_>| {
+        match group.mark_file_system(directory, mask | bits::FS_ERROR) {
+            // Not every kernel and file system reports its errors.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => group.mark_file_system(directory, mask),
+            result => result,
+        }
     };
-    let top = match add(root.fd()) {
-        Ok(()) => None,
+    match add(root.fd()) {
+        Ok(()) => Ok(None),
         Err(Errno::XDEV) => {
             let top =
                 btrfs_top(root).map_err(|e| unsupported("no mount of btrfs' top level", e))?;
             add(top.as_fd()).map_err(|e| unsupported("no mark on btrfs' top level", e))?;
-            Some(top)
+            Ok(Some(top))
         }
-        Err(error) => return Err(unsupported("no mark on the file system", error)),
-    };
-    Ok((group, top))
+        Err(error) => Err(unsupported("no mark on the file system", error)),
+    }
 }
 
 /// A mark in a subvolume is refused; one on the top level sees all of them.

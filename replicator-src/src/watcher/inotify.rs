@@ -261,6 +261,9 @@ fn translate(
     };
     let entries =
         EventMask::CREATE | EventMask::DELETE | EventMask::MOVED_FROM | EventMask::MOVED_TO;
+    // What concerns a watched directory itself. utimensat(2) that sets the time
+    // of modification alone counts as MODIFY, also of a directory.
+    let own = EventMask::ATTRIB | EventMask::MODIFY | EventMask::DELETE_SELF;
     // After these the name refers to nothing, or to something else.
     let gone = EventMask::DELETE | EventMask::MOVED_FROM;
     match name.map(Name::try_from) {
@@ -274,7 +277,7 @@ fn translate(
             }
         }
         Some(Err(error)) => changes.push(gap(&error.to_string())),
-        None if mask.intersects(EventMask::ATTRIB | EventMask::DELETE_SELF) => {
+        None if mask.intersects(own) => {
             changes.push(Change::Object { object: directory.clone(), via: None, what });
         }
         None => {}

@@ -1,1 +1,6 @@
-//! On real mounts.
+//! On real mounts of each kind of file system. They need root.
+
+mod barrier;
+mod fixture;
+mod operations;
+mod trouble;

@@ -1,0 +1,199 @@
+//! Overflow, marks and directories that are lost, choices that do not work.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::Duration;
+
+use replicator_common::control::WatcherChoice;
+use replicator_common::sys::fanotify::{Detail, Group, Queue, bits};
+use replicator_common::sys::{handle, mount};
+use rustix::mount::MountFlags;
+
+use super::fixture::{Seen, Watched, know, on, open_directory};
+use crate::watcher::{Change, Settings, WatchError, Watcher, open};
+
+fn limit(path: &str) -> usize {
+    fs::read_to_string(path).unwrap().trim().parse().unwrap()
+}
+
+fn gaps(seen: &Seen) -> usize {
+    seen.0.iter().filter(|change| matches!(change, Change::Gap { .. })).count()
+}
+
+/// More events than the queue holds make one gap, and after it all flows again.
+fn overflows(watched: &mut Watched, limit: usize) {
+    watched.drain();
+    for number in 0..limit + 100 {
+        fs::File::create_new(watched.path.join(number.to_string())).unwrap();
+    }
+    let seen = watched.drain();
+    assert_eq!(gaps(&seen), 1);
+    assert!(matches!(seen.0.last(), Some(Change::Gap { reason }) if reason.contains("overflow")));
+    let path = watched.path.join("after");
+    watched.during(|_| fs::write(&path, "").unwrap()).entry(&know(&path));
+    assert_eq!(gaps(&watched.drain()), 0);
+}
+
+#[test]
+fn fanotify_overflow_is_a_gap() {
+    on("tmpfs", |path| {
+        let mut watched = Watched::fanotify(path, Detail::Target, Queue::Limited);
+        overflows(&mut watched, limit("/proc/sys/fs/fanotify/max_queued_events"));
+    });
+}
+
+#[test]
+fn fanotify_as_opened_does_not_overflow() {
+    on("tmpfs", |path| {
+        let mut watched = Watched::open(path, WatcherChoice::Fanotify);
+        let count = limit("/proc/sys/fs/fanotify/max_queued_events") + 100;
+        let seen = watched.during(|path| {
+            for number in 0..count {
+                fs::File::create_new(path.join(number.to_string())).unwrap();
+            }
+        });
+        let entries = seen.0.iter().filter(|change| matches!(change, Change::Entry { .. }));
+        assert_eq!(entries.count(), count);
+    });
+}
+
+#[test]
+fn inotify_overflow_is_a_gap() {
+    on("tmpfs", |path| {
+        let mut watched = Watched::open(path, WatcherChoice::Inotify);
+        overflows(&mut watched, limit("/proc/sys/fs/inotify/max_queued_events"));
+    });
+}
+
+#[test]
+fn a_silent_mark() {
+    on("tmpfs", |path| {
+        let group = Group::new(Detail::Target, Queue::Unlimited).unwrap();
+        let root = open_directory(path);
+        group.mark_file_system(root.as_fd(), bits::CREATE).unwrap();
+        assert_eq!(group.marks().unwrap(), 1);
+        drop(root);
+        mount::unmount(path).unwrap();
+        assert_eq!(group.marks().unwrap(), 0);
+        assert!(group.read(&mut [0; 4096]).is_err(), "the queue says nothing");
+    });
+}
+
+#[test]
+fn the_root_is_pinned_and_its_path_is_checked() {
+    on("tmpfs", |path| {
+        for choice in [WatcherChoice::Fanotify, WatcherChoice::Inotify, WatcherChoice::Scan] {
+            let mut watched = Watched::open(path, choice);
+            watched.watcher.alive().unwrap();
+            assert_eq!(mount::unmount(path).unwrap_err(), rustix::io::Errno::BUSY);
+            rustix::mount::mount("none", path, "tmpfs", MountFlags::empty(), None).unwrap();
+            let error = watched.watcher.alive().unwrap_err();
+            assert!(matches!(error, WatchError::Lost { .. }), "{error}");
+            mount::unmount(path).unwrap();
+            watched.watcher.alive().unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_directory_that_cannot_be_watched_is_in_doubt_until_it_can() {
+    on("tmpfs", |path| {
+        let watched = Watched::open(path, WatcherChoice::Inotify);
+        let doubts = watched.watcher.report().doubts.len();
+        let file = path.join("not a directory");
+        fs::write(&file, "").unwrap();
+        let file = fs::File::open(file).unwrap();
+        let id = handle::identify(file.as_fd()).unwrap();
+        watched.watcher.directories().before_listing(file.as_fd(), &id);
+        assert!(!watched.watcher.proves());
+        assert_eq!(watched.watcher.rescan_every(), Some(Duration::from_secs(5)));
+        assert_eq!(watched.watcher.report().doubts.len(), doubts + 1);
+        watched.walk();
+        assert!(watched.watcher.proves());
+        assert_eq!(watched.watcher.report().doubts.len(), doubts);
+    });
+}
+
+#[test]
+fn inotify_forgets_directories_that_are_gone() {
+    on("tmpfs", |path| {
+        let mut watched = Watched::open(path, WatcherChoice::Inotify);
+        fs::create_dir_all(path.join("a/b/c")).unwrap();
+        watched.walk();
+        assert_eq!(watched.watcher.report().watches, Some(4));
+        // A watch follows its directory.
+        fs::rename(path.join("a/b"), path.join("moved")).unwrap();
+        let file = path.join("moved/c/f");
+        watched.during(|_| fs::write(&file, "").unwrap()).entry(&know(&file));
+        fs::remove_dir_all(path.join("moved")).unwrap();
+        watched.drain();
+        assert_eq!(watched.watcher.report().watches, Some(2));
+    });
+}
+
+#[test]
+fn a_new_directory_that_is_filled_at_once_is_seen_by_watching_before_listing() {
+    on("tmpfs", |path| {
+        let mut watched = Watched::open(path, WatcherChoice::Inotify);
+        let directory = path.join("new");
+        let seen = watched.during(|_| {
+            fs::create_dir(&directory).unwrap();
+            fs::write(directory.join("early"), "").unwrap();
+        });
+        seen.entry(&know(&directory));
+        let fd = open_directory(&directory);
+        let id = handle::identify(fd.as_fd()).unwrap();
+        watched.watcher.directories().before_listing(fd.as_fd(), &id);
+        // `early` is found by listing, what comes later by the watch.
+        let late = directory.join("late");
+        watched.during(|_| fs::write(&late, "").unwrap()).entry(&know(&late));
+    });
+}
+
+fn open_overlay(base: &Path, choice: WatcherChoice) -> Result<Box<dyn Watcher>, WatchError> {
+    let merged = base.join("merged");
+    let settings = Settings { rescan_interval: Duration::from_secs(7) };
+    open(open_directory(&merged).as_fd(), &merged, choice, &settings)
+}
+
+#[test]
+fn a_file_system_that_changes_without_events_is_walked() {
+    on("tmpfs", |path| {
+        for name in ["lower", "upper", "work", "merged"] {
+            fs::create_dir(path.join(name)).unwrap();
+        }
+        let path_of = |name| path.join(name).display().to_string();
+        let (lower, upper, work) = (path_of("lower"), path_of("upper"), path_of("work"));
+        let options = format!("lowerdir={lower},upperdir={upper},workdir={work}\0");
+        let options = std::ffi::CStr::from_bytes_with_nul(options.as_bytes()).unwrap();
+        let merged = path.join("merged");
+        rustix::mount::mount("none", &merged, "overlay", MountFlags::empty(), options).unwrap();
+
+        let auto = open_overlay(path, WatcherChoice::Auto).unwrap().report();
+        assert_eq!(auto.kind.as_str(), "scan");
+        assert!(auto.reason.contains("overlay"), "{}", auto.reason);
+
+        let inotify = open_overlay(path, WatcherChoice::Inotify).unwrap();
+        assert!(!inotify.proves());
+        assert_eq!(inotify.rescan_every(), Some(Duration::from_secs(7)));
+        assert!(inotify.report().doubts[0].contains("overlay"));
+    });
+}
+
+#[test]
+fn without_privilege_auto_takes_inotify_and_fanotify_is_refused() {
+    on("ext4", |path| {
+        let none = rustix::thread::CapabilitySet::empty();
+        let sets =
+            rustix::thread::CapabilitySets { effective: none, permitted: none, inheritable: none };
+        rustix::thread::set_capabilities(None, sets).unwrap();
+        let settings = Settings { rescan_interval: Duration::from_secs(5) };
+        let root = open_directory(path);
+        let report = open(root.as_fd(), path, WatcherChoice::Auto, &settings).unwrap().report();
+        assert_eq!(report.kind.as_str(), "inotify");
+        assert!(report.reason.contains("CAP_SYS_ADMIN"), "{}", report.reason);
+        let refused = open(root.as_fd(), path, WatcherChoice::Fanotify, &settings);
+        assert!(matches!(refused, Err(WatchError::Unsupported { watcher: "fanotify", .. })));
+    });
+}
