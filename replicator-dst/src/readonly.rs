@@ -21,7 +21,7 @@ use replicator_common::sys::mount::{self, CapabilitySet, Mount};
 use rustix::fs::{CWD, Mode, OFlags, StatVfsMountFlags};
 use rustix::io::Errno;
 
-/// What the bind mount does not cover; part of the status.
+/// What the bind mount does, and what it does not cover.
 const MOUNT_LIMITS: &str = "a read-only bind mount covers the replica: even root gets EROFS. \
     Not covered: files that were open for writing before it was made, mount namespaces that it \
     does not propagate to, other mounts of the same file system, and root undoing it";
@@ -96,7 +96,9 @@ pub struct Protection {
     /// Keeps the clone whole: when the descriptor that made it is closed, the
     /// kernel takes the clone apart.
     _clone: Option<OwnedFd>,
-    enforcement: Enforcement,
+    /// What holds strangers back in place of a mount; `None` with a mount,
+    /// which is looked at whenever somebody asks.
+    without_mount: Option<Enforcement>,
 }
 
 impl Protection {
@@ -131,15 +133,7 @@ impl Protection {
             cover(&path)?;
         }
         let root = open_root(clone.as_fd(), Path::new("."), &path)?;
-        Ok(Self {
-            path,
-            root,
-            _clone: Some(clone),
-            enforcement: Enforcement {
-                kind: EnforcementKind::Mount,
-                reason: MOUNT_LIMITS.to_owned(),
-            },
-        })
+        Ok(Self { path, root, _clone: Some(clone), without_mount: None })
     }
 
     fn without_mount(path: PathBuf, why: String) -> Result<Self, ReadOnlyError> {
@@ -149,7 +143,7 @@ impl Protection {
         let root = open_root(CWD, &path, &path)?;
         refuse_read_only(root.as_fd(), &path)?;
         let enforcement = permissions(&path, why)?;
-        Ok(Self { path, root, _clone: None, enforcement })
+        Ok(Self { path, root, _clone: None, without_mount: Some(enforcement) })
     }
 
     /// The replica's root directory, open (not `O_PATH`) on the writable side.
@@ -160,9 +154,22 @@ impl Protection {
         self.root.as_fd()
     }
 
-    /// How strangers are held back, and what that does not cover.
+    /// How strangers are held back, and what that does not cover. With a mount
+    /// this looks whether it is still there, and costs a read of mountinfo.
     pub fn enforcement(&self) -> Enforcement {
-        self.enforcement.clone()
+        self.without_mount.clone().unwrap_or_else(|| match cover_of(&self.path) {
+            Ok(Some(cover)) => Enforcement {
+                kind: EnforcementKind::Mount,
+                reason: format!("{MOUNT_LIMITS}{}", reach(&cover)),
+            },
+            Ok(None) => Enforcement {
+                kind: EnforcementKind::None,
+                reason: "the read-only mount over the replica is gone: it was released, \
+                    unmounted, or made writable"
+                    .to_owned(),
+            },
+            Err(error) => Enforcement { kind: EnforcementKind::None, reason: error.to_string() },
+        })
     }
 
     /// The replica's path, with symbolic links resolved.
@@ -257,6 +264,32 @@ fn covers_itself(path: &Path, top: &Mount, below: &Mount) -> bool {
         top.root == below.root.join(inside)
     };
     top.mount_point == path && top.read_only && top.device == below.device && same_root
+}
+
+/// Whom the cover does not reach, in words, where that is known: a service
+/// manager may have given this process mounts of its own, and then nobody else
+/// sees ours.
+fn reach(cover: &Mount) -> &'static str {
+    if mount::in_namespace_of_init() == Ok(true) {
+        return "";
+    }
+    let same = |mount: &Mount| {
+        mount.mount_point == cover.mount_point
+            && mount.root == cover.root
+            && mount.device == cover.device
+            && mount.read_only
+    };
+    match mount::list_of_init() {
+        Ok(mounts) if mounts.iter().any(same) => "",
+        Ok(_) => {
+            ". THIS PROCESS HAS A MOUNT NAMESPACE OF ITS OWN: process 1 and what it started do \
+             not see the mount and are not held back"
+        }
+        Err(_) => {
+            ". This process may have a mount namespace of its own; whether others see the mount \
+             cannot be told"
+        }
+    }
 }
 
 fn refuse_unsuitable(path: &Path) -> Result<(), ReadOnlyError> {

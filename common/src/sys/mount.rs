@@ -162,9 +162,31 @@ pub struct Mount {
 /// Those of opening and reading the file under `/proc`.
 pub fn list() -> Result<Vec<Mount>, Errno> {
     // Not /proc/self: that is the namespace of the process's first thread.
-    let text = std::fs::read("/proc/thread-self/mountinfo")
-        .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    list_from("/proc/thread-self/mountinfo")
+}
+
+/// [`list`] for the namespace of process 1: what the rest of the host (or of
+/// the container) sees.
+///
+/// # Errors
+/// As [`list`], and `EACCES` without the right to look at that process.
+pub fn list_of_init() -> Result<Vec<Mount>, Errno> {
+    list_from("/proc/1/mountinfo")
+}
+
+fn list_from(path: &str) -> Result<Vec<Mount>, Errno> {
+    let text =
+        std::fs::read(path).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
     Ok(parse(&text))
+}
+
+/// Whether the calling thread has the mount namespace of process 1.
+///
+/// # Errors
+/// `EACCES` without the right to look at that process.
+pub fn in_namespace_of_init() -> Result<bool, Errno> {
+    let namespace = |path| rustix::fs::readlink(path, Vec::new());
+    Ok(namespace("/proc/thread-self/ns/mnt")? == namespace("/proc/1/ns/mnt")?)
 }
 
 /// The mount through which `fd` was opened (`O_PATH` will do).

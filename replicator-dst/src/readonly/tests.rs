@@ -93,6 +93,19 @@ fn root_gets_erofs_and_the_applier_writes() {
 }
 
 #[test]
+fn a_cover_that_is_gone_or_unseen_by_others_is_said() {
+    isolated(|base| {
+        let path = &both_kinds(base)[0];
+        let protection = Protection::establish(path).unwrap();
+        let reason = protection.enforcement().reason;
+        assert!(reason.contains("NAMESPACE OF ITS OWN"), "{reason}");
+        mount::unmount(path).unwrap();
+        let enforcement = protection.enforcement();
+        assert_eq!(enforcement.kind, EnforcementKind::None, "{}", enforcement.reason);
+    });
+}
+
+#[test]
 fn files_opened_by_handle_through_the_root_are_writable() {
     isolated(|base| {
         let path = &both_kinds(base)[0];
