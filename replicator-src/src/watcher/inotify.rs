@@ -6,12 +6,13 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use ::inotify::{EventMask, Inotify as Queue, WatchMask, Watches};
+use ::inotify::{EventMask, Events, Inotify as Queue, WatchMask, Watches};
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::status::{WatcherKind, WatcherReport};
@@ -85,27 +86,17 @@ impl Inotify {
 
     /// Reads once; the number of bytes, 0 when there were none.
     fn read_queue(&mut self, changes: &mut Vec<Change>) -> Result<usize, WatchError> {
-        let events = match self.queue.read_events(&mut self.buffer) {
-            Ok(events) => events,
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(0),
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => return Ok(0),
-            Err(source) => {
-                return Err(WatchError::Io { watcher: NAME, action: "read events", source });
-            }
-        };
-        let mut length = 0;
-        let mut state = self.directories.state();
-        for event in events {
-            length += EVENT_LEN
-                + event.name.map_or(0, |name| (name.len() + 1).next_multiple_of(EVENT_LEN));
-            let descriptor = event.wd.get_watch_descriptor_id();
-            let directory = state.watched.get(&descriptor);
-            translate(event.mask, directory, event.name, changes);
-            if event.mask.contains(EventMask::IGNORED) {
-                state.watched.remove(&descriptor);
+        loop {
+            match self.queue.read_events(&mut self.buffer) {
+                Ok(events) => return Ok(self.directories.state().take(events, changes)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(0),
+                // To give up here would break the promise of `drain`.
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(source) => {
+                    return Err(WatchError::Io { watcher: NAME, action: "read events", source });
+                }
             }
         }
-        Ok(length)
     }
 
     fn complete(&self) -> bool {
@@ -191,6 +182,24 @@ struct State {
     unwatched: HashSet<ObjectId>,
     /// Why the last of them could not be watched.
     last_error: Option<String>,
+}
+
+impl State {
+    /// Passes events on; gives the number of bytes that they took.
+    fn take(&mut self, events: Events<'_>, changes: &mut Vec<Change>) -> usize {
+        let mut length = 0;
+        for event in events {
+            length += EVENT_LEN
+                + event.name.map_or(0, |name| (name.len() + 1).next_multiple_of(EVENT_LEN));
+            let descriptor = event.wd.get_watch_descriptor_id();
+            translate(event.mask, self.watched.get(&descriptor), event.name, changes);
+            // The last event of a watch; its directory is gone.
+            if event.mask.contains(EventMask::IGNORED) {
+                self.watched.remove(&descriptor);
+            }
+        }
+        length
+    }
 }
 
 impl Directories {
