@@ -310,7 +310,6 @@ pub struct Ended {
 
 impl Ended {
     /// Panics unless the command succeeded.
-    #[must_use]
     pub fn success(self) -> Self {
         assert_eq!(self.code, Some(0), "{self:#?}");
         self

@@ -78,7 +78,7 @@ operations! {
     /// Moves a tree out, changes it there, and moves it back in elsewhere.
     OutAndBack { from: Place, to: Place, seed: u64 },
     /// Makes a symbolic link.
-    Symlink { at: Place, target: Vec<u8> },
+    Symlink { at: Place, target: Place },
     /// Permissions with setuid, setgid, sticky.
     Mode { at: Place, mode: u32 },
     /// Owner and group, of symbolic links too.
@@ -325,12 +325,12 @@ fn offset(rng: &mut StdRng) -> u64 {
     }
 }
 
-fn target(rng: &mut StdRng) -> Vec<u8> {
+fn target(rng: &mut StdRng) -> Place {
     match rng.random_range(0..5) {
-        0 => b"/etc/passwd".to_vec(),
-        1 => b"../../../\xff\n".to_vec(),
-        2 => vec![b'l'; rng.random_range(200..1000)],
-        3 => b"..".to_vec(),
-        _ => b"f1".to_vec(),
+        0 => Place::at("/etc/passwd"),
+        1 => Place::at(b"../../../\xff\n"),
+        2 => Place::at(vec![b'l'; rng.random_range(200..1000)]),
+        3 => Place::at(".."),
+        _ => Place::at("f1"),
     }
 }

@@ -292,7 +292,7 @@ impl Arena {
             }
             Op::Symlink { at, target } => {
                 let (directory, name) = self.parent(at, true)?;
-                Ok(rustix::fs::symlinkat(&target[..], directory, name)?)
+                Ok(rustix::fs::symlinkat(target.path(), directory, name)?)
             }
             Op::Special { at, which } => {
                 let (directory, name) = self.parent(at, true)?;

@@ -22,6 +22,11 @@ impl Place {
         )
     }
 
+    /// The path with `/` between components; what [`Self::at`] was made of.
+    pub fn path(&self) -> Vec<u8> {
+        self.0.join(&b'/')
+    }
+
     /// The place `name` below this one.
     #[must_use]
     pub fn join(&self, name: impl AsRef<[u8]>) -> Self {
@@ -33,7 +38,7 @@ impl Place {
 
 impl fmt::Debug for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0.join(&b'/').escape_ascii())
+        write!(f, "{}", self.path().escape_ascii())
     }
 }
 
