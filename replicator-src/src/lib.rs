@@ -4,8 +4,12 @@
 //! The data's way through the modules: [`watcher`] → [`journal`] → [`plan`] →
 //! [`read`] → [`ship`], driven by the one loop in [`engine`].
 
+pub mod capture;
+pub mod engine;
 pub mod index;
 pub mod journal;
 pub mod plan;
+pub mod read;
+pub mod session;
 pub mod source;
 pub mod watcher;

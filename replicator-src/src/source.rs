@@ -247,12 +247,14 @@ pub struct SourceTree {
     filter: Filter,
     watch: Arc<dyn DirectoryWatch>,
     open: HashMap<ObjectId, Arc<OwnedFd>>,
+    /// Directories that could not be listed since the last look, with the error.
+    troubles: Vec<(ObjectId, String)>,
 }
 
 impl SourceTree {
     /// Over a source; `watch` is told of each directory before it is listed.
     pub fn new(opener: Opener, filter: Filter, watch: Arc<dyn DirectoryWatch>) -> Self {
-        Self { opener, filter, watch, open: HashMap::new() }
+        Self { opener, filter, watch, open: HashMap::new(), troubles: Vec::new() }
     }
 
     /// Opens what it needs.
@@ -277,6 +279,18 @@ impl SourceTree {
         let fd = Arc::new(fd);
         self.open.insert(id.clone(), fd.clone());
         Ok(Some(fd))
+    }
+
+    /// Directories that could not be listed since the last call, with the error.
+    pub fn take_troubles(&mut self) -> Vec<(ObjectId, String)> {
+        std::mem::take(&mut self.troubles)
+    }
+
+    /// A directory that cannot be listed is passed over (what the replica has
+    /// of it stays) and remembered.
+    fn trouble(&mut self, directory: &ObjectId, error: impl ToString) -> Option<Vec<Name>> {
+        self.troubles.push((directory.clone(), error.to_string()));
+        None
     }
 
     /// Closes the directories kept open, so that removed ones are let go.
@@ -306,7 +320,11 @@ impl Tree for SourceTree {
     type Error = SourceError;
 
     fn lookup(&mut self, directory: &ObjectId, name: &Name) -> Result<Lookup, SourceError> {
-        let Some(fd) = self.directory(directory)? else { return Ok(Lookup::Absent) };
+        let fd = match self.directory(directory) {
+            Ok(Some(fd)) => fd,
+            Ok(None) => return Ok(Lookup::Absent),
+            Err(error) => return Ok(Lookup::Unreadable(error.to_string())),
+        };
         // RACE: between the two calls the name may come to mean another
         // object, and the stat is of the other. The event of that change is
         // behind us in the queue, so the entry is looked at again.
@@ -315,7 +333,7 @@ impl Tree for SourceTree {
         let (object, stat) = match found {
             Ok(found) => found,
             Err(Errno::NOENT | Errno::STALE | Errno::NOTDIR) => return Ok(Lookup::Absent),
-            Err(error) => return Err(SourceError::call("look up", name)(error)),
+            Err(error) => return Ok(Lookup::Unreadable(error.to_string())),
         };
         if let Some(skip) = self.skip(directory, name, &stat) {
             return Ok(Lookup::Skipped(skip));
@@ -327,21 +345,24 @@ impl Tree for SourceTree {
     }
 
     fn list(&mut self, directory: &ObjectId) -> Result<Option<Vec<Name>>, SourceError> {
-        let Some(fd) = self.directory(directory)? else { return Ok(None) };
+        let fd = match self.directory(directory) {
+            Ok(Some(fd)) => fd,
+            Ok(None) => return Ok(None),
+            Err(error) => return Ok(self.trouble(directory, error)),
+        };
         self.watch.before_listing(fd.as_fd(), directory);
-        let failed = || SourceError::call("list directory", directory);
         let mut names = Vec::new();
         let entries = match rustix::fs::Dir::read_from(&*fd) {
             Ok(entries) => entries,
             Err(Errno::NOENT | Errno::STALE) => return Ok(None),
-            Err(error) => return Err(failed()(error)),
+            Err(error) => return Ok(self.trouble(directory, error)),
         };
         for entry in entries {
             let entry = match entry {
                 Ok(entry) => entry,
                 // A directory that is removed while it is read ends so.
                 Err(Errno::NOENT | Errno::STALE) => return Ok(None),
-                Err(error) => return Err(failed()(error)),
+                Err(error) => return Ok(self.trouble(directory, error)),
             };
             let name = entry.file_name().to_bytes();
             if let Ok(name) = Name::new(name) {

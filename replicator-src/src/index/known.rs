@@ -26,6 +26,8 @@ pub struct Known {
     pub entry: Option<(ObjectId, Name)>,
     /// Entries it has in the replica.
     pub links: u32,
+    /// Names it has on the source, in the tree or not.
+    pub nlink: u32,
 }
 
 /// How close the change time and the time of reading may be before equality of

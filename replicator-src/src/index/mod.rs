@@ -15,7 +15,7 @@ pub mod overlay;
 pub mod store;
 pub mod view;
 
-pub use known::{Content, Delta, EntryChange, Known, Orphan};
+pub use known::{Content, Delta, EntryChange, Known, Mark, Orphan};
 pub use overlay::Index;
 pub use store::{IndexError, Store};
 pub use view::View;

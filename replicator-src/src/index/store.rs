@@ -3,7 +3,7 @@
 //! # Format
 //! One file. Tables, all with byte keys and values; values of objects, pending
 //! parts and marks are [`codec::encode_record`]s:
-//! - `meta`: `version`, `incarnation`, `peer`, `mark`, `next_list`
+//! - `meta`: `version`, `incarnation`, `peer`, `reconciling`, `mark`, `next_list`
 //! - `objects`: object → [`Known`]
 //! - `entries`: [`pair_key`] of directory and name → object
 //! - `links`: [`pair_key`] of object and ([`pair_key`] of directory and name) →
@@ -167,7 +167,7 @@ impl Store {
 
     /// The destination's incarnation that this index describes.
     pub fn peer(&self) -> Result<Option<Incarnation>, IndexError> {
-        self.meta("peer")
+        Ok(self.meta("peer")?.flatten())
     }
 
     /// Where the last acknowledged batch left the source.
@@ -185,9 +185,30 @@ impl Store {
         Ok(next)
     }
 
-    /// Forgets everything and takes a new destination incarnation: the index
-    /// describes an empty replica afterwards.
-    pub fn reset(&self, peer: Incarnation) -> Result<(), IndexError> {
+    /// The destination's incarnation that this index describes from now on.
+    pub fn set_peer(&self, peer: Incarnation) -> Result<(), IndexError> {
+        self.set_meta("peer", &Some(peer))
+    }
+
+    /// Whether a reconciliation was begun and not finished.
+    pub fn reconciling(&self) -> Result<bool, IndexError> {
+        Ok(self.meta("reconciling")?.unwrap_or(false))
+    }
+
+    /// Notes that a reconciliation begins or is finished.
+    pub fn set_reconciling(&self, reconciling: bool) -> Result<(), IndexError> {
+        self.set_meta("reconciling", &reconciling)
+    }
+
+    fn set_meta<T: Serialize>(&self, key: &str, value: &T) -> Result<(), IndexError> {
+        let write = self.begin(Durability::Immediate)?;
+        self.put_meta(&write, key, value)?;
+        write.commit().map_err(failed(&self.path))
+    }
+
+    /// Forgets everything and takes a new incarnation: the index describes an
+    /// empty replica of a destination that is not known yet.
+    pub fn reset(&self) -> Result<(), IndexError> {
         let write = self.begin(Durability::Immediate)?;
         for table in [OBJECTS, ENTRIES, LINKS, CHUNKS, ORPHANS, PENDING] {
             write.delete_table(table).map_err(failed(&self.path))?;
@@ -195,7 +216,8 @@ impl Store {
         }
         let old = self.mark()?;
         let mark = Mark { seq: old.seq, ..Mark::default() };
-        self.put_meta(&write, "peer", &peer)?;
+        self.put_meta(&write, "peer", &None::<Incarnation>)?;
+        self.put_meta(&write, "reconciling", &false)?;
         self.put_meta(&write, "mark", &mark)?;
         self.put_meta(&write, "incarnation", &Incarnation::random())?;
         write.commit().map_err(failed(&self.path))

@@ -89,6 +89,12 @@ pub struct Settings {
     pub outside_before: Option<Timestamp>,
 }
 
+impl Settings {
+    /// With nothing known of time: for tests, and the first batch.
+    pub const UNKNOWN: Self =
+        Self { now: Timestamp::NEVER, floor: Timestamp::NEVER, outside_before: None };
+}
+
 /// A batch, closed.
 #[derive(Debug, Default)]
 pub struct Assembly {
@@ -102,12 +108,17 @@ pub struct Assembly {
     pub again: BTreeSet<(ObjectId, Name)>,
     /// Orphans are left after this batch.
     pub orphans: usize,
+    /// Objects that have names outside the tree, or may have.
+    pub linked: Vec<ObjectId>,
+    /// Directories that this batch drops.
+    pub dropped: Vec<ObjectId>,
 }
 
 /// Assembles a batch from what was resolved and read.
 pub fn assemble<V: View, T: Tree>(
     resolve: &Resolve,
     outcomes: &HashMap<ObjectId, Outcome>,
+    root: &ObjectId,
     settings: Settings,
     view: &V,
     tree: &mut T,
@@ -115,6 +126,7 @@ pub fn assemble<V: View, T: Tree>(
     let mut work = Work {
         resolve,
         outcomes,
+        root,
         settings,
         view,
         tree,
@@ -139,6 +151,7 @@ type Failure<V, T> = PlanError<<V as View>::Error, <T as Tree>::Error>;
 struct Work<'a, V: View, T: Tree> {
     resolve: &'a Resolve,
     outcomes: &'a HashMap<ObjectId, Outcome>,
+    root: &'a ObjectId,
     settings: Settings,
     view: &'a V,
     tree: &'a mut T,
@@ -176,6 +189,11 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             }
         }
         let mut admitted = HashSet::new();
+        if self.resolve.fresh.contains(self.root) && self.shippable(self.root) {
+            // The first batch: nothing leads to the root.
+            admitted.insert(self.root.clone());
+            queue.push_back(self.root);
+        }
         while let Some(directory) = queue.pop_front() {
             for object in below.remove(directory).unwrap_or_default() {
                 if self.known(object)?.is_none() && admitted.insert(object.clone()) {
@@ -308,6 +326,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         if known.is_none_or(|known| known.state.kind != Kind::Directory) {
             return Ok(());
         }
+        self.out.dropped.push(object.clone());
         for (name, child) in self.view.children(object).map_err(PlanError::Index)? {
             let place = (object.clone(), name);
             if self.changed.contains_key(&place) {
@@ -382,7 +401,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
 
     fn put_object(&mut self, object: ObjectId, old: Option<Known>) -> Result<(), Failure<V, T>> {
         let links = self.links_after(&object)?;
-        if old.is_none() && links.is_empty() {
+        if object == *self.root && old.is_none() {
+            self.out.ops.push(Op::Root { object: object.clone() });
+        } else if old.is_none() && links.is_empty() {
             // Admitted, but the directory that held it went away meanwhile.
             return Ok(());
         }
@@ -393,7 +414,8 @@ impl<V: View, T: Tree> Work<'_, V, T> {
                     object: object.clone(),
                     state: known.state.clone(),
                     content: content.clone(),
-                    new: old.is_none(),
+                    // The replica's root directory is there already.
+                    new: old.is_none() && object != *self.root,
                     links: links.len() as u32,
                 });
                 known.clone()
@@ -413,6 +435,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             (_, None) => return Ok(()),
         };
         known.links = links.len() as u32;
+        if known.nlink > known.links && known.state.kind != Kind::Directory {
+            self.out.linked.push(object.clone());
+        }
         known.entry = match known.entry {
             Some(place) if links.contains(&place) => Some(place),
             _ => links.first().cloned(),

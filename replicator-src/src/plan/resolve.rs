@@ -56,6 +56,8 @@ pub struct Resolve {
     /// Objects seen by deep listings that equal the index (count, bytes): for
     /// progress.
     pub equal: (u64, u64),
+    /// Entries that cannot be looked at, with the error.
+    pub unreadable: Vec<((ObjectId, Name), String)>,
     /// Sizes counted into `bytes`, to count each object once.
     counted: HashMap<ObjectId, u64>,
 }
@@ -103,6 +105,13 @@ impl Resolve {
             work.listing(&listing, budget, dirty)?;
         }
         Ok(())
+    }
+
+    /// Begins with a root that the index does not know: the first batch.
+    pub fn begin_at(&mut self, root: &ObjectId) {
+        self.fresh.insert(root.clone());
+        let need = Need { kind: Kind::Directory, new: true, content: false, hint: None };
+        self.need(root.clone(), need);
     }
 
     /// What must be read now. The next feed starts a new set.
@@ -174,6 +183,11 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         let (new, skip) = match self.tree.lookup(directory, name).map_err(PlanError::Tree)? {
             Lookup::Absent => (None, None),
             Lookup::Skipped(skip) => (None, Some(skip)),
+            Lookup::Unreadable(error) => {
+                // What the replica has there stays until it can be looked at.
+                self.state.unreadable.push((place, error));
+                return Ok(());
+            }
             Lookup::Found(seen) => {
                 let object = seen.object.clone();
                 let look = if fresh { Look::Force } else { look };

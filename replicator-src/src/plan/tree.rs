@@ -13,6 +13,8 @@ pub enum Lookup {
     Skipped(Skip),
     /// An object.
     Found(Seen),
+    /// It cannot be looked at, with what the system said.
+    Unreadable(String),
 }
 
 /// Why something does not replicate.

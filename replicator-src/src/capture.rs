@@ -1,0 +1,344 @@
+//! The capture thread: owns the watcher, drops what lies outside the source,
+//! and appends the rest to the journal.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
+use replicator_common::id::{ObjectId, Seq};
+use replicator_common::status::WatcherReport;
+use replicator_common::time::Timestamp;
+
+use crate::journal::{Journal, JournalError, Record};
+use crate::watcher::{Change, DirectoryWatch, Waker, WatchError, Watcher};
+
+/// How long one read of the watcher waits; only bounds how stale its report
+/// can get, barriers and stops wake it.
+const READ_WAIT: Duration = Duration::from_secs(1);
+
+/// Which directories and objects are ours. Written by the engine, read by the
+/// capture thread for each event.
+///
+/// INVARIANT (traps 2, 4): a directory joins before it is listed, an object
+/// before it is read; so an event that is dropped because nothing in it is
+/// known happened before the listing or reading that sees its effect.
+#[derive(Default)]
+pub struct Members {
+    /// Everything on the file system is ours.
+    all: AtomicBool,
+    directories: RwLock<HashSet<ObjectId>>,
+    /// Objects with names (or open descriptors) that may lie outside.
+    linked: RwLock<HashSet<ObjectId>>,
+}
+
+impl Members {
+    /// Everything on the file system belongs to the source.
+    pub fn everything(&self) {
+        self.all.store(true, Ordering::Release);
+    }
+
+    /// A directory belongs to the source from now on.
+    pub fn add_directory(&self, id: ObjectId) {
+        if !self.all.load(Ordering::Acquire) {
+            self.directories.write().unwrap_or_else(PoisonError::into_inner).insert(id);
+        }
+    }
+
+    /// A directory is no longer part of the source.
+    pub fn remove_directory(&self, id: &ObjectId) {
+        self.directories.write().unwrap_or_else(PoisonError::into_inner).remove(id);
+    }
+
+    /// An object can be reached by names that the tree does not show.
+    pub fn add_linked(&self, id: ObjectId) {
+        if !self.all.load(Ordering::Acquire) {
+            self.linked.write().unwrap_or_else(PoisonError::into_inner).insert(id);
+        }
+    }
+
+    fn has_directory(&self, id: &ObjectId) -> bool {
+        self.directories.read().unwrap_or_else(PoisonError::into_inner).contains(id)
+    }
+
+    /// Whether a change may concern the source. An object that was reached
+    /// through a foreign directory, or through none, counts when it is known
+    /// to have names outside; a change of attributes is always let through
+    /// when nothing says where (that is how a new hard link shows).
+    fn concerns(&self, change: &Change, recent: &Recent) -> bool {
+        if self.all.load(Ordering::Acquire) {
+            return true;
+        }
+        match change {
+            Change::Gap { .. } => true,
+            Change::Entry { directory, .. } | Change::Named { directory, .. } => {
+                self.has_directory(directory)
+            }
+            Change::Object { object, via, .. } => {
+                via.as_ref().is_none_or(|via| self.has_directory(via))
+                    || self.has_directory(object)
+                    || recent.contains(object)
+                    || self.linked.read().unwrap_or_else(PoisonError::into_inner).contains(object)
+            }
+        }
+    }
+}
+
+/// Objects whose attributes changed lately without a word where: a hard link
+/// to one of ours may just have been made outside. Bridges the moment until
+/// the engine has looked and says so by [`Members::add_linked`].
+#[derive(Default)]
+struct Recent {
+    order: VecDeque<ObjectId>,
+    set: HashSet<ObjectId>,
+}
+
+impl Recent {
+    const MOST: usize = 8192;
+
+    fn note(&mut self, change: &Change) {
+        let Change::Object { object, via: None, .. } = change else { return };
+        if self.set.insert(object.clone()) {
+            self.order.push_back(object.clone());
+        }
+        if self.order.len() > Self::MOST
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.set.remove(&oldest);
+        }
+    }
+
+    fn contains(&self, object: &ObjectId) -> bool {
+        self.set.contains(object)
+    }
+}
+
+/// The queue was drained: everything before `time` is in the journal up to `seq`.
+#[derive(Clone, Copy, Debug)]
+pub struct Barrier {
+    /// Number of the barrier's record.
+    pub seq: Seq,
+    /// The moment at which the drain began.
+    pub time: Timestamp,
+}
+
+/// Why capturing stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The watcher broke.
+    #[error(transparent)]
+    Watch(#[from] WatchError),
+    /// The journal does not take records.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The capture thread is gone.
+    #[error("capture stopped: {0}")]
+    Stopped(String),
+}
+
+/// The running capture thread.
+pub struct Capture {
+    requests: Sender<Sender<Result<Barrier, String>>>,
+    waker: Waker,
+    stop: Arc<AtomicBool>,
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    directories: Arc<dyn DirectoryWatch>,
+    proves: bool,
+    rescan_every: Arc<Mutex<Option<Duration>>>,
+}
+
+struct Shared {
+    report: Mutex<WatcherReport>,
+    events: AtomicU64,
+    failed: Mutex<Option<String>>,
+}
+
+impl Capture {
+    /// Starts the thread. `captured` gets a token whenever records were
+    /// appended (it holds one at most).
+    pub fn start(
+        watcher: Box<dyn Watcher>,
+        journal: Arc<Journal>,
+        members: Arc<Members>,
+        captured: Sender<()>,
+    ) -> std::io::Result<Self> {
+        let (requests, barriers) = unbounded();
+        let (flush, flushes) = bounded(1);
+        let shared = Arc::new(Shared {
+            report: Mutex::new(watcher.report()),
+            events: AtomicU64::new(0),
+            failed: Mutex::new(None),
+        });
+        let stop = Arc::new(AtomicBool::new(false));
+        let capture = Self {
+            requests,
+            waker: watcher.waker(),
+            stop: stop.clone(),
+            shared: shared.clone(),
+            directories: watcher.directories(),
+            proves: watcher.proves(),
+            rescan_every: Arc::new(Mutex::new(watcher.rescan_every())),
+            threads: Vec::new(),
+        };
+        let rescan_every = capture.rescan_every.clone();
+        let flusher = journal.clone();
+        let failed = shared.clone();
+        let mut this = capture;
+        this.threads.push(std::thread::Builder::new().name("journal-flush".into()).spawn(
+            move || {
+                for () in flushes {
+                    if let Err(error) = flusher.flush() {
+                        tracing::error!(%error, "cannot flush the journal");
+                        fail(&failed, &error);
+                    }
+                }
+            },
+        )?);
+        this.threads.push(std::thread::Builder::new().name("capture".into()).spawn(move || {
+            let recent = Recent::default();
+            let mut thread =
+                Thread { watcher, journal, members, captured, flush, shared, rescan_every, recent };
+            if let Err(error) = thread.run(&barriers, &stop) {
+                tracing::error!(%error, "capture stopped");
+                fail(&thread.shared, &error);
+            }
+        })?);
+        Ok(this)
+    }
+
+    /// Drains the queue and returns where everything before the call stands.
+    pub fn barrier(&self) -> Result<Barrier, CaptureError> {
+        let (reply, answer) = bounded(1);
+        let stopped = || CaptureError::Stopped(self.failure().unwrap_or_default());
+        self.requests.send(reply).map_err(|_| stopped())?;
+        self.waker.wake();
+        answer.recv().map_err(|_| stopped())?.map_err(CaptureError::Stopped)
+    }
+
+    /// See [`Watcher::directories`].
+    pub fn directories(&self) -> Arc<dyn DirectoryWatch> {
+        self.directories.clone()
+    }
+
+    /// See [`Watcher::proves`].
+    pub fn proves(&self) -> bool {
+        self.proves
+    }
+
+    /// See [`Watcher::rescan_every`].
+    pub fn rescan_every(&self) -> Option<Duration> {
+        *self.rescan_every.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// See [`Watcher::report`].
+    pub fn report(&self) -> WatcherReport {
+        self.shared.report.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes read from the watcher so far.
+    pub fn events(&self) -> u64 {
+        self.shared.events.load(Ordering::Relaxed)
+    }
+
+    /// Why capturing stopped, if it did.
+    pub fn failure(&self) -> Option<String> {
+        self.shared.failed.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        self.waker.wake();
+        for thread in self.threads.drain(..).rev() {
+            if thread.join().is_err() {
+                tracing::error!("a capture thread panicked");
+            }
+        }
+    }
+}
+
+fn fail(shared: &Shared, error: &dyn std::fmt::Display) {
+    *shared.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+}
+
+struct Thread {
+    watcher: Box<dyn Watcher>,
+    journal: Arc<Journal>,
+    members: Arc<Members>,
+    captured: Sender<()>,
+    flush: Sender<()>,
+    shared: Arc<Shared>,
+    rescan_every: Arc<Mutex<Option<Duration>>>,
+    recent: Recent,
+}
+
+impl Thread {
+    fn run(
+        &mut self,
+        barriers: &Receiver<Sender<Result<Barrier, String>>>,
+        stop: &AtomicBool,
+    ) -> Result<(), CaptureError> {
+        let mut changes = Vec::new();
+        while !stop.load(Ordering::Acquire) {
+            self.watcher.read(READ_WAIT, &mut changes)?;
+            if self.append(&mut changes)? {
+                // A full channel already says what this would say.
+                if let Err(TrySendError::Disconnected(())) = self.captured.try_send(()) {
+                    return Ok(());
+                }
+            }
+            self.refresh_report();
+            while let Ok(reply) = barriers.try_recv() {
+                let answer = self.barrier(&mut changes);
+                let text = answer.as_ref().map(|b| *b).map_err(ToString::to_string);
+                // The asker may be gone.
+                let _ = reply.send(text);
+                answer?;
+            }
+        }
+        Ok(())
+    }
+
+    fn barrier(&mut self, changes: &mut Vec<Change>) -> Result<Barrier, CaptureError> {
+        let time = Timestamp::now();
+        self.watcher.drain(changes)?;
+        self.append(changes)?;
+        let seq = self.journal.append(&[Record::Barrier { time }])?;
+        Ok(Barrier { seq, time })
+    }
+
+    /// Appends what concerns the source; says whether there was any.
+    fn append(&mut self, changes: &mut Vec<Change>) -> Result<bool, CaptureError> {
+        if changes.is_empty() {
+            return Ok(false);
+        }
+        self.shared.events.fetch_add(changes.len() as u64, Ordering::Relaxed);
+        metrics::counter!("replicator_source_events_total").increment(changes.len() as u64);
+        let mut records: Vec<Record> = Vec::with_capacity(changes.len());
+        for change in changes.drain(..) {
+            self.recent.note(&change);
+            if self.members.concerns(&change, &self.recent) {
+                records.push(change.into());
+            }
+        }
+        if records.is_empty() {
+            return Ok(false);
+        }
+        self.journal.append(&records)?;
+        metrics::counter!("replicator_source_journal_records_total")
+            .increment(records.len() as u64);
+        let _ = self.flush.try_send(());
+        Ok(true)
+    }
+
+    fn refresh_report(&self) {
+        let report = self.watcher.report();
+        *self.shared.report.lock().unwrap_or_else(PoisonError::into_inner) = report;
+        *self.rescan_every.lock().unwrap_or_else(PoisonError::into_inner) =
+            self.watcher.rescan_every();
+    }
+}

@@ -1,0 +1,566 @@
+//! How a batch comes about: barrier, absorb, resolve, read, look again,
+//! assemble, make durable, commit.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::{Duration, Instant};
+
+use replicator_common::id::{BatchId, ObjectId, Seq};
+use replicator_common::object::Kind;
+use replicator_common::time::Timestamp;
+use replicator_common::wire::{BatchHeader, ContentSource, Op, PLAN_OPS_MAX, SourceMessage};
+
+use super::holds::{ReadyFile, Transfer, abort, is_large};
+use super::{Engine, EngineError, Gap, InFlight, ended};
+use crate::index::{Content, Delta, Mark, View};
+use crate::journal::Record;
+use crate::plan::resolve::Budget;
+use crate::plan::{Assembly, Dirty, HoldReason, Need, Outcome, Resolve, Settings, assemble};
+use crate::read::sink::SinkError;
+use crate::read::small::Item;
+use crate::session::Session;
+
+/// Journal records that one batch absorbs at most.
+const RECORDS: usize = 50_000;
+/// Entries that one batch looks at at most.
+const ENTRIES: usize = 50_000;
+/// How often a batch follows what changed while it was read, before it is
+/// sent as it is (fuzzy).
+const ROUNDS: u32 = 3;
+/// How long after an object lost its last entry every event that could tell of
+/// a new one must have been queued: a rename moves the name and queues its
+/// event within one system call, but its thread may be held up in between.
+const OUTSIDE_AFTER: Duration = Duration::from_millis(100);
+
+/// What a batch is made from, while it is built.
+struct Draft {
+    batch: BatchId,
+    resolve: Resolve,
+    outcomes: HashMap<ObjectId, Outcome>,
+    /// Everything that was dirty, to be dirty again if the batch is lost.
+    input: Dirty,
+    seq: Seq,
+    /// Every change before this moment was absorbed.
+    time: Timestamp,
+    /// The barrier's moment could be taken over (else it was not reached).
+    reached: bool,
+    version: u32,
+    packed: u64,
+    bytes: u64,
+    /// Large files that this batch places.
+    placed: BTreeMap<ObjectId, Placed>,
+    exact: bool,
+}
+
+/// A batch ready to be committed.
+pub(super) struct Ready {
+    pub(super) ops: Vec<Op>,
+    pub(super) delta: Delta,
+    pub(super) header: BatchHeader,
+    pub(super) input: Dirty,
+    pub(super) closed: Option<Gap>,
+    pub(super) dropped: Vec<ObjectId>,
+    pub(super) progress: (u64, u64),
+    pub(super) objects: u64,
+}
+
+struct Placed {
+    number: replicator_common::id::TransferId,
+    file: ReadyFile,
+    took: Duration,
+}
+
+impl Engine {
+    /// Builds one batch and commits it. A session that ends meanwhile is not an
+    /// error: what was dirty stays dirty.
+    pub(super) fn build(&mut self) -> Result<(), EngineError> {
+        self.last_build = Instant::now();
+        let Some(session) = self.session.take() else { return Ok(()) };
+        let mut draft = self.begin()?;
+        let result = self.fill(&mut draft, &session);
+        self.session = Some(session);
+        match result {
+            Ok(()) => self.finish(draft),
+            Err(Broken::Session(reason)) => {
+                tracing::debug!(reason, "the session ended while a batch was built");
+                self.give_up(draft);
+                Ok(())
+            }
+            Err(Broken::Engine(error)) => Err(error),
+        }
+    }
+
+    /// Draws a barrier and takes in the journal.
+    fn begin(&mut self) -> Result<Draft, EngineError> {
+        let barrier = self.capture.barrier()?;
+        let mut draft = Draft {
+            batch: self.next_batch,
+            resolve: Resolve::default(),
+            outcomes: HashMap::new(),
+            input: Dirty::default(),
+            seq: self.cursor,
+            time: self.covered,
+            reached: false,
+            version: 0,
+            packed: 0,
+            bytes: 0,
+            placed: BTreeMap::new(),
+            exact: false,
+        };
+        let records = self.journal.read(self.cursor, RECORDS)?;
+        self.absorb(&records, &mut draft);
+        if self.cursor >= barrier.seq {
+            draft.time = draft.time.max(barrier.time);
+            draft.reached = true;
+        }
+        if !self.root_known()? {
+            draft.resolve.begin_at(&self.opener.root().id);
+        }
+        draft.input = self.dirty.clone();
+        Ok(draft)
+    }
+
+    fn absorb(&mut self, records: &[(Seq, Record)], draft: &mut Draft) {
+        for (seq, record) in records {
+            match record {
+                Record::Gap { reason } => self.open_gap(reason.clone()),
+                Record::Barrier { time } => draft.time = draft.time.max(*time),
+                other => self.dirty.absorb(other),
+            }
+            self.cursor = *seq;
+        }
+        draft.seq = self.cursor;
+    }
+
+    /// Resolves and reads until nothing that was read has changed meanwhile,
+    /// or patience ends.
+    fn fill(&mut self, draft: &mut Draft, session: &Session) -> Result<(), Broken> {
+        for round in 0..ROUNDS {
+            self.resolve(draft)?;
+            self.read(draft, session)?;
+            if self.gap.is_some() || !draft.reached || draft.resolve.bindings.is_empty() && draft.resolve.read.is_empty() {
+                draft.exact = self.gap.is_none() && draft.reached;
+                return Ok(());
+            }
+            let barrier = self.capture.barrier().map_err(EngineError::from)?;
+            let records = self.journal.read(self.cursor, RECORDS).map_err(EngineError::from)?;
+            let touched = records.iter().any(|(_, record)| draft.resolve.touches(record));
+            if !touched {
+                // What came meanwhile is the next batch's; this one is of the
+                // moment of its barrier.
+                draft.exact = records.len() < RECORDS;
+                return Ok(());
+            }
+            if round + 1 == ROUNDS {
+                return Ok(());
+            }
+            self.absorb(&records, draft);
+            if self.cursor >= barrier.seq {
+                draft.time = draft.time.max(barrier.time);
+            } else {
+                draft.reached = false;
+            }
+            draft.input.merge(self.dirty.clone());
+        }
+        Ok(())
+    }
+
+    fn resolve(&mut self, draft: &mut Draft) -> Result<(), EngineError> {
+        let budget = Budget {
+            objects: self.settings.batch_objects,
+            entries: ENTRIES,
+            bytes: self.settings.batch_bytes,
+            large: replicator_common::wire::PACK_MAX,
+        };
+        let (index, tree) = (&self.index, &mut self.tree);
+        Ok(draft.resolve.feed(&mut self.dirty, budget, index, tree)?)
+    }
+
+    /// Reads what resolving asked for.
+    fn read(&mut self, draft: &mut Draft, session: &Session) -> Result<(), Broken> {
+        let needs = draft.resolve.take_needs();
+        if needs.is_empty() {
+            return Ok(());
+        }
+        draft.version += 1;
+        let mut items = Vec::with_capacity(needs.len());
+        for (object, need) in needs {
+            if self.take_ready(draft, &object, &need)? {
+                continue;
+            }
+            let known = self.index.object(&object).map_err(EngineError::from)?;
+            if need.content && known.as_ref().is_some_and(|known| is_large(known.state.size)) {
+                // Content goes through a lane; attributes need not wait for it.
+                let size = known.as_ref().map_or(0, |known| known.state.size);
+                draft.outcomes.insert(object, Outcome::Large { size });
+                continue;
+            }
+            items.push(Item { object, need, known });
+        }
+        let report = self.pool.read(items, draft.batch, draft.version, &session.sink)?;
+        draft.packed += report.packed;
+        draft.bytes += report.bytes;
+        draft.outcomes.extend(report.outcomes);
+        Ok(())
+    }
+
+    /// Uses a finished transfer for an object whose content is needed.
+    fn take_ready(
+        &mut self,
+        draft: &mut Draft,
+        object: &ObjectId,
+        need: &Need,
+    ) -> Result<bool, EngineError> {
+        if need.kind != Kind::File || !need.content {
+            return Ok(false);
+        }
+        let Some(held) = self.holds.get_mut(object) else { return Ok(false) };
+        if matches!(held.transfer, Transfer::Running { .. }) {
+            let size = match held.hold.reason {
+                HoldReason::Large { size } => size,
+                HoldReason::Unreadable { .. } => 0,
+            };
+            draft.outcomes.insert(object.clone(), Outcome::Large { size });
+            return Ok(true);
+        }
+        if !matches!(held.transfer, Transfer::Ready { .. }) {
+            return Ok(false);
+        }
+        let ready = std::mem::replace(&mut held.transfer, Transfer::Waiting);
+        let Transfer::Ready { number, done, took, .. } = ready else { return Ok(false) };
+        let mut known = done.known.clone();
+        let content = if number.0 == 0 {
+            ContentSource::Unchanged
+        } else {
+            known.version = draft.batch;
+            ContentSource::Transferred { transfer: number }
+        };
+        draft.outcomes.insert(object.clone(), Outcome::Ship { known, content });
+        draft.bytes += done.shipped;
+        draft.placed.insert(object.clone(), Placed { number, file: *done, took });
+        Ok(true)
+    }
+
+    /// Assembles, makes the delta durable, sends plan and commit.
+    fn finish(&mut self, mut draft: Draft) -> Result<(), EngineError> {
+        let walked = self.dirty.listings.is_empty();
+        let gap = self.gap.clone();
+        let floor = gap.as_ref().map_or(self.covered, |gap| gap.floor);
+        let settings = Settings {
+            now: Timestamp::now(),
+            floor,
+            outside_before: (gap.is_none() && draft.reached)
+                .then(|| draft.time.offset(-(OUTSIDE_AFTER.as_nanos() as i64))),
+        };
+        let root = self.opener.root().id.clone();
+        let (index, tree) = (&self.index, &mut self.tree);
+        let mut assembly =
+            assemble(&draft.resolve, &draft.outcomes, &root, settings, index, tree)?;
+        self.note_skipped(&draft);
+        self.settle_placed(&mut draft, &assembly);
+        let walking = gap.is_some();
+        let unreadable = std::mem::take(&mut draft.resolve.unreadable);
+        self.retry_unreadable(unreadable, &mut assembly);
+        let closed = self.close_gap(walked && draft.reached);
+        let holds = std::mem::take(&mut assembly.holds);
+        self.release_holds(&draft, &holds);
+        self.take_holds(holds, floor, walking);
+        for (directory, name) in std::mem::take(&mut assembly.again) {
+            self.dirty.entry(directory, name, crate::watcher::What::default());
+            draft.exact = false;
+        }
+        self.commit(draft, assembly, closed)
+    }
+
+    /// A walk that has seen everything closes its gap, unless events were lost
+    /// again meanwhile.
+    fn close_gap(&mut self, walked: bool) -> Option<Gap> {
+        let gap = self.gap.as_ref().filter(|_| walked && self.dirty.is_empty())?.clone();
+        let Some(reason) = &gap.again else {
+            self.gap = None;
+            self.shared.end_progress();
+            return Some(gap);
+        };
+        let now = Timestamp::now();
+        self.gap =
+            Some(Gap { reason: reason.clone(), walk_started: now, again: None, ..gap.clone() });
+        self.start_walk();
+        None
+    }
+
+    /// Files placed by this batch; those that changed while they were read wait
+    /// for their next turn.
+    fn settle_placed(&mut self, draft: &mut Draft, assembly: &Assembly) {
+        for (object, placed) in std::mem::take(&mut draft.placed) {
+            self.holds.remove(&object);
+            let put = assembly.delta.objects.iter().any(|(id, known)| {
+                *id == object && known.is_some()
+            });
+            if !put {
+                if let (Some(session), true) = (&self.session, placed.number.0 != 0) {
+                    abort(session, placed.number);
+                }
+                continue;
+            }
+            let moved = self.moved_since(&object, &placed.file);
+            if placed.file.moving || moved {
+                self.hold_again(object, &placed.file, placed.took);
+                draft.exact = false;
+            }
+        }
+    }
+
+    /// Whether a file changed after its transfer was read.
+    fn moved_since(&self, object: &ObjectId, file: &ReadyFile) -> bool {
+        let hint = file.known.entry.as_ref();
+        let opened = self.opener.open(object, hint, rustix::fs::OFlags::PATH);
+        let Ok(Some(fd)) = opened else { return false };
+        replicator_common::sys::stat::of_fd(&fd)
+            .is_ok_and(|stat| stat.ctime != file.known.ctime || stat.size != file.known.state.size)
+    }
+
+    /// Holds that were looked at and are held no more.
+    fn release_holds(&mut self, draft: &Draft, left: &BTreeMap<ObjectId, crate::plan::Hold>) {
+        let looked: Vec<ObjectId> = self
+            .holds
+            .iter()
+            .filter(|(object, held)| {
+                let shipped = matches!(
+                    draft.outcomes.get(object),
+                    Some(Outcome::Ship { .. } | Outcome::Same { .. } | Outcome::Gone)
+                );
+                let entries = &held.hold.entries;
+                let orphaned = !entries.is_empty()
+                    && entries.iter().all(|place| {
+                        draft
+                            .resolve
+                            .bindings
+                            .get(place)
+                            .is_some_and(|binding| binding.new.as_ref() != Some(object))
+                    });
+                !left.contains_key(object) && (shipped || orphaned)
+            })
+            .map(|(object, _)| object.clone())
+            .collect();
+        for object in looked {
+            let Some(held) = self.holds.remove(&object) else { continue };
+            match held.transfer {
+                Transfer::Ready { number, .. } if number.0 != 0 => {
+                    if let Some(session) = &self.session {
+                        abort(session, number);
+                    }
+                }
+                // Its lane finds the hold gone and drops what it did; the
+                // destination is told when it answers.
+                _ => {}
+            }
+        }
+    }
+
+    fn retry_unreadable(
+        &mut self,
+        places: Vec<((ObjectId, replicator_common::name::Name), String)>,
+        assembly: &mut Assembly,
+    ) {
+        let troubles = self.tree.take_troubles();
+        for (directory, error) in troubles {
+            self.shared.unreadable(self.path_of(&directory), &error);
+            let entries = BTreeSet::new();
+            let reason = HoldReason::Unreadable { error };
+            assembly
+                .holds
+                .entry(directory)
+                .or_insert(crate::plan::Hold { reason, entries });
+        }
+        for ((directory, name), error) in places {
+            let path = self.path_of_entry(&directory, &name);
+            self.shared.unreadable(path, &error);
+            let reason = HoldReason::Unreadable { error };
+            assembly
+                .holds
+                .entry(directory.clone())
+                .or_insert_with(|| crate::plan::Hold { reason, entries: BTreeSet::new() })
+                .entries
+                .insert((directory, name));
+        }
+    }
+
+    fn note_skipped(&mut self, draft: &Draft) {
+        for (place, skip) in &draft.resolve.skipped {
+            match skip {
+                Some(skip) => drop(self.skipped.insert(place.clone(), *skip)),
+                None => drop(self.skipped.remove(place)),
+            }
+        }
+    }
+
+    fn commit(
+        &mut self,
+        draft: Draft,
+        assembly: Assembly,
+        closed: Option<Gap>,
+    ) -> Result<(), EngineError> {
+        let header = self.header(&draft, &assembly, closed.as_ref());
+        let changed = replaced_content(&assembly.delta, draft.batch);
+        self.spoil(&changed);
+        for object in assembly.linked {
+            self.members.add_linked(object);
+        }
+        let Assembly { ops, delta, dropped, .. } = assembly;
+        let progress = progress_of(&delta, draft.resolve.equal);
+        let (input, objects) = (draft.input, draft.packed);
+        self.send_batch(Ready { ops, delta, header, input, closed, dropped, progress, objects })
+    }
+
+    /// Makes a batch's delta durable, then commits it to the destination.
+    ///
+    /// INVARIANT (trap 5): the order of these two.
+    pub(super) fn send_batch(&mut self, ready: Ready) -> Result<(), EngineError> {
+        let Ready { ops, mut delta, header, input, closed, dropped, progress, objects } = ready;
+        let batch = self.next_batch;
+        let mark = Mark {
+            batch,
+            seq: header.seq,
+            watermark: (header.watermark > Timestamp::NEVER).then_some(header.watermark),
+            consistent: header.exact.or(self.totals.consistent),
+            bytes_changed: self.totals.bytes_changed + header.bytes_changed,
+            bytes_shipped: self.totals.bytes_shipped + header.bytes_shipped,
+            objects_shipped: self.totals.objects_shipped + objects,
+            exact_batches: self.totals.exact_batches + u64::from(header.exact.is_some()),
+        };
+        delta.mark = mark;
+        metrics::histogram!("replicator_source_batch_operations").record(ops.len() as f64);
+        self.index.prepare(delta)?;
+        self.totals = mark;
+        self.claimed = self.claimed.max(header.watermark);
+        self.next_batch = batch.next();
+        self.in_flight.push_back(InFlight {
+            mark,
+            input,
+            closed,
+            dropped,
+            progress,
+            committed_at: Instant::now(),
+            exact: header.exact.is_some(),
+            durable: false,
+        });
+        let sent = match &self.session {
+            Some(session) => send_plan(session, batch, ops, header),
+            None => Err(SinkError::Closed),
+        };
+        if let Err(error) = sent {
+            // The link tells of the end too; then the batch is settled.
+            tracing::debug!(reason = ended(&error), "the session ended at commit");
+        }
+        Ok(())
+    }
+
+    fn header(&mut self, draft: &Draft, assembly: &Assembly, closed: Option<&Gap>) -> BatchHeader {
+        let base = match (&self.gap, closed) {
+            (Some(gap), _) => gap.floor,
+            // Where only a walk proves anything, it proves it for the moment
+            // at which it began.
+            (None, Some(gap)) if !self.capture.proves() => gap.walk_started,
+            (None, None) if !self.capture.proves() => self.covered,
+            _ => draft.time,
+        };
+        self.covered = self.covered.max(base);
+        let waiting = self.holds.values().map(|held| held.floor);
+        let orphans = self.orphan_floor(assembly);
+        let watermark = waiting.chain(orphans).fold(base, Timestamp::min).max(self.claimed);
+        let quiet = self.holds.is_empty() && assembly.orphans == 0 && self.gap.is_none();
+        let exact =
+            (draft.exact && quiet && self.capture.proves() && closed.is_none_or(|_| draft.exact))
+                .then_some(draft.time);
+        BatchHeader {
+            seq: draft.seq,
+            watermark,
+            exact,
+            packed: draft.packed,
+            ops: assembly.ops.len() as u64,
+            complete: watermark > Timestamp::NEVER,
+            bytes_changed: draft.bytes,
+            bytes_shipped: draft.bytes,
+        }
+    }
+
+    /// Where orphans that are left hold the watermark.
+    fn orphan_floor(&self, assembly: &Assembly) -> Option<Timestamp> {
+        if assembly.orphans == 0 {
+            return None;
+        }
+        let new = assembly.delta.orphans.iter().filter_map(|(_, orphan)| *orphan);
+        let old = self.index.orphans().unwrap_or_default();
+        let gone: BTreeSet<&ObjectId> = assembly
+            .delta
+            .orphans
+            .iter()
+            .filter(|(_, orphan)| orphan.is_none())
+            .map(|(object, _)| object)
+            .collect();
+        let old = old.iter().filter(|(object, _)| !gone.contains(object)).map(|(_, o)| *o);
+        new.chain(old).map(|orphan| orphan.floor).min()
+    }
+
+    /// The session ended before the batch was committed.
+    fn give_up(&mut self, draft: Draft) {
+        self.dirty.merge(draft.input);
+        for (object, placed) in draft.placed {
+            if let Some(held) = self.holds.get_mut(&object) {
+                held.transfer = Transfer::Waiting;
+                held.due = Instant::now();
+            } else {
+                self.hold_again(object, &placed.file, Duration::ZERO);
+            }
+        }
+    }
+}
+
+/// Why a batch was not built to its end.
+enum Broken {
+    Session(String),
+    Engine(EngineError),
+}
+
+impl From<EngineError> for Broken {
+    fn from(error: EngineError) -> Self {
+        Self::Engine(error)
+    }
+}
+
+impl From<SinkError> for Broken {
+    fn from(error: SinkError) -> Self {
+        Self::Session(ended(&error))
+    }
+}
+
+fn send_plan(
+    session: &Session,
+    batch: BatchId,
+    mut ops: Vec<Op>,
+    header: BatchHeader,
+) -> Result<(), SinkError> {
+    while !ops.is_empty() {
+        let rest = ops.split_off(ops.len().min(PLAN_OPS_MAX));
+        session.send(&SourceMessage::Plan { batch, ops })?;
+        ops = rest;
+    }
+    session.send(&SourceMessage::Commit { batch, header })
+}
+
+/// Objects whose content in the replica changes with the batch, or that go.
+fn replaced_content(delta: &Delta, batch: BatchId) -> BTreeSet<ObjectId> {
+    delta
+        .objects
+        .iter()
+        .filter(|(_, known)| known.as_ref().is_none_or(|known| known.version == batch))
+        .map(|(object, _)| object.clone())
+        .collect()
+}
+
+fn progress_of(delta: &Delta, equal: (u64, u64)) -> (u64, u64) {
+    let fresh = delta.objects.iter().filter_map(|(_, known)| known.as_ref());
+    fresh.fold(equal, |(objects, bytes), known| {
+        let size = if matches!(known.content, Content::None) { 0 } else { known.state.size };
+        (objects + 1, bytes + size)
+    })
+}

@@ -1,0 +1,423 @@
+//! What waits: large files whose content travels on its own, files that cannot
+//! be read. The watermark waits with them, everything else goes on.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+use replicator_common::id::{BatchId, ObjectId, TransferId};
+use replicator_common::name::Name;
+use replicator_common::object::Kind;
+use replicator_common::time::Timestamp;
+use replicator_common::wire::{DataFrame, PACK_MAX};
+
+use super::{Engine, EngineError, Event};
+use crate::index::{Content, Known, View};
+use crate::plan::{Hold, HoldReason};
+use crate::read::lane::{Done, Job, LaneError};
+use crate::watcher::What;
+
+/// Transfers under way at a time.
+const TRANSFERS: usize = 2;
+/// When what could not be read is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+/// A file that keeps changing is read again no sooner than this many times
+/// as long as the last reading took: so it costs a bounded share of a core.
+const PATIENCE: u32 = 4;
+/// Siblings looked at for one that resembles a new file.
+const SIBLINGS: usize = 1000;
+
+/// A hold with its history.
+pub(super) struct Held {
+    pub(super) hold: Hold,
+    /// Every change of it before this is in the replica.
+    pub(super) floor: Timestamp,
+    /// Since when it waits.
+    pub(super) since: Timestamp,
+    /// When to act on it.
+    pub(super) due: Instant,
+    pub(super) transfer: Transfer,
+}
+
+/// How far a held large file's transfer is.
+pub(super) enum Transfer {
+    /// Waits for its turn.
+    Waiting,
+    /// Is being read and sent.
+    Running { number: TransferId, basis: Option<ObjectId>, progress: Arc<AtomicU64>, since: Instant },
+    /// Was sent; the next batch places it.
+    Ready { number: TransferId, basis: Option<(ObjectId, BatchId)>, done: Box<ReadyFile>, took: Duration },
+}
+
+/// A large file whose content is at the destination.
+pub(super) struct ReadyFile {
+    pub(super) known: Known,
+    pub(super) shipped: u64,
+    pub(super) started: Timestamp,
+    pub(super) moving: bool,
+}
+
+impl Engine {
+    /// How long until a hold needs attention.
+    pub(super) fn next_hold(&self) -> Option<Duration> {
+        let now = Instant::now();
+        self.holds
+            .values()
+            .filter(|held| matches!(held.transfer, Transfer::Waiting))
+            .map(|held| held.due.saturating_duration_since(now))
+            .min()
+            .filter(|_| self.running.len() < TRANSFERS)
+    }
+
+    /// Takes the holds that a batch left, or renewed.
+    pub(super) fn take_holds(
+        &mut self,
+        holds: std::collections::BTreeMap<ObjectId, Hold>,
+        floor: Timestamp,
+        walking: bool,
+    ) {
+        let now = Instant::now();
+        for (object, hold) in holds {
+            let delay = match hold.reason {
+                HoldReason::Unreadable { .. } => RETRY,
+                // A walk finds what was there before; events find what is
+                // being written now.
+                HoldReason::Large { .. } if walking => Duration::ZERO,
+                HoldReason::Large { .. } => self.settings.settle,
+            };
+            match self.holds.get_mut(&object) {
+                Some(held) => {
+                    held.hold.reason = hold.reason;
+                    held.hold.entries.extend(hold.entries);
+                    if matches!(held.transfer, Transfer::Waiting) {
+                        // Changed again: settle anew, but not for ever.
+                        let bound = Duration::from_nanos(
+                            Timestamp::now().since(held.since).as_nanos() as u64,
+                        );
+                        if bound < self.settings.settle * 4 {
+                            held.due = held.due.max(now + delay);
+                        }
+                    }
+                }
+                None => {
+                    let since = Timestamp::now();
+                    let transfer = Transfer::Waiting;
+                    let held = Held { hold, floor, since, due: now + delay, transfer };
+                    self.holds.insert(object, held);
+                }
+            }
+        }
+    }
+
+    /// Holds whose time has come and that need no transfer are looked at again.
+    pub(super) fn due_holds(&mut self) {
+        let now = Instant::now();
+        let due: Vec<ObjectId> = self
+            .holds
+            .iter()
+            .filter(|(_, held)| {
+                matches!(held.hold.reason, HoldReason::Unreadable { .. }) && held.due <= now
+            })
+            .map(|(object, _)| object.clone())
+            .collect();
+        for object in due {
+            self.redo_hold(&object);
+            if let Some(held) = self.holds.get_mut(&object) {
+                held.due = now + RETRY;
+            }
+        }
+    }
+
+    /// Marks all that waits for an object dirty.
+    pub(super) fn redo_hold(&mut self, object: &ObjectId) {
+        let Some(held) = self.holds.get(object) else { return };
+        let what = What { content: true, attributes: true };
+        let entries: BTreeSet<(ObjectId, Name)> = held.hold.entries.clone();
+        for (directory, name) in entries {
+            self.dirty.entry(directory, name, what);
+        }
+        self.dirty.object(object.clone(), what);
+    }
+
+    /// Starts transfers of large files that are due, a few at a time.
+    pub(super) fn start_transfers(&mut self) -> Result<(), EngineError> {
+        let now = Instant::now();
+        while self.session.is_some() && self.running.len() < TRANSFERS {
+            let due = self.holds.iter().find(|(_, held)| {
+                matches!(held.hold.reason, HoldReason::Large { .. })
+                    && matches!(held.transfer, Transfer::Waiting)
+                    && held.due <= now
+            });
+            let Some(object) = due.map(|(object, _)| object.clone()) else { break };
+            self.start_transfer(object)?;
+        }
+        Ok(())
+    }
+
+    fn start_transfer(&mut self, object: ObjectId) -> Result<(), EngineError> {
+        let known = self.index.object(&object)?;
+        let entries: Vec<_> = self
+            .holds
+            .get(&object)
+            .map(|held| held.hold.entries.iter().cloned().collect())
+            .unwrap_or_default();
+        let resembles = if known.is_some() { None } else { self.resembling(&entries)? };
+        let number = self.next_transfer;
+        self.next_transfer = number.next();
+        let hint = entries.first().cloned().or_else(|| known.as_ref()?.entry.clone());
+        let progress = Arc::new(AtomicU64::new(0));
+        let basis = match &known {
+            Some(_) => Some(object.clone()),
+            None => resembles.as_ref().map(|(object, _)| object.clone()),
+        };
+        let list = self.next_list()?;
+        let job = Job {
+            transfer: number,
+            object: object.clone(),
+            hint,
+            known,
+            resembles,
+            list,
+            progress: progress.clone(),
+        };
+        let (Some(session), Some(held)) = (&self.session, self.holds.get_mut(&object)) else {
+            return Ok(());
+        };
+        held.transfer =
+            Transfer::Running { number, basis, progress, since: Instant::now() };
+        self.running.insert(number, object);
+        let post = self.post.clone();
+        self.pool.transfer(job, &session.sink, move |job, result| {
+            // The engine may have stopped meanwhile.
+            let _ = post.send(Event::Transfer(Box::new(job), result));
+        });
+        Ok(())
+    }
+
+    pub(super) fn next_list(&mut self) -> Result<u64, EngineError> {
+        const RESERVE: u64 = 1000;
+        if self.lists.is_empty() {
+            let first = self.index.store().reserve_lists(RESERVE)?;
+            self.lists = first..first + RESERVE;
+        }
+        let list = self.lists.start;
+        self.lists.start += 1;
+        Ok(list)
+    }
+
+    /// A file of the replica that a new one probably was made from: the one
+    /// that stands under its name, or a sibling with a similar name (editors
+    /// and copiers write `.name.XXXX` or `name.tmp` and rename).
+    fn resembling(
+        &self,
+        entries: &[(ObjectId, Name)],
+    ) -> Result<Option<(ObjectId, Known)>, EngineError> {
+        for (directory, name) in entries {
+            if let Some(object) = self.index.entry(directory, name)?
+                && let Some(known) = self.chunked(&object)?
+            {
+                return Ok(Some((object, known)));
+            }
+        }
+        for (directory, name) in entries {
+            let mut best: Option<(usize, ObjectId, Known)> = None;
+            for (other, object) in self.index.children(directory)?.into_iter().take(SIBLINGS) {
+                let score = likeness(name.as_bytes(), other.as_bytes());
+                if score > best.as_ref().map_or(0, |(score, ..)| *score)
+                    && let Some(known) = self.chunked(&object)?
+                {
+                    best = Some((score, object, known));
+                }
+            }
+            if let Some((_, object, known)) = best {
+                return Ok(Some((object, known)));
+            }
+        }
+        Ok(None)
+    }
+
+    fn chunked(&self, object: &ObjectId) -> Result<Option<Known>, EngineError> {
+        let known = self.index.object(object)?;
+        Ok(known.filter(|known| {
+            known.state.kind == Kind::File && matches!(known.content, Content::Chunks { .. })
+        }))
+    }
+
+    /// A lane is through with a file.
+    pub(super) fn transfer_done(
+        &mut self,
+        job: &Job,
+        result: Result<Done, LaneError>,
+    ) -> Result<(), EngineError> {
+        self.running.remove(&job.transfer);
+        let Some(held) = self.holds.get_mut(&job.object) else { return Ok(()) };
+        let Transfer::Running { number, since, basis: expected, .. } = &held.transfer else {
+            return Ok(());
+        };
+        if *number != job.transfer {
+            return Ok(());
+        }
+        let (took, spoiled) = (since.elapsed(), expected.is_none() && job.known.is_some());
+        let done = match result {
+            Ok(done) if !spoiled => done,
+            Ok(_) | Err(LaneError::Sink(_)) => {
+                held.transfer = Transfer::Waiting;
+                held.due = Instant::now();
+                return Ok(());
+            }
+            Err(LaneError::Index(error)) => return Err(error.into()),
+            Err(LaneError::Read(error)) => Done::Unreadable(error.to_string()),
+        };
+        match done {
+            Done::Sent { known, basis, shipped, started, moving } => {
+                let file = ReadyFile { known: *known, shipped, started, moving };
+                let done = Box::new(file);
+                held.transfer = Transfer::Ready { number: job.transfer, basis, done, took };
+            }
+            Done::Unchanged { known } => {
+                self.unchanged(job, &known)?;
+                return Ok(());
+            }
+            Done::Gone | Done::Small => held.transfer = Transfer::Waiting,
+            Done::Unreadable(error) => {
+                held.transfer = Transfer::Waiting;
+                held.hold.reason = HoldReason::Unreadable { error };
+                held.due = Instant::now() + RETRY;
+                return Ok(());
+            }
+        }
+        self.redo_hold(&job.object);
+        Ok(())
+    }
+
+    /// The content of a known file turned out to be what the replica holds.
+    fn unchanged(&mut self, job: &Job, known: &Known) -> Result<(), EngineError> {
+        if let Some(held) = self.holds.get_mut(&job.object) {
+            held.transfer = Transfer::Ready {
+                number: TransferId(0),
+                basis: None,
+                done: Box::new(ReadyFile {
+                    known: known.clone(),
+                    shipped: 0,
+                    started: known.read_at,
+                    moving: false,
+                }),
+                took: Duration::ZERO,
+            };
+        }
+        self.redo_hold(&job.object);
+        Ok(())
+    }
+
+    /// Content of `object` changes in the replica, or the object goes: running
+    /// transfers that build on it are started again (the destination would
+    /// refuse them).
+    pub(super) fn spoil(&mut self, changed: &BTreeSet<ObjectId>) {
+        for (object, held) in &mut self.holds {
+            let spoiled = match &held.transfer {
+                Transfer::Running { basis: Some(basis), .. }
+                | Transfer::Ready { basis: Some((basis, _)), .. } => {
+                    basis != object && changed.contains(basis)
+                }
+                _ => false,
+            };
+            if !spoiled {
+                continue;
+            }
+            if let (Transfer::Ready { number, .. }, Some(session)) =
+                (&held.transfer, &self.session)
+            {
+                abort(session, *number);
+            }
+            held.transfer = Transfer::Waiting;
+            held.due = Instant::now();
+        }
+    }
+
+    /// After a large file was placed: when it had changed while it was read,
+    /// it waits for its next turn; its state as placed is of `started`.
+    pub(super) fn hold_again(&mut self, object: ObjectId, file: &ReadyFile, took: Duration) {
+        let reason = HoldReason::Large { size: file.known.state.size };
+        let hold = Hold { reason, entries: BTreeSet::new() };
+        let held = Held {
+            hold,
+            floor: file.started,
+            since: Timestamp::now(),
+            due: Instant::now() + self.settings.settle.max(took * PATIENCE),
+            transfer: Transfer::Waiting,
+        };
+        self.holds.insert(object, held);
+    }
+
+    /// All transfers are void: the session is gone.
+    pub(super) fn reset_transfers(&mut self) {
+        self.running.clear();
+        for held in self.holds.values_mut() {
+            held.transfer = Transfer::Waiting;
+            held.due = Instant::now();
+        }
+    }
+
+    /// The destination could not build a transfer from its basis.
+    pub(super) fn transfer_refused(&mut self, number: TransferId, reason: &str) {
+        tracing::warn!(%number, reason, "the destination refused a transfer; it is sent again");
+        self.running.remove(&number);
+        for held in self.holds.values_mut() {
+            let this = match &held.transfer {
+                Transfer::Running { number: n, .. } | Transfer::Ready { number: n, .. } => *n,
+                Transfer::Waiting => continue,
+            };
+            if this == number {
+                held.transfer = Transfer::Waiting;
+                held.due = Instant::now();
+            }
+        }
+    }
+}
+
+/// Tells the destination to forget a transfer. An error means that the session
+/// is gone, and the transfer with it.
+pub(super) fn abort(session: &crate::session::Session, number: TransferId) {
+    let stream = session.sink.transfer_stream(number.0);
+    let _ = session.sink.send(stream, &DataFrame::TransferAbort { transfer: number });
+}
+
+/// How much one name looks like made from the other: the length of the shorter
+/// one's core when the longer holds it, else 0.
+fn likeness(a: &[u8], b: &[u8]) -> usize {
+    let core = |name: &[u8]| -> Vec<u8> {
+        let trim = |b: &u8| matches!(b, b'.' | b'#' | b'~' | b'_');
+        let start = name.iter().position(|b| !trim(b)).unwrap_or(0);
+        let end = name.iter().rposition(|b| !trim(b)).map_or(name.len(), |end| end + 1);
+        name[start..end.max(start)].to_vec()
+    };
+    let (a, b) = (core(a), core(b));
+    let (short, long) = if a.len() <= b.len() { (a, b) } else { (b, a) };
+    let holds = short.len() >= 2 && long.windows(short.len()).any(|window| window == short);
+    if holds { short.len() } else { 0 }
+}
+
+/// Whether an object of this size travels in a lane.
+pub(super) fn is_large(size: u64) -> bool {
+    size > PACK_MAX
+}
+
+#[cfg(test)]
+mod tests {
+    use super::likeness;
+
+    #[test]
+    fn temporary_names_look_like_their_target() {
+        for (a, b) in [
+            (&b".db.sqlite.AbC123"[..], &b"db.sqlite"[..]),
+            (b"image.img.tmp", b"image.img"),
+            (b"report~", b"report"),
+            (b"#notes#", b"notes"),
+        ] {
+            assert!(likeness(a, b) > 0, "{}", a.escape_ascii());
+        }
+        assert_eq!(likeness(b"alpha", b"beta"), 0);
+        assert!(likeness(b"db.sqlite.tmp", b"db.sqlite") > likeness(b"db.sqlite.tmp", b"db"));
+    }
+}

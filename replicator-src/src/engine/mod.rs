@@ -1,0 +1,432 @@
+//! The one loop of a source: waits for something to happen, takes it in, and
+//! builds the next batch when there is reason to.
+//!
+//! ```text
+//! loop { event = wait(); apply(event); if may_build() { build() } }
+//! ```
+//!
+//! One owned thread runs it; all state of the replication is in [`Engine`] and
+//! changes only here. Readers, lanes, the capture thread and the link work
+//! beside it and talk to it through its inbox.
+//!
+//! - [`build`]: how a batch comes about.
+//! - [`holds`]: what waits, and the transfers of large files.
+//! - [`peer`]: what the destination says.
+//! - [`reconcile`]: a replica that was not empty.
+//! - [`state`]: what the loop shares with those who ask.
+
+mod build;
+mod holds;
+mod peer;
+mod reconcile;
+mod report;
+pub mod state;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, select};
+use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq, TransferId};
+use replicator_common::name::Name;
+use replicator_common::status::{DesiredState, FailoverReport};
+use replicator_common::time::Timestamp;
+
+use crate::capture::{Capture, CaptureError, Members};
+use crate::index::{Index, IndexError, Mark, View};
+use crate::journal::{Journal, JournalError};
+use crate::plan::{Dirty, Listing, PlanError, Skip};
+use crate::read::lane::{Done, Job, LaneError};
+use crate::read::pool::Pool;
+use crate::read::sink::SinkError;
+use crate::session::{LinkEvent, Session};
+use crate::source::{Opener, SourceError, SourceTree};
+use holds::Held;
+use state::Shared;
+
+/// Batches that may be under way (committed, not yet acknowledged): one that
+/// the destination applies while the next is built and staged.
+const IN_FLIGHT: usize = 2;
+/// How often status is refreshed.
+const REFRESH: Duration = Duration::from_millis(200);
+/// How often the destination gets our report.
+const REPORT: Duration = Duration::from_millis(500);
+
+/// What the operator may set.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Longest time between batches; an idle source's watermark moves on at
+    /// this pace.
+    pub heartbeat: Duration,
+    /// How long a large file must be left alone before it is sent, unless it
+    /// is never left alone.
+    pub settle: Duration,
+    /// Objects in one batch, at most.
+    pub batch_objects: usize,
+    /// Content bytes of small files in one batch, at most.
+    pub batch_bytes: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            heartbeat: Duration::from_secs(1),
+            settle: Duration::from_millis(500),
+            batch_objects: 8192,
+            batch_bytes: 64 << 20,
+        }
+    }
+}
+
+/// What can be asked of a running engine.
+pub enum Command {
+    /// Look whether there is something to do.
+    Nudge,
+    /// Walk the whole tree and compare.
+    Rescan(String),
+    /// Ask the destination to fail over, and answer with what it says.
+    Delete(Sender<Result<FailoverReport, String>>),
+    /// End the loop.
+    Stop,
+}
+
+/// What can happen.
+pub enum Event {
+    /// Something about the connection.
+    Link(LinkEvent),
+    /// A large file's transfer ended.
+    Transfer(Box<Job>, Result<Done, LaneError>),
+    /// Somebody asks.
+    Command(Command),
+}
+
+impl From<LinkEvent> for Event {
+    fn from(event: LinkEvent) -> Self {
+        Self::Link(event)
+    }
+}
+
+/// Why the loop ended. All of it is trouble with the source or its state; the
+/// destination's troubles never end it.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The index failed.
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    /// The journal failed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The source failed.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// Capturing failed.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+}
+
+impl From<PlanError<IndexError, SourceError>> for EngineError {
+    fn from(error: PlanError<IndexError, SourceError>) -> Self {
+        match error {
+            PlanError::Index(error) => Self::Index(error),
+            PlanError::Tree(error) => Self::Source(error),
+        }
+    }
+}
+
+/// A stretch of time in which changes may have been missed.
+#[derive(Clone, Debug)]
+struct Gap {
+    /// Why, in words.
+    reason: String,
+    /// Every change before this is in the replica; the watermark waits here.
+    floor: Timestamp,
+    /// When it opened.
+    since: Timestamp,
+    /// When the walk that is to close it began.
+    walk_started: Timestamp,
+    /// Events were lost again while the walk ran: another walk must follow.
+    again: Option<String>,
+}
+
+/// A batch that was committed and is not acknowledged.
+struct InFlight {
+    mark: Mark,
+    /// Everything that was dirty when it was built: dirty again when it is lost.
+    input: Dirty,
+    /// The gap that it closed.
+    closed: Option<Gap>,
+    /// Directories that it drops.
+    dropped: Vec<ObjectId>,
+    /// Objects and bytes of regular content in it, for progress.
+    progress: (u64, u64),
+    committed_at: Instant,
+    exact: bool,
+    /// The destination said that it is durable.
+    durable: bool,
+}
+
+/// Everything of one running replication, source side.
+pub struct Engine {
+    settings: Settings,
+    opener: Opener,
+    tree: SourceTree,
+    index: Index,
+    journal: Arc<Journal>,
+    capture: Capture,
+    members: Arc<Members>,
+    pool: Pool,
+    inbox: Receiver<Event>,
+    /// For lanes to answer to.
+    post: Sender<Event>,
+    captured: Receiver<()>,
+    shared: Arc<Shared>,
+    session: Option<Session>,
+    /// What is dirty and not in a batch yet.
+    dirty: Dirty,
+    /// The journal is absorbed up to here.
+    cursor: Seq,
+    /// Every change before this moment was absorbed, and is in a batch, held,
+    /// an orphan, or in an open gap.
+    covered: Timestamp,
+    gap: Option<Gap>,
+    holds: BTreeMap<ObjectId, Held>,
+    /// Transfers that are being read.
+    running: HashMap<TransferId, ObjectId>,
+    in_flight: VecDeque<InFlight>,
+    reconcile: Option<reconcile::Reconcile>,
+    next_batch: BatchId,
+    next_transfer: TransferId,
+    lists: std::ops::Range<u64>,
+    /// The watermark that batches claimed so far.
+    claimed: Timestamp,
+    last_build: Instant,
+    last_report: Instant,
+    last_refresh: Instant,
+    last_walk: Instant,
+    totals: Mark,
+    skipped: HashMap<(ObjectId, Name), Skip>,
+    failing: Option<Sender<Result<FailoverReport, String>>>,
+    stopping: bool,
+    /// Bytes put on the wire by this replication, all sessions.
+    wired: Arc<AtomicU64>,
+}
+
+/// What an engine is made of.
+pub struct Parts {
+    /// Settings.
+    pub settings: Settings,
+    /// Opens objects.
+    pub opener: Opener,
+    /// Looks at the source.
+    pub tree: SourceTree,
+    /// The index.
+    pub index: Index,
+    /// The journal.
+    pub journal: Arc<Journal>,
+    /// The capture thread.
+    pub capture: Capture,
+    /// What is ours.
+    pub members: Arc<Members>,
+    /// The readers.
+    pub pool: Pool,
+    /// Where events arrive.
+    pub inbox: (Sender<Event>, Receiver<Event>),
+    /// Where captured records are announced.
+    pub captured: Receiver<()>,
+    /// What is shared with those who ask.
+    pub shared: Arc<Shared>,
+    /// Counts the bytes put on the wire.
+    pub wired: Arc<AtomicU64>,
+}
+
+impl Engine {
+    /// Puts the parts together. `reason` says why the tree must be walked at
+    /// the start: nothing proves that no change was missed since the last run.
+    pub fn new(parts: Parts, reason: &str) -> Result<Self, EngineError> {
+        let mark = parts.index.store().mark()?;
+        let now = Instant::now();
+        let claimed = mark.watermark.unwrap_or(Timestamp::NEVER);
+        let mut engine = Self {
+            settings: parts.settings,
+            opener: parts.opener,
+            tree: parts.tree,
+            index: parts.index,
+            cursor: parts.journal.trimmed(),
+            journal: parts.journal,
+            capture: parts.capture,
+            members: parts.members,
+            pool: parts.pool,
+            inbox: parts.inbox.1,
+            post: parts.inbox.0,
+            captured: parts.captured,
+            shared: parts.shared,
+            session: None,
+            dirty: Dirty::default(),
+            covered: claimed,
+            gap: None,
+            holds: BTreeMap::new(),
+            running: HashMap::new(),
+            in_flight: VecDeque::new(),
+            reconcile: None,
+            next_batch: mark.batch.next(),
+            next_transfer: TransferId(1),
+            lists: 0..0,
+            claimed,
+            last_build: now,
+            last_report: now,
+            last_refresh: now,
+            last_walk: now,
+            totals: mark,
+            skipped: HashMap::new(),
+            failing: None,
+            stopping: false,
+            wired: parts.wired,
+        };
+        engine.greet()?;
+        engine.open_gap(reason.to_owned());
+        Ok(engine)
+    }
+
+    /// The loop. Returns when it is told to stop.
+    pub fn run(mut self) -> Result<(), EngineError> {
+        while !self.stopping {
+            if let Some(event) = self.wait() {
+                self.apply(event)?;
+            }
+            // Take in what else is there before a batch is built.
+            while let Ok(event) = self.inbox.try_recv() {
+                self.apply(event)?;
+            }
+            self.tick()?;
+            if self.may_build() {
+                self.build()?;
+            }
+            self.publish();
+        }
+        self.index.merge()?;
+        self.journal.flush()?;
+        Ok(())
+    }
+
+    fn wait(&self) -> Option<Event> {
+        if self.may_build() {
+            return None;
+        }
+        let patience = self.patience();
+        select! {
+            recv(self.inbox) -> event => event.ok(),
+            recv(self.captured) -> _ => None,
+            default(patience) => None,
+        }
+    }
+
+    /// How long nothing needs doing unless something happens.
+    fn patience(&self) -> Duration {
+        let heartbeat = self.settings.heartbeat.saturating_sub(self.last_build.elapsed());
+        let idle = self.session.is_none() || self.in_flight.len() >= IN_FLIGHT;
+        let pulse = if idle { REFRESH } else { heartbeat.min(REFRESH) };
+        self.next_hold().map_or(pulse, |due| pulse.min(due)).max(Duration::from_millis(1))
+    }
+
+    fn apply(&mut self, event: Event) -> Result<(), EngineError> {
+        match event {
+            Event::Link(event) => self.link(event),
+            Event::Transfer(job, result) => self.transfer_done(&job, result),
+            Event::Command(Command::Nudge) => Ok(()),
+            Event::Command(Command::Rescan(reason)) => {
+                self.open_gap(reason);
+                Ok(())
+            }
+            Event::Command(Command::Delete(reply)) => {
+                self.ask_failover(reply);
+                Ok(())
+            }
+            Event::Command(Command::Stop) => {
+                self.stopping = true;
+                Ok(())
+            }
+        }
+    }
+
+    /// What is due by the clock.
+    fn tick(&mut self) -> Result<(), EngineError> {
+        if let Some(reason) = self.capture.failure() {
+            return Err(CaptureError::Stopped(reason).into());
+        }
+        if let Some(every) = self.capture.rescan_every()
+            && self.gap.is_none()
+            && self.last_walk.elapsed() >= every
+        {
+            self.open_gap("periodic walk".to_owned());
+        }
+        self.due_holds();
+        self.start_transfers()?;
+        if self.in_flight.is_empty() {
+            self.index.merge()?;
+        }
+        Ok(())
+    }
+
+    fn may_build(&self) -> bool {
+        let ready = self.session.is_some()
+            && self.reconcile.as_ref().is_none_or(reconcile::Reconcile::is_complete)
+            && self.in_flight.len() < IN_FLIGHT
+            && self.failing.is_none()
+            && self.shared.desired() == DesiredState::Enabled;
+        ready
+            && (!self.dirty.is_empty()
+                || self.cursor < self.journal.last()
+                || self.heartbeat_due())
+    }
+
+    fn heartbeat_due(&self) -> bool {
+        self.last_build.elapsed() >= self.settings.heartbeat && self.in_flight.is_empty()
+    }
+
+    /// From now on nothing that happened since `covered` is certain, until a
+    /// walk has compared the whole tree.
+    fn open_gap(&mut self, reason: String) {
+        tracing::info!(reason, "gap: the source must be walked");
+        metrics::counter!("replicator_source_gaps_total").increment(1);
+        self.shared.count(|counters| counters.gaps += 1);
+        let now = Timestamp::now();
+        match &mut self.gap {
+            Some(gap) => gap.again = Some(reason),
+            None => {
+                self.gap = Some(Gap {
+                    reason,
+                    floor: self.covered,
+                    since: now,
+                    walk_started: now,
+                    again: None,
+                });
+                self.start_walk();
+            }
+        }
+    }
+
+    fn start_walk(&mut self) {
+        self.last_walk = Instant::now();
+        self.shared.count(|counters| counters.rescans += 1);
+        self.shared.begin_progress();
+        let root = self.opener.root().id.clone();
+        self.dirty.listings.retain(|listing| !listing.deep);
+        self.dirty.listings.push_back(Listing::new(root, true));
+    }
+
+    /// The incarnation pair that the index describes, for greetings.
+    fn peer(&self) -> Result<Option<Incarnation>, EngineError> {
+        Ok(self.index.store().peer()?)
+    }
+
+    /// Whether the index knows the root: not before the first batch.
+    fn root_known(&self) -> Result<bool, EngineError> {
+        Ok(self.index.object(&self.opener.root().id)?.is_some())
+    }
+}
+
+/// A session's end seen from inside a build: not an error of ours.
+fn ended(error: &SinkError) -> String {
+    error.to_string()
+}

@@ -1,0 +1,212 @@
+//! What the destination says, and what a session's begin and end mean.
+
+use std::time::Instant;
+
+use crossbeam_channel::Sender;
+use replicator_common::id::BatchId;
+use replicator_common::status::FailoverReport;
+use replicator_common::time::Timestamp;
+use replicator_common::wire::{DestinationMessage, Refusal, SourceMessage};
+
+use super::{Engine, EngineError};
+use crate::index::Index;
+use crate::session::{LinkEvent, Session};
+
+impl Engine {
+    pub(super) fn link(&mut self, event: LinkEvent) -> Result<(), EngineError> {
+        match event {
+            LinkEvent::Connected(session) => self.connected(session),
+            LinkEvent::Lost { number, reason, refusal } => {
+                self.lost(number, &reason, refusal.as_ref())
+            }
+            LinkEvent::Message { number, message } => {
+                if self.session.as_ref().is_none_or(|session| session.number != number) {
+                    return Ok(());
+                }
+                self.message(*message)
+            }
+        }
+    }
+
+    /// A session is open: settles what the last one left undecided.
+    fn connected(&mut self, session: Session) -> Result<(), EngineError> {
+        let hello = session.hello.clone();
+        let known = self.peer()?;
+        let pending = self.index.store().pending()?.last().map(|delta| delta.mark.batch);
+        let mark = self.index.store().mark()?;
+        let newest = pending.unwrap_or(mark.batch).max(mark.batch);
+        let fresh = newest == BatchId(0) && hello.committed == BatchId(0);
+        let agreed = known == Some(hello.incarnation)
+            && (mark.batch..=newest).contains(&hello.committed);
+        let halfway = self.index.store().reconciling()?;
+        if halfway || !(fresh || agreed) {
+            return self.distrust(session, known.is_some());
+        }
+        if known != Some(hello.incarnation) {
+            self.index.store().set_peer(hello.incarnation)?;
+        }
+        tracing::info!(
+            peer = session.peer(),
+            committed = %hello.committed,
+            "session open"
+        );
+        self.shared.connected(&session);
+        self.settle(hello.committed)?;
+        self.next_batch = hello.committed.next();
+        if hello.reconcile && !self.root_known()? && self.reconcile.is_none() {
+            self.start_reconcile(&session)?;
+        }
+        self.session = Some(session);
+        Ok(())
+    }
+
+    /// The index does not describe this replica: one of the sides was set back,
+    /// replaced, or is new (trap 14). The index starts anew under a new
+    /// incarnation, and the session with it.
+    fn distrust(&mut self, session: Session, had_peer: bool) -> Result<(), EngineError> {
+        if had_peer {
+            tracing::warn!("the two sides do not remember the same history; comparing anew");
+        }
+        self.index.store().reset()?;
+        self.index = Index::new(self.index.store().clone())?;
+        self.in_flight.clear();
+        self.reset_transfers();
+        self.holds.clear();
+        self.dirty = Default::default();
+        self.reconcile = None;
+        self.covered = Timestamp::NEVER;
+        self.claimed = Timestamp::NEVER;
+        self.totals = self.index.store().mark()?;
+        self.next_batch = BatchId(1);
+        self.gap = None;
+        self.skipped.clear();
+        self.open_gap(if had_peer { "the replica is compared anew" } else { "initial sync" }.into());
+        let source = self.index.store().incarnation()?;
+        self.shared.greeting(source, None, BatchId(0), None);
+        // Dropped here: the destination must learn our new incarnation by a
+        // new greeting.
+        drop(session);
+        Ok(())
+    }
+
+    /// Batches up to `committed` took effect; later ones are built anew.
+    fn settle(&mut self, committed: BatchId) -> Result<(), EngineError> {
+        self.index.settle(committed)?;
+        for batch in std::mem::take(&mut self.in_flight) {
+            if batch.mark.batch <= committed {
+                self.journal.trim(batch.mark.seq)?;
+                self.shared.progressed(batch.progress);
+                continue;
+            }
+            if let Some(gap) = batch.closed
+                && self.gap.is_none()
+            {
+                self.gap = Some(gap);
+                self.shared.begin_progress();
+            }
+            self.dirty.merge(batch.input);
+        }
+        self.totals = self.index.store().mark()?;
+        let mark = self.totals;
+        self.shared.acknowledged(&mark);
+        self.greet()
+    }
+
+    /// What the next greeting says.
+    pub(super) fn greet(&self) -> Result<(), EngineError> {
+        let store = self.index.store();
+        let acknowledged = store.mark()?.batch;
+        let pending = self.in_flight.back().map(|batch| batch.mark.batch);
+        self.shared.greeting(store.incarnation()?, store.peer()?, acknowledged, pending);
+        Ok(())
+    }
+
+    fn lost(
+        &mut self,
+        number: u64,
+        reason: &str,
+        refusal: Option<&Refusal>,
+    ) -> Result<(), EngineError> {
+        tracing::debug!(number, reason, "no session");
+        self.shared.lost(reason, refusal);
+        if self.session.as_ref().is_some_and(|session| session.number == number) {
+            tracing::warn!(reason, "session lost");
+            self.session = None;
+            self.reset_transfers();
+            if self.reconcile.as_ref().is_some_and(|reconcile| !reconcile.is_complete()) {
+                self.reconcile = None;
+            }
+            if let Some(reply) = self.failing.take() {
+                let _ = reply.send(Err(format!("the destination went away: {reason}")));
+            }
+        }
+        Ok(())
+    }
+
+    fn message(&mut self, message: DestinationMessage) -> Result<(), EngineError> {
+        match message {
+            DestinationMessage::Durable { batch } => {
+                for waiting in &mut self.in_flight {
+                    waiting.durable |= waiting.mark.batch <= batch;
+                }
+            }
+            DestinationMessage::Applied { batch, .. } => self.applied(batch)?,
+            DestinationMessage::Report(report) => self.shared.destination_report(*report),
+            DestinationMessage::Inventory { items, last } => self.inventory(items, last)?,
+            DestinationMessage::TransferRefused { transfer, reason } => {
+                self.transfer_refused(transfer, &reason);
+            }
+            DestinationMessage::FailedOver { report } => {
+                if let Some(reply) = self.failing.take() {
+                    // Whoever asked may have given up waiting.
+                    let _ = reply.send(Ok(*report));
+                }
+            }
+            DestinationMessage::Hello(_) | DestinationMessage::Refused(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Batches up to `batch` are in the replica.
+    ///
+    /// INVARIANT (acknowledged means durable): only here, and in settling, is
+    /// the journal trimmed.
+    fn applied(&mut self, batch: BatchId) -> Result<(), EngineError> {
+        let mut merged = None;
+        while self.in_flight.front().is_some_and(|waiting| waiting.mark.batch <= batch) {
+            let Some(done) = self.in_flight.pop_front() else { break };
+            metrics::histogram!("replicator_source_batch_seconds")
+                .record(done.committed_at.elapsed().as_secs_f64());
+            self.shared.progressed(done.progress);
+            self.shared.count(|counters| {
+                counters.batches += 1;
+                counters.exact_batches += u64::from(done.exact);
+            });
+            for directory in &done.dropped {
+                self.members.remove_directory(directory);
+            }
+            merged = Some(done.mark);
+        }
+        let Some(mark) = merged else { return Ok(()) };
+        self.index.acknowledge(batch);
+        self.journal.trim(mark.seq)?;
+        self.shared.acknowledged(&mark);
+        self.shared.greeting_acknowledged(mark.batch);
+        Ok(())
+    }
+
+    /// Passes the operator's wish to fail over on.
+    pub(super) fn ask_failover(&mut self, reply: Sender<Result<FailoverReport, String>>) {
+        let sent = match &self.session {
+            Some(session) => session.send(&SourceMessage::Delete).map_err(|e| e.to_string()),
+            None => Err("the destination cannot be reached".to_owned()),
+        };
+        match sent {
+            Ok(()) => {
+                self.failing = Some(reply);
+                self.last_build = Instant::now();
+            }
+            Err(error) => drop(reply.send(Err(error))),
+        }
+    }
+}

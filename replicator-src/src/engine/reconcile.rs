@@ -1,0 +1,211 @@
+//! A replica that was not empty: what it holds is taken into the index, object
+//! by object, so that the walk that follows finds only differences.
+//!
+//! The destination sends its inventory, parents before children. An item whose
+//! name leads to an object of the same kind on the source is *adopted*: the
+//! replica's object stands for the source's from now on, with the state and
+//! content that the destination reported. An item without counterpart is
+//! adopted as *foreign*; the walk finds its name missing on the source, and it
+//! is set aside into lost+found with all below it. Nothing is deleted.
+
+use std::collections::{HashMap, HashSet};
+
+use replicator_common::chunk::Chunk;
+use replicator_common::id::{BatchId, ObjectId, ReplicaHandle};
+use replicator_common::object::Kind;
+use replicator_common::time::Timestamp;
+use replicator_common::wire::{
+    BatchHeader, Extent, InventoryContent, InventoryItem, Op, SourceMessage,
+};
+
+use super::{Engine, EngineError};
+use crate::index::{Content, Delta, EntryChange, Known};
+use crate::plan::{Lookup, Tree};
+use crate::read::{lane, small};
+use crate::session::Session;
+
+/// Adoptions in one batch.
+const BATCH: usize = 4096;
+
+/// A reconciliation under way.
+#[derive(Default)]
+pub(super) struct Reconcile {
+    /// Source directory of each replica directory that was adopted.
+    directories: HashMap<ReplicaHandle, ObjectId>,
+    adopted: HashSet<ObjectId>,
+    /// Chunks of a file whose list is not through.
+    partial: Option<(ReplicaHandle, Vec<Chunk>)>,
+    ops: Vec<Op>,
+    delta: Delta,
+    complete: bool,
+}
+
+impl Reconcile {
+    pub(super) fn is_complete(&self) -> bool {
+        self.complete
+    }
+}
+
+impl Engine {
+    /// Asks for the inventory.
+    pub(super) fn start_reconcile(&mut self, session: &Session) -> Result<(), EngineError> {
+        tracing::info!("the replica is not empty: reconciling");
+        self.index.store().set_reconciling(true)?;
+        self.reconcile = Some(Reconcile::default());
+        if let Err(error) = session.send(&SourceMessage::RequestInventory) {
+            // The link tells of the end too.
+            tracing::debug!(%error, "cannot ask for the inventory");
+        }
+        Ok(())
+    }
+
+    /// Some of the inventory arrived.
+    pub(super) fn inventory(
+        &mut self,
+        items: Vec<InventoryItem>,
+        last: bool,
+    ) -> Result<(), EngineError> {
+        let Some(mut state) = self.reconcile.take() else { return Ok(()) };
+        for item in items {
+            self.adopt(&mut state, item)?;
+            if state.ops.len() >= BATCH {
+                self.commit_adoptions(&mut state)?;
+            }
+        }
+        if last {
+            self.commit_adoptions(&mut state)?;
+            self.index.store().set_reconciling(false)?;
+            state = Reconcile { complete: true, ..Reconcile::default() };
+        }
+        self.reconcile = Some(state);
+        Ok(())
+    }
+
+    fn adopt(&mut self, state: &mut Reconcile, item: InventoryItem) -> Result<(), EngineError> {
+        let root = self.opener.root().id.clone();
+        let Some(parent) = &item.parent else {
+            let known = inventoried(&item, Content::None, self.next_batch, None);
+            state.directories.insert(item.handle, root.clone());
+            state.ops.push(Op::Root { object: root.clone() });
+            state.delta.objects.push((root, Some(known)));
+            return Ok(());
+        };
+        let Some(directory) = state.directories.get(parent).cloned() else {
+            // Below something foreign: it goes where that goes.
+            return Ok(());
+        };
+        let Some(content) = self.inventory_content(state, &item)? else { return Ok(()) };
+        let found = match self.tree.lookup(&directory, &item.name)? {
+            Lookup::Found(seen) if seen.stat.kind == item.state.kind => Some(seen.object),
+            _ => None,
+        };
+        let object = match found {
+            Some(object) if state.adopted.insert(object.clone()) => object,
+            _ => match ObjectId::foreign(&item.handle) {
+                Some(foreign) => foreign,
+                None => return Ok(()),
+            },
+        };
+        if item.state.kind == Kind::Directory && !object.is_foreign() {
+            state.directories.insert(item.handle.clone(), object.clone());
+        }
+        let place = (directory.clone(), item.name.clone());
+        let known = inventoried(&item, content, self.next_batch, Some(place));
+        state.ops.push(Op::Adopt {
+            object: object.clone(),
+            handle: item.handle,
+            directory: directory.clone(),
+            name: item.name.clone(),
+            kind: item.state.kind,
+        });
+        state.delta.entries.push(EntryChange {
+            directory,
+            name: item.name,
+            old: None,
+            new: Some(object.clone()),
+        });
+        state.delta.objects.push((object, Some(known)));
+        Ok(())
+    }
+
+    /// The content as the index keeps it; `None` while more chunks follow.
+    fn inventory_content(
+        &mut self,
+        state: &mut Reconcile,
+        item: &InventoryItem,
+    ) -> Result<Option<Content>, EngineError> {
+        Ok(Some(match &item.content {
+            InventoryContent::None => Content::None,
+            InventoryContent::Symlink(target) => Content::Symlink(target.to_vec()),
+            InventoryContent::Hash(hash) => {
+                let size = item.state.size;
+                let dense = [Extent { offset: 0, length: size }];
+                let extents = if size == 0 { &dense[..0] } else { &dense[..] };
+                Content::Whole(small::whole_hash(size, extents, hash))
+            }
+            InventoryContent::Chunks { average, chunks, more } => {
+                let mut all = match state.partial.take() {
+                    Some((handle, chunks)) if handle == item.handle => chunks,
+                    _ => Vec::new(),
+                };
+                all.extend_from_slice(chunks);
+                if *more {
+                    state.partial = Some((item.handle.clone(), all));
+                    return Ok(None);
+                }
+                let list = self.next_list()?;
+                self.index.store().put_chunks(list, &all)?;
+                Content::Chunks { average: *average, list, digest: lane::digest(&all) }
+            }
+        }))
+    }
+
+    fn commit_adoptions(&mut self, state: &mut Reconcile) -> Result<(), EngineError> {
+        if state.ops.is_empty() {
+            return Ok(());
+        }
+        let ops = std::mem::take(&mut state.ops);
+        let delta = std::mem::take(&mut state.delta);
+        let header = BatchHeader {
+            seq: self.cursor,
+            watermark: Timestamp::NEVER,
+            exact: None,
+            packed: 0,
+            ops: ops.len() as u64,
+            complete: false,
+            bytes_changed: 0,
+            bytes_shipped: 0,
+        };
+        self.send_batch(super::build::Ready {
+            ops,
+            delta,
+            header,
+            input: Default::default(),
+            closed: None,
+            dropped: Vec::new(),
+            progress: (0, 0),
+            objects: 0,
+        })
+    }
+}
+
+/// What the index knows of an adopted object: its times of reading say that
+/// nothing is proven, so the walk looks at it.
+fn inventoried(
+    item: &InventoryItem,
+    content: Content,
+    batch: BatchId,
+    entry: Option<(ObjectId, replicator_common::name::Name)>,
+) -> Known {
+    Known {
+        state: item.state.clone(),
+        ctime: Timestamp::NEVER,
+        read_at: Timestamp::NEVER,
+        version: batch,
+        content,
+        links: u32::from(entry.is_some()),
+        nlink: 0,
+        entry,
+    }
+}
+

@@ -1,0 +1,169 @@
+//! What the engine tells of itself.
+
+use std::time::Instant;
+
+use replicator_common::id::ObjectId;
+use replicator_common::name::Name;
+use replicator_common::status::{Blocker, Positions, Skipped, StageLag};
+use replicator_common::time::Timestamp;
+use replicator_common::wire::SourceMessage;
+
+use super::holds::Transfer;
+use super::state::Facts;
+use super::{Engine, REFRESH, REPORT};
+use crate::index::View;
+use crate::plan::{HoldReason, Skip};
+
+/// Blockers and nested mounts that status names.
+const EXAMPLES: usize = 100;
+/// Deepest path that is spelt out.
+const DEPTH: usize = 4096;
+
+impl Engine {
+    /// Refreshes status, and tells the destination, when it is time to.
+    pub(super) fn publish(&mut self) {
+        if self.last_refresh.elapsed() >= REFRESH {
+            self.last_refresh = Instant::now();
+            let facts = self.facts();
+            metrics::gauge!("replicator_source_backlog_records").set(facts.backlog as f64);
+            metrics::gauge!("replicator_source_lag_seconds").set(facts.lag.applied);
+            self.shared.refresh(facts);
+        }
+        if self.last_report.elapsed() >= REPORT
+            && let Some(session) = &self.session
+        {
+            self.last_report = Instant::now();
+            let report = Box::new(self.shared.report());
+            // The link tells when the session has ended.
+            let _ = session.send(&SourceMessage::Report(report));
+        }
+    }
+
+    fn facts(&self) -> Facts {
+        let applied = self.journal.trimmed();
+        let shipped = self.in_flight.back().map_or(applied, |batch| batch.mark.seq);
+        let durable = self
+            .in_flight
+            .iter()
+            .filter(|batch| batch.durable)
+            .map(|batch| batch.mark.seq)
+            .next_back()
+            .unwrap_or(applied);
+        let positions = Positions {
+            captured: self.journal.last(),
+            journaled: self.journal.flushed(),
+            shipped,
+            durable: durable.max(applied),
+            applied,
+        };
+        Facts {
+            watcher: self.capture.report(),
+            positions,
+            lag: self.lag(),
+            backlog: self.journal.last().0.saturating_sub(applied.0),
+            store_bytes: self.journal.size() + self.index.store().size(),
+            skipped: self.skipped_report(),
+            blocked_by: self.blockers(),
+            round_trip: self.session.as_ref().map(crate::session::Session::round_trip),
+            events: self.capture.events(),
+            wired: self.shared_wired(),
+            walking: self.gap.is_some(),
+            in_flight: !self.in_flight.is_empty(),
+        }
+    }
+
+    /// Ages of the oldest change that has not passed each stage, from the times
+    /// of barriers: what is covered by none younger waits at least since then.
+    fn lag(&self) -> StageLag {
+        let now = Timestamp::now();
+        let waiting = self.cursor < self.journal.last() || !self.dirty.is_empty();
+        let age = |since: Timestamp| now.since(since).as_secs_f64();
+        let oldest = |pending: bool| match self.in_flight.iter().find(|b| !(pending && b.durable))
+        {
+            Some(batch) => batch.committed_at.elapsed().as_secs_f64(),
+            None => 0.0,
+        };
+        let shipped = if waiting && self.covered > Timestamp::NEVER { age(self.covered) } else { 0.0 };
+        let held = self.holds.values().map(|held| age(held.since)).fold(0.0, f64::max);
+        StageLag {
+            journaled: 0.0,
+            shipped: shipped.max(held),
+            durable: oldest(true),
+            applied: oldest(false).max(shipped).max(held),
+        }
+    }
+
+    fn blockers(&self) -> Vec<Blocker> {
+        let mut blockers = Vec::new();
+        if let Some(gap) = &self.gap {
+            let reason = format!("walk of the source: {}", gap.reason);
+            blockers.push(Blocker { reason, path: None, bytes_left: None, since: gap.since });
+        }
+        for (object, held) in self.holds.iter().take(EXAMPLES) {
+            let (reason, bytes_left) = match &held.hold.reason {
+                HoldReason::Unreadable { error } => (format!("cannot be read: {error}"), None),
+                HoldReason::Large { size } => {
+                    let sent = match &held.transfer {
+                        Transfer::Running { progress, .. } => {
+                            progress.load(std::sync::atomic::Ordering::Relaxed)
+                        }
+                        Transfer::Ready { .. } => *size,
+                        Transfer::Waiting => 0,
+                    };
+                    ("large file".to_owned(), Some(size.saturating_sub(sent)))
+                }
+            };
+            let path = match held.hold.entries.first() {
+                Some((directory, name)) => self.path_of_entry(directory, name),
+                None => self.path_of(object),
+            };
+            blockers.push(Blocker { reason, path: Some(path), bytes_left, since: held.since });
+        }
+        blockers
+    }
+
+    fn skipped_report(&self) -> Skipped {
+        let mut report = Skipped::default();
+        for ((directory, name), skip) in &self.skipped {
+            match skip {
+                Skip::Socket => report.sockets += 1,
+                Skip::Fifo => report.fifos += 1,
+                Skip::Device => report.devices += 1,
+                Skip::Mount if report.nested_mounts.len() < EXAMPLES => {
+                    report.nested_mounts.push(self.path_of_entry(directory, name));
+                }
+                Skip::Mount | Skip::Reserved => {}
+            }
+        }
+        report.nested_mounts.sort();
+        report
+    }
+
+    /// An entry's path relative to the source, as far as the index knows it.
+    pub(super) fn path_of_entry(&self, directory: &ObjectId, name: &Name) -> String {
+        let parent = self.path_of(directory);
+        if parent.is_empty() { name.to_string() } else { format!("{parent}/{name}") }
+    }
+
+    /// An object's path relative to the source, as far as the index knows it;
+    /// empty for the root.
+    pub(super) fn path_of(&self, object: &ObjectId) -> String {
+        let mut parts = Vec::new();
+        let mut at = object.clone();
+        while at != self.opener.root().id && parts.len() < DEPTH {
+            let Ok(Some(known)) = self.index.object(&at) else {
+                parts.push(format!("(object {at})"));
+                break;
+            };
+            let Some((directory, name)) = known.entry else { break };
+            parts.push(name.to_string());
+            at = directory;
+        }
+        parts.reverse();
+        parts.join("/")
+    }
+
+    fn shared_wired(&self) -> u64 {
+        self.wired.load(std::sync::atomic::Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,423 @@
+//! What the engine shares with those who ask: status, greeting, wishes.
+//!
+//! Plain data behind one lock, held for moments; the engine fills it, the
+//! service and the link read it. Waiting for a watermark is done here.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use replicator_common::id::{BatchId, FileSystemId, Incarnation};
+use replicator_common::status::{
+    Blocker, Counters, DesiredState, DestinationReport, Link, PathError, Positions, Progress,
+    ReplicationStatus, Skipped, SourceReport, StageLag, TimedError, WatcherKind, WatcherReport,
+};
+use replicator_common::time::Timestamp;
+use replicator_common::wire::{Refusal, SourceHello};
+
+use crate::index::Mark;
+use crate::session::Session;
+
+/// Examples of unreadable files that status names.
+const EXAMPLES: usize = 100;
+/// Over how long rates are computed.
+const RATE_SPAN: Duration = Duration::from_secs(5);
+
+/// Shared by the engine, the service and the link.
+pub struct Shared {
+    inner: Mutex<Inner>,
+    moved: Condvar,
+}
+
+struct Inner {
+    report: SourceReport,
+    destination: Option<(DestinationReport, Timestamp)>,
+    greeting: Option<SourceHello>,
+    source: FileSystemId,
+    complete: bool,
+    failure: Option<String>,
+    refusal: Option<String>,
+    progress: Meter,
+    closed: bool,
+}
+
+/// Progress with the samples that rates need.
+#[derive(Default)]
+struct Meter {
+    active: bool,
+    done: (u64, u64),
+    found: (u64, u64),
+    counted: bool,
+    samples: std::collections::VecDeque<(Instant, u64, u64)>,
+}
+
+impl Shared {
+    /// For the source `source` at `path`.
+    pub fn new(source: FileSystemId, path: String, desired: DesiredState, mark: &Mark) -> Self {
+        let now = Timestamp::now();
+        let report = SourceReport {
+            time: now,
+            desired,
+            status: ReplicationStatus::Enabling,
+            message: None,
+            path,
+            watermark: mark.watermark.unwrap_or(Timestamp::NEVER),
+            watcher: WatcherReport {
+                kind: WatcherKind::Scan,
+                reason: "not started".to_owned(),
+                doubts: Vec::new(),
+                watches: None,
+            },
+            positions: Positions::default(),
+            lag: StageLag::default(),
+            backlog_records: 0,
+            store_bytes: 0,
+            progress: None,
+            blocked_by: Vec::new(),
+            skipped: Skipped::default(),
+            link: Link {
+                connected: false,
+                since: now,
+                peer: String::new(),
+                round_trip_micros: None,
+                clock_offset_nanos: None,
+                last_error: None,
+            },
+            counters: Counters::default(),
+            last_error: None,
+        };
+        let inner = Inner {
+            report,
+            destination: None,
+            greeting: None,
+            source,
+            complete: mark.watermark.is_some(),
+            failure: None,
+            refusal: None,
+            progress: Meter::default(),
+            closed: false,
+        };
+        Self { inner: Mutex::new(inner), moved: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // ------------------------------------------------------------ for the link
+
+    /// What a new session says first; `None` when the replication has ended.
+    pub fn hello(&self) -> Option<SourceHello> {
+        let inner = self.lock();
+        let greeting = inner.greeting.clone().filter(|_| !inner.closed)?;
+        Some(SourceHello { time: Timestamp::now(), ..greeting })
+    }
+
+    /// Sets what the next session says first.
+    pub fn greeting(
+        &self,
+        incarnation: Incarnation,
+        destination_incarnation: Option<Incarnation>,
+        acknowledged: BatchId,
+        pending: Option<BatchId>,
+    ) {
+        let mut inner = self.lock();
+        inner.greeting = Some(SourceHello {
+            source: inner.source.clone(),
+            incarnation,
+            destination_incarnation,
+            acknowledged,
+            pending,
+            time: Timestamp::NEVER,
+        });
+    }
+
+    /// A batch was acknowledged.
+    pub fn greeting_acknowledged(&self, batch: BatchId) {
+        if let Some(greeting) = &mut self.lock().greeting {
+            greeting.acknowledged = batch;
+            greeting.pending = greeting.pending.filter(|pending| *pending > batch);
+        }
+    }
+
+    // ---------------------------------------------------------- for the engine
+
+    /// What the operator asks for.
+    pub fn desired(&self) -> DesiredState {
+        self.lock().report.desired
+    }
+
+    /// Changes counters.
+    pub fn count(&self, change: impl FnOnce(&mut Counters)) {
+        change(&mut self.lock().report.counters);
+    }
+
+    /// A session is open.
+    pub fn connected(&self, session: &Session) {
+        let mut inner = self.lock();
+        inner.refusal = None;
+        inner.report.counters.sessions += 1;
+        let link = &mut inner.report.link;
+        link.connected = true;
+        link.since = Timestamp::now();
+        link.peer = session.peer();
+        link.clock_offset_nanos = Some(session.clock_offset);
+    }
+
+    /// There is no session.
+    pub fn lost(&self, reason: &str, refusal: Option<&Refusal>) {
+        let mut inner = self.lock();
+        let now = Timestamp::now();
+        inner.refusal = match refusal {
+            Some(refusal @ Refusal::NoConfiguration { .. }) => Some(format!(
+                "{refusal}: it was deleted or failed over there; delete the configuration here with --deletion-mode LOCAL_CONFIGURATION_ONLY"
+            )),
+            _ => None,
+        };
+        let link = &mut inner.report.link;
+        if link.connected {
+            link.since = now;
+        }
+        link.connected = false;
+        link.round_trip_micros = None;
+        link.last_error = Some(reason.to_owned());
+        inner.report.last_error = Some(TimedError { time: now, error: reason.to_owned() });
+        self.moved.notify_all();
+    }
+
+    /// The destination's view arrived.
+    pub fn destination_report(&self, report: DestinationReport) {
+        self.lock().destination = Some((report, Timestamp::now()));
+    }
+
+    /// Batches up to the mark's are in the replica.
+    pub fn acknowledged(&self, mark: &Mark) {
+        let mut inner = self.lock();
+        let inner = &mut *inner;
+        inner.report.watermark =
+            inner.report.watermark.max(mark.watermark.unwrap_or(Timestamp::NEVER));
+        inner.complete = mark.watermark.is_some();
+        if mark.batch == BatchId(0) {
+            inner.report.watermark = Timestamp::NEVER;
+        }
+        let counters = &mut inner.report.counters;
+        counters.bytes_changed = mark.bytes_changed;
+        counters.bytes_shipped = mark.bytes_shipped;
+        counters.objects_shipped = mark.objects_shipped;
+        self.moved.notify_all();
+    }
+
+    /// A file could not be read.
+    pub fn unreadable(&self, path: String, error: &str) {
+        let mut inner = self.lock();
+        let list = &mut inner.report.skipped.unreadable;
+        list.retain(|known| known.path != path);
+        if list.len() >= EXAMPLES {
+            list.remove(0);
+        }
+        list.push(PathError { path: path.clone(), error: error.to_owned() });
+        inner.report.last_error =
+            Some(TimedError { time: Timestamp::now(), error: format!("{path}: {error}") });
+    }
+
+    /// A walk begins.
+    pub fn begin_progress(&self) {
+        self.lock().progress = Meter { active: true, ..Meter::default() };
+    }
+
+    /// The walk has closed its gap.
+    pub fn end_progress(&self) {
+        self.lock().progress.counted = true;
+    }
+
+    /// The census of the source counted objects and bytes so far, or in all.
+    pub fn found(&self, objects: u64, bytes: u64, all: bool) {
+        let mut inner = self.lock();
+        inner.progress.found = (objects, bytes);
+        inner.progress.counted |= all;
+    }
+
+    /// Objects and bytes are known to be equal on the replica.
+    pub fn progressed(&self, (objects, bytes): (u64, u64)) {
+        let mut inner = self.lock();
+        let meter = &mut inner.progress;
+        meter.done.0 += objects;
+        meter.done.1 += bytes;
+    }
+
+    /// Refreshes what the engine knows; see [`Facts`].
+    pub fn refresh(&self, facts: Facts) {
+        let mut inner = self.lock();
+        let inner = &mut *inner;
+        let report = &mut inner.report;
+        report.time = Timestamp::now();
+        report.watcher = facts.watcher;
+        report.positions = facts.positions;
+        report.lag = facts.lag;
+        report.backlog_records = facts.backlog;
+        report.store_bytes = facts.store_bytes;
+        report.skipped.sockets = facts.skipped.sockets;
+        report.skipped.fifos = facts.skipped.fifos;
+        report.skipped.devices = facts.skipped.devices;
+        report.skipped.nested_mounts = facts.skipped.nested_mounts;
+        if facts.blocked_by.iter().all(|blocker| !blocker.reason.starts_with("cannot")) {
+            report.skipped.unreadable.clear();
+        }
+        report.blocked_by = facts.blocked_by;
+        report.link.round_trip_micros = facts.round_trip.map(|rtt| rtt.as_micros() as u64);
+        report.counters.events = facts.events;
+        report.counters.records = facts.positions.journaled.0;
+        report.counters.bytes_wired = facts.wired;
+        if !facts.walking {
+            inner.progress.active = false;
+        }
+        report.progress = inner.progress.active.then(|| inner.progress.read());
+        let (status, message) = judge(inner, facts.in_flight);
+        inner.report.status = status;
+        inner.report.message = message;
+    }
+
+    /// The engine's loop ended with an error.
+    pub fn failed(&self, error: String) {
+        let mut inner = self.lock();
+        let now = Timestamp::now();
+        inner.report.last_error = Some(TimedError { time: now, error: error.clone() });
+        inner.report.status = ReplicationStatus::Error;
+        inner.report.message = Some(error.clone());
+        inner.failure = Some(error);
+        self.moved.notify_all();
+    }
+
+    // --------------------------------------------------------- for the service
+
+    /// The source's view.
+    pub fn report(&self) -> SourceReport {
+        self.lock().report.clone()
+    }
+
+    /// The destination's last report, and when it arrived.
+    pub fn destination(&self) -> Option<(DestinationReport, Timestamp)> {
+        self.lock().destination.clone()
+    }
+
+    /// Why the engine ended, if it did.
+    pub fn failure(&self) -> Option<String> {
+        self.lock().failure.clone()
+    }
+
+    /// What the operator asks for from now on.
+    pub fn set_desired(&self, desired: DesiredState) {
+        self.lock().report.desired = desired;
+    }
+
+    /// No session is opened any more.
+    pub fn close(&self) {
+        self.lock().closed = true;
+        self.moved.notify_all();
+    }
+
+    /// Waits until the watermark has passed `moment`, the time is up (`None`),
+    /// or replication has ended with an error.
+    pub fn wait(&self, moment: Timestamp, timeout: Duration) -> Option<Result<Timestamp, String>> {
+        let deadline = Instant::now() + timeout;
+        let mut inner = self.lock();
+        loop {
+            if inner.report.watermark >= moment {
+                return Some(Ok(inner.report.watermark));
+            }
+            if let Some(failure) = inner.failure.clone().or_else(|| inner.refusal.clone()) {
+                return Some(Err(failure));
+            }
+            if inner.closed {
+                return Some(Err("the replication configuration is being deleted".to_owned()));
+            }
+            let left = deadline.checked_duration_since(Instant::now())?;
+            let waited = self.moved.wait_timeout(inner, left);
+            inner = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// What the engine knows at one moment.
+pub struct Facts {
+    /// The watcher.
+    pub watcher: WatcherReport,
+    /// Positions.
+    pub positions: Positions,
+    /// Lag.
+    pub lag: StageLag,
+    /// Records that wait.
+    pub backlog: u64,
+    /// Bytes of the stores.
+    pub store_bytes: u64,
+    /// What is passed over; examples of unreadable files are kept elsewhere.
+    pub skipped: Skipped,
+    /// What the watermark waits for.
+    pub blocked_by: Vec<Blocker>,
+    /// Round trip of the connection.
+    pub round_trip: Option<Duration>,
+    /// Events read.
+    pub events: u64,
+    /// Bytes sent.
+    pub wired: u64,
+    /// A gap is open.
+    pub walking: bool,
+    /// Batches are under way.
+    pub in_flight: bool,
+}
+
+fn judge(inner: &Inner, in_flight: bool) -> (ReplicationStatus, Option<String>) {
+    if let Some(failure) = inner.failure.as_ref().or(inner.refusal.as_ref()) {
+        return (ReplicationStatus::Error, Some(failure.clone()));
+    }
+    if inner.closed {
+        return (ReplicationStatus::Deleting, None);
+    }
+    if inner.report.desired == DesiredState::Paused {
+        let status =
+            if in_flight { ReplicationStatus::Pausing } else { ReplicationStatus::Paused };
+        return (status, Some("changes are journaled, not shipped".to_owned()));
+    }
+    let message = (!inner.report.link.connected).then(|| {
+        let reason = inner.report.link.last_error.as_deref().unwrap_or("connecting");
+        format!("no connection to the destination since {}: {reason}", inner.report.link.since)
+    });
+    let status =
+        if inner.complete { ReplicationStatus::Enabled } else { ReplicationStatus::Enabling };
+    (status, message)
+}
+
+impl Meter {
+    fn read(&mut self) -> Progress {
+        let now = Instant::now();
+        self.samples.push_back((now, self.done.0, self.done.1));
+        while self.samples.len() > 2
+            && self.samples.get(1).is_some_and(|(at, ..)| now - *at > RATE_SPAN)
+        {
+            self.samples.pop_front();
+        }
+        let (objects, bytes) = self.samples.front().map_or((0.0, 0.0), |(at, objects, bytes)| {
+            let span = (now - *at).as_secs_f64().max(0.05);
+            ((self.done.0 - objects) as f64 / span, (self.done.1 - bytes) as f64 / span)
+        });
+        let found = (self.found.0.max(self.done.0), self.found.1.max(self.done.1));
+        let left = (found.0 - self.done.0, found.1 - self.done.1);
+        let estimate = |left: u64, rate: f64| match left {
+            0 => Some(0.0),
+            left => (rate > 0.0).then(|| left as f64 / rate),
+        };
+        let seconds_left = match (estimate(left.0, objects), estimate(left.1, bytes)) {
+            (Some(a), Some(b)) => Some(a.max(b)),
+            _ => None,
+        };
+        Progress {
+            walk_complete: self.counted,
+            objects_found: found.0,
+            bytes_found: found.1,
+            objects_done: self.done.0,
+            bytes_done: self.done.1,
+            bytes_per_second: bytes,
+            objects_per_second: objects,
+            seconds_left: seconds_left.filter(|_| self.counted),
+        }
+    }
+}

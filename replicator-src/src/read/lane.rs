@@ -1,0 +1,521 @@
+//! Large files: transfers of their own, beside the batches, as deltas against
+//! what the replica holds.
+//!
+//! Memory: one frame of pieces and the chunk lists of the file and its basis
+//! (36 bytes a chunk: 2.3 MB a GiB at the smallest chunks, at most some 15 MB
+//! up to 64 GiB, then 150 KB a GiB).
+
+use std::collections::HashMap;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use replicator_common::chunk::{self, Chunk, Chunker};
+use replicator_common::id::{BatchId, ObjectId, TransferId};
+use replicator_common::name::Name;
+use replicator_common::sys::stat::{self, Stat};
+use replicator_common::time::Timestamp;
+use replicator_common::wire::{
+    DataFrame, Extent, Hash, Layout, PIECE_MAX, Piece, TransferBegin,
+};
+use rustix::io::Errno;
+
+use super::sink::{Sink, SinkError};
+use super::small::{read_full, state_of};
+use super::extents;
+use crate::index::{Content, IndexError, Known, Store};
+use crate::source::Opener;
+
+/// Stands for the bytes of a hole in chunk lists.
+const HOLE: Hash = Hash([0; 32]);
+
+/// A large file to send.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// The transfer's number.
+    pub transfer: TransferId,
+    /// The object.
+    pub object: ObjectId,
+    /// A name that leads to it.
+    pub hint: Option<(ObjectId, Name)>,
+    /// As the replica holds it.
+    pub known: Option<Known>,
+    /// Another object of the replica whose content resembles it.
+    pub resembles: Option<(ObjectId, Known)>,
+    /// Number for the new chunk list.
+    pub list: u64,
+    /// Bytes of the file dealt with so far, for status.
+    pub progress: Arc<AtomicU64>,
+}
+
+/// How a transfer ended.
+#[derive(Clone, Debug)]
+pub enum Done {
+    /// All was sent.
+    Sent {
+        /// As the index will know it; version, entry and links are open.
+        known: Box<Known>,
+        /// The object whose content it was built from.
+        basis: Option<(ObjectId, BatchId)>,
+        /// Content bytes sent.
+        shipped: u64,
+        /// When reading began.
+        started: Timestamp,
+        /// It changed while it was read.
+        moving: bool,
+    },
+    /// Content is what the replica holds.
+    Unchanged {
+        /// As the index will know it.
+        known: Box<Known>,
+    },
+    /// The object is gone.
+    Gone,
+    /// It is small now.
+    Small,
+    /// It cannot be read.
+    Unreadable(String),
+}
+
+/// Why a transfer was broken off.
+#[derive(Debug, thiserror::Error)]
+pub enum LaneError {
+    /// The session ended.
+    #[error(transparent)]
+    Sink(#[from] SinkError),
+    /// The index could not be read or written.
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    /// The source could not be read.
+    #[error("cannot read: {0}")]
+    Read(#[from] Errno),
+}
+
+/// A run of the file: how the destination gets it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Run {
+    Copy { from: u64, length: u64 },
+    /// Chunk by chunk: index of the first chunk, their number and bytes.
+    Data { first: usize, count: usize, length: u64 },
+    Hole { length: u64 },
+}
+
+/// Sends one large file. Returns when all frames are queued.
+pub fn send(
+    opener: &Opener,
+    store: &Store,
+    sink: &Sink,
+    job: &Job,
+) -> Result<Done, LaneError> {
+    match try_send(opener, store, sink, job) {
+        Err(LaneError::Read(Errno::STALE | Errno::NOENT)) => {
+            abort(sink, job)?;
+            Ok(Done::Gone)
+        }
+        Err(LaneError::Read(error)) => {
+            abort(sink, job)?;
+            Ok(Done::Unreadable(error.to_string()))
+        }
+        result => result,
+    }
+}
+
+fn abort(sink: &Sink, job: &Job) -> Result<(), SinkError> {
+    let stream = sink.transfer_stream(job.transfer.0);
+    sink.send(stream, &DataFrame::TransferAbort { transfer: job.transfer })
+}
+
+fn try_send(
+    opener: &Opener,
+    store: &Store,
+    sink: &Sink,
+    job: &Job,
+) -> Result<Done, LaneError> {
+    let Some(fd) = opener.open_content(&job.object, job.hint.as_ref())? else {
+        return Ok(Done::Gone);
+    };
+    let fd = fd.as_fd();
+    let started = Timestamp::now();
+    let before = stat::of_fd(fd)?;
+    if before.nlink == 0 {
+        return Ok(Done::Gone);
+    }
+    if before.size <= replicator_common::wire::PACK_MAX {
+        return Ok(Done::Small);
+    }
+    let basis = Basis::choose(store, job, before.size)?;
+    let average = basis.as_ref().map_or_else(|| chunk::average_for(before.size), |b| b.average);
+    let mut out = Out::new(sink, job);
+    let chunks = match &basis {
+        None => stream_whole(fd, &before, average, job, &mut out)?,
+        Some(basis) => match delta(fd, &before, basis, job, &mut out)? {
+            Some(chunks) => chunks,
+            None => {
+                let known = unchanged(fd, job, started)?;
+                return Ok(Done::Unchanged { known: Box::new(known) });
+            }
+        },
+    };
+    let after = stat::of_fd(fd)?;
+    let mut state = state_of(fd, &after)?;
+    state.size = chunks.iter().map(|chunk| u64::from(chunk.length)).sum();
+    out.end(&state)?;
+    store.put_chunks(job.list, &chunks)?;
+    let content = Content::Chunks { average, list: job.list, digest: digest(&chunks) };
+    let known = Known {
+        state,
+        ctime: after.ctime,
+        read_at: started,
+        version: BatchId(0),
+        content,
+        entry: None,
+        links: 0,
+        nlink: after.nlink,
+    };
+    let moving = (before.ctime, before.size) != (after.ctime, after.size);
+    let basis = basis.map(|basis| (basis.object, basis.version));
+    let shipped = out.shipped;
+    Ok(Done::Sent { known: Box::new(known), basis, shipped, started, moving })
+}
+
+/// What content is built from.
+struct Basis {
+    object: ObjectId,
+    version: BatchId,
+    average: u32,
+    chunks: Vec<Chunk>,
+    /// It is the object itself.
+    own: bool,
+}
+
+impl Basis {
+    fn choose(store: &Store, job: &Job, size: u64) -> Result<Option<Self>, IndexError> {
+        let own = job.known.as_ref().map(|known| (&job.object, known, true));
+        let other = job.resembles.as_ref().map(|(object, known)| (object, known, false));
+        for (object, known, own) in own.into_iter().chain(other) {
+            if let Content::Chunks { average, list, .. } = known.content
+                && chunk::average_suits(average, size)
+            {
+                let chunks = store.chunks(list)?;
+                let (object, version) = (object.clone(), known.version);
+                return Ok(Some(Self { object, version, average, chunks, own }));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Attributes may have changed although content has not.
+fn unchanged(fd: BorrowedFd<'_>, job: &Job, started: Timestamp) -> Result<Known, LaneError> {
+    let after = stat::of_fd(fd)?;
+    let mut state = state_of(fd, &after)?;
+    let known = job.known.clone().ok_or(Errno::STALE)?;
+    // A size that changed meanwhile comes with an event of its own.
+    state.size = known.state.size;
+    Ok(Known { state, ctime: after.ctime, read_at: started, ..known })
+}
+
+/// Sends the whole file as it is read; the chunk list comes of itself.
+fn stream_whole(
+    fd: BorrowedFd<'_>,
+    stat: &Stat,
+    average: u32,
+    job: &Job,
+    out: &mut Out<'_>,
+) -> Result<Vec<Chunk>, LaneError> {
+    let state = state_of(fd, stat)?;
+    out.begin(TransferBegin {
+        transfer: job.transfer,
+        object: job.object.clone(),
+        state,
+        layout: Layout::Replace,
+        basis: None,
+        basis_version: BatchId(0),
+    })?;
+    let mut chunks = Vec::new();
+    each_chunk(fd, stat, average, |chunk, bytes| {
+        chunks.push(chunk);
+        match bytes {
+            None => out.piece(Piece::Hole { length: u64::from(chunk.length) }),
+            Some(bytes) => out.piece(Piece::Data { hash: chunk.hash, bytes }),
+        }
+    })?;
+    Ok(chunks)
+}
+
+/// Sends what the basis lacks. `None` when nothing differs from the object's
+/// own content.
+fn delta(
+    fd: BorrowedFd<'_>,
+    stat: &Stat,
+    basis: &Basis,
+    job: &Job,
+    out: &mut Out<'_>,
+) -> Result<Option<Vec<Chunk>>, LaneError> {
+    let mut chunks = Vec::new();
+    each_chunk(fd, stat, basis.average, |chunk, _| {
+        chunks.push(chunk);
+        Ok(())
+    })?;
+    if basis.own && chunks == basis.chunks {
+        return Ok(None);
+    }
+    let runs = plan_runs(&chunks, &basis.chunks);
+    let state = state_of(fd, stat)?;
+    let layout = if basis.own && patches(&runs) { Layout::Patch } else { Layout::Replace };
+    out.begin(TransferBegin {
+        transfer: job.transfer,
+        object: job.object.clone(),
+        state,
+        layout,
+        basis: Some(basis.object.clone()),
+        basis_version: basis.version,
+    })?;
+    send_runs(fd, &runs, &mut chunks, out)?;
+    Ok(Some(chunks))
+}
+
+/// Whether a file can be patched in place: what is copied stays where it is,
+/// and that is at least half of it.
+fn patches(runs: &[Run]) -> bool {
+    let (mut at, mut kept) = (0, 0);
+    for run in runs {
+        at += match *run {
+            Run::Copy { from, .. } if from != at => return false,
+            Run::Copy { length, .. } => {
+                kept += length;
+                length
+            }
+            Run::Hole { length } | Run::Data { length, .. } => length,
+        };
+    }
+    kept * 2 >= at
+}
+
+/// Which runs of the file the basis has, and where.
+fn plan_runs(chunks: &[Chunk], basis: &[Chunk]) -> Vec<Run> {
+    let mut places: HashMap<(Hash, u32), u64> = HashMap::with_capacity(basis.len());
+    let mut at = 0;
+    let mut same_place: HashMap<u64, Chunk> = HashMap::new();
+    for chunk in basis {
+        if chunk.hash != HOLE {
+            places.entry((chunk.hash, chunk.length)).or_insert(at);
+            same_place.insert(at, *chunk);
+        }
+        at += u64::from(chunk.length);
+    }
+    let mut runs: Vec<Run> = Vec::new();
+    let mut at = 0;
+    for (index, chunk) in chunks.iter().enumerate() {
+        let length = u64::from(chunk.length);
+        // The same place first: only then can the file be patched in place.
+        let from = if same_place.get(&at) == Some(chunk) {
+            Some(at)
+        } else {
+            places.get(&(chunk.hash, chunk.length)).copied()
+        };
+        let run = match from {
+            _ if chunk.hash == HOLE => Run::Hole { length },
+            Some(from) => Run::Copy { from, length },
+            None => Run::Data { first: index, count: 1, length },
+        };
+        match (runs.last_mut(), run) {
+            (Some(Run::Copy { from, length: have }), Run::Copy { from: next, length })
+                if *from + *have == next =>
+            {
+                *have += length;
+            }
+            (Some(Run::Data { count, length: have, .. }), Run::Data { length, .. }) => {
+                *count += 1;
+                *have += length;
+            }
+            (Some(Run::Hole { length: have }), Run::Hole { length }) => *have += length,
+            _ => runs.push(run),
+        }
+        at += length;
+    }
+    runs
+}
+
+/// Sends the runs, reading literal chunks a second time. A chunk that changed
+/// meanwhile is sent, and listed, as it is now.
+fn send_runs(
+    fd: BorrowedFd<'_>,
+    runs: &[Run],
+    chunks: &mut [Chunk],
+    out: &mut Out<'_>,
+) -> Result<(), LaneError> {
+    let mut at = 0;
+    for run in runs {
+        match *run {
+            Run::Copy { from, length } => {
+                out.piece(Piece::Copy { from, length })?;
+                at += length;
+            }
+            Run::Hole { length } => {
+                out.piece(Piece::Hole { length })?;
+                at += length;
+            }
+            Run::Data { first, count, .. } => {
+                for chunk in &mut chunks[first..first + count] {
+                    let mut bytes = vec![0; chunk.length as usize];
+                    // What was cut off meanwhile reads as zeros; the event of
+                    // the truncation makes the object dirty again.
+                    read_full(fd, &mut bytes, at)?;
+                    chunk.hash = Hash::of(&bytes);
+                    at += u64::from(chunk.length);
+                    out.piece(Piece::Data { hash: chunk.hash, bytes })?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Calls `each` with every chunk of a file in order; holes come without bytes.
+fn each_chunk(
+    fd: BorrowedFd<'_>,
+    stat: &Stat,
+    average: u32,
+    mut each: impl FnMut(Chunk, Option<Vec<u8>>) -> Result<(), LaneError>,
+) -> Result<(), LaneError> {
+    let mut at = 0;
+    let mut extents = extents::of(fd, stat)?;
+    extents.push(Extent { offset: stat.size, length: 0 });
+    for extent in extents {
+        while at < extent.offset {
+            let length = (extent.offset - at).min(1 << 30) as u32;
+            each(Chunk { length, hash: HOLE }, None)?;
+            at += u64::from(length);
+        }
+        if extent.length == 0 {
+            continue;
+        }
+        let reader = Positioned { fd, at: extent.offset, end: extent.offset + extent.length };
+        for chunk in Chunker::new(reader, average) {
+            let data = chunk.map_err(|error| {
+                Errno::from_io_error(&error).unwrap_or(Errno::IO)
+            })?;
+            each(data.chunk, Some(data.bytes))?;
+            at += u64::from(data.chunk.length);
+        }
+    }
+    Ok(())
+}
+
+/// A part of a file as a stream.
+struct Positioned<'a> {
+    fd: BorrowedFd<'a>,
+    at: u64,
+    end: u64,
+}
+
+impl Read for Positioned<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = (self.end - self.at).min(buffer.len() as u64) as usize;
+        let read = rustix::io::pread(self.fd, &mut buffer[..most], self.at)?;
+        self.at += read as u64;
+        Ok(read)
+    }
+}
+
+/// Tells whether two chunk lists are the same.
+pub fn digest(chunks: &[Chunk]) -> Hash {
+    let mut hasher = blake3::Hasher::new();
+    for chunk in chunks {
+        hasher.update(&chunk.length.to_le_bytes());
+        hasher.update(&chunk.hash.0);
+    }
+    Hash(*hasher.finalize().as_bytes())
+}
+
+/// Collects pieces into frames.
+struct Out<'a> {
+    sink: &'a Sink,
+    stream: usize,
+    transfer: TransferId,
+    pieces: Vec<Piece>,
+    bytes: usize,
+    shipped: u64,
+    progress: &'a AtomicU64,
+}
+
+impl<'a> Out<'a> {
+    fn new(sink: &'a Sink, job: &'a Job) -> Self {
+        Self {
+            sink,
+            stream: sink.transfer_stream(job.transfer.0),
+            transfer: job.transfer,
+            pieces: Vec::new(),
+            bytes: 0,
+            shipped: 0,
+            progress: &job.progress,
+        }
+    }
+
+    fn begin(&mut self, begin: TransferBegin) -> Result<(), LaneError> {
+        Ok(self.sink.send(self.stream, &DataFrame::TransferBegin(begin))?)
+    }
+
+    fn piece(&mut self, piece: Piece) -> Result<(), LaneError> {
+        self.progress.fetch_add(piece.length(), Ordering::Relaxed);
+        if let Piece::Data { bytes, .. } = &piece {
+            self.bytes += bytes.len();
+            self.shipped += bytes.len() as u64;
+        }
+        self.pieces.push(piece);
+        // A piece is at most a quarter of this, so a frame stays in its limit.
+        if self.bytes >= PIECE_MAX || self.pieces.len() >= 1024 {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), LaneError> {
+        if !self.pieces.is_empty() {
+            let pieces = std::mem::take(&mut self.pieces);
+            let frame = DataFrame::TransferPieces { transfer: self.transfer, pieces };
+            self.sink.send(self.stream, &frame)?;
+            self.bytes = 0;
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, state: &replicator_common::object::ObjectState) -> Result<(), LaneError> {
+        self.flush()?;
+        let frame = DataFrame::TransferEnd { transfer: self.transfer, state: state.clone() };
+        Ok(self.sink.send(self.stream, &frame)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn list(tags: &[u8]) -> Vec<Chunk> {
+        let hash = |tag: u8| if tag == 0 { HOLE } else { Hash([tag; 32]) };
+        tags.iter().map(|tag| Chunk { length: 20_000, hash: hash(*tag) }).collect()
+    }
+
+    #[test]
+    fn append_and_patch_stay_in_place_insertion_does_not() {
+        let basis = list(&[1, 2, 3, 4, 5, 6]);
+        let append = plan_runs(&list(&[1, 2, 3, 4, 5, 6, 9]), &basis);
+        assert_eq!(
+            append,
+            [Run::Copy { from: 0, length: 120_000 }, Run::Data { first: 6, count: 1, length: 20_000 }]
+        );
+        assert!(patches(&append));
+        assert!(patches(&plan_runs(&list(&[1, 2, 9, 4, 5, 6]), &basis)));
+        assert!(!patches(&plan_runs(&list(&[1, 9, 2, 3, 4, 5, 6]), &basis)));
+        assert!(!patches(&plan_runs(&list(&[9, 8, 7, 6, 5, 6]), &basis)));
+    }
+
+    #[test]
+    fn repeated_chunks_are_taken_from_their_own_place() {
+        let basis = list(&[1, 1, 1, 1]);
+        let runs = plan_runs(&list(&[1, 1, 1, 1]), &basis);
+        assert_eq!(runs, [Run::Copy { from: 0, length: 80_000 }]);
+    }
+}

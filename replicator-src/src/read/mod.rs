@@ -1,0 +1,13 @@
+//! Reads objects as they stand now and sends their content on its way.
+//!
+//! - [`sink`]: where encoded frames go.
+//! - [`small`]: small files, packed many to a frame; everything without content.
+//! - [`extents`]: where a file's data lies.
+//! - [`lane`]: large files, in transfers of their own, as deltas.
+//! - [`pool`]: the threads that do it.
+
+pub mod extents;
+pub mod lane;
+pub mod pool;
+pub mod sink;
+pub mod small;

@@ -1,0 +1,177 @@
+//! The threads that read: some for small objects, one for large files.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use replicator_common::id::{BatchId, ObjectId};
+use replicator_common::wire::DataFrame;
+
+use super::lane::{self, Done, Job, LaneError};
+use super::sink::{Sink, SinkError};
+use super::small::{self, Item};
+use crate::index::Store;
+use crate::plan::Outcome;
+use crate::source::Opener;
+
+/// Objects in one job: enough to fill a frame, few enough to share the work.
+const JOB_ITEMS: usize = 128;
+/// Content bytes after which a pack is sent. Half a mebibyte: far below the
+/// frame limit with one more file of the largest packed size.
+const PACK_BYTES: u64 = 512 << 10;
+/// Jobs that wait for a reader.
+const JOBS: usize = 64;
+
+/// What reading a job gave.
+pub struct Report {
+    /// Outcome of each object, in no particular order.
+    pub outcomes: Vec<(ObjectId, Outcome)>,
+    /// Objects packed and sent.
+    pub packed: u64,
+    /// Content bytes sent.
+    pub bytes: u64,
+}
+
+struct SmallJob {
+    items: Vec<Item>,
+    batch: BatchId,
+    version: u32,
+    sink: Sink,
+    reply: Sender<Result<Report, SinkError>>,
+}
+
+struct LargeJob {
+    job: Job,
+    sink: Sink,
+    reply: Box<dyn FnOnce(Job, Result<Done, LaneError>) + Send>,
+}
+
+/// Reader threads of one source. Dropping it ends them when their work is done.
+pub struct Pool {
+    small: Option<Sender<SmallJob>>,
+    large: Option<Sender<LargeJob>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Pool {
+    /// Starts `readers` threads for small objects and `lanes` for large files.
+    pub fn start(
+        opener: &Opener,
+        store: &Arc<Store>,
+        readers: usize,
+        lanes: usize,
+    ) -> std::io::Result<Self> {
+        let (small, small_jobs) = bounded::<SmallJob>(JOBS);
+        // The engine bounds the transfers under way; sending must not block it.
+        let (large, large_jobs) = unbounded::<LargeJob>();
+        let mut threads = Vec::new();
+        for number in 0..readers.max(1) {
+            let (jobs, opener) = (small_jobs.clone(), opener.clone());
+            let builder = std::thread::Builder::new().name(format!("read-{number}"));
+            threads.push(builder.spawn(move || read_small(&jobs, &opener))?);
+        }
+        for number in 0..lanes.max(1) {
+            let (jobs, opener, store) = (large_jobs.clone(), opener.clone(), store.clone());
+            let builder = std::thread::Builder::new().name(format!("lane-{number}"));
+            threads.push(builder.spawn(move || read_large(&jobs, &opener, &store))?);
+        }
+        Ok(Self { small: Some(small), large: Some(large), threads })
+    }
+
+    /// Reads objects for a batch; their content is on its way when this returns.
+    pub fn read(
+        &self,
+        items: Vec<Item>,
+        batch: BatchId,
+        version: u32,
+        sink: &Sink,
+    ) -> Result<Report, SinkError> {
+        let (reply, replies) = unbounded();
+        let mut items = items.into_iter().peekable();
+        while items.peek().is_some() {
+            let part: Vec<Item> = items.by_ref().take(JOB_ITEMS).collect();
+            let (sink, reply) = (sink.clone(), reply.clone());
+            let job = SmallJob { items: part, batch, version, sink, reply };
+            let queue = self.small.as_ref().ok_or(SinkError::Closed)?;
+            queue.send(job).map_err(|_| SinkError::Closed)?;
+        }
+        drop(reply);
+        let mut all = Report { outcomes: Vec::new(), packed: 0, bytes: 0 };
+        for report in replies {
+            let report = report?;
+            all.outcomes.extend(report.outcomes);
+            all.packed += report.packed;
+            all.bytes += report.bytes;
+        }
+        Ok(all)
+    }
+
+    /// Starts sending a large file; `reply` is called on the lane's thread.
+    pub fn transfer(
+        &self,
+        job: Job,
+        sink: &Sink,
+        reply: impl FnOnce(Job, Result<Done, LaneError>) + Send + 'static,
+    ) {
+        if let Some(queue) = &self.large {
+            // The queue is unbounded and its threads live as long as it does,
+            // so this cannot fail.
+            let _ = queue.send(LargeJob { job, sink: sink.clone(), reply: Box::new(reply) });
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.small = None;
+        self.large = None;
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a reader thread panicked");
+            }
+        }
+    }
+}
+
+fn read_small(jobs: &Receiver<SmallJob>, opener: &Opener) {
+    for job in jobs {
+        let result = read_job(&job, opener);
+        // The engine stops listening when it gives a batch up.
+        let _ = job.reply.send(result);
+    }
+}
+
+fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
+    let mut report = Report { outcomes: Vec::new(), packed: 0, bytes: 0 };
+    let (mut pack, mut filled) = (Vec::new(), 0);
+    let flush = |pack: &mut Vec<_>| {
+        let objects = std::mem::take(pack);
+        job.sink.pack(&DataFrame::Pack { batch: job.batch, objects })
+    };
+    for item in &job.items {
+        let reading = small::read(opener, item, job.batch, job.version);
+        report.outcomes.push((item.object.clone(), reading.outcome));
+        if let Some(packed) = reading.packed {
+            report.packed += 1;
+            report.bytes += reading.bytes;
+            // 512: an object's attributes and frame overhead, roughly.
+            filled += reading.bytes + 512;
+            pack.push(packed);
+        }
+        if filled >= PACK_BYTES {
+            flush(&mut pack)?;
+            filled = 0;
+        }
+    }
+    if !pack.is_empty() {
+        flush(&mut pack)?;
+    }
+    Ok(report)
+}
+
+fn read_large(jobs: &Receiver<LargeJob>, opener: &Opener, store: &Store) {
+    for LargeJob { job, sink, reply } in jobs {
+        let done = lane::send(opener, store, &sink, &job);
+        reply(job, done);
+    }
+}

@@ -1,0 +1,246 @@
+//! Small files, and everything that has no content of its own.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use replicator_common::id::{BatchId, ObjectId};
+use replicator_common::object::{Attributes, Kind, ObjectState};
+use replicator_common::sys::stat::{self, Stat};
+use replicator_common::sys::xattr;
+use replicator_common::time::Timestamp;
+use replicator_common::wire::{ContentSource, Extent, Hash, PACK_MAX, PackedObject};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+use super::extents;
+use crate::index::{Content, Known};
+use crate::plan::{Need, Outcome};
+use crate::source::Opener;
+
+/// How often a file that changes while it is read is read again at once. After
+/// that what was read is taken; the event of the change makes it dirty again.
+const READ_AGAIN: usize = 2;
+
+/// One object to read.
+#[derive(Clone, Debug)]
+pub struct Item {
+    /// Which.
+    pub object: ObjectId,
+    /// What of it.
+    pub need: Need,
+    /// As the replica holds it.
+    pub known: Option<Known>,
+}
+
+/// What reading gave, and what must travel for it.
+pub struct Reading {
+    /// For planning.
+    pub outcome: Outcome,
+    /// The packed content, when it must travel.
+    pub packed: Option<PackedObject>,
+    /// Content bytes in it.
+    pub bytes: u64,
+}
+
+impl From<Outcome> for Reading {
+    fn from(outcome: Outcome) -> Self {
+        Self { outcome, packed: None, bytes: 0 }
+    }
+}
+
+/// Reads one object. Never fails as a whole: what cannot be read becomes
+/// [`Outcome::Unreadable`].
+pub fn read(opener: &Opener, item: &Item, batch: BatchId, version: u32) -> Reading {
+    match try_read(opener, item, batch, version) {
+        Ok(reading) => reading,
+        Err(Errno::STALE | Errno::NOENT) => Outcome::Gone.into(),
+        Err(error) => Outcome::Unreadable { error: error.to_string() }.into(),
+    }
+}
+
+fn try_read(
+    opener: &Opener,
+    item: &Item,
+    batch: BatchId,
+    version: u32,
+) -> Result<Reading, Errno> {
+    let hint = item.need.hint.as_ref();
+    let fd = if item.need.kind == Kind::File && item.need.content {
+        opener.open_content(&item.object, hint)?
+    } else {
+        opener.open(&item.object, hint, OFlags::PATH | OFlags::CLOEXEC)?
+    };
+    let Some(fd) = fd else { return Ok(Outcome::Gone.into()) };
+    let mut attempt = 0;
+    loop {
+        let read_at = Timestamp::now();
+        let before = stat::of_fd(&fd)?;
+        if before.nlink == 0 {
+            return Ok(Outcome::Gone.into());
+        }
+        let reading = read_open(&fd, item, &before, read_at, batch, version)?;
+        let after = stat::of_fd(&fd)?;
+        attempt += 1;
+        if (before.ctime, before.size) == (after.ctime, after.size) || attempt > READ_AGAIN {
+            return Ok(reading);
+        }
+    }
+}
+
+fn read_open(
+    fd: &OwnedFd,
+    item: &Item,
+    stat: &Stat,
+    read_at: Timestamp,
+    batch: BatchId,
+    version: u32,
+) -> Result<Reading, Errno> {
+    let state = state_of(fd.as_fd(), stat)?;
+    let known = item.known.as_ref();
+    let basic = |content, version| Known {
+        state: state.clone(),
+        ctime: stat.ctime,
+        read_at,
+        version,
+        content,
+        entry: None,
+        links: 0,
+        nlink: stat.nlink,
+    };
+    match (stat.kind, item.need.content) {
+        (Kind::File, true) => {
+            if stat.size > PACK_MAX {
+                return Ok(Outcome::Large { size: stat.size }.into());
+            }
+            let (extents, bytes) = content(fd.as_fd(), stat)?;
+            let hash = Hash::of(&bytes);
+            let content = Content::Whole(whole_hash(stat.size, &extents, &hash));
+            match known {
+                Some(known) if known.content == content => {
+                    Ok(compare(known, basic(content, known.version)))
+                }
+                _ => {
+                    let known = basic(content, batch);
+                    let size = bytes.len() as u64;
+                    let object = item.object.clone();
+                    let packed = PackedObject { object, version, state, extents, bytes, hash };
+                    let content = ContentSource::Packed { version };
+                    let outcome = Outcome::Ship { known, content };
+                    Ok(Reading { outcome, packed: Some(packed), bytes: size })
+                }
+            }
+        }
+        (Kind::File, false) => match known {
+            // The size says that content changed after all; an event of it is
+            // on its way, and so is this reading if none comes.
+            Some(known) if known.state.size != stat.size => {
+                let mut state = state;
+                state.size = known.state.size;
+                let taken = Known { state, ctime: known.ctime, ..known.clone() };
+                Ok(compare(known, taken))
+            }
+            Some(known) => {
+                let mut taken = basic(known.content.clone(), known.version);
+                // Content was not looked at, so the doubt about it stays.
+                taken.read_at = known.read_at.min(read_at);
+                if known.doubtful() {
+                    taken.read_at = taken.ctime;
+                }
+                Ok(compare(known, taken))
+            }
+            None => Ok(Outcome::Gone.into()),
+        },
+        (Kind::Symlink, _) => {
+            let target = rustix::fs::readlinkat(fd, "", Vec::new())?.into_bytes();
+            let content = Content::Symlink(target.clone());
+            match known {
+                Some(known) => Ok(compare(known, basic(content, known.version))),
+                None => Ok(Outcome::Ship {
+                    known: basic(content, batch),
+                    content: ContentSource::Symlink { target },
+                }
+                .into()),
+            }
+        }
+        _ => match known {
+            Some(known) => Ok(compare(known, basic(Content::None, known.version))),
+            None => Ok(ship_attributes(basic(Content::None, batch))),
+        },
+    }
+}
+
+/// Content is the same: only attributes travel, when they differ.
+fn compare(old: &Known, new: Known) -> Reading {
+    if old.state == new.state { Outcome::Same { known: new }.into() } else { ship_attributes(new) }
+}
+
+fn ship_attributes(known: Known) -> Reading {
+    Outcome::Ship { known, content: ContentSource::Unchanged }.into()
+}
+
+/// The replicated state of an open object.
+pub fn state_of(fd: BorrowedFd<'_>, stat: &Stat) -> Result<ObjectState, Errno> {
+    let size = match stat.kind {
+        Kind::File | Kind::Symlink => stat.size,
+        _ => 0,
+    };
+    let attributes = Attributes {
+        mode: stat.mode,
+        uid: stat.uid,
+        gid: stat.gid,
+        mtime: stat.mtime,
+        xattrs: xattr::read(fd)?,
+    };
+    Ok(ObjectState { kind: stat.kind, attributes, size, rdev: stat.rdev })
+}
+
+/// The data of a small file, extent by extent.
+fn content(fd: BorrowedFd<'_>, stat: &Stat) -> Result<(Vec<Extent>, Vec<u8>), Errno> {
+    let mut extents = extents::of(fd, stat)?;
+    let total: u64 = extents.iter().map(|extent| extent.length).sum();
+    let mut bytes = vec![0; total as usize];
+    let mut filled = 0;
+    for extent in &mut extents {
+        let part = &mut bytes[filled..filled + extent.length as usize];
+        let read = read_full(fd, part, extent.offset)?;
+        filled += read;
+        if (read as u64) < extent.length {
+            // It shrank while it was read; the stat after reading tells.
+            extent.length = read as u64;
+            break;
+        }
+    }
+    bytes.truncate(filled);
+    let mut end = 0;
+    extents.retain(|extent| {
+        end += extent.length;
+        extent.length > 0 && end <= filled as u64
+    });
+    Ok((extents, bytes))
+}
+
+/// Reads until the buffer is full or the file ends; returns the bytes read.
+pub fn read_full(fd: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> Result<usize, Errno> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match rustix::io::pread(fd, &mut buffer[filled..], offset + filled as u64) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+/// What tells whether a small file's content is the same: its size, where data
+/// lies, and the data.
+pub fn whole_hash(size: u64, extents: &[Extent], bytes: &Hash) -> Hash {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&size.to_le_bytes());
+    for extent in extents {
+        hasher.update(&extent.offset.to_le_bytes());
+        hasher.update(&extent.length.to_le_bytes());
+    }
+    hasher.update(&bytes.0);
+    Hash(*hasher.finalize().as_bytes())
+}
