@@ -1,2 +1,42 @@
-//! x
-fn main() {}
+//! `replicator`: continuous replication from the command line.
+//!
+//! `run` does it all in one process; the other commands ask running daemons
+//! over their HTTP API. What machines read is JSON on standard output, all
+//! else goes to standard error. Exit status: 0 done, 1 failed, 2 wrong usage,
+//! 3 timed out.
+
+mod arguments;
+mod commands;
+mod exit;
+mod run;
+mod status;
+mod words;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use arguments::{Arguments, Command};
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let endpoint = &arguments.endpoint;
+    let result = match arguments.command {
+        Command::Run(arguments) => run::run(&arguments),
+        Command::CreateReplicationConfiguration(arguments) => {
+            commands::create::run(endpoint, &arguments)
+        }
+        Command::DescribeReplicationConfigurations(arguments) => {
+            commands::describe::run(endpoint, &arguments)
+        }
+        Command::DeleteReplicationConfiguration(arguments) => {
+            commands::delete::run(endpoint, &arguments)
+        }
+        Command::Failover(arguments) => commands::failover::run(endpoint, &arguments),
+        Command::Status(arguments) => status::run(endpoint, &arguments),
+        Command::Wait(arguments) => commands::wait::run(endpoint, &arguments),
+        Command::Pause(target) => commands::pause::pause(endpoint, &target),
+        Command::Resume(target) => commands::pause::resume(endpoint, &target),
+    };
+    exit::report(result)
+}

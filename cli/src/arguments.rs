@@ -1,0 +1,244 @@
+//! The command line's grammar.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use replicator_common::api::client::{DEFAULT_ENDPOINT, check_endpoint};
+use replicator_common::api::own::WAIT_MAX_SECONDS;
+use replicator_common::config::DEFAULT_API;
+use replicator_common::control::{DeletionMode, WatcherChoice};
+use replicator_common::id::FileSystemId;
+
+/// Continuous replication of a file system to a second one.
+///
+/// What machines read is JSON on standard output; all else goes to standard
+/// error. Exit status: 0 done, 1 failed, 2 wrong usage, 3 timed out.
+#[derive(Debug, Parser)]
+#[command(name = "replicator", version)]
+pub struct Arguments {
+    /// The API of the daemon that is asked
+    #[arg(
+        long,
+        global = true,
+        env = "REPLICATOR_ENDPOINT",
+        value_name = "URL",
+        default_value = DEFAULT_ENDPOINT,
+        value_parser = |text: &str| check_endpoint(text).map_err(|error| error.to_string())
+    )]
+    pub endpoint: String,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Replicates SOURCE to REPLICA, both on this machine, until stopped
+    Run(Run),
+    /// Enables replication of a directory to an enrolled destination; prints
+    /// EFS's configuration
+    CreateReplicationConfiguration(Create),
+    /// Prints EFS's configurations
+    DescribeReplicationConfigurations(Describe),
+    /// Deletes a configuration: fails over, the replica becomes writable
+    DeleteReplicationConfiguration(Delete),
+    /// Makes the replica writable, and says what was and was not replicated;
+    /// prints the report as JSON
+    Failover(Failover),
+    /// Shows the whole state of every replication
+    Status(Status),
+    /// Waits until all that was done on the source so far is on the replica
+    Wait(Wait),
+    /// Stops shipping changes; they are journaled
+    Pause(Target),
+    /// Ships changes again
+    Resume(Target),
+}
+
+#[derive(Debug, Args)]
+pub struct Run {
+    /// The directory or mount to replicate
+    pub source: PathBuf,
+    /// The directory or mount that becomes the replica; made when missing
+    pub replica: PathBuf,
+    /// Where certificates, journal, index and commit log are kept; default:
+    /// one directory a pair, in /var/lib/replicator for root, else in
+    /// $XDG_STATE_HOME/replicator or ~/.local/state/replicator
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Loopback address and port of the HTTP API; port 0 takes a free one
+    #[arg(long, value_name = "ADDR:PORT", default_value_t = DEFAULT_API)]
+    pub api: SocketAddr,
+    /// How changes are captured
+    #[arg(long, value_enum, default_value_t = Watcher::Auto)]
+    pub watcher: Watcher,
+    /// Stops when the replica equals the source, and prints a summary as JSON
+    #[arg(long)]
+    pub once: bool,
+    /// Takes a REPLICA that is not empty: only differences travel, and what
+    /// the source lacks is moved to lost+found
+    #[arg(long)]
+    pub reconcile: bool,
+    /// Replicates device nodes too
+    #[arg(long)]
+    pub devices: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Create {
+    /// The directory or mount to replicate, on the host of the source's daemon
+    #[arg(long, value_name = "PATH")]
+    pub source: PathBuf,
+    /// The line that the destination's daemon printed
+    #[arg(long, value_name = "TOKEN")]
+    pub destination: String,
+    /// How changes are captured; default: as the daemon's configuration says
+    #[arg(long, value_enum)]
+    pub watcher: Option<Watcher>,
+    /// Replicates device nodes too
+    #[arg(long)]
+    pub devices: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Describe {
+    /// Only the configuration that this file system (or ARN) is in, at either end
+    #[arg(long, value_name = "ID")]
+    pub file_system_id: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Delete {
+    /// The source's file system (or ARN)
+    #[arg(long, value_name = "ID")]
+    pub source_file_system_id: String,
+    /// Which sides: LOCAL_CONFIGURATION_ONLY works when the other one is dead
+    #[arg(long, value_enum, default_value_t = Mode::AllConfigurations)]
+    pub deletion_mode: Mode,
+}
+
+#[derive(Debug, Args)]
+pub struct Failover {
+    /// The source's file system; may be left out where there is only one
+    #[arg(long, value_name = "ID")]
+    pub source_file_system_id: Option<FileSystemId>,
+    /// Works on a destination's (or a run's) state directory, while no daemon
+    /// runs on it
+    #[arg(long, value_name = "DIR", conflicts_with = "deletion_mode")]
+    pub state_dir: Option<PathBuf>,
+    /// Which sides: LOCAL_CONFIGURATION_ONLY works when the source is dead
+    #[arg(long, value_enum, default_value_t = Mode::AllConfigurations)]
+    pub deletion_mode: Mode,
+}
+
+#[derive(Debug, Args)]
+pub struct Status {
+    /// Prints JSON; with --watch, one line a second
+    #[arg(long)]
+    pub json: bool,
+    /// Shows it anew every second, until stopped
+    #[arg(long)]
+    pub watch: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Target {
+    /// The file system at either end; may be left out where there is only one
+    #[arg(long, value_name = "ID")]
+    pub source_file_system_id: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Wait {
+    #[command(flatten)]
+    pub target: Target,
+    /// How long at most; exit status 3 when it is over
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = WAIT_MAX_SECONDS as f64,
+        value_parser = wait_seconds
+    )]
+    pub timeout: f64,
+}
+
+fn wait_seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.0..=WAIT_MAX_SECONDS as f64).contains(&seconds) => Ok(seconds),
+        _ => Err(format!("expected 0 to {WAIT_MAX_SECONDS} seconds")),
+    }
+}
+
+/// [`WatcherChoice`], as clap wants it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Watcher {
+    /// The best that privilege and file system allow
+    Auto,
+    /// One mark on the whole file system; needs root
+    Fanotify,
+    /// A watch on each directory
+    Inotify,
+    /// A periodic walk
+    Scan,
+}
+
+impl From<Watcher> for WatcherChoice {
+    fn from(watcher: Watcher) -> Self {
+        match watcher {
+            Watcher::Auto => Self::Auto,
+            Watcher::Fanotify => Self::Fanotify,
+            Watcher::Inotify => Self::Inotify,
+            Watcher::Scan => Self::Scan,
+        }
+    }
+}
+
+/// [`DeletionMode`], as clap wants it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Mode {
+    /// Source and destination
+    AllConfigurations,
+    /// The side that is asked
+    LocalConfigurationOnly,
+}
+
+impl From<Mode> for DeletionMode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::AllConfigurations => Self::AllConfigurations,
+            Mode::LocalConfigurationOnly => Self::LocalConfigurationOnly,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_grammar_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn endpoint_stands_anywhere() {
+        let parse = |line: &[&str]| Arguments::try_parse_from(line).unwrap();
+        let before = parse(&["replicator", "--endpoint", "http://a:1/", "status"]);
+        let after = parse(&["replicator", "status", "--endpoint", "http://a:1"]);
+        assert_eq!(before.endpoint, "http://a:1");
+        assert_eq!(after.endpoint, "http://a:1");
+    }
+
+    #[test]
+    fn deletion_modes_are_efs_words() {
+        let line = "replicator delete-replication-configuration --source-file-system-id fs-01234567 --deletion-mode LOCAL_CONFIGURATION_ONLY";
+        let Command::DeleteReplicationConfiguration(delete) =
+            Arguments::try_parse_from(line.split(' ')).unwrap().command
+        else {
+            panic!("a deletion")
+        };
+        assert_eq!(delete.deletion_mode, Mode::LocalConfigurationOnly);
+    }
+}

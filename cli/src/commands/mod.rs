@@ -1,0 +1,8 @@
+//! One file a command.
+
+pub mod create;
+pub mod delete;
+pub mod describe;
+pub mod failover;
+pub mod pause;
+pub mod wait;

@@ -1,0 +1,27 @@
+//! `pause` and `resume`.
+
+use replicator_common::api::client::Client;
+use replicator_common::status::Status;
+use serde_json::json;
+
+use crate::arguments::Target;
+use crate::exit::{print, say};
+
+pub fn pause(endpoint: &str, target: &Target) -> anyhow::Result<()> {
+    let status = Client::new(endpoint)?.pause(target.source_file_system_id.clone())?;
+    say("paused: changes are journaled and will be shipped after `replicator resume`");
+    answer(&status)
+}
+
+pub fn resume(endpoint: &str, target: &Target) -> anyhow::Result<()> {
+    let status = Client::new(endpoint)?.resume(target.source_file_system_id.clone())?;
+    say("resumed");
+    answer(&status)
+}
+
+fn answer(status: &Status) -> anyhow::Result<()> {
+    print(&json!({
+        "SourceFileSystemId": status.source_file_system_id,
+        "Status": status.status.as_str(),
+    }))
+}

@@ -1,0 +1,14 @@
+//! `wait`: the write barrier.
+
+use std::time::Duration;
+
+use replicator_common::api::client::Client;
+
+use crate::arguments::Wait;
+use crate::exit::print;
+
+pub fn run(endpoint: &str, arguments: &Wait) -> anyhow::Result<()> {
+    let id = arguments.target.source_file_system_id.clone();
+    // The grammar has checked the bounds.
+    print(&Client::new(endpoint)?.wait(id, Duration::from_secs_f64(arguments.timeout))?)
+}

@@ -1,0 +1,88 @@
+//! How commands end: one line for the operator, an exit status for scripts.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use replicator_common::api::client::ClientError;
+use replicator_common::control::ControlError;
+use serde::Serialize;
+
+/// The arguments make no sense together; exit status 2.
+#[derive(Debug)]
+pub struct Usage(pub String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// Says in one line why a command failed, and with what status it ends.
+pub fn report(result: anyhow::Result<()>) -> ExitCode {
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    if is_closed_pipe(&error) {
+        // Whoever read our output has read enough.
+        return ExitCode::SUCCESS;
+    }
+    let line = format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ");
+    say(&format!("replicator: {line}"));
+    ExitCode::from(code(&error))
+}
+
+fn code(error: &anyhow::Error) -> u8 {
+    for cause in error.chain() {
+        if cause.is::<Usage>() {
+            return 2;
+        }
+        let timeout = cause.downcast_ref::<ClientError>().is_some_and(ClientError::is_timeout)
+            || matches!(cause.downcast_ref(), Some(ControlError::TimedOut(_)));
+        if timeout {
+            return 3;
+        }
+    }
+    1
+}
+
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+    })
+}
+
+/// A line for the operator. When nobody can read it, it is lost.
+pub fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// An answer for machines: JSON on standard output.
+pub fn print(value: &impl Serialize) -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(value).context("cannot write the answer as JSON")?;
+    print_line(&text)
+}
+
+/// A line on standard output.
+pub fn print_line(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{text}").and_then(|()| out.flush()).context("cannot write to standard output")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes() {
+        let usage = anyhow::Error::new(Usage("x".to_owned()));
+        assert_eq!(code(&usage), 2);
+        let late = anyhow::Error::new(ControlError::TimedOut("x".to_owned())).context("wait");
+        assert_eq!(code(&late), 3);
+        let late = anyhow::Error::new(ClientError::TimedOut("x".to_owned()));
+        assert_eq!(code(&late), 3);
+        assert_eq!(code(&anyhow::anyhow!("x")), 1);
+    }
+}

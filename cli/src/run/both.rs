@@ -1,0 +1,99 @@
+//! Source and destination behind one control: what `run`'s API serves.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode};
+use replicator_common::id::FileSystemId;
+use replicator_common::status::{DesiredState, FailoverReport, Status};
+use replicator_common::time::Timestamp;
+
+/// Both sides. The source is asked; the destination where the source's side
+/// does not know or is not to take part.
+pub struct Both {
+    source: Arc<dyn Control>,
+    destination: Arc<dyn Control>,
+}
+
+impl Both {
+    pub fn new(source: Arc<dyn Control>, destination: Arc<dyn Control>) -> Self {
+        Self { source, destination }
+    }
+
+    /// The source's status, with the destination's own report: it is in this
+    /// process and newer than the one that came over the wire.
+    fn merge(&self, status: Status) -> Status {
+        merge(status, &self.destination.list())
+    }
+}
+
+fn merge(mut status: Status, destinations: &[Status]) -> Status {
+    let own = destinations
+        .iter()
+        .find(|other| other.source_file_system_id == status.source_file_system_id)
+        .and_then(|other| other.destination.clone());
+    status.destination = own.or(status.destination);
+    status
+}
+
+impl Control for Both {
+    fn create(&self, request: &CreateRequest) -> Result<Status, ControlError> {
+        self.source.create(request).map(|status| self.merge(status))
+    }
+
+    fn list(&self) -> Vec<Status> {
+        let destinations = self.destination.list();
+        let mut all: Vec<Status> =
+            self.source.list().into_iter().map(|status| merge(status, &destinations)).collect();
+        // What only the destination knows, since the source's side is gone.
+        for status in destinations {
+            let id = &status.source_file_system_id;
+            if !all.iter().any(|known| known.source_file_system_id == *id) {
+                all.push(status);
+            }
+        }
+        all.sort_by_key(|status| status.creation_time);
+        all
+    }
+
+    fn delete(
+        &self,
+        source: &FileSystemId,
+        mode: DeletionMode,
+    ) -> Result<FailoverReport, ControlError> {
+        let local = DeletionMode::LocalConfigurationOnly;
+        if mode == DeletionMode::AllConfigurations {
+            return match self.source.delete(source, mode) {
+                Err(ControlError::FileSystemNotFound(_) | ControlError::ReplicationNotFound(_)) => {
+                    self.destination.delete(source, local)
+                }
+                result => result,
+            };
+        }
+        // The replica first: it is what the operator needs. Then the source's
+        // side, which would otherwise go on shipping to nobody.
+        let mut report = self.destination.delete(source, local)?;
+        match self.source.delete(source, local) {
+            Ok(_)
+            | Err(ControlError::FileSystemNotFound(_) | ControlError::ReplicationNotFound(_)) => {}
+            Err(error) => {
+                report
+                    .warnings
+                    .push(format!("the source's configuration was not deleted: {error}"));
+            }
+        }
+        Ok(report)
+    }
+
+    fn wait(&self, source: &FileSystemId, timeout: Duration) -> Result<Timestamp, ControlError> {
+        self.source.wait(source, timeout)
+    }
+
+    fn set_desired(
+        &self,
+        source: &FileSystemId,
+        desired: DesiredState,
+    ) -> Result<Status, ControlError> {
+        self.source.set_desired(source, desired).map(|status| self.merge(status))
+    }
+}

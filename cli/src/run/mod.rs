@@ -1,0 +1,122 @@
+//! `run`: source and destination in one process, joined over QUIC on loopback
+//! just as between two hosts.
+
+mod ancestry;
+mod both;
+mod display;
+mod follow;
+mod once;
+mod pair;
+pub mod services;
+mod state;
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use replicator_common::api::{Api, ApiOptions, server};
+use replicator_common::config::{DEFAULT_REGION, LogFormat};
+use replicator_common::control::{Control, CreateRequest};
+use replicator_common::id::FileSystemId;
+use replicator_common::logging;
+use replicator_common::stop::Stop;
+
+use crate::arguments::Run;
+use crate::exit::Usage;
+use both::Both;
+use display::Display;
+use pair::Pair;
+use services::Services;
+use state::StateDirectory;
+
+pub fn run(arguments: &Run) -> anyhow::Result<()> {
+    if !arguments.api.ip().is_loopback() {
+        return Err(Usage(format!(
+            "--api {} can be reached from other hosts, and the API asks for no password: use a loopback address",
+            arguments.api
+        ))
+        .into());
+    }
+    let stop = Stop::on_signals().context("cannot listen for signals")?;
+    let display = Display::new();
+    logging::init_to("warn", LogFormat::Text, display.log_writer())?;
+
+    // Everything that can be refused is looked at before anything is made.
+    let pair = Pair::check(&arguments.source, &arguments.replica)?;
+    let directory = match &arguments.state_dir {
+        Some(directory) => std::path::absolute(directory)?,
+        None => state::default_directory(&pair)?,
+    };
+    pair.check_outside(&directory)?;
+    let state = StateDirectory::open(&directory, &pair)?;
+    let bound = server::bind(arguments.api)?;
+    pair.make_replica()?;
+
+    let services = Services::open(&state, &pair)?;
+    let outcome = replicate(arguments, &pair, &services, bound, &display, &stop);
+    display.note("stopping");
+    services.shutdown();
+    display.clear();
+    drop(state);
+    outcome
+}
+
+fn replicate(
+    arguments: &Run,
+    pair: &Pair,
+    services: &Services,
+    bound: server::Bound,
+    display: &Display,
+    stop: &Stop,
+) -> anyhow::Result<()> {
+    let control: Arc<dyn Control> = Arc::new(Both::new(services.source(), services.destination()));
+    let options = ApiOptions {
+        region: DEFAULT_REGION.to_owned(),
+        watcher: arguments.watcher.into(),
+        devices: arguments.devices,
+        ..ApiOptions::default()
+    };
+    let api = Api::new(control.clone(), options).with_tokens(services.tokens());
+    let server = bound.serve(api)?;
+    let id = configure(arguments, pair, services, &*control)?;
+    display.line(&format!(
+        "replicating {} to {}, API at http://{}",
+        pair.source().display(),
+        pair.replica().display(),
+        server.address()
+    ));
+    let result = if arguments.once {
+        once::run(&control, &id, display, stop)
+    } else {
+        follow::run(&*control, &id, pair, display, stop)
+    };
+    server.stop();
+    result
+}
+
+/// The pair's configuration: as it was left, or a new one.
+fn configure(
+    arguments: &Run,
+    pair: &Pair,
+    services: &Services,
+    control: &dyn Control,
+) -> anyhow::Result<FileSystemId> {
+    let there = services.source().list();
+    if let Some(status) = there.first() {
+        return Ok(status.source_file_system_id.clone());
+    }
+    if let Some(orphan) = control.list().first() {
+        anyhow::bail!(
+            "{} is the replica of {}, but the source's side of that replication is gone: fail it over (`replicator failover --state-dir DIR`), then run again with --reconcile",
+            pair.replica().display(),
+            orphan.source_file_system_id
+        );
+    }
+    let token = services.issue_token(pair.replica(), arguments.reconcile)?;
+    let status = control.create(&CreateRequest {
+        source: pair.source().to_owned(),
+        token,
+        devices: arguments.devices,
+        watcher: arguments.watcher.into(),
+    })?;
+    Ok(status.source_file_system_id)
+}
