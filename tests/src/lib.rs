@@ -9,11 +9,6 @@
 //! Everything that mounts needs root, and says so instead of skipping: a test
 //! that was skipped looks exactly like one that passed.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "this crate is nothing but tests: a panic is the report"
-)]
-
 pub mod binary;
 pub mod compare;
 pub mod mounts;

@@ -116,10 +116,7 @@ fn sweep(base: &Path) {
             continue;
         };
         if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
-            eprintln!(
-                "removing {}, left by a run that was killed",
-                entry.path().display()
-            );
+            eprintln!("removing {}, left by a run that was killed", entry.path().display());
             if let Err(error) = remove(&entry.path()) {
                 eprintln!("it could not be removed: {error}");
             }
@@ -148,10 +145,7 @@ pub fn mount_points_below(path: &Path) -> io::Result<Vec<PathBuf>> {
     let table = fs::read_to_string("/proc/self/mountinfo")?;
     let points = table.lines().filter_map(|line| line.split(' ').nth(4));
     // Spaces and the like are escaped as \040; scratch directories have none.
-    Ok(points
-        .map(PathBuf::from)
-        .filter(|point| point.starts_with(path))
-        .collect())
+    Ok(points.map(PathBuf::from).filter(|point| point.starts_with(path)).collect())
 }
 
 fn unmount(point: &Path) -> io::Result<()> {
@@ -194,21 +188,13 @@ impl Mount {
         let scratch = Scratch::new(kind.as_str());
         let path = scratch.path().join("mnt");
         fs::create_dir(&path).unwrap();
-        let mount = Self {
-            kind,
-            path,
-            scratch,
-        };
+        let mount = Self { kind, path, scratch };
         if kind == FileSystem::Tmpfs {
             let size = format!("size={bytes}");
-            run(Command::new("mount")
-                .args(["-t", "tmpfs", "-o", &size, "tmpfs"])
-                .arg(&mount.path));
+            run(Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(&mount.path));
         } else {
             let image = mount.image();
-            File::create(&image)
-                .and_then(|file| file.set_len(bytes))
-                .unwrap();
+            File::create(&image).and_then(|file| file.set_len(bytes)).unwrap();
             let mkfs = format!("mkfs.{}", kind.as_str());
             run(Command::new(mkfs).arg("-q").arg(&image));
             mount.attach();
@@ -260,18 +246,10 @@ impl Mount {
 
 /// Runs a command to its end; panics with its output when it fails.
 pub fn run(command: &mut Command) -> String {
-    let output = command
-        .output()
-        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let (out, err) = (
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
-    );
-    assert!(
-        output.status.success(),
-        "{command:?}: {}\n{out}{err}",
-        output.status
-    );
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{command:?}: {}\n{out}{err}", output.status);
     out.into_owned()
 }
 
@@ -281,12 +259,7 @@ mod tests {
 
     #[test]
     fn each_kind_mounts_and_leaves_nothing() {
-        for kind in [
-            FileSystem::Ext4,
-            FileSystem::Xfs,
-            FileSystem::Btrfs,
-            FileSystem::Tmpfs,
-        ] {
+        for kind in [FileSystem::Ext4, FileSystem::Xfs, FileSystem::Btrfs, FileSystem::Tmpfs] {
             let mount = Mount::with_size(kind, 512 << 20);
             let path = mount.path().to_owned();
             fs::write(path.join("file"), "x").unwrap();
@@ -308,10 +281,7 @@ mod tests {
             panic!("as a failing test does");
         });
         assert!(result.is_err());
-        let path = path
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
-            .clone();
+        let path = path.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
         assert!(!path.exists() && path.is_absolute());
     }
 
@@ -322,9 +292,7 @@ mod tests {
         let (left, used) = (own.path().join("left"), own.path().join("used"));
         for directory in [&left, &used] {
             fs::create_dir_all(directory.join("mnt")).unwrap();
-            run(Command::new("mount")
-                .args(["-t", "tmpfs", "tmpfs"])
-                .arg(directory.join("mnt")));
+            run(Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(directory.join("mnt")));
         }
         File::create(left.join("lock")).unwrap();
         let lock = File::create(used.join("lock")).unwrap();

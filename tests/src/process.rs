@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::net::TcpListener;
+use std::os::fd::AsFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use replicator_common::status::{Counters, ReplicationStatus, Status};
 use rustix::process::{Pid, Signal};
+use rustix::thread::LinkNameSpaceType;
 use serde_json::Value;
 
 use crate::binary;
@@ -31,10 +33,7 @@ const POLL: Duration = Duration::from_millis(20);
 
 /// A port that nobody listens on now.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .and_then(|socket| socket.local_addr())
-        .unwrap()
-        .port()
+    TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).unwrap().port()
 }
 
 /// A process that serves the API.
@@ -42,6 +41,8 @@ pub fn free_port() -> u16 {
 pub struct Daemon {
     child: Child,
     endpoint: String,
+    /// The network namespace that the API is in, when it is not the test's.
+    namespace: Option<PathBuf>,
     log: PathBuf,
     /// Where in the log this process's output begins.
     log_start: u64,
@@ -54,25 +55,28 @@ impl Daemon {
     pub fn spawn(mut command: Command, endpoint: &str, log: &Path) -> Self {
         let output = File::options().create(true).append(true).open(log).unwrap();
         let log_start = output.metadata().unwrap().len();
-        command
-            .stdin(Stdio::null())
-            .stdout(output.try_clone().unwrap())
-            .stderr(output);
+        command.stdin(Stdio::null()).stdout(output.try_clone().unwrap()).stderr(output);
         if std::env::var_os("RUST_LOG").is_none() {
             command.env("RUST_LOG", "info");
         }
         die_with_parent(&mut command);
-        let child = command
-            .spawn()
-            .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let command = format!("{command:?}");
         Self {
             child,
             endpoint: endpoint.to_owned(),
+            namespace: None,
             log: log.to_owned(),
             log_start,
             command,
         }
+    }
+
+    /// The same daemon, whose API is in another network namespace.
+    #[must_use]
+    pub fn in_namespace(mut self, path: PathBuf) -> Self {
+        self.namespace = Some(path);
+        self
     }
 
     /// Where the API is.
@@ -97,8 +101,7 @@ impl Daemon {
     /// Waits until the API answers.
     pub fn wait_ready(&mut self) {
         self.poll_until(START_LIMIT, "the API answers", |daemon| {
-            let path = format!("{}/replicator/v1/health", daemon.endpoint);
-            ureq::get(&path).call().is_ok().then_some(())
+            daemon.request("GET", "/replicator/v1/health", None).ok()
         });
     }
 
@@ -116,18 +119,10 @@ impl Daemon {
                 return found;
             }
             if let Some(status) = self.child.try_wait().unwrap() {
-                panic!(
-                    "{} ended ({status}) before {what}:\n{}",
-                    self.command,
-                    self.output()
-                );
+                panic!("{} ended ({status}) before {what}:\n{}", self.command, self.output());
             }
             let waited = start.elapsed();
-            assert!(
-                waited < limit,
-                "not within {limit:?}: {what}:\n{}",
-                self.last_words()
-            );
+            assert!(waited < limit, "not within {limit:?}: {what}:\n{}", self.last_words());
             thread::sleep(POLL);
         }
     }
@@ -138,9 +133,7 @@ impl Daemon {
         self.poll_until(limit, "the status is ENABLED", |daemon| {
             let status = daemon.try_status()?;
             (status.status == ReplicationStatus::Enabled
-                && status
-                    .destination
-                    .is_some_and(|d| d.last_replicated.is_some()))
+                && status.destination.is_some_and(|d| d.last_replicated.is_some()))
             .then_some(())
         });
     }
@@ -156,16 +149,12 @@ impl Daemon {
 
     /// The one configuration's status.
     pub fn status(&self) -> Status {
-        self.try_status()
-            .unwrap_or_else(|| panic!("no status:\n{}", self.last_words()))
+        self.try_status().unwrap_or_else(|| panic!("no status:\n{}", self.last_words()))
     }
 
     /// The source's counters.
     pub fn counters(&self) -> Counters {
-        self.status()
-            .source
-            .expect("the source has reported")
-            .counters
+        self.status().source.expect("the source has reported").counters
     }
 
     /// Returns when all that was done on the source is on the replica.
@@ -179,7 +168,20 @@ impl Daemon {
 
     /// One request; the error is the answer's text or what the transport said.
     pub fn request(&self, method: &str, path: &str, body: Option<Value>) -> Result<Value, String> {
-        request(&format!("{}{path}", self.endpoint), method, body)
+        let url = format!("{}{path}", self.endpoint);
+        let Some(namespace) = &self.namespace else {
+            return request(&url, method, body);
+        };
+        let namespace = File::open(namespace).unwrap();
+        // A thread of its own: entering a namespace cannot be taken back.
+        thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                let kind = Some(LinkNameSpaceType::Network);
+                rustix::thread::move_into_link_name_space(namespace.as_fd(), kind).unwrap();
+                request(&url, method, body)
+            });
+            inside.join().unwrap()
+        })
     }
 
     /// Ctrl-C, and waits for the end.
@@ -216,11 +218,7 @@ impl Daemon {
                 return status;
             }
             let waited = start.elapsed();
-            assert!(
-                waited < limit,
-                "runs on after {limit:?}:\n{}",
-                self.last_words()
-            );
+            assert!(waited < limit, "runs on after {limit:?}:\n{}", self.last_words());
             thread::sleep(POLL);
         }
     }
@@ -229,11 +227,7 @@ impl Daemon {
         let output = self.output();
         let lines: Vec<_> = output.lines().collect();
         let from = lines.len().saturating_sub(60);
-        format!(
-            "last output of {}:\n{}",
-            self.command,
-            lines[from..].join("\n")
-        )
+        format!("last output of {}:\n{}", self.command, lines[from..].join("\n"))
     }
 }
 
@@ -262,13 +256,8 @@ pub fn request(url: &str, method: &str, body: Option<Value>) -> Result<Value, St
         .header("content-type", "application/json")
         .body(text)
         .unwrap();
-    let mut answer = agent
-        .run(request)
-        .map_err(|error| format!("{method} {url}: {error}"))?;
-    let text = answer
-        .body_mut()
-        .read_to_string()
-        .map_err(|error| error.to_string())?;
+    let mut answer = agent.run(request).map_err(|error| format!("{method} {url}: {error}"))?;
+    let text = answer.body_mut().read_to_string().map_err(|error| error.to_string())?;
     if !answer.status().is_success() {
         return Err(format!("{method} {url}: {} {text}", answer.status()));
     }
@@ -279,9 +268,7 @@ pub fn request(url: &str, method: &str, body: Option<Value>) -> Result<Value, St
 }
 
 fn time_limit(body: Option<&Value>) -> Duration {
-    let asked = body
-        .and_then(|body| body["timeout_seconds"].as_f64())
-        .unwrap_or(0.0);
+    let asked = body.and_then(|body| body["timeout_seconds"].as_f64()).unwrap_or(0.0);
     REQUEST_LIMIT + Duration::from_secs_f64(asked)
 }
 
@@ -323,14 +310,9 @@ impl Ended {
 
 /// Runs a command that must end by itself within `limit`.
 pub fn run_to_end(mut command: Command, limit: Duration) -> Ended {
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     die_with_parent(&mut command);
-    let child = command
-        .spawn()
-        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let pid = Pid::from_child(&child);
     // Read while it runs: a full pipe would stop it.
     let (sender, receiver) = std::sync::mpsc::channel();
@@ -368,15 +350,8 @@ mod tests {
     #[test]
     fn an_ended_command_says_how() {
         let ended = run_to_end(shell("echo out; echo err >&2; exit 3"), STOP_LIMIT);
-        let Ended {
-            code,
-            stdout,
-            stderr,
-        } = ended;
-        assert_eq!(
-            (code, stdout.as_str(), stderr.as_str()),
-            (Some(3), "out\n", "err\n")
-        );
+        let Ended { code, stdout, stderr } = ended;
+        assert_eq!((code, stdout.as_str(), stderr.as_str()), (Some(3), "out\n", "err\n"));
     }
 
     #[test]

@@ -68,14 +68,7 @@ impl Pair {
         let (source, outside) = (base.join("source"), base.join("outside"));
         fs::create_dir(&source).unwrap();
         fs::create_dir(&outside).unwrap();
-        Self {
-            source,
-            outside,
-            replica,
-            state: Scratch::new("state"),
-            mounts,
-            _share: share,
-        }
+        Self { source, outside, replica, state: Scratch::new("state"), mounts, _share: share }
     }
 
     /// The source.
@@ -108,9 +101,7 @@ impl Pair {
         let mut command = Command::new(binary::replicator());
         command.arg("run").arg(&self.source).arg(&self.replica);
         command.arg("--state-dir").arg(self.state_dir());
-        command
-            .args(["--api", &format!("127.0.0.1:{api_port}")])
-            .args(arguments);
+        command.args(["--api", &format!("127.0.0.1:{api_port}")]).args(arguments);
         command
     }
 

@@ -49,18 +49,11 @@ pub fn alone() -> Share {
         rustix::fs::flock(&file, FlockOperation::LockExclusive).unwrap();
         file
     });
-    Share {
-        _locks: locks.collect(),
-    }
+    Share { _locks: locks.collect() }
 }
 
 fn open(name: &str) -> File {
     let directory = PathBuf::from("/run/lock/replicator-tests");
     std::fs::create_dir_all(&directory).unwrap();
-    File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(directory.join(name))
-        .unwrap()
+    File::options().create(true).truncate(false).write(true).open(directory.join(name)).unwrap()
 }

@@ -21,10 +21,7 @@ pub struct Stamper {
 impl Stamper {
     /// Writes below `root`.
     pub fn new(root: &Path) -> Self {
-        Self {
-            root: root.to_owned(),
-            written: Mutex::new(HashMap::new()),
-        }
+        Self { root: root.to_owned(), written: Mutex::new(HashMap::new()) }
     }
 
     /// Writes version `version` (from 1) of `name`. The first version of a
@@ -50,10 +47,7 @@ impl Stamper {
         let mut written = self.written.lock().unwrap_or_else(|p| p.into_inner());
         // Taken after the system call returned: what closed before a claimed
         // time certainly has a stamp before it.
-        written
-            .entry(name.to_owned())
-            .or_default()
-            .push((version, Timestamp::now()));
+        written.entry(name.to_owned()).or_default().push((version, Timestamp::now()));
         Ok(())
     }
 
@@ -63,16 +57,9 @@ impl Stamper {
         let expected: Vec<(String, u64)> = {
             let written = self.written.lock().unwrap_or_else(|p| p.into_inner());
             let due = |versions: &Vec<(u64, Timestamp)>| {
-                versions
-                    .iter()
-                    .rev()
-                    .find(|(_, closed)| *closed < claimed)
-                    .map(|(v, _)| *v)
+                versions.iter().rev().find(|(_, closed)| *closed < claimed).map(|(v, _)| *v)
             };
-            written
-                .iter()
-                .filter_map(|(name, v)| Some((name.clone(), due(v)?)))
-                .collect()
+            written.iter().filter_map(|(name, v)| Some((name.clone(), due(v)?))).collect()
         };
         let broken = |(name, version): &(String, u64)| {
             let found = version_of(replica, name);
@@ -109,11 +96,7 @@ pub fn version_of(root: &Path, name: &str) -> Option<u64> {
     let text = fs::read_to_string(root.join(name)).ok()?;
     if name.ends_with(".log") {
         let lines = text.split_inclusive('\n').zip(1..);
-        return Some(
-            lines
-                .take_while(|(found, n)| *found == line(name, *n))
-                .count() as u64,
-        );
+        return Some(lines.take_while(|(found, n)| *found == line(name, *n)).count() as u64);
     }
     let version = text.lines().next()?.rsplit(' ').next()?.parse().ok()?;
     (text == content(name, version)).then_some(version)
@@ -141,10 +124,7 @@ mod tests {
     #[test]
     fn a_broken_claim_is_found() {
         let scratch = Scratch::new("stamps");
-        let (source, replica) = (
-            scratch.path().join("source"),
-            scratch.path().join("replica"),
-        );
+        let (source, replica) = (scratch.path().join("source"), scratch.path().join("replica"));
         let stamper = Stamper::new(&source);
         stamper.write("d/a", 1).unwrap();
         let before = Timestamp::now();
@@ -169,16 +149,8 @@ mod tests {
         assert_eq!(stamper.broken_claims(&source, after), Vec::<String>::new());
         fs::write(replica.join("d/a"), content("d/a", 2)).unwrap();
         fs::write(replica.join("x.log"), "x.log 1\nx.log 2\nx.lo").unwrap();
-        assert_eq!(
-            stamper.broken_claims(&replica, after).len(),
-            0,
-            "a line more has begun"
-        );
+        assert_eq!(stamper.broken_claims(&replica, after).len(), 0, "a line more has begun");
         fs::write(replica.join("x.log"), "x.log 1\nx.log ").unwrap();
-        assert_eq!(
-            stamper.broken_claims(&replica, after).len(),
-            1,
-            "a line is missing"
-        );
+        assert_eq!(stamper.broken_claims(&replica, after).len(), 1, "a line is missing");
     }
 }

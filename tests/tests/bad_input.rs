@@ -21,24 +21,14 @@ fn expect(ended: &Ended, code: i32, said: &str, case: &str) {
     let found = ended.stderr.to_lowercase().contains(&said.to_lowercase());
     assert!(found, "{case}: {said:?} is not in what it said: {ended:#?}");
     assert!(!ended.stderr.contains("panicked"), "{case}: {ended:#?}");
-    assert_eq!(
-        ended.stdout, "",
-        "{case}: an error is not for machines' output"
-    );
+    assert_eq!(ended.stdout, "", "{case}: an error is not for machines' output");
 }
 
 /// `replicator run` that is expected to end at once.
 fn run(source: &Path, replica: &Path, state: &Path, more: &[&str]) -> Ended {
     let mut command = Command::new(binary::replicator());
-    command
-        .arg("run")
-        .arg(source)
-        .arg(replica)
-        .arg("--state-dir")
-        .arg(state);
-    command
-        .args(["--api", &format!("127.0.0.1:{}", free_port())])
-        .args(more);
+    command.arg("run").arg(source).arg(replica).arg("--state-dir").arg(state);
+    command.args(["--api", &format!("127.0.0.1:{}", free_port())]).args(more);
     run_to_end(command, Duration::from_secs(30))
 }
 
@@ -52,14 +42,8 @@ fn wrong_usage() {
         (&["run", "/a", "/b", "--bogus"], "--bogus"),
         (&["bogus"], "bogus"),
         (&["wait", "--timeout", "soon"], "--timeout"),
-        (
-            &["create-replication-configuration", "--source", "/a"],
-            "--destination",
-        ),
-        (
-            &["delete-replication-configuration"],
-            "--source-file-system-id",
-        ),
+        (&["create-replication-configuration", "--source", "/a"], "--destination"),
+        (&["delete-replication-configuration"], "--source-file-system-id"),
         (
             &[
                 "delete-replication-configuration",
@@ -72,26 +56,16 @@ fn wrong_usage() {
         ),
     ];
     for (arguments, said) in table {
-        expect(
-            &replicator(*arguments),
-            USAGE,
-            said,
-            &format!("{arguments:?}"),
-        );
+        expect(&replicator(*arguments), USAGE, said, &format!("{arguments:?}"));
     }
 }
 
 #[test]
 fn nobody_answers() {
     let endpoint = format!("http://127.0.0.1:{}", free_port());
-    for command in [
-        "status",
-        "wait",
-        "pause",
-        "resume",
-        "failover",
-        "describe-replication-configurations",
-    ] {
+    for command in
+        ["status", "wait", "pause", "resume", "failover", "describe-replication-configurations"]
+    {
         let ended = replicator([command, "--endpoint", &endpoint]);
         expect(&ended, FAILED, &endpoint["http://".len()..], command);
     }
@@ -111,64 +85,29 @@ fn source_or_replica_is_no_good() {
         ("source missing", "missing", "replica", "missing"),
         ("source is a file", "a-file", "replica", "not a directory"),
         ("replica is a file", "source", "a-file", "not a directory"),
-        (
-            "replica inside the source",
-            "source",
-            "source/below",
-            "inside",
-        ),
-        (
-            "replica to be made inside the source",
-            "source",
-            "source/new",
-            "inside",
-        ),
+        ("replica inside the source", "source", "source/below", "inside"),
+        ("replica to be made inside the source", "source", "source/new", "inside"),
         ("source inside the replica", "full/below", "full", "inside"),
         ("the same directory", "source", "source", "same"),
         ("the same by a symbolic link", "source", "alias", "same"),
-        (
-            "inside by a symbolic link",
-            "source",
-            "alias/below",
-            "inside",
-        ),
+        ("inside by a symbolic link", "source", "alias/below", "inside"),
         ("replica not empty", "source", "full", "not empty"),
-        (
-            "replica cannot be made",
-            "source",
-            "missing/deeper/replica",
-            "missing",
-        ),
+        ("replica cannot be made", "source", "missing/deeper/replica", "missing"),
     ];
     for (case, source, replica, said) in table {
         let ended = run(&path(source), &path(replica), &path("state"), &[]);
         expect(&ended, FAILED, said, case);
     }
-    let inside = run(
-        &path("source"),
-        &path("replica"),
-        &path("source/state"),
-        &[],
-    );
-    expect(
-        &inside,
-        FAILED,
-        "inside",
-        "state directory inside the source",
-    );
+    let inside = run(&path("source"), &path("replica"), &path("source/state"), &[]);
+    expect(&inside, FAILED, "inside", "state directory inside the source");
     for name in ["source/file", "full/file", "a-file"] {
         assert_eq!(fs::read_to_string(path(name)).unwrap(), "kept", "{name}");
     }
-    let mut left: Vec<_> = fs::read_dir(path("full"))
-        .unwrap()
-        .map(|e| e.unwrap().file_name())
-        .collect();
+    let mut left: Vec<_> =
+        fs::read_dir(path("full")).unwrap().map(|e| e.unwrap().file_name()).collect();
     left.sort();
     assert_eq!(left, ["below", "file"], "a refused replica is not touched");
-    assert!(
-        !path("source/new").exists(),
-        "a refused replica is not made"
-    );
+    assert!(!path("source/new").exists(), "a refused replica is not made");
     // And it is not left read-only.
     fs::write(path("full/file"), "writable").unwrap();
 }
@@ -189,23 +128,14 @@ fn reconcile_keeps_what_the_source_lacks() {
     let mut daemon = pair.start_with(&["--reconcile"]);
     daemon.wait_enabled(PATIENCE);
     daemon.wait(PATIENCE);
-    assert!(
-        daemon.counters().bytes_shipped < 10_000,
-        "what is the same does not travel"
-    );
+    assert!(daemon.counters().bytes_shipped < 10_000, "what is the same does not travel");
     assert_eq!(
         fs::read_to_string(pair.replica().join("other")).unwrap(),
         pair.source().to_str().unwrap()
     );
     assert!(!pair.replica().join("directory/only-here").exists());
     let kept = find_file(pair.replica(), "only-here").expect("it is in lost+found");
-    assert!(
-        kept.to_str()
-            .unwrap()
-            .contains("efs-replication-lost+found-"),
-        "{}",
-        kept.display()
-    );
+    assert!(kept.to_str().unwrap().contains("efs-replication-lost+found-"), "{}", kept.display());
     assert_eq!(fs::read_to_string(kept).unwrap(), "precious");
 }
 
@@ -233,12 +163,7 @@ fn state_directory_is_no_good() {
     let daemon = pair.start_enabled("auto");
 
     let ended = run(pair.source(), pair.replica(), &pair.state_dir(), &[]);
-    expect(
-        &ended,
-        FAILED,
-        "in use",
-        "state directory of a running process",
-    );
+    expect(&ended, FAILED, "in use", "state directory of a running process");
     let port = daemon.endpoint().rsplit(':').next().unwrap().to_owned();
     let other = Mount::new(Tmpfs);
     let scratch = Scratch::new("state");
@@ -252,31 +177,11 @@ fn state_directory_is_no_good() {
 
     assert!(daemon.interrupt().success());
     let ended = run(pair.outside(), pair.replica(), &pair.state_dir(), &[]);
-    expect(
-        &ended,
-        FAILED,
-        pair.source().to_str().unwrap(),
-        "state directory of another source",
-    );
+    expect(&ended, FAILED, pair.source().to_str().unwrap(), "state directory of another source");
     let ended = run(pair.source(), other.path(), &pair.state_dir(), &[]);
-    expect(
-        &ended,
-        FAILED,
-        pair.replica().to_str().unwrap(),
-        "state directory of another replica",
-    );
-    let ended = run(
-        pair.source(),
-        pair.replica(),
-        &scratch.path().join("new"),
-        &[],
-    );
-    expect(
-        &ended,
-        FAILED,
-        "replica",
-        "a replica that belongs to another state directory",
-    );
+    expect(&ended, FAILED, pair.replica().to_str().unwrap(), "state directory of another replica");
+    let ended = run(pair.source(), pair.replica(), &scratch.path().join("new"), &[]);
+    expect(&ended, FAILED, "replica", "a replica that belongs to another state directory");
 
     // None of this did any harm.
     fs::write(pair.source().join("file"), "changed").unwrap();
@@ -301,12 +206,7 @@ fn a_full_disk_at_start_is_said() {
     fs::write(pair.source().join("file"), "content").unwrap();
     let full = Mount::with_size(Tmpfs, 1 << 20);
     fs::write(full.path().join("filler"), vec![1; (1 << 20) - 4096]).unwrap();
-    let ended = run(
-        pair.source(),
-        pair.replica(),
-        &full.path().join("state"),
-        &[],
-    );
+    let ended = run(pair.source(), pair.replica(), &full.path().join("state"), &[]);
     expect(&ended, FAILED, "space", "no space for the state directory");
 }
 
@@ -330,34 +230,16 @@ fn output_for_machines() {
     let daemon = pair.start_enabled("auto");
     let status = replicator(["status", "--json", "--endpoint", daemon.endpoint()]).success();
     let text = status.json().to_string();
-    assert!(
-        text.contains("ENABLED") && text.contains("Watcher"),
-        "{text}"
-    );
-    let described = replicator([
-        "describe-replication-configurations",
-        "--endpoint",
-        daemon.endpoint(),
-    ]);
+    assert!(text.contains("ENABLED") && text.contains("Watcher"), "{text}");
+    let described =
+        replicator(["describe-replication-configurations", "--endpoint", daemon.endpoint()]);
     let described = described.success().json();
     let destination = &described["Replications"][0]["Destinations"][0];
     assert_eq!(destination["Status"], "ENABLED", "{described}");
-    assert!(
-        destination["LastReplicatedTimestamp"].is_number(),
-        "{described}"
-    );
-    let id = described["Replications"][0]["SourceFileSystemId"]
-        .as_str()
-        .unwrap();
-    let one = [
-        "describe-replication-configurations",
-        "--file-system-id",
-        id,
-        "--endpoint",
-    ];
-    let one = replicator(one.into_iter().chain([daemon.endpoint()]))
-        .success()
-        .json();
+    assert!(destination["LastReplicatedTimestamp"].is_number(), "{described}");
+    let id = described["Replications"][0]["SourceFileSystemId"].as_str().unwrap();
+    let one = ["describe-replication-configurations", "--file-system-id", id, "--endpoint"];
+    let one = replicator(one.into_iter().chain([daemon.endpoint()])).success().json();
     assert_eq!(one["Replications"].as_array().map(Vec::len), Some(1));
     let unknown = replicator([
         "describe-replication-configurations",
@@ -367,12 +249,8 @@ fn output_for_machines() {
         daemon.endpoint(),
     ]);
     expect(&unknown, FAILED, "fs-0123456789abcdef0", "unknown id");
-    for watcher in ["status"] {
-        let text = replicator([watcher, "--endpoint", daemon.endpoint()])
-            .success()
-            .stdout;
-        assert!(text.contains("ENABLED"), "for a person too: {text}");
-    }
+    let text = replicator(["status", "--endpoint", daemon.endpoint()]).success().stdout;
+    assert!(text.contains("ENABLED"), "for a person too: {text}");
 }
 
 /// `--once` ends by itself when the replica equals the source.

@@ -31,11 +31,7 @@ struct Case {
 }
 
 fn case(name: &'static str, op: Op) -> Case {
-    Case {
-        name,
-        ops: vec![op],
-        limit: u64::MAX,
-    }
+    Case { name, ops: vec![op], limit: u64::MAX }
 }
 
 fn costing(name: &'static str, limit: u64, ops: Vec<Op>) -> Case {
@@ -69,276 +65,79 @@ fn content_cases() -> Vec<Case> {
     let (bytes, seed) = (1000, 11);
     let large = || at("large");
     vec![
-        case(
-            "create",
-            Op::Create {
-                at: at("new"),
-                bytes,
-                seed,
-            },
-        ),
-        case(
-            "create empty",
-            Op::Create {
-                at: at("empty"),
-                bytes: 0,
-                seed,
-            },
-        ),
-        case(
-            "rewrite in place",
-            Op::Create {
-                at: at("file"),
-                bytes,
-                seed,
-            },
-        ),
-        case(
-            "create large",
-            Op::Create {
-                at: at("big"),
-                bytes: 3 << 20,
-                seed,
-            },
-        ),
-        case(
-            "append",
-            Op::Append {
-                at: at("file"),
-                bytes,
-                seed,
-            },
-        ),
-        case(
-            "overwrite",
-            Op::Overwrite {
-                at: at("file"),
-                offset: 700,
-                bytes,
-                seed,
-            },
-        ),
+        case("create", Op::Create { at: at("new"), bytes, seed }),
+        case("create empty", Op::Create { at: at("empty"), bytes: 0, seed }),
+        case("rewrite in place", Op::Create { at: at("file"), bytes, seed }),
+        case("create large", Op::Create { at: at("big"), bytes: 3 << 20, seed }),
+        case("append", Op::Append { at: at("file"), bytes, seed }),
+        case("overwrite", Op::Overwrite { at: at("file"), offset: 700, bytes, seed }),
         case(
             "write far behind the end",
-            Op::Overwrite {
-                at: at("file"),
-                offset: 9 << 20,
-                bytes,
-                seed,
-            },
+            Op::Overwrite { at: at("file"), offset: 9 << 20, bytes, seed },
         ),
-        case(
-            "hold open",
-            Op::HoldOpen {
-                at: at("file"),
-                bytes,
-                seed,
-            },
-        ),
-        case(
-            "truncate shorter",
-            Op::Truncate {
-                at: at("file"),
-                size: 100,
-            },
-        ),
-        case(
-            "truncate longer",
-            Op::Truncate {
-                at: at("file"),
-                size: 5 << 20,
-            },
-        ),
-        case(
-            "truncate to nothing",
-            Op::Truncate {
-                at: large(),
-                size: 0,
-            },
-        ),
-        case(
-            "punch",
-            Op::Punch {
-                at: large(),
-                offset: 1 << 20,
-                bytes: 2 << 20,
-            },
-        ),
-        case(
-            "allocate",
-            Op::Allocate {
-                at: large(),
-                offset: 1 << 20,
-                bytes: 8 << 20,
-            },
-        ),
-        case(
-            "map",
-            Op::Map {
-                at: at("file"),
-                offset: 500,
-                bytes,
-                seed,
-            },
-        ),
-        case(
-            "map large",
-            Op::Map {
-                at: large(),
-                offset: 2 << 20,
-                bytes,
-                seed,
-            },
-        ),
+        case("hold open", Op::HoldOpen { at: at("file"), bytes, seed }),
+        case("truncate shorter", Op::Truncate { at: at("file"), size: 100 }),
+        case("truncate longer", Op::Truncate { at: at("file"), size: 5 << 20 }),
+        case("truncate to nothing", Op::Truncate { at: large(), size: 0 }),
+        case("punch", Op::Punch { at: large(), offset: 1 << 20, bytes: 2 << 20 }),
+        case("allocate", Op::Allocate { at: large(), offset: 1 << 20, bytes: 8 << 20 }),
+        case("map", Op::Map { at: at("file"), offset: 500, bytes, seed }),
+        case("map large", Op::Map { at: large(), offset: 2 << 20, bytes, seed }),
         case(
             "copy range",
-            Op::CopyRange {
-                from: large(),
-                to: at("file"),
-                offset: 4096,
-                bytes: 1 << 20,
-            },
+            Op::CopyRange { from: large(), to: at("file"), offset: 4096, bytes: 1 << 20 },
         ),
-        case(
-            "replace",
-            Op::Replace {
-                at: at("file"),
-                bytes,
-                seed,
-            },
-        ),
-        case(
-            "replace one of two links",
-            Op::Replace {
-                at: at("link-1"),
-                bytes,
-                seed,
-            },
-        ),
-        case(
-            "O_TMPFILE inside",
-            Op::TmpFile {
-                at: at("tmp"),
-                outside: false,
-                bytes,
-                seed,
-            },
-        ),
-        case(
-            "O_TMPFILE outside",
-            Op::TmpFile {
-                at: at("tmp"),
-                outside: true,
-                bytes,
-                seed,
-            },
-        ),
-        case(
-            "blink",
-            Op::Blink {
-                at: at("blink"),
-                bytes,
-                seed,
-            },
-        ),
-        case(
-            "write through a link",
-            Op::Append {
-                at: at("link-2"),
-                bytes,
-                seed,
-            },
-        ),
-        case(
-            "write through an outside link",
-            Op::OutsideLink {
-                at: at("file"),
-                slot: 0,
-                seed,
-            },
-        ),
+        case("replace", Op::Replace { at: at("file"), bytes, seed }),
+        case("replace one of two links", Op::Replace { at: at("link-1"), bytes, seed }),
+        case("O_TMPFILE inside", Op::TmpFile { at: at("tmp"), outside: false, bytes, seed }),
+        case("O_TMPFILE outside", Op::TmpFile { at: at("tmp"), outside: true, bytes, seed }),
+        case("blink", Op::Blink { at: at("blink"), bytes, seed }),
+        case("write through a link", Op::Append { at: at("link-2"), bytes, seed }),
+        case("write through an outside link", Op::OutsideLink { at: at("file"), slot: 0, seed }),
         costing(
             "delta: append",
             64 << 10 | AROUND,
-            vec![Op::Append {
-                at: large(),
-                bytes: 64 << 10,
-                seed: 12,
-            }],
+            vec![Op::Append { at: large(), bytes: 64 << 10, seed: 12 }],
         ),
         costing(
             "delta: patch",
             AROUND,
-            vec![Op::Overwrite {
-                at: large(),
-                offset: 2 << 20,
-                bytes: 4096,
-                seed: 12,
-            }],
+            vec![Op::Overwrite { at: large(), offset: 2 << 20, bytes: 4096, seed: 12 }],
         ),
         costing(
             "delta: insert, renamed over",
             AROUND,
-            vec![Op::Insert {
-                at: large(),
-                bytes: 10,
-                seed,
-            }],
+            vec![Op::Insert { at: large(), bytes: 10, seed }],
         ),
         costing(
             "delta: cut off",
             AROUND,
-            vec![Op::Truncate {
-                at: large(),
-                size: LARGE as u64 / 2 + 7,
-            }],
+            vec![Op::Truncate { at: large(), size: LARGE as u64 / 2 + 7 }],
         ),
         costing(
             "delta: the same again",
             0,
-            vec![Op::Replace {
-                at: large(),
-                bytes: LARGE as u32,
-                seed: 5,
-            }],
+            vec![Op::Replace { at: large(), bytes: LARGE as u32, seed: 5 }],
         ),
     ]
 }
 
 fn name_cases() -> Vec<Case> {
     let seed = 21;
-    let rename = |from, to| Op::Rename {
-        from: at(from),
-        to: at(to),
-    };
+    let rename = |from, to| Op::Rename { from: at(from), to: at(to) };
     let exchange = |a, b| Op::Exchange { a: at(a), b: at(b) };
     vec![
         costing("rename", 0, vec![rename("file", "renamed")]),
         costing("rename over", 0, vec![rename("file", "twin")]),
         costing("rename across", 0, vec![rename("file", "tree/branch/file")]),
-        costing(
-            "rename a link over its other",
-            0,
-            vec![rename("link-1", "link-2")],
-        ),
+        costing("rename a link over its other", 0, vec![rename("link-1", "link-2")]),
         costing("rename a tree", 0, vec![rename("tree", "forest")]),
-        costing(
-            "rename a tree across",
-            0,
-            vec![rename("tree/branch", "other/branch")],
-        ),
-        costing(
-            "rename over an empty directory",
-            0,
-            vec![rename("other", "tree/branch/twig")],
-        ),
+        costing("rename a tree across", 0, vec![rename("tree/branch", "other/branch")]),
+        costing("rename over an empty directory", 0, vec![rename("other", "tree/branch/twig")]),
         costing(
             "parent and child change places",
             0,
-            vec![
-                rename("tree/branch", "branch"),
-                rename("tree", "branch/tree"),
-            ],
+            vec![rename("tree/branch", "branch"), rename("tree", "branch/tree")],
         ),
         costing("swap files", 0, vec![exchange("file", "twin")]),
         costing("swap a file and a tree", 0, vec![exchange("file", "tree")]),
@@ -351,336 +150,113 @@ fn name_cases() -> Vec<Case> {
         costing(
             "rotate",
             0,
-            vec![Op::Rotate {
-                names: ["file", "twin", "link-1", "rotated"].map(at).to_vec(),
-            }],
+            vec![Op::Rotate { names: ["file", "twin", "link-1", "rotated"].map(at).to_vec() }],
         ),
-        costing(
-            "hard link",
-            0,
-            vec![Op::Link {
-                from: at("large"),
-                to: at("other/link"),
-            }],
-        ),
-        costing(
-            "rename one link across",
-            0,
-            vec![rename("link-1", "other/link")],
-        ),
-        costing(
-            "unlink one of two",
-            0,
-            vec![Op::Unlink { at: at("link-1") }],
-        ),
+        costing("hard link", 0, vec![Op::Link { from: at("large"), to: at("other/link") }]),
+        costing("rename one link across", 0, vec![rename("link-1", "other/link")]),
+        costing("unlink one of two", 0, vec![Op::Unlink { at: at("link-1") }]),
         costing("unlink", 0, vec![Op::Unlink { at: at("file") }]),
         costing(
             "unlink and make anew",
             3000,
-            vec![
-                Op::Unlink { at: at("file") },
-                Op::Create {
-                    at: at("file"),
-                    bytes: 3000,
-                    seed,
-                },
-            ],
+            vec![Op::Unlink { at: at("file") }, Op::Create { at: at("file"), bytes: 3000, seed }],
         ),
         costing(
             "file becomes directory",
             0,
-            vec![
-                Op::Unlink { at: at("file") },
-                Op::MakeDirectory { at: at("file") },
-            ],
+            vec![Op::Unlink { at: at("file") }, Op::MakeDirectory { at: at("file") }],
         ),
         costing(
             "directory becomes symlink",
             0,
             vec![
                 Op::RemoveTree { at: at("tree") },
-                Op::Symlink {
-                    at: at("tree"),
-                    target: at("other"),
-                },
+                Op::Symlink { at: at("tree"), target: at("other") },
             ],
         ),
         costing(
             "symlink",
             0,
-            vec![Op::Symlink {
-                at: at("s"),
-                target: Place::at(vec![b'x'; 1000]),
-            }],
+            vec![Op::Symlink { at: at("s"), target: Place::at(vec![b'x'; 1000]) }],
         ),
-        costing(
-            "make directory",
-            0,
-            vec![Op::MakeDirectory { at: at("made") }],
-        ),
-        case(
-            "fill directory",
-            Op::FillDirectory {
-                at: at("filled"),
-                seed,
-            },
-        ),
+        costing("make directory", 0, vec![Op::MakeDirectory { at: at("made") }]),
+        case("fill directory", Op::FillDirectory { at: at("filled"), seed }),
         costing("remove tree", 0, vec![Op::RemoveTree { at: at("tree") }]),
-        case(
-            "move in",
-            Op::MoveIn {
-                at: at("arrived"),
-                seed,
-            },
-        ),
-        costing(
-            "move out",
-            0,
-            vec![Op::MoveOut {
-                at: at("tree"),
-                keep: true,
-                seed: 22,
-            }],
-        ),
-        case(
-            "move out and remove",
-            Op::MoveOut {
-                at: at("tree"),
-                keep: false,
-                seed,
-            },
-        ),
-        case(
-            "out, changed, back in",
-            Op::OutAndBack {
-                from: at("tree"),
-                to: at("back"),
-                seed,
-            },
-        ),
+        case("move in", Op::MoveIn { at: at("arrived"), seed }),
+        costing("move out", 0, vec![Op::MoveOut { at: at("tree"), keep: true, seed: 22 }]),
+        case("move out and remove", Op::MoveOut { at: at("tree"), keep: false, seed }),
+        case("out, changed, back in", Op::OutAndBack { from: at("tree"), to: at("back"), seed }),
         case(
             "file out, changed, back in",
-            Op::OutAndBack {
-                from: at("file"),
-                to: at("back"),
-                seed,
-            },
+            Op::OutAndBack { from: at("file"), to: at("back"), seed },
         ),
-        case(
-            "deep",
-            Op::Deep {
-                at: at("deep"),
-                seed,
-            },
-        ),
+        case("deep", Op::Deep { at: at("deep"), seed }),
         costing(
             "deep tree renamed",
             2000,
-            vec![
-                Op::Deep {
-                    at: at("deep"),
-                    seed,
-                },
-                rename("deep", "deeper"),
-            ],
+            vec![Op::Deep { at: at("deep"), seed }, rename("deep", "deeper")],
         ),
-        costing(
-            "FIFO",
-            0,
-            vec![Op::Special {
-                at: at("fifo"),
-                which: 0,
-            }],
-        ),
-        costing(
-            "socket",
-            0,
-            vec![Op::Special {
-                at: at("socket"),
-                which: 1,
-            }],
-        ),
-        costing(
-            "device",
-            0,
-            vec![Op::Special {
-                at: at("device"),
-                which: 2,
-            }],
-        ),
-        case(
-            "not UTF-8",
-            Op::Create {
-                at: Place(vec![b"\xff\xfe\n".to_vec()]),
-                bytes: 10,
-                seed,
-            },
-        ),
-        case(
-            "255 bytes",
-            Op::Create {
-                at: Place(vec![vec![b'n'; 255]]),
-                bytes: 10,
-                seed,
-            },
-        ),
+        costing("FIFO", 0, vec![Op::Special { at: at("fifo"), which: 0 }]),
+        costing("socket", 0, vec![Op::Special { at: at("socket"), which: 1 }]),
+        costing("device", 0, vec![Op::Special { at: at("device"), which: 2 }]),
+        case("not UTF-8", Op::Create { at: Place(vec![b"\xff\xfe\n".to_vec()]), bytes: 10, seed }),
+        case("255 bytes", Op::Create { at: Place(vec![vec![b'n'; 255]]), bytes: 10, seed }),
     ]
 }
 
 fn attribute_cases() -> Vec<Case> {
     let free = |name, op| costing(name, 0, vec![op]);
-    let owner = |at| Op::Owner {
-        at,
-        uid: 1234,
-        gid: 567,
-    };
-    let times = |at| Op::Times {
-        at,
-        seconds: 1_000_000_000,
-        nanoseconds: 123_456_789,
-    };
-    let xattr = |at| Op::SetXattr {
-        at,
-        number: 1,
-        bytes: 400,
-        seed: 31,
-    };
+    let owner = |at| Op::Owner { at, uid: 1234, gid: 567 };
+    let times = |at| Op::Times { at, seconds: 1_000_000_000, nanoseconds: 123_456_789 };
+    let xattr = |at| Op::SetXattr { at, number: 1, bytes: 400, seed: 31 };
     vec![
-        free(
-            "mode",
-            Op::Mode {
-                at: at("large"),
-                mode: 0o604,
-            },
-        ),
-        free(
-            "setuid",
-            Op::Mode {
-                at: at("file"),
-                mode: 0o6755,
-            },
-        ),
-        free(
-            "sticky",
-            Op::Mode {
-                at: at("tree"),
-                mode: 0o1777,
-            },
-        ),
+        free("mode", Op::Mode { at: at("large"), mode: 0o604 }),
+        free("setuid", Op::Mode { at: at("file"), mode: 0o6755 }),
+        free("sticky", Op::Mode { at: at("tree"), mode: 0o1777 }),
         free("owner", owner(at("large"))),
         free("owner of a symlink", owner(at("symlink"))),
         free("owner of a directory", owner(at("tree"))),
         free("times", times(at("large"))),
         free("times of a symlink", times(at("symlink"))),
         free("times of a directory", times(at("tree/branch"))),
-        free(
-            "times before 1970",
-            Op::Times {
-                at: at("file"),
-                seconds: -7,
-                nanoseconds: 1,
-            },
-        ),
+        free("times before 1970", Op::Times { at: at("file"), seconds: -7, nanoseconds: 1 }),
         free("xattr", xattr(at("large"))),
         free("xattr of a directory", xattr(at("tree"))),
         free(
             "trusted xattr of a symlink",
-            Op::SetXattr {
-                at: at("symlink"),
-                number: 0,
-                bytes: 9,
-                seed: 31,
-            },
+            Op::SetXattr { at: at("symlink"), number: 0, bytes: 9, seed: 31 },
         ),
-        free(
-            "empty xattr",
-            Op::SetXattr {
-                at: at("file"),
-                number: 1,
-                bytes: 0,
-                seed: 31,
-            },
-        ),
+        free("empty xattr", Op::SetXattr { at: at("file"), number: 1, bytes: 0, seed: 31 }),
         costing(
             "xattr removed",
             0,
-            vec![
-                xattr(at("file")),
-                Op::RemoveXattr {
-                    at: at("file"),
-                    number: 1,
-                },
-            ],
+            vec![xattr(at("file")), Op::RemoveXattr { at: at("file"), number: 1 }],
         ),
-        free(
-            "ACL",
-            Op::Acl {
-                at: at("large"),
-                default: false,
-                permissions: 5,
-            },
-        ),
-        free(
-            "default ACL",
-            Op::Acl {
-                at: at("tree"),
-                default: true,
-                permissions: 7,
-            },
-        ),
-        free(
-            "capability",
-            Op::Capability {
-                at: at("file"),
-                bits: 0x2000,
-            },
-        ),
+        free("ACL", Op::Acl { at: at("large"), default: false, permissions: 5 }),
+        free("default ACL", Op::Acl { at: at("tree"), default: true, permissions: 7 }),
+        free("capability", Op::Capability { at: at("file"), bits: 0x2000 }),
         costing(
             "owner takes setuid and capability away",
             0,
-            vec![
-                Op::Capability {
-                    at: at("file"),
-                    bits: 0x2000,
-                },
-                owner(at("file")),
-            ],
+            vec![Op::Capability { at: at("file"), bits: 0x2000 }, owner(at("file"))],
         ),
         costing(
             "written, then dated back",
             3000,
-            vec![
-                Op::Create {
-                    at: at("file"),
-                    bytes: 3000,
-                    seed: 33,
-                },
-                times(at("file")),
-            ],
+            vec![Op::Create { at: at("file"), bytes: 3000, seed: 33 }, times(at("file"))],
         ),
     ]
 }
 
 fn all_cases() -> Vec<Case> {
-    content_cases()
-        .into_iter()
-        .chain(name_cases())
-        .chain(attribute_cases())
-        .collect()
+    content_cases().into_iter().chain(name_cases()).chain(attribute_cases()).collect()
 }
 
 #[test]
 fn the_table_covers_every_operation() {
     let cases = all_cases();
-    let used: BTreeSet<_> = cases
-        .iter()
-        .flat_map(|case| &case.ops)
-        .map(Op::name)
-        .collect();
-    let missing: Vec<_> = op::NAMES
-        .iter()
-        .filter(|name| !used.contains(*name))
-        .collect();
+    let used: BTreeSet<_> = cases.iter().flat_map(|case| &case.ops).map(Op::name).collect();
+    let missing: Vec<_> = op::NAMES.iter().filter(|name| !used.contains(*name)).collect();
     assert!(missing.is_empty(), "no case for {missing:?}");
 }
 
@@ -718,13 +294,7 @@ fn run_cases(layout: Layout, watcher: &str) {
             failures.push(format!("{}: {failure}", case.name));
         }
     }
-    assert!(
-        failures.is_empty(),
-        "{} of {}:\n{}",
-        failures.len(),
-        cases.len(),
-        failures.join("\n")
-    );
+    assert!(failures.is_empty(), "{} of {}:\n{}", failures.len(), cases.len(), failures.join("\n"));
     // Whatever each case did to the others' directories.
     pair.settle(&daemon, &"after the last case");
 }
@@ -745,10 +315,7 @@ fn run_case(case: &Case, directory: &Path, pair: &Pair, daemon: &Daemon) -> Resu
         return Err(format!("the replica differs:\n{}", compare::report(&found)));
     }
     if shipped > case.limit {
-        return Err(format!(
-            "{shipped} bytes shipped, at most {} are new",
-            case.limit
-        ));
+        return Err(format!("{shipped} bytes shipped, at most {} are new", case.limit));
     }
     Ok(())
 }
@@ -780,11 +347,7 @@ fn a_sparse_file_stays_sparse() {
     let replica = fs::metadata(pair.replica().join("sparse")).unwrap();
     use std::os::unix::fs::MetadataExt;
     assert_eq!(replica.len(), 20 << 30);
-    assert!(
-        replica.blocks() * 512 < 1 << 20,
-        "{} blocks for 4 bytes",
-        replica.blocks()
-    );
+    assert!(replica.blocks() * 512 < 1 << 20, "{} blocks for 4 bytes", replica.blocks());
     let copy = fs::File::open(pair.replica().join("sparse")).unwrap();
     let mut found = [0; 4];
     copy.read_exact_at(&mut found, 10 << 30).unwrap();
@@ -802,11 +365,7 @@ fn a_branch_of_thousands_of_levels_arrives_and_goes() {
     let before = daemon.counters().bytes_shipped;
     fs::rename(pair.source().join("n"), pair.source().join("renamed")).unwrap();
     pair.settle(&daemon, &"renamed");
-    assert_eq!(
-        daemon.counters().bytes_shipped,
-        before,
-        "a rename ships nothing"
-    );
+    assert_eq!(daemon.counters().bytes_shipped, before, "a rename ships nothing");
     let root = fs::File::open(pair.source()).unwrap();
     raw::remove_tree(std::os::fd::AsFd::as_fd(&root), b"renamed").unwrap();
     pair.settle(&daemon, &"removed");
@@ -818,28 +377,19 @@ fn what_is_passed_over_is_said() {
     let pair = Pair::new(Layout::Two(Ext4, Ext4));
     let mut arena = Arena::new(pair.source(), pair.outside());
     for (name, which) in [("fifo", 0), ("socket", 1), ("character", 2), ("block", 3)] {
-        arena.must(&Op::Special {
-            at: at(name),
-            which,
-        });
+        arena.must(&Op::Special { at: at(name), which });
     }
     let nested = pair.source().join("nested");
     fs::create_dir(&nested).unwrap();
-    let mount = std::process::Command::new("mount")
-        .args(["-t", "tmpfs", "tmpfs"])
-        .arg(&nested)
-        .status();
+    let mount =
+        std::process::Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(&nested).status();
     assert!(mount.unwrap().success());
     fs::write(nested.join("hidden"), "not to be replicated").unwrap();
 
     let daemon = pair.start_enabled("fanotify");
     pair.settle(&daemon, &"special files");
     let skipped = daemon.status().source.unwrap().skipped;
-    assert_eq!(
-        (skipped.fifos, skipped.sockets, skipped.devices),
-        (1, 1, 2),
-        "{skipped:?}"
-    );
+    assert_eq!((skipped.fifos, skipped.sockets, skipped.devices), (1, 1, 2), "{skipped:?}");
     assert_eq!(skipped.nested_mounts, ["nested"]);
     assert!(!pair.replica().join("nested/hidden").exists());
 }

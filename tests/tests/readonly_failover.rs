@@ -27,30 +27,20 @@ fn attempts(replica: &Path) -> Vec<(&'static str, std::io::Result<()>)> {
         ("create below", fs::write(replica.join("directory/new"), "")),
         ("make directory", fs::create_dir(replica.join("made"))),
         ("write", open.map(drop)),
-        (
-            "chmod",
-            fs::set_permissions(&file, fs::Permissions::from_mode(0o600)),
-        ),
+        ("chmod", fs::set_permissions(&file, fs::Permissions::from_mode(0o600))),
         ("chown", std::os::unix::fs::chown(&file, Some(1), None)),
         ("set xattr", xattr.map_err(Into::into)),
         ("rename", fs::rename(&file, replica.join("renamed"))),
         ("hard link", fs::hard_link(&file, replica.join("link"))),
         ("unlink", fs::remove_file(&file)),
-        (
-            "remove directory",
-            fs::remove_dir_all(replica.join("directory")),
-        ),
+        ("remove directory", fs::remove_dir_all(replica.join("directory"))),
     ]
 }
 
 fn assert_read_only(replica: &Path, when: &str) {
     for (what, result) in attempts(replica) {
         let error = result.expect_err(&format!("{when}: {what} was let through"));
-        assert_eq!(
-            Errno::from_io_error(&error),
-            Some(Errno::ROFS),
-            "{when}: {what}: {error}"
-        );
+        assert_eq!(Errno::from_io_error(&error), Some(Errno::ROFS), "{when}: {what}: {error}");
     }
 }
 
@@ -77,12 +67,7 @@ fn replicated(layout: Layout) -> (Pair, Daemon) {
 fn read_only_throughout(layout: Layout) {
     let (pair, daemon) = replicated(layout);
     let enforcement = daemon.status().destination.unwrap().enforcement;
-    assert_eq!(
-        enforcement.kind,
-        EnforcementKind::Mount,
-        "{}",
-        enforcement.reason
-    );
+    assert_eq!(enforcement.kind, EnforcementKind::Mount, "{}", enforcement.reason);
     let mounts = mount_points_below(pair.replica()).unwrap().len();
     assert_read_only(pair.replica(), "while it runs");
     assert!(daemon.interrupt().success());
@@ -119,11 +104,7 @@ fn read_only_on_a_directory_btrfs() {
 fn failover_with_readers() {
     let (pair, daemon) = replicated(Layout::Two(Ext4, Ext4));
     let held = fs::File::open(pair.replica().join("file")).unwrap();
-    let mut reader = Command::new("sleep")
-        .arg("60")
-        .current_dir(pair.replica())
-        .spawn()
-        .unwrap();
+    let mut reader = Command::new("sleep").arg("60").current_dir(pair.replica()).spawn().unwrap();
     let ended = failover_online(&daemon);
     reader.kill().unwrap();
     reader.wait().unwrap();
@@ -142,9 +123,7 @@ fn assert_handed_over(pair: &Pair) {
     for entry in fs::read_dir(pair.replica()).unwrap() {
         let name = entry.unwrap().file_name();
         let ours = [".replicator", "efs-replication-lost+found"];
-        let left = ours
-            .iter()
-            .any(|o| name.as_encoded_bytes().starts_with(o.as_bytes()));
+        let left = ours.iter().any(|o| name.as_encoded_bytes().starts_with(o.as_bytes()));
         assert!(!left, "left behind: {}", name.display());
     }
     compare::assert_same(pair.source(), pair.replica(), &"after failover");
@@ -155,10 +134,7 @@ fn assert_handed_over(pair: &Pair) {
 fn failover_while_running() {
     let (pair, daemon) = replicated(Layout::Two(Ext4, Xfs));
     let ended = failover_online(&daemon).success();
-    assert!(
-        !ended.stdout.is_empty(),
-        "it says what was and was not replicated"
-    );
+    assert!(!ended.stdout.is_empty(), "it says what was and was not replicated");
     assert_handed_over(&pair);
 }
 
@@ -181,10 +157,7 @@ fn failover_while_stopped() {
     let (pair, daemon) = replicated(Layout::Two(Ext4, Ext4));
     assert!(daemon.interrupt().success());
     let ended = failover_offline(&pair).success();
-    assert!(
-        ended.stdout.contains(pair.replica().to_str().unwrap()),
-        "{ended:#?}"
-    );
+    assert!(ended.stdout.contains(pair.replica().to_str().unwrap()), "{ended:#?}");
     assert_handed_over(&pair);
     // A second time there is nothing to fail over, and nothing is harmed.
     let again = failover_offline(&pair);
@@ -199,11 +172,7 @@ fn failover_while_stopped() {
 fn failover_after_kill_in_the_middle() {
     let pair = Pair::new(Layout::Two(Ext4, Ext4));
     let daemon = pair.start_enabled("fanotify");
-    let workload = Workload {
-        steps: 2000,
-        rate: Some(2000.0),
-        ..Workload::new()
-    };
+    let workload = Workload { steps: 2000, rate: Some(2000.0), ..Workload::new() };
     std::thread::scope(|scope| {
         scope.spawn(|| workload.run(pair.source(), pair.outside()));
         std::thread::sleep(Duration::from_millis(1500));
@@ -214,18 +183,12 @@ fn failover_after_kill_in_the_middle() {
     for entry in fs::read_dir(pair.replica()).unwrap() {
         let entry = entry.unwrap();
         let name = entry.file_name().into_encoded_bytes();
-        assert!(
-            !name.starts_with(b".replicator"),
-            "a hidden directory is left"
-        );
+        assert!(!name.starts_with(b".replicator"), "a hidden directory is left");
         if name.starts_with(b"efs-replication-lost+found-") {
             let manifest = fs::read_to_string(entry.path().join("manifest.json")).unwrap();
             let parsed: serde_json::Value = serde_json::from_str(&manifest).unwrap();
             let left = fs::read_dir(entry.path()).unwrap().count();
-            assert!(
-                parsed.is_object() && left > 1,
-                "an empty lost+found: {manifest}"
-            );
+            assert!(parsed.is_object() && left > 1, "an empty lost+found: {manifest}");
         }
     }
     fs::write(pair.replica().join("written"), "").unwrap();
@@ -279,8 +242,5 @@ fn failover_of_a_large_tree_takes_no_longer() {
     };
     let (small, large) = (time(100), time(20_000));
     let limit = small * 3 + Duration::from_millis(300);
-    assert!(
-        large < limit,
-        "{large:?} for 20,000 files, {small:?} for 100"
-    );
+    assert!(large < limit, "{large:?} for 20,000 files, {small:?} for 100");
 }

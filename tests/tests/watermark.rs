@@ -31,21 +31,11 @@ fn check_claims(
     let mut claims: Vec<Timestamp> = Vec::new();
     while !done.load(Ordering::Relaxed) {
         if let Some(claim) = claimed(daemon) {
-            assert!(
-                claim <= Timestamp::now(),
-                "a claim about the future: {claim}"
-            );
+            assert!(claim <= Timestamp::now(), "a claim about the future: {claim}");
             let last = claims.last().copied().unwrap_or(Timestamp::NEVER);
-            assert!(
-                claim >= last,
-                "the watermark moved back from {last} to {claim}"
-            );
+            assert!(claim >= last, "the watermark moved back from {last} to {claim}");
             let broken = stamper.broken_claims(pair.replica(), claim);
-            assert!(
-                broken.is_empty(),
-                "{claim} was claimed, but:\n{}",
-                broken.join("\n")
-            );
+            assert!(broken.is_empty(), "{claim} was claimed, but:\n{}", broken.join("\n"));
             if claim > last {
                 claims.push(claim);
             }
@@ -76,10 +66,7 @@ fn watermark(layout: Layout, watcher: &str) {
         // The checker goes on until a claim covers everything.
         let start = Instant::now();
         while claimed(&daemon).is_none_or(|claim| claim <= end) {
-            assert!(
-                start.elapsed() < Duration::from_secs(30),
-                "no claim covers {end}"
-            );
+            assert!(start.elapsed() < Duration::from_secs(30), "no claim covers {end}");
             thread::sleep(Duration::from_millis(20));
         }
         thread::sleep(Duration::from_millis(100));
@@ -87,10 +74,7 @@ fn watermark(layout: Layout, watcher: &str) {
         checker.join().unwrap()
     });
     assert!(stamper.count() > 1000, "too few files: {}", stamper.count());
-    assert!(
-        claims.len() >= 5,
-        "too few claims to say anything: {claims:?}"
-    );
+    assert!(claims.len() >= 5, "too few claims to say anything: {claims:?}");
     assert_moves_on_when_idle(&daemon);
 }
 
@@ -119,16 +103,8 @@ fn assert_moves_on_when_idle(daemon: &Daemon) {
         gain >= Duration::from_millis(1500),
         "an idle source's watermark gained {gain:?} in 3 s"
     );
-    let lag = daemon
-        .status()
-        .destination
-        .unwrap()
-        .time_since_last_sync
-        .unwrap();
-    assert!(
-        (0.0..2.5).contains(&lag),
-        "TimeSinceLastSync is {lag} s with an idle source"
-    );
+    let lag = daemon.status().destination.unwrap().time_since_last_sync.unwrap();
+    assert!((0.0..2.5).contains(&lag), "TimeSinceLastSync is {lag} s with an idle source");
 }
 
 #[test]
@@ -154,23 +130,14 @@ fn holds_tmpfs_scan() {
     let stamper = Stamper::new(pair.source());
     for round in 0..5 {
         for number in 0..100 {
-            stamper
-                .write(
-                    &format!("directory-{}/file-{number}", number % 7),
-                    round + 1,
-                )
-                .unwrap();
+            stamper.write(&format!("directory-{}/file-{number}", number % 7), round + 1).unwrap();
         }
         if round == 3 {
             daemon.wait(Duration::from_secs(60));
         }
         let claim = claimed(&daemon).unwrap();
         let broken = stamper.broken_claims(pair.replica(), claim);
-        assert!(
-            broken.is_empty(),
-            "{claim} was claimed, but:\n{}",
-            broken.join("\n")
-        );
+        assert!(broken.is_empty(), "{claim} was claimed, but:\n{}", broken.join("\n"));
     }
 }
 
@@ -185,9 +152,7 @@ fn does_not_move_while_paused() {
     daemon.wait(Duration::from_secs(30));
     let post = |name: &str| {
         let path = format!("/replicator/v1/{name}");
-        daemon
-            .request("POST", &path, Some(serde_json::json!({})))
-            .unwrap();
+        daemon.request("POST", &path, Some(serde_json::json!({}))).unwrap();
     };
     post("pause");
     thread::sleep(Duration::from_millis(300));
@@ -197,10 +162,7 @@ fn does_not_move_while_paused() {
     thread::sleep(Duration::from_millis(1500));
     let claim = claimed(&daemon).unwrap();
     assert!(stamper.broken_claims(pair.replica(), claim).is_empty());
-    assert!(
-        !pair.replica().join("paused").exists(),
-        "shipped while paused"
-    );
+    assert!(!pair.replica().join("paused").exists(), "shipped while paused");
     post("resume");
     pair.settle(&daemon, &"after resume");
     let claim = claimed(&daemon).unwrap();

@@ -14,17 +14,11 @@ use replicator_tests::workload::Workload;
 /// while the initial sync runs, then changes while it is ENABLED.
 fn continuous(layout: Layout, watcher: &str) {
     let pair = Pair::new(layout);
-    let workload = Workload {
-        steps: 300,
-        ..Workload::new()
-    };
+    let workload = Workload { steps: 300, ..Workload::new() };
     workload.run(pair.source(), pair.outside());
 
     let mut daemon = pair.start(watcher);
-    let workload = Workload {
-        steps: 500,
-        ..next(workload)
-    };
+    let workload = Workload { steps: 500, ..next(workload) };
     workload.run(pair.source(), pair.outside());
     pair.settle(&daemon, &format!("initial sync, {workload}"));
     daemon.wait_enabled(PATIENCE);
@@ -38,10 +32,7 @@ fn continuous(layout: Layout, watcher: &str) {
 }
 
 fn next(workload: Workload) -> Workload {
-    Workload {
-        seed: workload.seed.wrapping_add(1),
-        ..workload
-    }
+    Workload { seed: workload.seed.wrapping_add(1), ..workload }
 }
 
 /// What status must say after a run in which nothing went wrong.
@@ -50,16 +41,9 @@ fn check_status(daemon: &Daemon, watcher: &str) {
     let (source, destination) = (status.source.unwrap(), status.destination.unwrap());
     assert_eq!(source.watcher.kind.as_str(), watcher);
     assert!(!source.watcher.reason.is_empty(), "the choice has a reason");
-    assert_eq!(
-        destination.shortfalls,
-        Default::default(),
-        "root on these can hold everything"
-    );
+    assert_eq!(destination.shortfalls, Default::default(), "root on these can hold everything");
     assert_eq!(source.skipped.unreadable, []);
-    assert!(
-        destination.orphans == 0,
-        "nothing is being moved: {destination:#?}"
-    );
+    assert!(destination.orphans == 0, "nothing is being moved: {destination:#?}");
     assert!(source.counters.bytes_shipped > 0 && source.counters.batches > 0);
 }
 
@@ -94,11 +78,7 @@ continuous! {
 /// same command goes on, and in the end nothing is missing.
 fn stopped_in_the_middle(watcher: &str, stop: fn(Daemon)) {
     let pair = Pair::new(Layout::Two(Ext4, Ext4));
-    let workload = Workload {
-        steps: 3000,
-        rate: Some(800.0),
-        ..Workload::new()
-    };
+    let workload = Workload { steps: 3000, rate: Some(800.0), ..Workload::new() };
     thread::scope(|scope| {
         let running = scope.spawn(|| workload.run(pair.source(), pair.outside()));
         for pause in [400, 1500, 100, 2500, 900] {
@@ -142,10 +122,7 @@ fn killed_in_the_middle_scan() {
 fn an_overflow_is_a_gap_that_a_rescan_closes() {
     let pair = Pair::new(Layout::Two(Tmpfs, Tmpfs));
     let daemon = pair.start_enabled("inotify");
-    let workload = Workload {
-        steps: 1500,
-        ..Workload::new()
-    };
+    let workload = Workload { steps: 1500, ..Workload::new() };
     workload.run(pair.source(), pair.outside());
     // More events than fs.inotify.max_queued_events (16,384), while the reader
     // cannot read.
@@ -159,10 +136,7 @@ fn an_overflow_is_a_gap_that_a_rescan_closes() {
     daemon.wait(PATIENCE);
     compare::assert_same(pair.source(), pair.replica(), &workload);
     let counters = daemon.counters();
-    assert!(
-        counters.gaps > 0 && counters.rescans > 0,
-        "no overflow was met: {counters:?}"
-    );
+    assert!(counters.gaps > 0 && counters.rescans > 0, "no overflow was met: {counters:?}");
 }
 
 /// A process that does nothing until this is dropped.

@@ -102,13 +102,7 @@ pub struct Difference {
 
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}: {:?}: {}",
-            shown(&self.path),
-            self.aspect,
-            self.detail
-        )
+        write!(f, "{}: {:?}: {}", shown(&self.path), self.aspect, self.detail)
     }
 }
 
@@ -125,11 +119,7 @@ pub fn compare(source: &Path, replica: &Path, options: Options) -> Vec<Differenc
 /// here (the seed, above all).
 pub fn assert_same(source: &Path, replica: &Path, context: &dyn fmt::Display) {
     let found = compare(source, replica, Options::default());
-    assert!(
-        found.is_empty(),
-        "{context}: the replica differs:\n{}",
-        report(&found)
-    );
+    assert!(found.is_empty(), "{context}: the replica differs:\n{}", report(&found));
 }
 
 /// The first differences as text, one a line, with the number of all.
@@ -147,12 +137,8 @@ pub fn report(differences: &[Difference]) -> String {
 
 /// Compares two trees that were read before.
 pub fn differences(mut source: Tree, mut replica: Tree, options: Options) -> Vec<Difference> {
-    source
-        .nodes
-        .retain(|path, node| !is_left_out(path, node) && replicates(node.kind, options));
-    replica
-        .nodes
-        .retain(|path, node| !is_left_out(path, node) && !is_hidden(path));
+    source.nodes.retain(|path, node| !is_left_out(path, node) && replicates(node.kind, options));
+    replica.nodes.retain(|path, node| !is_left_out(path, node) && !is_hidden(path));
     for nested in &source.nested {
         if replica.is_empty_directory(nested) {
             replica.nodes.remove(nested);
@@ -162,11 +148,7 @@ pub fn differences(mut source: Tree, mut replica: Tree, options: Options) -> Vec
     let paths: BTreeSet<&Vec<u8>> = source.nodes.keys().chain(replica.nodes.keys()).collect();
     for path in paths {
         let mut note = |aspect, detail| {
-            found.push(Difference {
-                path: path.clone(),
-                aspect,
-                detail,
-            });
+            found.push(Difference { path: path.clone(), aspect, detail });
         };
         match (source.nodes.get(path), replica.nodes.get(path)) {
             (Some(here), Some(there)) => compare_nodes(here, there, &mut note),
@@ -198,17 +180,11 @@ fn is_hidden(path: &[u8]) -> bool {
 
 fn compare_nodes(here: &Node, there: &Node, note: &mut impl FnMut(Aspect, String)) {
     if here.kind != there.kind {
-        note(
-            Aspect::Kind,
-            format!("{:?}, replica {:?}", here.kind, there.kind),
-        );
+        note(Aspect::Kind, format!("{:?}, replica {:?}", here.kind, there.kind));
         return;
     }
     if here.mode != there.mode {
-        note(
-            Aspect::Mode,
-            format!("{:04o}, replica {:04o}", here.mode, there.mode),
-        );
+        note(Aspect::Mode, format!("{:04o}, replica {:04o}", here.mode, there.mode));
     }
     let mut equal = |aspect, here: i128, there: i128| {
         if here != there {
@@ -228,43 +204,25 @@ fn compare_content(here: &Node, there: &Node, note: &mut impl FnMut(Aspect, Stri
         (Content::None, Content::None) => {}
         (Content::Symlink(target), Content::Symlink(other)) => {
             if target != other {
-                note(
-                    Aspect::Target,
-                    format!("{}, replica {}", shown(target), shown(other)),
-                );
+                note(Aspect::Target, format!("{}, replica {}", shown(target), shown(other)));
             }
         }
         (
             Content::File { blocks, holes },
-            Content::File {
-                blocks: other_blocks,
-                holes: other_holes,
-            },
+            Content::File { blocks: other_blocks, holes: other_holes },
         ) => {
             if here.size != there.size {
-                note(
-                    Aspect::Size,
-                    format!("{}, replica {}", here.size, there.size),
-                );
+                note(Aspect::Size, format!("{}, replica {}", here.size, there.size));
             }
             let longest = blocks.len().max(other_blocks.len());
             let unlike = (0..longest).find(|n| blocks.get(*n) != other_blocks.get(*n));
             if let Some(block) = unlike {
-                note(
-                    Aspect::Content,
-                    format!("first in the MiB at {}", block as u64 * BLOCK),
-                );
+                note(Aspect::Content, format!("first in the MiB at {}", block as u64 * BLOCK));
             }
-            for hole in holes
-                .iter()
-                .filter(|hole| hole.end - hole.start >= HOLE_MIN)
-            {
+            for hole in holes.iter().filter(|hole| hole.end - hole.start >= HOLE_MIN) {
                 let inside = hole.start + HOLE_SLACK..hole.end - HOLE_SLACK;
                 if there.size >= inside.end && !is_hole(&inside, other_holes) {
-                    note(
-                        Aspect::Holes,
-                        format!("data on the replica within {hole:?}"),
-                    );
+                    note(Aspect::Holes, format!("data on the replica within {hole:?}"));
                 }
             }
         }
@@ -273,9 +231,7 @@ fn compare_content(here: &Node, there: &Node, note: &mut impl FnMut(Aspect, Stri
 }
 
 fn is_hole(range: &Range<u64>, holes: &[Range<u64>]) -> bool {
-    holes
-        .iter()
-        .any(|hole| hole.start <= range.start && range.end <= hole.end)
+    holes.iter().any(|hole| hole.start <= range.start && range.end <= hole.end)
 }
 
 type Xattrs = BTreeMap<Vec<u8>, Vec<u8>>;
@@ -293,10 +249,7 @@ fn compare_xattrs(here: &Xattrs, there: &Xattrs, note: &mut impl FnMut(Aspect, S
             _ => Aspect::Xattr(shown(name)),
         };
         let shown = |value: Option<&Vec<u8>>| value.map_or("none".to_owned(), |v| self::shown(v));
-        note(
-            aspect,
-            format!("{}, replica {}", shown(value), shown(other)),
-        );
+        note(aspect, format!("{}, replica {}", shown(value), shown(other)));
     }
 }
 
@@ -317,11 +270,7 @@ fn compare_links(source: &Tree, replica: &Tree, found: &mut Vec<Difference>) {
             group.iter().map(|path| shown(path)).collect()
         };
         let mut note = |detail: String| {
-            found.push(Difference {
-                path: path.clone(),
-                aspect: Aspect::Links,
-                detail,
-            });
+            found.push(Difference { path: path.clone(), aspect: Aspect::Links, detail });
         };
         if group != other {
             note(format!("{:?}, replica {:?}", names(group), names(other)));
@@ -338,11 +287,6 @@ fn shown(bytes: &[u8]) -> String {
     match text.len() {
         0 => ".".to_owned(),
         1..=MOST => text,
-        _ => format!(
-            "{}…{} ({} bytes)",
-            &text[..60],
-            &text[text.len() - 50..],
-            bytes.len()
-        ),
+        _ => format!("{}…{} ({} bytes)", &text[..60], &text[text.len() - 50..], bytes.len()),
     }
 }

@@ -20,9 +20,7 @@ struct Sample {
 
 impl Sample {
     fn new(kind: FileSystem) -> Self {
-        let sample = Self {
-            mount: Mount::with_size(kind, 512 << 20),
-        };
+        let sample = Self { mount: Mount::with_size(kind, 512 << 20) };
         sample.fill().unwrap();
         run(Command::new("cp")
             .args(["-a", "--sparse=always", "--"])
@@ -43,10 +41,7 @@ impl Sample {
         let root = self.source();
         fs::create_dir_all(root.join("directory/below"))?;
         fs::write(root.join("directory/file"), "content")?;
-        fs::write(
-            root.join(std::ffi::OsStr::from_bytes(b"not \xff utf-8\n")),
-            "named",
-        )?;
+        fs::write(root.join(std::ffi::OsStr::from_bytes(b"not \xff utf-8\n")), "named")?;
         fs::write(root.join("large"), vec![7; 3 << 20])?;
         let sparse = File::create(root.join("sparse"))?;
         sparse.write_all_at(b"data", 0)?;
@@ -59,11 +54,7 @@ impl Sample {
         setxattr(&file, "user.note", b"value");
         setxattr(&file, "system.posix_acl_access", &raw::acl(7));
         setxattr(&file, "security.capability", &raw::capability(1));
-        setxattr(
-            &root.join("directory"),
-            "system.posix_acl_default",
-            &raw::acl(5),
-        );
+        setxattr(&root.join("directory"), "system.posix_acl_default", &raw::acl(5));
         make_node(&root.join("device"), 259);
         Ok(())
     }
@@ -84,14 +75,8 @@ fn make_node(path: &Path, minor: u32) {
 }
 
 fn set_mtime(path: &Path, seconds: i64, nanoseconds: i64) {
-    let time = Timespec {
-        tv_sec: seconds,
-        tv_nsec: nanoseconds,
-    };
-    let times = Timestamps {
-        last_access: time,
-        last_modification: time,
-    };
+    let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
+    let times = Timestamps { last_access: time, last_modification: time };
     rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW).unwrap();
 }
 
@@ -117,11 +102,7 @@ fn keeping_mtime(path: &Path, make: impl FnOnce(&Path)) {
 }
 
 fn content_damages() -> Vec<Damage> {
-    let one = |path, aspect, make| Damage {
-        path,
-        aspects: vec![aspect],
-        make,
-    };
+    let one = |path, aspect, make| Damage { path, aspects: vec![aspect], make };
     vec![
         one("large", Aspect::Content, |path| {
             keeping_mtime(path, |path| {
@@ -157,11 +138,7 @@ fn content_damages() -> Vec<Damage> {
 }
 
 fn attribute_damages() -> Vec<Damage> {
-    let one = |path, aspect, make| Damage {
-        path,
-        aspects: vec![aspect],
-        make,
-    };
+    let one = |path, aspect, make| Damage { path, aspects: vec![aspect], make };
     let mode = |path: &Path, mode| fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
     let _: fn(&Path, u32) = mode;
     vec![
@@ -174,15 +151,9 @@ fn attribute_damages() -> Vec<Damage> {
         one("directory", Aspect::Mode, |p| {
             fs::set_permissions(p, Permissions::from_mode(0o1755)).unwrap();
         }),
-        one("large", Aspect::Owner, |p| {
-            chown(p, Some(12), None).unwrap()
-        }),
-        one("symlink", Aspect::Group, |p| {
-            lchown(p, None, Some(12)).unwrap()
-        }),
-        one("directory/below", Aspect::Owner, |p| {
-            chown(p, Some(12), None).unwrap()
-        }),
+        one("large", Aspect::Owner, |p| chown(p, Some(12), None).unwrap()),
+        one("symlink", Aspect::Group, |p| lchown(p, None, Some(12)).unwrap()),
+        one("directory/below", Aspect::Owner, |p| chown(p, Some(12), None).unwrap()),
         one("large", Aspect::Mtime, |p| {
             let (seconds, nanoseconds) = mtime(p);
             set_mtime(p, seconds, nanoseconds ^ 1);
@@ -192,12 +163,8 @@ fn attribute_damages() -> Vec<Damage> {
         one("directory/file", Aspect::Xattr("user.note".into()), |p| {
             setxattr(p, "user.note", b"other");
         }),
-        one("large", Aspect::Xattr("user.new".into()), |p| {
-            setxattr(p, "user.new", b"")
-        }),
-        one("symlink", Aspect::Xattr("trusted.new".into()), |p| {
-            setxattr(p, "trusted.new", b"")
-        }),
+        one("large", Aspect::Xattr("user.new".into()), |p| setxattr(p, "user.new", b"")),
+        one("symlink", Aspect::Xattr("trusted.new".into()), |p| setxattr(p, "trusted.new", b"")),
         one("directory/file", Aspect::Xattr("user.note".into()), |p| {
             rustix::fs::removexattr(p, "user.note").unwrap();
         }),
@@ -215,11 +182,7 @@ fn attribute_damages() -> Vec<Damage> {
 
 /// Damages that touch names; the parent's mtime is put back.
 fn name_damages() -> Vec<Damage> {
-    let one = |path, aspect, make| Damage {
-        path,
-        aspects: vec![aspect],
-        make,
-    };
+    let one = |path, aspect, make| Damage { path, aspects: vec![aspect], make };
     vec![
         one("directory/below", Aspect::Missing, |p| {
             keeping_mtime(p.parent().unwrap(), |_| fs::remove_dir(p).unwrap());
@@ -255,23 +218,12 @@ fn check(kind: FileSystem, damages: Vec<Damage>) {
         let options = Options { devices: true };
         assert_eq!(sample.found(options), [], "before damage {number}");
         (damage.make)(&sample.replica().join(damage.path));
-        let expected: Vec<_> = damage
-            .aspects
-            .into_iter()
-            .map(|aspect| (damage.path.into(), aspect))
-            .collect();
-        let mut found: Vec<_> = sample
-            .found(options)
-            .into_iter()
-            .map(|d| (d.path, d.aspect))
-            .collect();
+        let expected: Vec<_> =
+            damage.aspects.into_iter().map(|aspect| (damage.path.into(), aspect)).collect();
+        let mut found: Vec<_> =
+            sample.found(options).into_iter().map(|d| (d.path, d.aspect)).collect();
         found.sort();
-        assert_eq!(
-            found,
-            sorted(expected),
-            "damage {number} at {} on {kind:?}",
-            damage.path
-        );
+        assert_eq!(found, sorted(expected), "damage {number} at {} on {kind:?}", damage.path);
     }
 }
 
@@ -282,12 +234,7 @@ fn sorted(mut expected: Vec<(Vec<u8>, Aspect)>) -> Vec<(Vec<u8>, Aspect)> {
 
 #[test]
 fn damaged_content_is_found() {
-    for kind in [
-        FileSystem::Ext4,
-        FileSystem::Xfs,
-        FileSystem::Btrfs,
-        FileSystem::Tmpfs,
-    ] {
+    for kind in [FileSystem::Ext4, FileSystem::Xfs, FileSystem::Btrfs, FileSystem::Tmpfs] {
         check(kind, content_damages());
     }
 }
@@ -306,40 +253,24 @@ fn damaged_names_are_found() {
 fn split_and_joined_hard_links_are_found() {
     let aspects = |sample: &Sample| -> Vec<_> {
         let found = sample.found(Options { devices: true });
-        found
-            .into_iter()
-            .map(|d| (String::from_utf8(d.path).unwrap(), d.aspect))
-            .collect()
+        found.into_iter().map(|d| (String::from_utf8(d.path).unwrap(), d.aspect)).collect()
     };
     let links = |names: &[&str]| -> Vec<_> {
-        names
-            .iter()
-            .map(|name| ((*name).to_owned(), Aspect::Links))
-            .collect()
+        names.iter().map(|name| ((*name).to_owned(), Aspect::Links)).collect()
     };
     let keeping = |root: PathBuf, make: &dyn Fn(&Path)| keeping_mtime(&root, |root| make(root));
 
     let sample = Sample::new(FileSystem::Ext4);
     keeping(sample.replica(), &|root| {
         fs::remove_file(root.join("link-3")).unwrap();
-        run(Command::new("cp")
-            .arg("-a")
-            .arg(root.join("link-1"))
-            .arg(root.join("link-3")));
+        run(Command::new("cp").arg("-a").arg(root.join("link-1")).arg(root.join("link-3")));
     });
-    assert_eq!(
-        aspects(&sample),
-        links(&["directory/link-2", "link-1", "link-3"]),
-        "split"
-    );
+    assert_eq!(aspects(&sample), links(&["directory/link-2", "link-1", "link-3"]), "split");
 
     // Equal names, equal content, equal number of links, other partition.
     let sample = Sample::new(FileSystem::Ext4);
     for root in [sample.source(), sample.replica()] {
-        run(Command::new("cp")
-            .arg("-a")
-            .arg(root.join("link-1"))
-            .arg(root.join("twin-1")));
+        run(Command::new("cp").arg("-a").arg(root.join("link-1")).arg(root.join("twin-1")));
         fs::hard_link(root.join("twin-1"), root.join("twin-2")).unwrap();
         set_mtime(&root, 1, 1);
     }
@@ -363,15 +294,9 @@ fn devices_are_compared_on_request_only() {
         set_mtime(&root.join("device"), old.0, old.1);
     });
     let found = sample.found(Options { devices: true });
-    assert_eq!(
-        found.iter().map(|d| &d.aspect).collect::<Vec<_>>(),
-        [&Aspect::Device]
-    );
+    assert_eq!(found.iter().map(|d| &d.aspect).collect::<Vec<_>>(), [&Aspect::Device]);
     let found = sample.found(Options::default());
-    assert_eq!(
-        found.iter().map(|d| &d.aspect).collect::<Vec<_>>(),
-        [&Aspect::Extra]
-    );
+    assert_eq!(found.iter().map(|d| &d.aspect).collect::<Vec<_>>(), [&Aspect::Extra]);
 }
 
 #[test]
@@ -383,9 +308,7 @@ fn what_does_not_replicate_is_left_out() {
         fs::create_dir(root.join("lost+found")).unwrap();
         fs::set_permissions(root.join("lost+found"), Permissions::from_mode(0o700)).unwrap();
         fs::create_dir(root.join("nested")).unwrap();
-        run(Command::new("mount")
-            .args(["-t", "tmpfs", "tmpfs"])
-            .arg(root.join("nested")));
+        run(Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(root.join("nested")));
         fs::write(root.join("nested/file"), "").unwrap();
     });
     keeping_mtime(&sample.replica(), |root| {
@@ -395,20 +318,14 @@ fn what_does_not_replicate_is_left_out() {
     let options = Options { devices: true };
     assert_eq!(sample.found(options), []);
     // But not so on the other side or elsewhere.
-    keeping_mtime(&sample.replica(), |root| {
-        fs::write(root.join("nested/extra"), "").unwrap()
-    });
+    keeping_mtime(&sample.replica(), |root| fs::write(root.join("nested/extra"), "").unwrap());
     keeping_mtime(&sample.source(), |root| {
         fs::create_dir(root.join(".replicator-fs-01234567")).unwrap();
     });
     keeping_mtime(&sample.replica().join("directory"), |directory| {
         fs::create_dir(directory.join(".replicator-x")).unwrap();
     });
-    let found: Vec<_> = sample
-        .found(options)
-        .into_iter()
-        .map(|d| (d.path, d.aspect))
-        .collect();
+    let found: Vec<_> = sample.found(options).into_iter().map(|d| (d.path, d.aspect)).collect();
     let expected = [
         (b".replicator-fs-01234567".to_vec(), Aspect::Missing),
         (b"directory/.replicator-x".to_vec(), Aspect::Extra),
@@ -444,10 +361,7 @@ fn reaches_beyond_path_max() {
         raw::deep_file(root, 2500, 1, b"same");
     }
     let aspects = || -> BTreeSet<Aspect> {
-        compare(&source, &replica, Options::default())
-            .into_iter()
-            .map(|d| d.aspect)
-            .collect()
+        compare(&source, &replica, Options::default()).into_iter().map(|d| d.aspect).collect()
     };
     // Two trees made one after the other differ in their times only.
     assert_eq!(aspects(), BTreeSet::from([Aspect::Mtime]));

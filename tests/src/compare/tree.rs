@@ -86,8 +86,7 @@ impl Tree {
         let fd = rustix::fs::open(root, directory_flags(), Mode::empty())?;
         let stat = statx(fd.as_fd(), b"", AtFlags::EMPTY_PATH)?;
         let mut tree = Self::default();
-        tree.nodes
-            .insert(Vec::new(), node(fd.as_fd(), &stat, Content::None)?);
+        tree.nodes.insert(Vec::new(), node(fd.as_fd(), &stat, Content::None)?);
         let mut levels = vec![tree.list(fd, Vec::new(), stat.stx_mnt_id)?];
         // A descriptor is held for each level of the present branch only.
         while let Some(level) = levels.last_mut() {
@@ -106,11 +105,7 @@ impl Tree {
 
     /// Adds the entries of one directory.
     fn list(&mut self, fd: OwnedFd, path: Vec<u8>, mount: u64) -> io::Result<Level> {
-        let mut level = Level {
-            fd,
-            path,
-            pending: Vec::new(),
-        };
+        let mut level = Level { fd, path, pending: Vec::new() };
         for entry in Dir::read_from(&level.fd).map_err(|error| at(&level.path, error))? {
             let entry = entry.map_err(|error| at(&level.path, error))?;
             let name = entry.file_name().to_bytes();
@@ -137,20 +132,14 @@ impl Tree {
     pub(super) fn is_empty_directory(&self, path: &[u8]) -> bool {
         let below = joined(path, b"");
         let after = self.nodes.range(below.clone()..).next();
-        self.nodes
-            .get(path)
-            .is_some_and(|node| node.kind == Kind::Directory)
+        self.nodes.get(path).is_some_and(|node| node.kind == Kind::Directory)
             && after.is_none_or(|(path, _)| !path.starts_with(&below))
     }
 
     /// The names of each object that may have several.
     pub(super) fn link_groups(&self) -> BTreeMap<(u64, u64), BTreeSet<&[u8]>> {
         let mut groups: BTreeMap<(u64, u64), BTreeSet<&[u8]>> = BTreeMap::new();
-        for (path, node) in self
-            .nodes
-            .iter()
-            .filter(|(_, node)| node.kind != Kind::Directory)
-        {
+        for (path, node) in self.nodes.iter().filter(|(_, node)| node.kind != Kind::Directory) {
             groups.entry(node.identity).or_default().insert(path);
         }
         groups
@@ -162,10 +151,7 @@ fn allow_deep_trees() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let limit = rustix::process::getrlimit(Resource::Nofile);
-        let raised = Rlimit {
-            current: limit.maximum,
-            maximum: limit.maximum,
-        };
+        let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
         // Shallow trees work without it, and deep ones fail loudly.
         let _ = rustix::process::setrlimit(Resource::Nofile, raised);
     });
@@ -176,11 +162,7 @@ fn directory_flags() -> OFlags {
 }
 
 fn joined(directory: &[u8], name: &[u8]) -> Vec<u8> {
-    if directory.is_empty() {
-        name.to_vec()
-    } else {
-        [directory, b"/", name].concat()
-    }
+    if directory.is_empty() { name.to_vec() } else { [directory, b"/", name].concat() }
 }
 
 fn at(path: &[u8], error: impl Into<io::Error>) -> io::Error {
@@ -226,10 +208,7 @@ fn node(fd: BorrowedFd<'_>, stat: &Statx, content: Content) -> io::Result<Node> 
         rdev: libc::makedev(stat.stx_rdev_major, stat.stx_rdev_minor),
         xattrs: read_xattrs(fd)?,
         content,
-        identity: (
-            libc::makedev(stat.stx_dev_major, stat.stx_dev_minor),
-            stat.stx_ino,
-        ),
+        identity: (libc::makedev(stat.stx_dev_major, stat.stx_dev_minor), stat.stx_ino),
         nlink: stat.stx_nlink.into(),
     })
 }
@@ -244,10 +223,7 @@ fn read_xattrs(fd: BorrowedFd<'_>) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
         other => other?,
     };
     let mut xattrs = BTreeMap::new();
-    for name in names[..used]
-        .split(|byte| *byte == 0)
-        .filter(|name| !name.is_empty())
-    {
+    for name in names[..used].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
         let mut value = vec![0; 64 << 10];
         let used = rustix::fs::getxattr(&path, name, &mut value[..])?;
         value.truncate(used);
@@ -267,11 +243,7 @@ fn read_file(fd: BorrowedFd<'_>, size: u64) -> io::Result<Content> {
         blocks.push(blake3::hash(&buffer[..used]));
         offset += used as u64;
     }
-    let holes = if size < super::HOLE_MIN {
-        Vec::new()
-    } else {
-        holes(fd, size)?
-    };
+    let holes = if size < super::HOLE_MIN { Vec::new() } else { holes(fd, size)? };
     Ok(Content::File { blocks, holes })
 }
 

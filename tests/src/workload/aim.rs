@@ -70,9 +70,7 @@ impl Arena {
 
 fn entries(directory: &OwnedFd, want: Want) -> Option<Vec<Vec<u8>>> {
     let entries = Dir::read_from(directory).ok()?;
-    let wanted = entries
-        .flatten()
-        .filter(|entry| want.accepts(entry.file_type()));
+    let wanted = entries.flatten().filter(|entry| want.accepts(entry.file_type()));
     let names = wanted.map(|entry| entry.file_name().to_bytes().to_vec());
     Some(names.filter(|name| name != b"." && name != b"..").collect())
 }

@@ -7,11 +7,7 @@ use rand::{Rng, RngCore, SeedableRng};
 /// `length` bytes. Every other seed gives text that compresses well, the rest
 /// what does not compress at all.
 pub fn bytes(seed: u64, length: usize) -> Vec<u8> {
-    if seed.is_multiple_of(2) {
-        incompressible(seed, length)
-    } else {
-        text(seed, length)
-    }
+    if seed.is_multiple_of(2) { incompressible(seed, length) } else { text(seed, length) }
 }
 
 /// Random bytes.

@@ -66,17 +66,10 @@ impl Workload {
         let seed = std::env::var("REPLICATOR_SEED").map_or_else(
             |_| rand::random(),
             |text| {
-                text.parse()
-                    .unwrap_or_else(|_| panic!("REPLICATOR_SEED={text:?}: not a number"))
+                text.parse().unwrap_or_else(|_| panic!("REPLICATOR_SEED={text:?}: not a number"))
             },
         );
-        Self {
-            seed,
-            threads: 4,
-            steps: 1000,
-            time_limit: Duration::from_secs(60),
-            rate: None,
-        }
+        Self { seed, threads: 4, steps: 1000, time_limit: Duration::from_secs(60), rate: None }
     }
 
     /// Works on `root`. `outside` is a directory beside it on the same file
@@ -88,9 +81,7 @@ impl Workload {
             let run = |thread| move || self.run_thread(thread, Arena::new(root, outside), end);
             let threads: Vec<_> = (0..self.threads).map(|n| scope.spawn(run(n))).collect();
             let join = |thread: thread::ScopedJoinHandle<'_, Report>| {
-                thread
-                    .join()
-                    .unwrap_or_else(|_| panic!("a thread failed; {self}"))
+                thread.join().unwrap_or_else(|_| panic!("a thread failed; {self}"))
             };
             threads.into_iter().map(join).collect::<Vec<_>>()
         });
@@ -153,16 +144,8 @@ impl Default for Workload {
 
 impl fmt::Display for Workload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            seed,
-            threads,
-            steps,
-            ..
-        } = self;
-        write!(
-            f,
-            "workload of {threads} threads with {steps} steps, REPLICATOR_SEED={seed}"
-        )
+        let Self { seed, threads, steps, .. } = self;
+        write!(f, "workload of {threads} threads with {steps} steps, REPLICATOR_SEED={seed}")
     }
 }
 
@@ -179,11 +162,7 @@ impl Report {
             .iter()
             .filter(|name| self.tallies.get(**name).is_none_or(|tally| tally.done == 0))
             .collect();
-        assert!(
-            idle.is_empty(),
-            "never done: {idle:?}; in all {:#?}",
-            self.tallies
-        );
+        assert!(idle.is_empty(), "never done: {idle:?}; in all {:#?}", self.tallies);
     }
 }
 
@@ -195,32 +174,16 @@ mod tests {
 
     #[test]
     fn each_operation_is_done_on_each_file_system() {
-        for kind in [
-            FileSystem::Ext4,
-            FileSystem::Xfs,
-            FileSystem::Btrfs,
-            FileSystem::Tmpfs,
-        ] {
+        for kind in [FileSystem::Ext4, FileSystem::Xfs, FileSystem::Btrfs, FileSystem::Tmpfs] {
             let mount = Mount::new(kind);
             let (root, outside) = (mount.path().join("root"), mount.path().join("outside"));
             std::fs::create_dir(&root).unwrap();
             std::fs::create_dir(&outside).unwrap();
-            let workload = Workload {
-                steps: 800,
-                ..Workload::new()
-            };
+            let workload = Workload { steps: 800, ..Workload::new() };
             let report = workload.run(&root, &outside);
             report.assert_thorough();
-            let all: u64 = report
-                .tallies
-                .values()
-                .map(|tally| tally.done + tally.refused)
-                .sum();
-            assert!(
-                report.done() * 2 > all,
-                "mostly refused on {kind:?}: {:#?}",
-                report.tallies
-            );
+            let all: u64 = report.tallies.values().map(|tally| tally.done + tally.refused).sum();
+            assert!(report.done() * 2 > all, "mostly refused on {kind:?}: {:#?}", report.tallies);
             // It leaves a tree that is worth comparing.
             assert!(Tree::read(&root).unwrap().nodes.len() > 100);
         }
@@ -228,39 +191,20 @@ mod tests {
 
     #[test]
     fn a_seed_names_the_operations() {
-        let workload = Workload {
-            seed: 7,
-            ..Workload::new()
-        };
+        let workload = Workload { seed: 7, ..Workload::new() };
         let all = |workload: &Workload, thread| -> Vec<_> { workload.operations(thread).collect() };
         assert_eq!(all(&workload, 1), all(&workload, 1));
         assert_ne!(all(&workload, 1), all(&workload, 2));
-        assert_ne!(
-            all(&workload, 1),
-            all(
-                &Workload {
-                    seed: 8,
-                    ..workload
-                },
-                1
-            )
-        );
+        assert_ne!(all(&workload, 1), all(&Workload { seed: 8, ..workload }, 1));
     }
 
     #[test]
     fn a_rate_is_kept() {
         let mount = Mount::new(FileSystem::Tmpfs);
-        let workload = Workload {
-            steps: 50,
-            rate: Some(200.0),
-            ..Workload::new()
-        };
+        let workload = Workload { steps: 50, rate: Some(200.0), ..Workload::new() };
         let start = Instant::now();
         workload.run(mount.path(), mount.path());
         let seconds = start.elapsed().as_secs_f64();
-        assert!(
-            (0.95..3.0).contains(&seconds),
-            "200 operations at 200/s took {seconds} s"
-        );
+        assert!((0.95..3.0).contains(&seconds), "200 operations at 200/s took {seconds} s");
     }
 }

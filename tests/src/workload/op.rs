@@ -103,142 +103,61 @@ type Draw = fn(&mut StdRng, u32) -> Op;
 
 /// Each with its weight.
 const DRAWS: &[(u32, Draw)] = &[
-    (20, |r, t| Op::Create {
-        at: place::file(r, t),
-        bytes: small(r),
-        seed: r.random(),
-    }),
-    (3, |r, t| Op::Create {
-        at: place::large(r, t),
-        bytes: large(r),
-        seed: r.random(),
-    }),
-    (8, |r, t| Op::Append {
-        at: file(r, t),
-        bytes: small(r),
-        seed: r.random(),
-    }),
+    (20, |r, t| Op::Create { at: place::file(r, t), bytes: small(r), seed: r.random() }),
+    (3, |r, t| Op::Create { at: place::large(r, t), bytes: large(r), seed: r.random() }),
+    (8, |r, t| Op::Append { at: file(r, t), bytes: small(r), seed: r.random() }),
     (8, |r, t| Op::Overwrite {
         at: file(r, t),
         offset: offset(r),
         bytes: small(r),
         seed: r.random(),
     }),
-    (3, |r, t| Op::HoldOpen {
-        at: file(r, t),
-        bytes: small(r),
-        seed: r.random(),
-    }),
-    (4, |r, t| Op::Truncate {
-        at: file(r, t),
-        size: offset(r),
-    }),
-    (4, |r, t| Op::Punch {
-        at: file(r, t),
-        offset: offset(r),
-        bytes: 1 + offset(r),
-    }),
-    (3, |r, t| Op::Allocate {
-        at: file(r, t),
-        offset: offset(r),
-        bytes: 1 + offset(r),
-    }),
-    (4, |r, t| Op::Map {
-        at: file(r, t),
-        offset: offset(r),
-        bytes: small(r),
-        seed: r.random(),
-    }),
+    (3, |r, t| Op::HoldOpen { at: file(r, t), bytes: small(r), seed: r.random() }),
+    (4, |r, t| Op::Truncate { at: file(r, t), size: offset(r) }),
+    (4, |r, t| Op::Punch { at: file(r, t), offset: offset(r), bytes: 1 + offset(r) }),
+    (3, |r, t| Op::Allocate { at: file(r, t), offset: offset(r), bytes: 1 + offset(r) }),
+    (4, |r, t| Op::Map { at: file(r, t), offset: offset(r), bytes: small(r), seed: r.random() }),
     (3, |r, t| Op::CopyRange {
         from: file(r, t),
         to: file(r, t),
         offset: offset(r),
         bytes: large(r),
     }),
-    (8, |r, t| Op::Replace {
-        at: place::file(r, t),
-        bytes: small(r),
-        seed: r.random(),
-    }),
-    (3, |r, t| Op::Insert {
-        at: file(r, t),
-        bytes: small(r),
-        seed: r.random(),
-    }),
+    (8, |r, t| Op::Replace { at: place::file(r, t), bytes: small(r), seed: r.random() }),
+    (3, |r, t| Op::Insert { at: file(r, t), bytes: small(r), seed: r.random() }),
     (3, |r, t| Op::TmpFile {
         at: place::file(r, t),
         outside: r.random(),
         bytes: small(r),
         seed: r.random(),
     }),
-    (4, |r, t| Op::Blink {
-        at: place::file(r, t),
-        bytes: small(r),
-        seed: r.random(),
-    }),
-    (12, |r, t| Op::Rename {
-        from: place::any(r, t),
-        to: place::any(r, t),
-    }),
-    (6, |r, t| Op::Rename {
-        from: place::directory(r, t),
-        to: place::directory(r, t),
-    }),
-    (4, |r, t| Op::Exchange {
-        a: place::any(r, t),
-        b: place::any(r, t),
-    }),
-    (4, |r, t| Op::Exchange {
-        a: place::directory(r, t),
-        b: place::directory(r, t),
-    }),
+    (4, |r, t| Op::Blink { at: place::file(r, t), bytes: small(r), seed: r.random() }),
+    (12, |r, t| Op::Rename { from: place::any(r, t), to: place::any(r, t) }),
+    (6, |r, t| Op::Rename { from: place::directory(r, t), to: place::directory(r, t) }),
+    (4, |r, t| Op::Exchange { a: place::any(r, t), b: place::any(r, t) }),
+    (4, |r, t| Op::Exchange { a: place::directory(r, t), b: place::directory(r, t) }),
     (4, |r, t| Op::Rotate {
-        names: (0..r.random_range(3..6))
-            .map(|_| place::file(r, t))
-            .collect(),
+        names: (0..r.random_range(3..6)).map(|_| place::file(r, t)).collect(),
     }),
-    (10, |r, t| Op::Link {
-        from: place::file(r, t),
-        to: place::file(r, t),
-    }),
+    (10, |r, t| Op::Link { from: place::file(r, t), to: place::file(r, t) }),
     (3, |r, t| Op::OutsideLink {
         at: place::file(r, t),
         slot: r.random_range(0..4),
         seed: r.random(),
     }),
     (12, |r, t| Op::Unlink { at: file(r, t) }),
-    (6, |r, t| Op::MakeDirectory {
-        at: place::directory(r, t),
-    }),
-    (6, |r, t| Op::FillDirectory {
-        at: place::directory(r, t),
-        seed: r.random(),
-    }),
-    (5, |r, t| Op::RemoveTree {
-        at: place::directory(r, t),
-    }),
-    (4, |r, t| Op::MoveIn {
-        at: place::directory(r, t),
-        seed: r.random(),
-    }),
+    (6, |r, t| Op::MakeDirectory { at: place::directory(r, t) }),
+    (6, |r, t| Op::FillDirectory { at: place::directory(r, t), seed: r.random() }),
+    (5, |r, t| Op::RemoveTree { at: place::directory(r, t) }),
+    (4, |r, t| Op::MoveIn { at: place::directory(r, t), seed: r.random() }),
     (3, |r, t| Op::MoveOut {
         at: place::directory(r, t),
         keep: r.random_ratio(1, 8),
         seed: r.random(),
     }),
-    (3, |r, t| Op::OutAndBack {
-        from: place::any(r, t),
-        to: place::any(r, t),
-        seed: r.random(),
-    }),
-    (5, |r, t| Op::Symlink {
-        at: place::file(r, t),
-        target: target(r),
-    }),
-    (6, |r, t| Op::Mode {
-        at: place::any(r, t),
-        mode: r.random_range(0..0o10000),
-    }),
+    (3, |r, t| Op::OutAndBack { from: place::any(r, t), to: place::any(r, t), seed: r.random() }),
+    (5, |r, t| Op::Symlink { at: place::file(r, t), target: target(r) }),
+    (6, |r, t| Op::Mode { at: place::any(r, t), mode: r.random_range(0..0o10000) }),
     (5, |r, t| Op::Owner {
         at: place::any(r, t),
         uid: r.random_range(0..70_000),
@@ -255,27 +174,15 @@ const DRAWS: &[(u32, Draw)] = &[
         bytes: r.random_range(0..500),
         seed: r.random(),
     }),
-    (6, |r, t| Op::RemoveXattr {
-        at: place::any(r, t),
-        number: r.random_range(0..4),
-    }),
+    (6, |r, t| Op::RemoveXattr { at: place::any(r, t), number: r.random_range(0..4) }),
     (4, |r, t| Op::Acl {
         at: place::any(r, t),
         default: r.random(),
         permissions: r.random_range(0..8),
     }),
-    (3, |r, t| Op::Capability {
-        at: file(r, t),
-        bits: r.random(),
-    }),
-    (1, |r, t| Op::Deep {
-        at: place::directory(r, t),
-        seed: r.random(),
-    }),
-    (2, |r, t| Op::Special {
-        at: place::file(r, t),
-        which: r.random_range(0..4),
-    }),
+    (3, |r, t| Op::Capability { at: file(r, t), bits: r.random() }),
+    (1, |r, t| Op::Deep { at: place::directory(r, t), seed: r.random() }),
+    (2, |r, t| Op::Special { at: place::file(r, t), which: r.random_range(0..4) }),
 ];
 
 /// The next operation of a thread.
@@ -293,11 +200,7 @@ pub fn random(rng: &mut StdRng, thread: u32) -> Op {
 
 /// A file to change: now and then a large one.
 fn file(rng: &mut StdRng, thread: u32) -> Place {
-    if rng.random_ratio(1, 6) {
-        place::large(rng, thread)
-    } else {
-        place::file(rng, thread)
-    }
+    if rng.random_ratio(1, 6) { place::large(rng, thread) } else { place::file(rng, thread) }
 }
 
 /// Sizes around the borders that matter: nothing, a page, a pack.

@@ -50,11 +50,7 @@ impl Arena {
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
             rustix::fs::open(path, flags, Mode::empty()).unwrap()
         };
-        Self {
-            root: open(root),
-            outside: open(outside),
-            held: Vec::new(),
-        }
+        Self { root: open(root), outside: open(outside), held: Vec::new() }
     }
 
     pub(super) fn root(&self) -> BorrowedFd<'_> {
@@ -161,12 +157,7 @@ impl Arena {
                 let mut file = File::from(self.open(at, OFlags::WRONLY | OFlags::APPEND, false)?);
                 file.write_all(&bytes_of(*seed, *bytes))
             }
-            Op::Overwrite {
-                at,
-                offset,
-                bytes,
-                seed,
-            } => {
+            Op::Overwrite { at, offset, bytes, seed } => {
                 let file = File::from(self.open(at, OFlags::WRONLY, false)?);
                 file.write_all_at(&bytes_of(*seed, *bytes), *offset)
             }
@@ -181,28 +172,13 @@ impl Arena {
             }
             Op::Allocate { at, offset, bytes } => {
                 let file = self.open(at, OFlags::WRONLY, false)?;
-                Ok(rustix::fs::fallocate(
-                    file,
-                    FallocateFlags::empty(),
-                    *offset,
-                    *bytes,
-                )?)
+                Ok(rustix::fs::fallocate(file, FallocateFlags::empty(), *offset, *bytes)?)
             }
-            Op::Map {
-                at,
-                offset,
-                bytes,
-                seed,
-            } => {
+            Op::Map { at, offset, bytes, seed } => {
                 let file = self.open(at, OFlags::RDWR, false)?;
                 Ok(raw::store_mapped(file, *offset, &bytes_of(*seed, *bytes))?)
             }
-            Op::CopyRange {
-                from,
-                to,
-                offset,
-                bytes,
-            } => {
+            Op::CopyRange { from, to, offset, bytes } => {
                 let from = self.open(from, OFlags::RDONLY, false)?;
                 let to = self.open(to, OFlags::WRONLY, false)?;
                 let (mut read, mut written) = (*offset, *offset / 2);
@@ -227,19 +203,10 @@ impl Arena {
                 content.splice(middle..middle, bytes_of(*seed, *bytes));
                 self.write_and_rename(at, &content, *seed)
             }
-            Op::TmpFile {
-                at,
-                outside,
-                bytes,
-                seed,
-            } => {
+            Op::TmpFile { at, outside, bytes, seed } => {
                 let (directory, name) = self.parent(at, true)?;
                 let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
-                let place = if *outside {
-                    self.outside.as_fd()
-                } else {
-                    directory.as_fd()
-                };
+                let place = if *outside { self.outside.as_fd() } else { directory.as_fd() };
                 let fd = rustix::fs::openat(place, c".", flags, Mode::from_raw_mode(0o640))?;
                 let mut file = File::from(fd);
                 file.write_all(&bytes_of(*seed, *bytes))?;
@@ -274,9 +241,7 @@ impl Arena {
             Op::Rotate { names } => {
                 let mut result = Err(Errno::NOENT);
                 for pair in names.windows(2).rev() {
-                    result = self
-                        .rename(&pair[0], &pair[1], RenameFlags::empty())
-                        .or(result);
+                    result = self.rename(&pair[0], &pair[1], RenameFlags::empty()).or(result);
                 }
                 Ok(result?)
             }
@@ -303,13 +268,7 @@ impl Arena {
                     _ => FileType::BlockDevice,
                 };
                 let device = libc::makedev(1, 3);
-                Ok(rustix::fs::mknodat(
-                    directory,
-                    name,
-                    kind,
-                    Mode::from_raw_mode(0o644),
-                    device,
-                )?)
+                Ok(rustix::fs::mknodat(directory, name, kind, Mode::from_raw_mode(0o644), device)?)
             }
             _ => unreachable!("{op:?} is not about names"),
         }
@@ -338,11 +297,7 @@ impl Arena {
         match op {
             Op::MakeDirectory { at } => {
                 let (directory, name) = self.parent(at, true)?;
-                Ok(rustix::fs::mkdirat(
-                    directory,
-                    name,
-                    Mode::from_raw_mode(0o755),
-                )?)
+                Ok(rustix::fs::mkdirat(directory, name, Mode::from_raw_mode(0o755))?)
             }
             Op::FillDirectory { at, seed } => {
                 let (directory, name) = self.parent(at, true)?;
@@ -414,56 +369,26 @@ impl Arena {
                 let (directory, name) = self.parent(at, false)?;
                 let (uid, gid) = (Uid::from_raw(*uid), Gid::from_raw(*gid));
                 let flags = AtFlags::SYMLINK_NOFOLLOW;
-                Ok(rustix::fs::chownat(
-                    directory,
-                    name,
-                    Some(uid),
-                    Some(gid),
-                    flags,
-                )?)
+                Ok(rustix::fs::chownat(directory, name, Some(uid), Some(gid), flags)?)
             }
-            Op::Times {
-                at,
-                seconds,
-                nanoseconds,
-            } => {
+            Op::Times { at, seconds, nanoseconds } => {
                 let (directory, name) = self.parent(at, false)?;
-                let time = Timespec {
-                    tv_sec: *seconds,
-                    tv_nsec: *nanoseconds,
-                };
-                let times = Timestamps {
-                    last_access: time,
-                    last_modification: time,
-                };
+                let time = Timespec { tv_sec: *seconds, tv_nsec: *nanoseconds };
+                let times = Timestamps { last_access: time, last_modification: time };
                 let flags = AtFlags::SYMLINK_NOFOLLOW;
                 Ok(rustix::fs::utimensat(directory, name, &times, flags)?)
             }
-            Op::SetXattr {
-                at,
-                number,
-                bytes,
-                seed,
-            } => self.set_xattr(at, &xattr(*number), &bytes_of(*seed, *bytes)),
+            Op::SetXattr { at, number, bytes, seed } => {
+                self.set_xattr(at, &xattr(*number), &bytes_of(*seed, *bytes))
+            }
             Op::RemoveXattr { at, number } => {
                 let (directory, name) = self.parent(at, false)?;
                 let fd = object(directory.as_fd(), name)?;
-                Ok(rustix::fs::removexattr(
-                    proc_path(fd.as_fd()),
-                    xattr(*number),
-                )?)
+                Ok(rustix::fs::removexattr(proc_path(fd.as_fd()), xattr(*number))?)
             }
-            Op::Acl {
-                at,
-                default,
-                permissions,
-            } => {
+            Op::Acl { at, default, permissions } => {
                 let kind = if *default { "default" } else { "access" };
-                self.set_xattr(
-                    at,
-                    &format!("system.posix_acl_{kind}"),
-                    &raw::acl(*permissions),
-                )
+                self.set_xattr(at, &format!("system.posix_acl_{kind}"), &raw::acl(*permissions))
             }
             Op::Capability { at, bits } => {
                 self.set_xattr(at, "security.capability", &raw::capability(*bits))
@@ -475,12 +400,7 @@ impl Arena {
     fn set_xattr(&self, at: &Place, xattr: &str, value: &[u8]) -> io::Result<()> {
         let (directory, name) = self.parent(at, false)?;
         let fd = object(directory.as_fd(), name)?;
-        Ok(rustix::fs::setxattr(
-            proc_path(fd.as_fd()),
-            xattr,
-            value,
-            XattrFlags::empty(),
-        )?)
+        Ok(rustix::fs::setxattr(proc_path(fd.as_fd()), xattr, value, XattrFlags::empty())?)
     }
 }
 
@@ -528,13 +448,7 @@ fn fill(parent: BorrowedFd<'_>, name: &[u8], seed: u64) -> io::Result<()> {
     }
     raw::write_file(top.as_fd(), b"f0", &bytes_of(rng.random(), 100))?;
     rustix::fs::symlinkat("f0", &top, "f1")?;
-    Ok(rustix::fs::linkat(
-        &top,
-        "f0",
-        &top,
-        "d0/f9",
-        AtFlags::empty(),
-    )?)
+    Ok(rustix::fs::linkat(&top, "f0", &top, "d0/f9", AtFlags::empty())?)
 }
 
 fn bytes_of(seed: u64, bytes: u32) -> Vec<u8> {
@@ -547,11 +461,7 @@ fn away(seed: u64) -> Vec<u8> {
 }
 
 fn xattr(number: u8) -> String {
-    if number == 0 {
-        "trusted.replicator-test".into()
-    } else {
-        format!("user.note-{number}")
-    }
+    if number == 0 { "trusted.replicator-test".into() } else { format!("user.note-{number}") }
 }
 
 /// The object itself, whatever it is.

@@ -14,12 +14,7 @@ pub struct Place(pub Vec<Vec<u8>>);
 impl Place {
     /// From a path with `/` between components.
     pub fn at(path: impl AsRef<[u8]>) -> Self {
-        Self(
-            path.as_ref()
-                .split(|byte| *byte == b'/')
-                .map(<[u8]>::to_vec)
-                .collect(),
-        )
+        Self(path.as_ref().split(|byte| *byte == b'/').map(<[u8]>::to_vec).collect())
     }
 
     /// The path with `/` between components; what [`Self::at`] was made of.
@@ -52,11 +47,7 @@ pub fn file(rng: &mut StdRng, thread: u32) -> Place {
 /// Where directories stand: never one of those that belong to a thread.
 pub fn directory(rng: &mut StdRng, thread: u32) -> Place {
     let mut place = top(rng, thread);
-    let depth = if rng.random_ratio(1, 4) {
-        3
-    } else {
-        rng.random_range(1..=2)
-    };
+    let depth = if rng.random_ratio(1, 4) { 3 } else { rng.random_range(1..=2) };
     for _ in 0..depth {
         place.0.push(name(rng, b'd', 3));
     }
@@ -65,11 +56,7 @@ pub fn directory(rng: &mut StdRng, thread: u32) -> Place {
 
 /// Where files or directories may stand.
 pub fn any(rng: &mut StdRng, thread: u32) -> Place {
-    if rng.random_ratio(2, 3) {
-        file(rng, thread)
-    } else {
-        directory(rng, thread)
-    }
+    if rng.random_ratio(2, 3) { file(rng, thread) } else { directory(rng, thread) }
 }
 
 /// Where large files stand: few, so that a disk of some GiB holds them.
@@ -90,11 +77,7 @@ fn top(rng: &mut StdRng, thread: u32) -> Place {
 }
 
 fn directory_of(rng: &mut StdRng, thread: u32) -> Place {
-    if rng.random_ratio(1, 2) {
-        top(rng, thread)
-    } else {
-        directory(rng, thread)
-    }
+    if rng.random_ratio(1, 2) { top(rng, thread) } else { directory(rng, thread) }
 }
 
 /// One of `count` ordinary names and now and then an unpleasant one.

@@ -118,14 +118,7 @@ pub fn store_mapped(file: OwnedFd, offset: u64, content: &[u8]) -> Result<(), Er
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: a new mapping at an address of the kernel's choice.
     let address = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            length,
-            protection,
-            libc::MAP_SHARED,
-            file.as_raw_fd(),
-            0,
-        )
+        libc::mmap(std::ptr::null_mut(), length, protection, libc::MAP_SHARED, file.as_raw_fd(), 0)
     };
     if address == libc::MAP_FAILED {
         return Err(last_errno());
@@ -141,14 +134,8 @@ pub fn store_mapped(file: OwnedFd, offset: u64, content: &[u8]) -> Result<(), Er
 }
 
 fn store(target: *mut libc::c_void, content: &[u8]) -> Result<(), Errno> {
-    let from = libc::iovec {
-        iov_base: content.as_ptr().cast_mut().cast(),
-        iov_len: content.len(),
-    };
-    let to = libc::iovec {
-        iov_base: target,
-        iov_len: content.len(),
-    };
+    let from = libc::iovec { iov_base: content.as_ptr().cast_mut().cast(), iov_len: content.len() };
+    let to = libc::iovec { iov_base: target, iov_len: content.len() };
     // SAFETY: the kernel reads `content` and checks the target before it
     // writes; the target is a mapping of the caller's.
     let stored = unsafe { libc::process_vm_writev(libc::getpid(), &from, 1, &to, 1, 0) };

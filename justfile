@@ -1,0 +1,48 @@
+# One command a chore; `just` alone lists them.
+
+_default:
+    @just --list
+
+# The programs, optimised.
+build:
+    cargo build --release --locked --workspace --bins
+
+# All tests (as root: the end-to-end tests mount file systems).
+test:
+    cargo test --workspace --locked
+
+# Tests that need no root.
+test-unit:
+    cargo test --workspace --locked --lib --exclude replicator-tests
+
+# End-to-end tests whose name contains FILTER, with their output.
+e2e FILTER="":
+    cargo test --locked -p replicator-tests --tests -- --nocapture {{ FILTER }}
+
+# Replays a random workload: the seed that a failed test printed, and the test.
+replay SEED TEST:
+    REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-tests --tests -- --exact --nocapture {{ TEST }}
+
+# Lints, as CI has them.
+lint:
+    cargo clippy --workspace --all-targets --locked -- --deny warnings
+
+# Formats all code.
+fmt:
+    cargo fmt --all
+
+# The documentation of all crates, private items excepted.
+doc:
+    RUSTDOCFLAGS="--deny warnings" cargo doc --workspace --no-deps --locked
+
+# Side by side with rsync and cp; rewrites bench/RESULTS.md (as root; some 40 minutes).
+bench:
+    cargo run --release --locked -p replicator-bench -- --output bench
+
+# The same, small, to standard output alone (as root; some 2 minutes).
+bench-quick:
+    cargo run --release --locked -p replicator-bench -- --quick
+
+# Everything that CI checks.
+ci:
+    .ci/run
