@@ -8,7 +8,8 @@
 //! | … | body: [`codec::encode`] of the message |
 //!
 //! Both lengths are checked against a limit ([`FRAME_MAX`] unless told) before
-//! anything is allocated for them. Integrity is QUIC's; content carries its own
+//! anything is allocated for them; lengths within the body are bounded by
+//! [`codec::DECODE_LIMIT`]. Integrity is QUIC's; content carries its own
 //! hash besides.
 //!
 //! Encoding and decoding are pure, so that worker threads can do them

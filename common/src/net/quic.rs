@@ -157,7 +157,8 @@ fn enlarge_buffers(socket: &UdpSocket) {
 // ---------------------------------------------------------------- server
 
 /// Opens a server's endpoint on a UDP address. Each [`Incoming`] it yields is
-/// to be given to [`accept`].
+/// to be given to [`accept`], in a task of its own: a peer that dawdles in its
+/// handshake must not hold up the next one.
 ///
 /// # Errors
 /// [`NetError::AddressInUse`] names the address; other errors say what the
