@@ -9,6 +9,7 @@
 //! [`replicator-dst`]: https://docs.rs/replicator-dst
 
 pub mod api;
+pub mod ancestry;
 pub mod chunk;
 pub mod codec;
 pub mod config;
@@ -16,6 +17,7 @@ pub mod control;
 pub mod crashsafe;
 pub mod id;
 pub mod logging;
+pub mod lock;
 pub mod name;
 pub mod net;
 pub mod object;

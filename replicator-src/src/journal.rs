@@ -198,6 +198,12 @@ impl Journal {
             // what must be read again even where a rescan would see nothing
             // (a store that shares its ctime with an earlier reading).
             self.db.flush().map_err(|e| self.store(e))?;
+            // sled's own flush only starts the write (sync_file_range, as
+            // strace shows); this makes the drive keep it.
+            let data = self.path.join("db");
+            std::fs::File::open(data)
+                .and_then(|file| file.sync_data())
+                .map_err(|error| self.store(error.into()))?;
             self.flushed.store(last, Ordering::Release);
         }
         Ok(Seq(last))

@@ -10,6 +10,7 @@ pub mod index;
 pub mod journal;
 pub mod plan;
 pub mod read;
+pub mod service;
 pub mod session;
 pub mod source;
 pub mod watcher;

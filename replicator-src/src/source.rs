@@ -70,6 +70,8 @@ pub struct Root {
     /// The root directory is the root of an ext2/3/4 file system, whose
     /// `lost+found` belongs to the file system itself.
     own_lost_and_found: bool,
+    /// Nothing of the file system lies outside the source.
+    whole: bool,
 }
 
 impl Root {
@@ -99,6 +101,7 @@ impl Root {
             dev: data.dev,
             by_handle,
             own_lost_and_found,
+            whole: is_root_inode(&data),
         })
     }
 
@@ -121,13 +124,27 @@ impl Root {
             .is_ok_and(|id| id == self.id)
     }
 
-    fn elsewhere(&self, data: &stat::Stat) -> bool {
+    /// Whether the source is a whole file system as mounted: then nothing on it
+    /// lies outside.
+    pub fn is_file_system_root(&self) -> bool {
+        self.whole
+    }
+
+    /// Whether something is on another mount than the root.
+    pub fn elsewhere(&self, data: &stat::Stat) -> bool {
         if self.mount_id != 0 && data.mount_id != 0 {
             data.mount_id != self.mount_id
         } else {
             data.dev != self.dev
         }
     }
+}
+
+/// Root directories have a fixed inode number: 2 on ext2/3/4, 1 on tmpfs. Others
+/// (xfs's varies, btrfs's subvolumes all have 256) are not taken for roots;
+/// their events are looked at one by one.
+fn is_root_inode(data: &stat::Stat) -> bool {
+    data.ino <= 2
 }
 
 /// What does not replicate, by the operator's choice or ours.

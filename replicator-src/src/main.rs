@@ -1,0 +1,94 @@
+//! `replicator-src`: the source's daemon.
+
+mod daemon;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use replicator_common::api::{Api, ApiOptions, server};
+use replicator_common::config::{self, SourceConfig};
+use replicator_common::logging;
+use replicator_common::stop::Stop;
+use tracing::{info, warn};
+
+use daemon::Daemon;
+
+/// The source's side of replications: watches directories, and ships what
+/// changes in them.
+///
+/// Exit status: 0 done, 1 failed, 2 wrong usage.
+#[derive(Debug, Parser)]
+#[command(name = "replicator-src", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serves until SIGTERM or SIGINT; the second one ends it at once
+    Serve {
+        /// The configuration, TOML
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Checks a configuration, and prints it with all defaults as JSON
+    CheckConfig {
+        /// The configuration, TOML
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Serve { config } => serve(&config),
+        Command::CheckConfig { config } => check_config(&config),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("replicator-src: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn load(path: &Path) -> anyhow::Result<SourceConfig> {
+    let config: SourceConfig = config::load(path)?;
+    logging::check(&config.log).with_context(|| path.display().to_string())?;
+    Ok(config)
+}
+
+fn check_config(path: &Path) -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string_pretty(&load(path)?)?);
+    Ok(())
+}
+
+fn serve(path: &Path) -> anyhow::Result<()> {
+    let config = load(path)?;
+    logging::init(&config.log, config.log_format)?;
+    let stop = Stop::on_signals().context("cannot listen for signals")?;
+    // The port first: a second daemon ends here, before it touches any state.
+    let bound = server::bind(config.api)?;
+    if !config.api.ip().is_loopback() {
+        warn!(api = %config.api, "other hosts may reach the API, which asks for no password");
+    }
+    let daemon = Daemon::open(&config)?;
+    let options = ApiOptions {
+        region: config.region.clone(),
+        hosts: config.api_hosts.clone(),
+        watcher: config.watcher,
+        devices: config.devices,
+    };
+    let server = bound.serve(Api::new(daemon.control(), options))?;
+    info!(api = %server.address(), state = %config.state_dir.display(), "serving");
+    stop.wait();
+    info!("stopping");
+    server.stop();
+    daemon.shutdown();
+    info!("stopped");
+    Ok(())
+}

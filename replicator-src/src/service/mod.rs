@@ -1,0 +1,354 @@
+//! A source daemon's replications: made, listed, paused, deleted.
+
+mod census;
+mod replication;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use replicator_common::ancestry;
+use replicator_common::control::{
+    Control, ControlError, CreateRequest, DeletionMode,
+};
+use replicator_common::crashsafe::{self, Format, StateFileError};
+use replicator_common::id::FileSystemId;
+use replicator_common::lock::{LockError, StateLock};
+use replicator_common::net::enrol::{self, EnrolError, EnrolRequest};
+use replicator_common::net::identity::{Identity, IdentityError};
+use replicator_common::net::token::Token;
+use replicator_common::status::{DesiredState, FailoverReport, Status};
+use replicator_common::time::Timestamp;
+
+use crate::engine::{self, EngineError};
+use crate::index::IndexError;
+use crate::journal::JournalError;
+use crate::source::{Root, SourceError};
+use crate::watcher::WatchError;
+use replication::{Configuration, Replication};
+
+/// The state directory's layout: 1 is the first.
+const LAYOUT: Format = Format { name: "source-state", version: 1 };
+/// How long the destination may take to fail over when it is asked.
+const FAILOVER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How a source daemon is set up.
+#[derive(Clone, Debug)]
+pub struct SourceOptions {
+    /// Certificate, configurations, journals and indexes.
+    pub state_dir: PathBuf,
+    /// The region that answers in EFS's form name.
+    pub region: String,
+    /// Longest time between batches.
+    pub heartbeat: Duration,
+    /// How long a large file must rest before it is shipped.
+    pub settle: Duration,
+    /// How often the source is walked where events do not suffice.
+    pub rescan_interval: Duration,
+    /// Content bytes of small files in one batch, at most.
+    pub max_batch_bytes: u64,
+}
+
+impl SourceOptions {
+    /// Defaults, for a state directory.
+    pub fn new(state_dir: PathBuf) -> Self {
+        let engine = engine::Settings::default();
+        Self {
+            state_dir,
+            region: "xx-local".to_owned(),
+            heartbeat: engine.heartbeat,
+            settle: engine.settle,
+            rescan_interval: Duration::from_secs(60),
+            max_batch_bytes: engine.batch_bytes,
+        }
+    }
+}
+
+/// Why a source, or one of its replications, cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// A state file.
+    #[error(transparent)]
+    State(#[from] StateFileError),
+    /// The state directory is in use.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// Certificate and key.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The source directory.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The watcher.
+    #[error(transparent)]
+    Watch(#[from] WatchError),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The index.
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    /// The engine.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// A thread or the runtime cannot be started.
+    #[error("cannot start {what}: {source}")]
+    Start {
+        /// What.
+        what: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// State and source cannot go together.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// A running source.
+pub struct SourceService {
+    options: SourceOptions,
+    identity: Identity,
+    runtime: tokio::runtime::Runtime,
+    replications: Mutex<BTreeMap<FileSystemId, Arc<Replication>>>,
+    _lock: StateLock,
+}
+
+impl SourceService {
+    /// Opens the state directory and starts every replication in it. One that
+    /// cannot start (its source is gone, say) does not keep the others from
+    /// it: its status is ERROR and says why.
+    pub fn open(options: SourceOptions) -> Result<Arc<Self>, ServiceError> {
+        crashsafe::create_directory(&options.state_dir)?;
+        let lock = StateLock::acquire(&options.state_dir)?;
+        let layout = options.state_dir.join("layout");
+        if crashsafe::read::<u32>(&layout, &LAYOUT)?.is_none() {
+            crashsafe::write(&layout, &LAYOUT, &LAYOUT.version)?;
+        }
+        let identity_dir = options.state_dir.join("identity");
+        crashsafe::create_directory(&identity_dir)?;
+        let identity = Identity::load_or_create(&identity_dir)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("source-net")
+            .enable_all()
+            .build()
+            .map_err(|source| ServiceError::Start { what: "the network runtime", source })?;
+        let service = Arc::new(Self {
+            options,
+            identity,
+            runtime,
+            replications: Mutex::default(),
+            _lock: lock,
+        });
+        service.load()?;
+        Ok(service)
+    }
+
+    fn load(&self) -> Result<(), ServiceError> {
+        let directory = self.replications_dir();
+        crashsafe::create_directory(&directory)?;
+        let entries =
+            std::fs::read_dir(&directory).map_err(StateFileError::io("read", &directory))?;
+        for entry in entries {
+            let path = entry.map_err(StateFileError::io("read", &directory))?.path();
+            let Some(configuration) = Configuration::load(&path)? else {
+                // A creation or deletion was cut short: nothing refers to it.
+                tracing::info!(path = %path.display(), "removing an unfinished configuration");
+                std::fs::remove_dir_all(&path).map_err(StateFileError::io("remove", &path))?;
+                continue;
+            };
+            let id = configuration.source.clone();
+            let replication = Replication::open(path, configuration)?;
+            if let Err(error) = self.start(&replication) {
+                tracing::error!(source = %id, %error, "cannot start the replication");
+                replication.failed(error.to_string());
+            }
+            self.all().insert(id, replication);
+        }
+        Ok(())
+    }
+
+    fn start(&self, replication: &Arc<Replication>) -> Result<(), ServiceError> {
+        self.check_state_outside(&replication.configuration().path)?;
+        replication.start(&self.options, &self.identity, self.runtime.handle())
+    }
+
+    /// Ends all replications cleanly. Blocks until their threads have ended.
+    pub fn shutdown(&self) {
+        let all: Vec<_> = self.all().values().cloned().collect();
+        for replication in all {
+            replication.stop();
+        }
+    }
+
+    fn replications_dir(&self) -> PathBuf {
+        self.options.state_dir.join("replications")
+    }
+
+    fn all(&self) -> MutexGuard<'_, BTreeMap<FileSystemId, Arc<Replication>>> {
+        self.replications.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn get(&self, id: &FileSystemId) -> Result<Arc<Replication>, ControlError> {
+        let all = self.all();
+        all.values()
+            .find(|replication| {
+                let configuration = replication.configuration();
+                configuration.source == *id || configuration.destination == *id
+            })
+            .cloned()
+            .ok_or_else(|| ControlError::FileSystemNotFound(id.clone()))
+    }
+
+    /// Our own writes would be replicated, and raise events, for ever (trap 18).
+    fn check_state_outside(&self, source: &Path) -> Result<(), ServiceError> {
+        let state = &self.options.state_dir;
+        let inside = ancestry::is_within(state, source).map_err(|error| {
+            ServiceError::Refused(format!("cannot look at {}: {error}", source.display()))
+        })?;
+        if inside {
+            return Err(ServiceError::Refused(format!(
+                "the state directory {} lies inside the source {}: choose one outside",
+                state.display(),
+                source.display()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Checks a source before anything is made for it.
+    fn check_source(&self, request: &CreateRequest) -> Result<Root, ControlError> {
+        let refuse = |error: ServiceError| ControlError::Validation(error.to_string());
+        let path = std::path::absolute(&request.source)
+            .map_err(|error| ControlError::Validation(error.to_string()))?;
+        let root = Root::open(&path).map_err(|error| refuse(error.into()))?;
+        self.check_state_outside(&path).map_err(refuse)?;
+        for other in self.all().values() {
+            let configuration = other.configuration();
+            if configuration.root == root.id {
+                return Err(ControlError::ReplicationAlreadyExists(format!(
+                    "{} is the source of the replication configuration of {} already",
+                    path.display(),
+                    configuration.source
+                )));
+            }
+        }
+        Ok(root)
+    }
+
+    fn enrol(&self, token: &Token, request: &EnrolRequest) -> Result<enrol::Enrolled, ControlError> {
+        self.runtime.block_on(enrol::enrol(&self.identity, token, request)).map_err(|error| {
+            match error {
+                EnrolError::Refused(_) | EnrolError::NotOpen { .. } => {
+                    ControlError::Conflict(error.to_string())
+                }
+                other => ControlError::Internal(format!("cannot enrol with the destination: {other}")),
+            }
+        })
+    }
+}
+
+impl Drop for SourceService {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+impl Control for SourceService {
+    fn create(&self, request: &CreateRequest) -> Result<Status, ControlError> {
+        let token: Token = request
+            .token
+            .parse()
+            .map_err(|error| ControlError::Validation(format!("enrolment token: {error}")))?;
+        let root = self.check_source(request)?;
+        let creation_time = Timestamp::now();
+        let source = FileSystemId::random();
+        let enrolment = EnrolRequest {
+            secret: token.secret.clone(),
+            source: source.clone(),
+            source_region: self.options.region.clone(),
+            creation_time,
+            devices: request.devices,
+        };
+        let enrolled = self.enrol(&token, &enrolment)?;
+        let configuration = Configuration {
+            source: source.clone(),
+            destination: enrolled.destination,
+            path: root.path.clone(),
+            root: root.id,
+            address: token.address.clone(),
+            fingerprint: token.fingerprint,
+            creation_time,
+            desired: DesiredState::Enabled,
+            devices: request.devices,
+            watcher: request.watcher,
+        };
+        let internal = |error: ServiceError| ControlError::Internal(error.to_string());
+        let directory = self.replications_dir().join(source.as_str());
+        configuration.save(&directory).map_err(internal)?;
+        let replication = Replication::open(directory, configuration).map_err(internal)?;
+        if let Err(error) = self.start(&replication) {
+            tracing::error!(%source, %error, "cannot start the replication");
+            replication.failed(error.to_string());
+        }
+        let status = replication.status();
+        self.all().insert(source, replication);
+        Ok(status)
+    }
+
+    fn list(&self) -> Vec<Status> {
+        let mut all: Vec<Status> = self.all().values().map(|one| one.status()).collect();
+        all.sort_by_key(|status| status.creation_time);
+        all
+    }
+
+    fn delete(
+        &self,
+        source: &FileSystemId,
+        mode: DeletionMode,
+    ) -> Result<FailoverReport, ControlError> {
+        let replication = self.get(source)?;
+        let report = match mode {
+            DeletionMode::AllConfigurations => {
+                replication.fail_over(FAILOVER_TIMEOUT).map_err(ControlError::Conflict)?
+            }
+            DeletionMode::LocalConfigurationOnly => replication.local_report(),
+        };
+        replication.stop();
+        let id = replication.configuration().source;
+        replication.remove().map_err(|error| ControlError::Internal(error.to_string()))?;
+        self.all().remove(&id);
+        Ok(report)
+    }
+
+    fn wait(&self, source: &FileSystemId, timeout: Duration) -> Result<Timestamp, ControlError> {
+        let asked = Timestamp::now();
+        let begun = Instant::now();
+        let replication = self.get(source)?;
+        replication.nudge_for_wait();
+        match replication.shared().wait(asked, timeout) {
+            Some(Ok(watermark)) => Ok(watermark),
+            Some(Err(reason)) => Err(ControlError::Conflict(reason)),
+            None => Err(ControlError::TimedOut(format!(
+                "after {:.1} s the replica is complete up to {} only{}",
+                begun.elapsed().as_secs_f64(),
+                replication.watermark_in_words(),
+                replication.blockers_in_words(),
+            ))),
+        }
+    }
+
+    fn set_desired(
+        &self,
+        source: &FileSystemId,
+        desired: DesiredState,
+    ) -> Result<Status, ControlError> {
+        let replication = self.get(source)?;
+        replication
+            .set_desired(desired)
+            .map_err(|error| ControlError::Internal(error.to_string()))?;
+        Ok(replication.status())
+    }
+}
+
