@@ -12,8 +12,8 @@ use replicator_common::id::FileSystemId;
 
 /// Continuous replication of a file system to a second one.
 ///
-/// What machines read is JSON on standard output; all else goes to standard
-/// error. Exit status: 0 done, 1 failed, 2 wrong usage, 3 timed out.
+/// Answers go to standard output (JSON, but for `status` without --json); all
+/// else goes to standard error. Exit status: 0 done, 1 failed, 2 wrong usage, 3 timed out.
 #[derive(Debug, Parser)]
 #[command(name = "replicator", version)]
 pub struct Arguments {
@@ -59,7 +59,8 @@ pub enum Command {
 pub struct Run {
     /// The directory or mount to replicate
     pub source: PathBuf,
-    /// The directory or mount that becomes the replica; made when missing
+    /// The directory or mount that becomes the replica; made when missing (its
+    /// parent is not)
     pub replica: PathBuf,
     /// Where certificates, journal, index and commit log are kept; default:
     /// one directory a pair, in /var/lib/replicator for root, else in

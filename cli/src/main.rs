@@ -1,9 +1,9 @@
 //! `replicator`: continuous replication from the command line.
 //!
 //! `run` does it all in one process; the other commands ask running daemons
-//! over their HTTP API. What machines read is JSON on standard output, all
-//! else goes to standard error. Exit status: 0 done, 1 failed, 2 wrong usage,
-//! 3 timed out.
+//! over their HTTP API. Answers go to standard output (JSON, but for `status`
+//! without `--json`), all else goes to standard error. Exit status: 0 done,
+//! 1 failed, 2 wrong usage, 3 timed out.
 
 mod arguments;
 mod commands;

@@ -2,6 +2,7 @@
 
 mod daemon;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -50,7 +51,8 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("replicator-src: {error:#}");
+            // When nobody reads it, the status still says so.
+            let _ = writeln!(std::io::stderr(), "replicator-src: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -63,8 +65,8 @@ fn load(path: &Path) -> anyhow::Result<SourceConfig> {
 }
 
 fn check_config(path: &Path) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string_pretty(&load(path)?)?);
-    Ok(())
+    let text = serde_json::to_string_pretty(&load(path)?)?;
+    writeln!(std::io::stdout(), "{text}").context("cannot write to standard output")
 }
 
 fn serve(path: &Path) -> anyhow::Result<()> {

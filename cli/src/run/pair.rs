@@ -37,6 +37,14 @@ impl Pair {
             source.display(),
             replica.display()
         );
+        // Not a whole path: a typing error or a missing mount is no replica.
+        let parent = replica.parent().unwrap_or(Path::new("/"));
+        ensure!(
+            parent.is_dir(),
+            "replica {} cannot be made: {} does not exist",
+            replica.display(),
+            parent.display()
+        );
         Ok(Self { source, replica })
     }
 
@@ -60,8 +68,11 @@ impl Pair {
 
     /// Makes the replica's directory when it is missing.
     pub fn make_replica(&self) -> anyhow::Result<()> {
-        fs::create_dir_all(&self.replica)
-            .with_context(|| format!("cannot make replica {}", self.replica.display()))
+        match fs::create_dir(&self.replica) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error)
+                .with_context(|| format!("cannot make replica {}", self.replica.display())),
+            _ => Ok(()),
+        }
     }
 
     /// Where changes come from; canonical.
@@ -180,6 +191,10 @@ mod tests {
         std::os::unix::fs::symlink("nowhere", &replica).unwrap();
         assert!(refused(&source, &replica).contains("cannot follow"), "dangling link");
         assert!(refused(&source, &base.join("none/../../x")).contains("cannot be made"));
+        assert_eq!(
+            refused(&source, &base.join("none/x")),
+            format!("replica {b}/none/x cannot be made: {b}/none does not exist")
+        );
     }
 
     #[test]
@@ -189,10 +204,11 @@ mod tests {
         fs::create_dir_all(base.join("real")).unwrap();
         fs::create_dir(base.join("source")).unwrap();
         std::os::unix::fs::symlink("real", base.join("link")).unwrap();
-        let pair = Pair::check(&base.join("source"), &base.join("link/a/b")).unwrap();
-        assert_eq!(pair.replica(), base.join("real/a/b"));
+        let pair = Pair::check(&base.join("source"), &base.join("link/a")).unwrap();
+        assert_eq!(pair.replica(), base.join("real/a"));
         pair.make_replica().unwrap();
-        assert!(base.join("real/a/b").is_dir());
+        pair.make_replica().unwrap();
+        assert!(base.join("real/a").is_dir());
     }
 
     #[test]

@@ -24,8 +24,7 @@ pub fn run(endpoint: &str, arguments: &arguments::Status) -> anyhow::Result<()> 
         if arguments.json {
             return print(&all);
         }
-        say(&render::page(&all, Timestamp::now()));
-        return Ok(());
+        return print_line(&render::page(&all, Timestamp::now()));
     }
     watch(&client, arguments.json)
 }
@@ -33,12 +32,12 @@ pub fn run(endpoint: &str, arguments: &arguments::Status) -> anyhow::Result<()> 
 /// Ends with a signal; a daemon that does not answer is waited for.
 fn watch(client: &Client, json: bool) -> anyhow::Result<()> {
     let stop = Stop::on_signals()?;
-    let clear = if std::io::stderr().is_terminal() { CLEAR } else { "" };
+    let clear = if std::io::stdout().is_terminal() { CLEAR } else { "" };
     loop {
         match client.status() {
             Ok(all) if json => print_line(&serde_json::to_string(&all)?)?,
-            Ok(all) => say(&format!("{clear}{}", render::page(&all, Timestamp::now()))),
-            Err(error) => say(&format!("{}replicator: {error}", if json { "" } else { clear })),
+            Ok(all) => print_line(&format!("{clear}{}", render::page(&all, Timestamp::now())))?,
+            Err(error) => say(&format!("replicator: {error}")),
         }
         if stop.wait_for(PERIOD) {
             return Ok(());

@@ -1,0 +1,161 @@
+//! The binary from outside: exit status, and what goes where.
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn replicator(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_replicator"))
+        .args(arguments)
+        .env_remove("REPLICATOR_ENDPOINT")
+        .output()
+        .unwrap()
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// Failed with this status, with one line for the operator, none for machines.
+fn assert_fails(output: &Output, code: i32, expected: &str) {
+    let text = said(output);
+    assert_eq!(output.status.code(), Some(code), "{text}");
+    assert!(output.stdout.is_empty(), "{text}");
+    assert!(text.contains(expected), "{expected:?} is not in {text:?}");
+    if code == 1 {
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(text.starts_with("replicator: "), "{text}");
+    }
+}
+
+/// An endpoint where nobody listens: a port that was just free.
+fn nobody() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    format!("http://{}", listener.local_addr().unwrap())
+}
+
+#[test]
+fn wrong_usage_is_status_2() {
+    for arguments in [
+        &[][..],
+        &["copy"],
+        &["run", "/a"],
+        &["run", "/a", "/b", "--watcher", "magic"],
+        &["run", "/a", "/b", "--api", "localhost"],
+        &["run", "/a", "/b", "--api", "0.0.0.0:4480"],
+        &["status", "--endpoint", "https://localhost"],
+        &["wait", "--timeout", "-1"],
+        &["wait", "--timeout", "NaN"],
+        &["create-replication-configuration", "--source", "/a"],
+        &["delete-replication-configuration"],
+        &["failover", "--source-file-system-id", "bogus"],
+        &["failover", "--state-dir", "/s", "--deletion-mode", "LOCAL_CONFIGURATION_ONLY"],
+    ] {
+        let output = replicator(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {}", said(&output));
+        assert!(output.stdout.is_empty(), "{arguments:?}");
+    }
+}
+
+#[test]
+fn help_and_version_are_status_0() {
+    for arguments in [&["--help"][..], &["--version"], &["run", "--help"]] {
+        let output = replicator(arguments);
+        assert!(output.status.success() && !output.stdout.is_empty(), "{arguments:?}");
+    }
+}
+
+#[test]
+fn nobody_to_ask_is_status_1() {
+    let endpoint = nobody();
+    for arguments in [
+        &["status"][..],
+        &["status", "--json"],
+        &["wait", "--timeout", "5"],
+        &["pause"],
+        &["resume"],
+        &["failover"],
+        &["describe-replication-configurations"],
+        &["create-replication-configuration", "--source", "/a", "--destination", "T"],
+        &["delete-replication-configuration", "--source-file-system-id", "fs-01234567"],
+    ] {
+        let output = replicator(&[arguments, &["--endpoint", &endpoint]].concat());
+        assert_fails(&output, 1, &format!("no daemon answers at {endpoint}"));
+    }
+}
+
+#[test]
+fn the_endpoint_may_stand_in_the_environment() {
+    let endpoint = nobody();
+    let output = Command::new(env!("CARGO_BIN_EXE_replicator"))
+        .arg("status")
+        .env("REPLICATOR_ENDPOINT", &endpoint)
+        .output()
+        .unwrap();
+    assert_fails(&output, 1, &endpoint);
+}
+
+#[test]
+fn a_run_with_bad_input_makes_nothing() {
+    let base = tempfile::tempdir().unwrap();
+    let path = |name: &str| base.path().join(name).to_str().unwrap().to_owned();
+    fs::create_dir(path("source")).unwrap();
+    fs::write(path("file"), "").unwrap();
+    let run = |source: &str, replica: &str, state: &str| {
+        replicator(&[
+            "run",
+            &path(source),
+            &path(replica),
+            "--state-dir",
+            &path(state),
+            "--api",
+            "127.0.0.1:0",
+        ])
+    };
+    for (source, replica, state, expected) in [
+        ("none", "replica", "state", "does not exist"),
+        ("file", "replica", "state", "is not a directory"),
+        ("source", "file", "state", "is not a directory"),
+        ("source", "source/replica", "state", "lies inside the source"),
+        ("source", "source", "state", "are the same directory"),
+        ("source", "replica", "source/state", "lies inside the source"),
+        ("source", "replica", "replica/state", "lies inside the replica"),
+        ("source", "replica", "file", "is not a directory"),
+    ] {
+        assert_fails(&run(source, replica, state), 1, expected);
+    }
+    let mut names: Vec<_> =
+        fs::read_dir(base.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["file", "source"], "nothing was made");
+    assert_eq!(fs::read_dir(path("source")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_port_in_use_is_said_before_a_replica_is_made() {
+    let base = tempfile::tempdir().unwrap();
+    let path = |name: &str| base.path().join(name).to_str().unwrap().to_owned();
+    fs::create_dir(path("source")).unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let api = taken.local_addr().unwrap().to_string();
+    let output = replicator(&[
+        "run",
+        &path("source"),
+        &path("replica"),
+        "--state-dir",
+        &path("state"),
+        "--api",
+        &api,
+    ]);
+    assert_fails(&output, 1, &format!("the API cannot listen on {api}: the port is in use"));
+    assert!(!Path::new(&path("replica")).exists());
+}
+
+#[test]
+fn failover_without_state_is_told() {
+    let base = tempfile::tempdir().unwrap();
+    let none = base.path().join("none");
+    let output = replicator(&["failover", "--state-dir", none.to_str().unwrap()]);
+    assert_fails(&output, 1, "there is no state directory");
+}

@@ -1,0 +1,138 @@
+//! `replicator-dst`: the destination's daemon.
+
+mod daemon;
+mod tokens;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use replicator_common::api::own::TOKEN_VALID_SECONDS;
+use replicator_common::api::{Api, ApiOptions, server};
+use replicator_common::config::{self, DestinationConfig};
+use replicator_common::logging;
+use replicator_common::stop::Stop;
+use tracing::{info, warn};
+
+use daemon::Daemon;
+
+/// The destination's side of replications: keeps replicas.
+///
+/// Exit status: 0 done, 1 failed, 2 wrong usage.
+#[derive(Debug, Parser)]
+#[command(name = "replicator-dst", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serves until SIGTERM or SIGINT; the second one ends it at once. Prints
+    /// an enrolment token for each configured replica that has no source yet
+    Serve(Config),
+    /// Checks a configuration, and prints it with all defaults as JSON
+    CheckConfig(Config),
+    /// Asks the running daemon for enrolment tokens, and prints them, one a line
+    Token(TokenArguments),
+}
+
+#[derive(Debug, Args)]
+struct Config {
+    /// The configuration, TOML
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct TokenArguments {
+    #[command(flatten)]
+    config: Config,
+    /// The directory that becomes the replica; default: every configured one
+    /// that has no source yet
+    #[arg(long, value_name = "PATH")]
+    replica: Option<PathBuf>,
+    /// How long a token can be used; default: as the configuration says
+    #[arg(
+        long,
+        alias = "valid-seconds",
+        value_name = "SECONDS",
+        value_parser = clap::value_parser!(u64).range(*TOKEN_VALID_SECONDS.start()..=*TOKEN_VALID_SECONDS.end())
+    )]
+    valid: Option<u64>,
+    /// Take a directory that is not empty: only differences travel, and what
+    /// the source lacks is moved to lost+found
+    #[arg(long)]
+    reconcile: bool,
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Serve(Config { config }) => serve(&config),
+        Command::CheckConfig(Config { config }) => check_config(&config),
+        Command::Token(arguments) => token(&arguments),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // When nobody reads it, the status still says so.
+            let _ = writeln!(std::io::stderr(), "replicator-dst: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn load(path: &Path) -> anyhow::Result<DestinationConfig> {
+    let config: DestinationConfig = config::load(path)?;
+    logging::check(&config.log).with_context(|| path.display().to_string())?;
+    Ok(config)
+}
+
+fn check_config(path: &Path) -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(&load(path)?)?;
+    writeln!(std::io::stdout(), "{text}").context("cannot write to standard output")
+}
+
+fn token(arguments: &TokenArguments) -> anyhow::Result<()> {
+    let config = load(&arguments.config.config)?;
+    let wanted = tokens::Wanted {
+        replica: arguments.replica.as_deref(),
+        valid_seconds: arguments.valid,
+        reconcile: arguments.reconcile,
+    };
+    tokens::ask(&config, &wanted)
+}
+
+fn serve(path: &Path) -> anyhow::Result<()> {
+    let config = load(path)?;
+    logging::init(&config.log, config.log_format)?;
+    let stop = Stop::on_signals().context("cannot listen for signals")?;
+    // The port first: a second daemon ends here, before it touches any state.
+    let bound = server::bind(config.api)?;
+    if !config.api.ip().is_loopback() {
+        warn!(api = %config.api, "other hosts may reach the API, which asks for no password");
+    }
+    let daemon = Daemon::open(&config)?;
+    let options = ApiOptions {
+        region: config.region.clone(),
+        hosts: config.api_hosts.clone(),
+        ..ApiOptions::default()
+    };
+    let api = Api::new(daemon.control(), options).with_tokens(daemon.tokens());
+    let server = bound.serve(api)?;
+    info!(
+        api = %server.address(),
+        listen = %config.listen,
+        state = %config.state_dir.display(),
+        "serving"
+    );
+    tokens::offer(&config, &*daemon.control(), &*daemon.tokens());
+    stop.wait();
+    info!("stopping");
+    server.stop();
+    daemon.shutdown();
+    info!("stopped");
+    Ok(())
+}
