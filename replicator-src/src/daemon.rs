@@ -1,27 +1,28 @@
 //! The service, as the daemon's configuration describes it.
 
-use std::sync::Arc;
-
-use anyhow::bail;
 use replicator_common::config::SourceConfig;
-use replicator_common::control::Control;
+use replicator_src::service::SourceOptions;
 
-/// A running source.
-pub struct Daemon {
-    control: Arc<dyn Control>,
+/// The configuration's part that the service needs.
+pub fn options(config: &SourceConfig) -> SourceOptions {
+    SourceOptions {
+        region: config.region.clone(),
+        heartbeat: config.heartbeat.get(),
+        settle: config.settle.get(),
+        rescan_interval: config.rescan_interval.get(),
+        max_batch_bytes: config.max_batch_bytes.get(),
+        ..SourceOptions::new(config.state_dir.clone())
+    }
 }
 
-impl Daemon {
-    /// Opens the state and resumes every replication.
-    pub fn open(_config: &SourceConfig) -> anyhow::Result<Self> {
-        bail!("the service is not joined yet")
-    }
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-    /// What the API controls.
-    pub fn control(&self) -> Arc<dyn Control> {
-        self.control.clone()
+    #[test]
+    fn the_configurations_defaults_are_the_services() {
+        let configured = options(&SourceConfig::default());
+        let own = SourceOptions::new(configured.state_dir.clone());
+        assert_eq!(format!("{configured:?}"), format!("{own:?}"));
     }
-
-    /// Ends cleanly.
-    pub fn shutdown(&self) {}
 }

@@ -12,9 +12,8 @@ use replicator_common::api::{Api, ApiOptions, server};
 use replicator_common::config::{self, SourceConfig};
 use replicator_common::logging;
 use replicator_common::stop::Stop;
+use replicator_src::service::SourceService;
 use tracing::{info, warn};
-
-use daemon::Daemon;
 
 /// The source's side of replications: watches directories, and ships what
 /// changes in them.
@@ -78,19 +77,19 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     if !config.api.ip().is_loopback() {
         warn!(api = %config.api, "other hosts may reach the API, which asks for no password");
     }
-    let daemon = Daemon::open(&config)?;
+    let service = SourceService::open(daemon::options(&config))?;
     let options = ApiOptions {
         region: config.region.clone(),
         hosts: config.api_hosts.clone(),
         watcher: config.watcher,
         devices: config.devices,
     };
-    let server = bound.serve(Api::new(daemon.control(), options))?;
+    let server = bound.serve(Api::new(service.clone(), options))?;
     info!(api = %server.address(), state = %config.state_dir.display(), "serving");
     stop.wait();
     info!("stopping");
     server.stop();
-    daemon.shutdown();
+    service.shutdown();
     info!("stopped");
     Ok(())
 }

@@ -1,7 +1,6 @@
 //! `run`: source and destination in one process, joined over QUIC on loopback
 //! just as between two hosts.
 
-mod ancestry;
 mod both;
 mod display;
 mod follow;

@@ -6,8 +6,7 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
-
-use super::ancestry::is_within;
+use replicator_common::ancestry::is_within;
 
 /// Two directories that can be replicated from one to the other.
 #[derive(Debug)]

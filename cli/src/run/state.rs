@@ -3,16 +3,13 @@
 //! `pair` remembers the pair, `lock` holds the process id and is locked while
 //! it lives; `source/` and `destination/` belong to the two sides.
 
-use std::fs::{self, File};
-use std::io::{Read, Seek, Write};
+use std::fs;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
 use replicator_common::crashsafe::{self, Format};
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
+use replicator_common::lock::StateLock;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -33,7 +30,7 @@ struct Remembered {
 #[derive(Debug)]
 pub struct StateDirectory {
     path: PathBuf,
-    _lock: File,
+    _lock: StateLock,
 }
 
 impl StateDirectory {
@@ -44,7 +41,7 @@ impl StateDirectory {
             check_ours(path)?;
         }
         crashsafe::create_directory(path)?;
-        let lock = lock(path)?;
+        let lock = StateLock::acquire(path)?;
         let file = path.join("pair");
         let now = remember(pair);
         match crashsafe::read::<Remembered>(&file, &FORMAT)? {
@@ -82,39 +79,6 @@ fn check_ours(path: &Path) -> anyhow::Result<()> {
         );
     }
     Ok(())
-}
-
-fn lock(directory: &Path) -> anyhow::Result<File> {
-    let path = directory.join("lock");
-    let cannot = || format!("cannot lock {}", path.display());
-    let mut file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .with_context(cannot)?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(Errno::WOULDBLOCK) => {
-            let mut owner = String::new();
-            // RACE: the owner may not have written its id yet; then the line
-            // lacks it.
-            let _ = file.read_to_string(&mut owner);
-            let owner = match owner.trim() {
-                "" => "another process".to_owned(),
-                pid => format!("process {pid}"),
-            };
-            bail!("state directory {} is in use by {owner}", directory.display());
-        }
-        Err(error) => return Err(error).with_context(cannot),
-    }
-    file.set_len(0)
-        .and_then(|()| file.rewind())
-        .and_then(|()| writeln!(file, "{}", std::process::id()))
-        .with_context(|| format!("cannot write {}", path.display()))?;
-    Ok(file)
 }
 
 /// The state directory of a pair, where none is given.

@@ -108,10 +108,7 @@ impl Sanitize for DestinationConfig {
 
 fn host_and_port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     let text = String::deserialize(deserializer)?;
-    let valid = text.parse::<SocketAddr>().is_ok_and(|address| address.port() != 0)
-        || text.rsplit_once(':').is_some_and(|(host, port)| {
-            super::is_host_name(host) && port.parse::<u16>().is_ok_and(|port| port != 0)
-        });
+    let valid = crate::net::quic::check_host_port(&text).is_ok();
     if valid {
         return Ok(Some(text));
     }

@@ -34,18 +34,17 @@ pub struct SourceConfig {
     /// `xx-local`.
     #[serde(deserialize_with = "super::region")]
     pub region: String,
-    /// How often an idle source moves the watermark on. 100 ms to 60 s,
-    /// default 1 s.
+    /// The longest time between batches: an idle source's watermark moves on
+    /// at this pace. 100 ms to 60 s, default 1 s.
     pub heartbeat: Interval<100, 60_000>,
-    /// How long a file that stays open must rest after its last write before
-    /// it is shipped; a closed one is shipped at once. 0 ms to 60 s, default
-    /// 500 ms.
+    /// How long a large file must be left alone before it is shipped, unless
+    /// it is never left alone. 0 ms to 60 s, default 500 ms.
     pub settle: Interval<0, 60_000>,
     /// How often the `scan` watcher walks the source; the other watchers do
     /// not use it. 1 s to 7 d, default 60 s.
     pub rescan_interval: Interval<1000, 604_800_000>,
-    /// The most content bytes of a batch; a batch that reaches it is closed,
-    /// and bounds what is staged at once. 1 MiB to 4 GiB, default 64 MiB.
+    /// The most content bytes of small files in one batch, which bounds what
+    /// is staged for it. 1 MiB to 4 GiB, default 64 MiB.
     pub max_batch_bytes: Size<{ 1 << 20 }, { 4 << 30 }>,
     /// The watcher of a configuration whose creation names none: `auto`,
     /// `fanotify`, `inotify` or `scan`. Default `auto`.
