@@ -114,7 +114,10 @@ fn measure_syncs(
     rounds: u32,
 ) -> Result<()> {
     for round in 1..=rounds {
-        for peer in Peer::ALL {
+        // Another begins each round: what comes first on a machine that was
+        // idle, or second on one that still writes, has it easier or harder.
+        let turns = Peer::ALL.into_iter().cycle().skip(round as usize - 1).take(Peer::ALL.len());
+        for peer in turns {
             eprintln!("{name}, round {round}: {}", peer.name());
             // Once is enough to know that each did the whole job.
             let run = sync::measure(name, peer, source, round == 1).context(name.to_owned())?;
