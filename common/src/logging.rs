@@ -1,6 +1,6 @@
 //! Logs: tracing's events, to standard error.
 
-use std::io;
+use std::io::{self, IsTerminal};
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
@@ -42,7 +42,10 @@ pub fn init_to<W>(default: &str, format: LogFormat, writer: W) -> Result<(), Log
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
-    let builder = tracing_subscriber::fmt().with_env_filter(filter(default)?).with_writer(writer);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter(default)?)
+        .with_ansi(io::stderr().is_terminal())
+        .with_writer(writer);
     match format {
         LogFormat::Text => builder.try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),

@@ -97,3 +97,6 @@ impl Control for Both {
         self.source.set_desired(source, desired).map(|status| self.merge(status))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,9 +1,11 @@
 //! The state directory of a `run`: one pair, one process at a time.
 //!
-//! `pair` remembers the pair, `lock` holds the process id and is locked while
-//! it lives; `source/` and `destination/` belong to the two sides.
+//! `pair` remembers the pair, `port` where the two sides meet, `lock` holds the
+//! process id and is locked while it lives; `source/` and `destination/` belong
+//! to the two sides.
 
 use std::fs;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -16,6 +18,8 @@ use sha2::{Digest, Sha256};
 use super::pair::Pair;
 
 const FORMAT: Format = Format { name: "run-pair", version: 1 };
+
+const PORT: Format = Format { name: "run-port", version: 1 };
 
 /// What `pair` holds. The digest decides: the paths may not be UTF-8 and are
 /// for people.
@@ -56,6 +60,26 @@ impl StateDirectory {
             ),
         }
         Ok(Self { path: path.to_owned(), _lock: lock })
+    }
+
+    /// The loopback port (UDP) on which the two sides meet: the same at each
+    /// start, since the source remembers it. It is chosen below the range that
+    /// the system hands out, where it would be taken by chance.
+    pub fn port(&self) -> anyhow::Result<u16> {
+        let file = self.path.join("port");
+        if let Some(port) = crashsafe::read::<u16>(&file, &PORT)? {
+            return Ok(port);
+        }
+        for _ in 0..1000 {
+            let port = 20_000 + rand::random::<u16>() % 12_000;
+            // RACE: somebody may take it before we listen there; then this
+            // start fails and says so, and nothing else happens.
+            if UdpSocket::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+                crashsafe::write(&file, &PORT, &port)?;
+                return Ok(port);
+            }
+        }
+        bail!("no UDP port between 20000 and 31999 is free on 127.0.0.1")
     }
 
     /// Where it is.
@@ -144,6 +168,14 @@ mod tests {
                 "state directory {b}/state belongs to the replication of {b}/source to {b}/a, not of {b}/source to {b}/b: choose another with --state-dir"
             )
         );
+    }
+
+    #[test]
+    fn the_port_stays() {
+        let base = tempfile::tempdir().unwrap();
+        let pair = pair(base.path(), "a");
+        let open = || StateDirectory::open(&base.path().join("state"), &pair).unwrap().port();
+        assert_eq!(open().unwrap(), open().unwrap());
     }
 
     #[test]
