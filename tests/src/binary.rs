@@ -46,7 +46,7 @@ fn locate(package: &str, binary: &str, debug: bool) -> PathBuf {
     }
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = Command::new(cargo);
-    build.args(["build", "--quiet", "--locked", "--message-format=json-render-diagnostics"]);
+    build.args(["build", "--quiet", "--message-format=json-render-diagnostics"]);
     build.args(["--package", package, "--bin", binary]);
     build.arg("--manifest-path").arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml"));
     if !debug {
