@@ -1,5 +1,22 @@
 //! The destination: receives batches, makes them durable, applies each as a
 //! whole to a replica that nobody else can write to, and fails over.
 
+pub mod applier;
 pub mod apply;
+pub mod area;
+pub mod attributes;
+pub mod failover;
+pub mod locate;
 pub mod objects;
+pub mod patch;
+pub mod readonly;
+pub mod receive;
+pub mod reconcile;
+pub mod replica;
+pub mod service;
+pub mod session;
+pub mod stage;
+pub mod state;
+pub mod store;
+pub mod suitable;
+pub mod tree;

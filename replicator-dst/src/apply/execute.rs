@@ -73,6 +73,7 @@ fn one<T: ReplicaTree>(
         // has been found by the step that needed it in its place.
         Step::Attributes { object, state } => tree.set_attributes(object, state).map(drop),
         Step::Mtime { object, mtime } => tree.set_mtime(object, *mtime).map(drop),
+        Step::Hint { .. } => Ok(()),
     }
 }
 

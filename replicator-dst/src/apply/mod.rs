@@ -152,6 +152,14 @@ pub enum Step {
         /// The time.
         mtime: Timestamp,
     },
+    /// Does nothing: says where an object stood before the batch, for an
+    /// applier that has to find objects by path.
+    Hint {
+        /// The replica's object.
+        object: ReplicaHandle,
+        /// Its place.
+        at: Place,
+    },
 }
 
 /// What came of a call that may meet another state than expected.

@@ -1,0 +1,742 @@
+//! The applier: one thread a replica, which alone seals, commits and applies.
+//!
+//! The order within a batch, and what each part of it is for:
+//! 1. new directories, links and nodes are staged beside the files that arrived;
+//! 2. the batch is planned;
+//! 3. `syncfs`: what is staged is durable, and so are the applied steps of the
+//!    batch before, whose record may go;
+//! 4. the commit record is durable: from here on the batch will be applied
+//!    whatever happens, and `Durable` may be said;
+//! 5. the steps are run; `Applied` may be said.
+
+use std::collections::HashSet;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use replicator_common::id::{BatchId, ObjectId};
+use replicator_common::name::Name;
+use replicator_common::object::Kind;
+use replicator_common::status::{FailoverReport, TimedError};
+use replicator_common::sys::{handle, place, stat};
+use replicator_common::time::Timestamp;
+use replicator_common::wire::{BatchHeader, ContentSource, Op, SourceHello};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::apply::execute::{self, Finding};
+use crate::apply::plan::{self, Arrival, PlanError, Planned, Staged};
+use crate::apply::{Place, Step, Within};
+use crate::area::AreaError;
+use crate::attributes;
+use crate::failover::{self, FailoverError};
+use crate::objects::{Objects, path_of};
+use crate::replica::{Point, Replica, ReplicaError, applier_staging, renounce, wipe_staging};
+use crate::session::{StagedTransfer, WholeBatch};
+use crate::stage::Stager;
+use crate::store::{Commit, SetAsideItem, Standing, StoreError};
+use crate::tree::Tree;
+
+/// After this long without a batch, applied steps are synced and their record goes.
+const IDLE: Duration = Duration::from_secs(2);
+/// Between attempts while the replica cannot take changes.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What the applier is asked to do.
+pub enum Job {
+    /// A session begins: settle who knows what, clean up after the last one.
+    Begin {
+        /// What the source says.
+        hello: SourceHello,
+        /// Where the replica stands.
+        reply: oneshot::Sender<Result<Standing, String>>,
+    },
+    /// A batch is whole.
+    Batch {
+        /// The batch.
+        batch: Box<WholeBatch>,
+        /// How far it is.
+        reply: mpsc::UnboundedSender<Progress>,
+    },
+    /// Fail over; the last job.
+    Failover {
+        /// How it went.
+        reply: Sender<Result<FailoverReport, FailoverError>>,
+    },
+}
+
+/// How far a batch is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// It is logged.
+    Durable(BatchId),
+    /// It is visible.
+    Applied(BatchId),
+    /// The source broke a promise: nothing of the batch was done.
+    Breach(String),
+    /// The batch is given back; the source has to send it again.
+    Unable(String),
+}
+
+#[derive(Debug, thiserror::Error)]
+enum SealError {
+    #[error(transparent)]
+    Area(#[from] AreaError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("{0}")]
+    Breach(String),
+    /// What was written since the last good sync is in doubt (trap 16).
+    #[error("the replica's file system could not be synced: {0}")]
+    Sync(Errno),
+    /// By a test.
+    #[error("killed")]
+    Killed,
+}
+
+/// Why work was given up before its end.
+enum Ended {
+    /// The process stops, or a test killed the applier: the thread ends at once.
+    Killed,
+    /// Failover has been asked for: its job is in the queue.
+    FailingOver,
+}
+
+/// The applier's state.
+pub struct Applier {
+    replica: Arc<Replica>,
+    tree: Tree,
+    standing: Standing,
+    /// Steps are in the log that the disk may not have seen the effects of.
+    uncovered: bool,
+    /// Staged files that logged steps need.
+    needed: Vec<Place>,
+    /// The last sync failed: the steps in the log have to be done again.
+    doubt: bool,
+}
+
+/// Starts the applier's thread.
+pub fn spawn(
+    replica: Arc<Replica>,
+) -> std::io::Result<(Sender<Job>, std::thread::JoinHandle<()>)> {
+    // One batch under way, one waiting: more would only be memory.
+    let (jobs, queue) = crossbeam_channel::bounded(2);
+    let thread = std::thread::Builder::new()
+        .name(format!("apply-{}", replica.config.source))
+        .spawn(move || run(replica, &queue))?;
+    Ok((jobs, thread))
+}
+
+fn run(replica: Arc<Replica>, queue: &Receiver<Job>) {
+    let mut applier = match Applier::new(replica.clone()) {
+        Ok(applier) => applier,
+        Err(error) => {
+            tracing::error!(%error, "the applier cannot start");
+            replica.shared().stalled = Some(error.to_string());
+            return;
+        }
+    };
+    if let Err(Ended::Killed) = applier.redo() {
+        return;
+    }
+    while !replica.is_ending() {
+        match queue.recv_timeout(IDLE) {
+            Ok(Job::Begin { hello, reply }) => {
+                let result = applier.begin_session(&hello).map_err(|error| error.to_string());
+                if let Err(error) = &result {
+                    replica.note_error(error.as_str());
+                }
+                let _ = reply.send(result);
+            }
+            Ok(Job::Batch { batch, reply }) => {
+                if let Err(Ended::Killed) = applier.batch(*batch, &reply) {
+                    return;
+                }
+            }
+            Ok(Job::Failover { reply }) => {
+                let _ = reply.send(failover::run(&replica, &mut applier.tree));
+                return;
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                if let Err(error) = applier.cover() {
+                    applier.stall(&error);
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+impl Applier {
+    fn new(replica: Arc<Replica>) -> Result<Self, StoreError> {
+        let standing = replica.store.standing()?;
+        let tree = Tree::new(replica.area.clone(), replica.abilities.handles);
+        Ok(Self { replica, tree, standing, uncovered: false, needed: Vec::new(), doubt: false })
+    }
+
+    // ------------------------------------------------------------ redo
+
+    /// Brings the replica to the state of the last logged batch. Tries until it
+    /// works, since nothing else may happen before.
+    fn redo(&mut self) -> Result<(), Ended> {
+        loop {
+            match self.redo_once() {
+                Ok(()) => {
+                    self.replica.shared().stalled = None;
+                    return Ok(());
+                }
+                Err(error) => self.wait_after(&error)?,
+            }
+        }
+    }
+
+    fn redo_once(&mut self) -> Result<(), SealError> {
+        let mut steps = Vec::new();
+        self.replica.store.each_logged(|_, part| steps.extend(part))?;
+        if !steps.is_empty() {
+            tracing::info!(steps = steps.len(), "redoing the last batch");
+            self.run_steps(&steps)?;
+            self.uncovered = true;
+        }
+        self.doubt = false;
+        self.applied()?;
+        Ok(())
+    }
+
+    fn run_steps(&mut self, steps: &[Step]) -> Result<(), SealError> {
+        let mut findings = Vec::new();
+        self.tree.learn(steps);
+        let result = execute::run(&mut self.tree, steps, &mut findings);
+        // Closed here, so that what was removed is freed.
+        self.tree.learn(&[]);
+        self.note_findings(&findings)?;
+        Ok(result?)
+    }
+
+    fn note_findings(&mut self, findings: &[Finding]) -> Result<(), SealError> {
+        let mut items = Vec::new();
+        for finding in findings {
+            let error = match finding {
+                Finding::SetAside { object, from, to } => {
+                    items.push(SetAsideItem {
+                        file: to.name.to_string(),
+                        object: object.to_string(),
+                        path: None,
+                        reason: format!("stood unexpectedly under the name {}", from.name),
+                    });
+                    format!("{} was not expected in the replica and is in lost+found", from.name)
+                }
+                Finding::Lost { object, expected } => {
+                    format!("object {object} is missing in the replica, expected as {}", expected.name)
+                }
+            };
+            tracing::error!(error, "the replica was changed by somebody else");
+            self.note(error);
+        }
+        if !items.is_empty() {
+            self.replica.store.note_set_aside(&items)?;
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, error: String) {
+        self.standing.last_error = Some(TimedError { time: Timestamp::now(), error });
+    }
+
+    // --------------------------------------------------------- waiting
+
+    fn stall(&mut self, error: &SealError) {
+        tracing::warn!(%error, "the replica cannot take changes");
+        self.note(error.to_string());
+        let mut shared = self.replica.shared();
+        shared.stalled = Some(error.to_string());
+        shared.standing.last_error.clone_from(&self.standing.last_error);
+    }
+
+    /// Says why nothing moves, and waits before the next attempt.
+    fn wait_after(&mut self, error: &SealError) -> Result<(), Ended> {
+        self.stall(error);
+        let until = Instant::now() + RETRY;
+        while Instant::now() < until {
+            if self.replica.is_ending() {
+                return Err(Ended::Killed);
+            }
+            if self.replica.failing_over.load(Ordering::Acquire) {
+                return Err(Ended::FailingOver);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    // --------------------------------------------------------- sessions
+
+    fn begin_session(&mut self, hello: &SourceHello) -> Result<Standing, ReplicaError> {
+        let replica = self.replica.clone();
+        self.cover().map_err(|error| match error {
+            SealError::Store(error) => ReplicaError::Store(error),
+            SealError::Area(error) => ReplicaError::Area(error),
+            SealError::Sync(errno) => AreaError::system("sync", ".")(errno).into(),
+            SealError::Breach(what) => AreaError::system("apply", what)(Errno::IO).into(),
+            SealError::Killed => AreaError::system("apply", "")(Errno::CANCELED).into(),
+        })?;
+        // Of the session before; kept until now for a failover in between.
+        wipe_staging(&replica.area)?;
+        replica.shared().staged_bytes = 0;
+        if let Some(reason) = mismatch(&self.standing, hello) {
+            tracing::warn!(reason, "source and destination do not fit together: reconciling");
+            renounce(&replica.area, &replica.store, &mut self.standing, reason)?;
+        }
+        if self.standing.source_incarnation != Some(hello.incarnation) {
+            self.standing.source_incarnation = Some(hello.incarnation);
+            replica.store.set_standing(&self.standing)?;
+        }
+        self.publish();
+        Ok(self.standing.clone())
+    }
+
+    /// What others may know.
+    fn publish(&mut self) {
+        let part = std::mem::take(&mut self.tree.shortfalls);
+        let mut shared = self.replica.shared();
+        // Stagers add to the shared shortfalls, the applier to its own.
+        attributes::merge(&mut shared.standing.shortfalls, part);
+        self.standing.shortfalls = shared.standing.shortfalls.clone();
+        self.standing.clock_offset = shared.standing.clock_offset;
+        shared.standing = self.standing.clone();
+        shared.durable = self.standing.committed;
+        self.replica.applied.store(self.standing.applied.0, Ordering::Release);
+    }
+
+    /// Lets a later sync cover what was applied, and forgets the record.
+    fn cover(&mut self) -> Result<(), SealError> {
+        if self.doubt {
+            self.redo_once()?;
+        }
+        if !self.uncovered {
+            return Ok(());
+        }
+        self.sync()?;
+        self.replica.store.forget(self.standing.applied)?;
+        self.covered();
+        Ok(())
+    }
+
+    fn covered(&mut self) {
+        Stager::discard(&self.replica.area, &std::mem::take(&mut self.needed));
+        self.uncovered = false;
+    }
+
+    fn sync(&mut self) -> Result<(), SealError> {
+        let start = Instant::now();
+        let result = place::sync_file_system(self.replica.protection.root());
+        metrics::histogram!("replicator_destination_sync_seconds").record(start.elapsed());
+        result.map_err(|error| {
+            self.doubt = true;
+            SealError::Sync(error)
+        })
+    }
+
+    // ---------------------------------------------------------- batches
+
+    fn batch(
+        &mut self,
+        batch: WholeBatch,
+        reply: &mpsc::UnboundedSender<Progress>,
+    ) -> Result<(), Ended> {
+        let id = batch.batch;
+        let bytes: u64 = batch.content.values().map(staged_bytes).sum();
+        Stager::discard(&self.replica.area, &batch.superseded);
+        let steps = loop {
+            match self.seal(&batch) {
+                Ok(steps) => break steps,
+                Err(SealError::Killed) => return Err(Ended::Killed),
+                Err(SealError::Breach(reason)) => {
+                    let _ = reply.send(Progress::Breach(reason));
+                    return Ok(());
+                }
+                // Retrying the sync would succeed and prove nothing: the error
+                // is told once. The batch has to come again.
+                Err(error @ SealError::Sync(_)) => {
+                    self.stall(&error);
+                    let _ = reply.send(Progress::Unable(error.to_string()));
+                    return Ok(());
+                }
+                Err(error) => self.wait_after(&error)?,
+            }
+        };
+        self.replica.shared().durable = self.standing.committed;
+        let _ = reply.send(Progress::Durable(id));
+        if self.replica.dies_at(Point::Committed) {
+            return Err(Ended::Killed);
+        }
+        let start = Instant::now();
+        while let Err(error) = self.run_steps(&steps) {
+            self.wait_after(&error)?;
+        }
+        metrics::histogram!("replicator_destination_apply_seconds").record(start.elapsed());
+        metrics::counter!("replicator_destination_steps_total").increment(steps.len() as u64);
+        if self.replica.dies_at(Point::Applied) {
+            return Err(Ended::Killed);
+        }
+        while let Err(error) = self.applied() {
+            self.wait_after(&error)?;
+        }
+        {
+            let mut shared = self.replica.shared();
+            shared.stalled = None;
+            shared.staged_bytes = shared.staged_bytes.saturating_sub(bytes);
+        }
+        let _ = reply.send(Progress::Applied(id));
+        Ok(())
+    }
+
+    /// The batch is visible.
+    ///
+    /// Durability: none. If this is lost, the steps are redone, to no effect.
+    fn applied(&mut self) -> Result<(), SealError> {
+        if self.standing.applied != self.standing.committed {
+            self.standing.applied = self.standing.committed;
+            self.replica.store.note_standing(&self.standing)?;
+        }
+        self.publish();
+        Ok(())
+    }
+
+    /// Makes a batch durable; returns the steps to run.
+    fn seal(&mut self, batch: &WholeBatch) -> Result<Vec<Step>, SealError> {
+        let start = Instant::now();
+        let next = advance(&self.standing, batch.batch, &batch.header);
+        if batch.ops.is_empty() {
+            // A heartbeat: nothing is staged, so nothing needs a sync. The
+            // watermark is promised to others and must not be lost, hence the
+            // durable write.
+            self.replica.store.set_standing(&next)?;
+            self.standing = next;
+            return Ok(Vec::new());
+        }
+        let staged = self.stage_rest(batch)?;
+        let planned = self.plan(batch, &staged)?;
+        let steps = self.steps(batch, &planned)?;
+        if self.replica.dies_at(Point::Staged) {
+            return Err(SealError::Killed);
+        }
+        if self.doubt {
+            self.redo_once()?;
+        }
+        self.sync()?;
+        if self.replica.dies_at(Point::Synced) {
+            return Err(SealError::Killed);
+        }
+        let set_aside = self.set_aside_items(&planned);
+        let mut standing = next;
+        let commit = Commit {
+            steps: &steps,
+            rows: &planned.rows,
+            set_aside: &set_aside,
+            // The sync above covered everything applied before it.
+            covered: self.standing.applied,
+        };
+        self.replica.store.commit(&mut standing, &commit)?;
+        self.standing = standing;
+        self.covered();
+        self.uncovered = true;
+        self.needed = steps.iter().flat_map(needed_by).collect();
+        metrics::histogram!("replicator_destination_seal_seconds").record(start.elapsed());
+        metrics::counter!("replicator_destination_batches_committed_total").increment(1);
+        Ok(steps)
+    }
+
+    fn plan(&self, batch: &WholeBatch, staged: &Staged) -> Result<Planned, SealError> {
+        let area = &self.replica.area;
+        let planned = plan::plan(
+            &*self.replica.store,
+            batch.batch,
+            batch.ops.clone(),
+            staged,
+            area.hidden_name(),
+            area.root_handle(),
+        );
+        planned.map_err(|error| match error {
+            PlanError::Violation(violation) => SealError::Breach(violation.to_string()),
+            PlanError::Objects(error) => error.into(),
+        })
+    }
+
+    /// The plan's steps, completed by what only the replica knows: times to be
+    /// kept, and places for an applier that goes by path.
+    fn steps(&mut self, batch: &WholeBatch, planned: &Planned) -> Result<Vec<Step>, SealError> {
+        let mut steps = Vec::new();
+        if !self.replica.abilities.handles {
+            self.hints(&batch.ops, &mut steps)?;
+        }
+        steps.extend(planned.steps.iter().cloned());
+        self.tree.learn(&steps);
+        for object in &planned.touched {
+            if let Some(fd) = self.tree.open(object, OFlags::PATH)? {
+                let stat = stat::of_fd(&fd).map_err(AreaError::system("stat", object))?;
+                steps.push(Step::Mtime { object: object.clone(), mtime: stat.mtime });
+            }
+        }
+        Ok(steps)
+    }
+
+    fn hints(&self, ops: &[Op], steps: &mut Vec<Step>) -> Result<(), SealError> {
+        let store = &*self.replica.store;
+        let mut seen = HashSet::new();
+        for op in ops {
+            let objects: [Option<&ObjectId>; 3] = match op {
+                Op::Entry { directory, old, new, .. } => {
+                    [Some(directory), old.as_ref(), new.as_ref()]
+                }
+                Op::Put { object, .. }
+                | Op::Drop { object }
+                | Op::Orphan { object }
+                | Op::SetAside { object } => [Some(object), None, None],
+                Op::Adopt { object, handle, directory, name, .. } => {
+                    if let Some(parent) = store.get(directory)?.and_then(|known| known.handle) {
+                        let at = Place { within: Within::Replica(parent), name: name.clone() };
+                        steps.push(Step::Hint { object: handle.clone(), at });
+                    }
+                    [Some(object), Some(directory), None]
+                }
+                Op::Root { .. } => [None, None, None],
+            };
+            for object in objects.into_iter().flatten() {
+                let mut at = object.clone();
+                while seen.insert(at.clone()) {
+                    let Some(known) = store.get(&at)? else { break };
+                    let Some(handle) = known.handle else { break };
+                    let Some(entry) = known.position.entry() else {
+                        let at = Place::orphan(&at);
+                        steps.push(Step::Hint { object: handle, at });
+                        break;
+                    };
+                    let Some(parent) = store.get(&entry.directory)?.and_then(|k| k.handle) else {
+                        break;
+                    };
+                    let within = Within::Replica(parent);
+                    let place = Place { within, name: entry.name.clone() };
+                    steps.push(Step::Hint { object: handle, at: place });
+                    at = entry.directory.clone();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn set_aside_items(&self, planned: &Planned) -> Vec<SetAsideItem> {
+        let item = |(object, name): &(ObjectId, Name)| SetAsideItem {
+            file: name.to_string(),
+            object: object.to_string(),
+            path: path_of(&*self.replica.store, object).ok().flatten().map(|n| join(&n)),
+            reason: "the replica had it and the source does not".to_owned(),
+        };
+        planned.set_aside.iter().map(item).collect()
+    }
+
+    // ---------------------------------------------------------- staging
+
+    /// Stages what needs no content from a data stream.
+    fn stage_rest(&mut self, batch: &WholeBatch) -> Result<Staged, SealError> {
+        let mut staged = Staged::new();
+        for (number, op) in batch.ops.iter().enumerate() {
+            let Op::Put { object, state, content, new, .. } = op else { continue };
+            if let Some(arrived) = batch.content.get(object) {
+                staged.insert(object.clone(), arrival(arrived, *new)?);
+                continue;
+            }
+            let made = match content {
+                ContentSource::Symlink { target } => Some(target.as_slice()),
+                ContentSource::Unchanged if *new => None,
+                _ => continue,
+            };
+            let name = format!("d{}.{number}", batch.batch);
+            let name = Name::new(name.as_bytes()).map_err(|e| SealError::Breach(e.to_string()))?;
+            let arrival = self.make(object, state, made, &name)?;
+            staged.insert(object.clone(), arrival);
+        }
+        Ok(staged)
+    }
+
+    fn make(
+        &mut self,
+        object: &ObjectId,
+        state: &replicator_common::object::ObjectState,
+        target: Option<&[u8]>,
+        name: &Name,
+    ) -> Result<Arrival, SealError> {
+        let area = self.replica.area.clone();
+        let directory = area.staging(crate::replica::APPLIER_SHARD);
+        // Of an attempt before this one.
+        crate::area::remove_tree(directory, name)?;
+        let made = match (state.kind, target) {
+            (Kind::Directory, None) => place::make_directory(directory, name),
+            (Kind::Symlink, Some(target)) if valid_target(target) => {
+                place::make_symlink(target, directory, name)
+            }
+            (Kind::BlockDevice | Kind::CharDevice, None) => {
+                match place::make_device(directory, name, state.kind, state.rdev) {
+                    Err(error @ (Errno::PERM | Errno::ACCESS | Errno::NOTSUP | Errno::INVAL)) => {
+                        let shortfalls = &mut self.tree.shortfalls;
+                        shortfalls.devices += 1;
+                        let what = format!("device: {error}");
+                        attributes::example(&mut shortfalls.examples, object.to_string(), what);
+                        return Ok(Arrival::Absent);
+                    }
+                    made => made,
+                }
+            }
+            (Kind::File, None) if state.size == 0 => place::create_file(directory, name).map(drop),
+            _ => {
+                let what = format!("object {object}: content and kind do not fit together");
+                return Err(SealError::Breach(what));
+            }
+        };
+        made.map_err(AreaError::system("create", name))?;
+        let fd = place::open_path(directory, name).map_err(AreaError::system("open", name))?;
+        let found = handle::identify(fd.as_fd()).map_err(AreaError::system("identify", name))?;
+        let place = Place { within: applier_staging(), name: name.clone() };
+        // A directory gets its attributes last: names are still put into it.
+        let state = if state.kind == Kind::Directory {
+            None
+        } else {
+            let shortfalls = &mut self.tree.shortfalls;
+            attributes::apply(fd.as_fd(), state, shortfalls, &|| object.to_string())
+                .map_err(AreaError::system("set attributes of", name))?;
+            Some(state.clone())
+        };
+        Ok(Arrival::Whole { place, handle: found, state })
+    }
+}
+
+fn valid_target(target: &[u8]) -> bool {
+    (1..=4095).contains(&target.len()) && !target.contains(&0)
+}
+
+fn arrival(staged: &StagedTransfer, new: bool) -> Result<Arrival, SealError> {
+    match staged {
+        StagedTransfer::Whole(file) => Ok(Arrival::Whole {
+            place: file.place.clone(),
+            handle: file.handle.clone(),
+            state: Some(file.state.clone()),
+        }),
+        StagedTransfer::Patch { .. } if new => {
+            Err(SealError::Breach("a new object cannot be patched".to_owned()))
+        }
+        StagedTransfer::Patch { literals, list, .. } => {
+            Ok(Arrival::Patch { literals: literals.clone(), list: list.clone() })
+        }
+    }
+}
+
+fn staged_bytes(staged: &StagedTransfer) -> u64 {
+    match staged {
+        StagedTransfer::Whole(file) => file.bytes,
+        StagedTransfer::Patch { bytes, .. } => *bytes,
+    }
+}
+
+/// Staged files that a step reads.
+pub fn needed_by(step: &Step) -> Vec<Place> {
+    match step {
+        Step::Rewrite { from, .. } => vec![from.clone()],
+        Step::Patch { literals, list, .. } => vec![literals.clone(), list.clone()],
+        _ => Vec::new(),
+    }
+}
+
+/// Names as a path relative to the replica.
+pub fn join(names: &[Name]) -> String {
+    names.iter().map(ToString::to_string).collect::<Vec<_>>().join("/")
+}
+
+/// The standing after a batch. Watermarks never move back, whatever the source
+/// says.
+fn advance(standing: &Standing, batch: BatchId, header: &BatchHeader) -> Standing {
+    let mut next = standing.clone();
+    next.committed = batch;
+    next.watermark = standing.watermark.max(header.watermark);
+    next.last_consistent = standing.last_consistent.max(header.exact);
+    next.complete |= header.complete;
+    // Not before: a source that restarts in between has to ask again.
+    next.reconcile &= !header.complete;
+    next.batches.0 += 1;
+    next.batches.1 += u64::from(header.exact.is_some());
+    next.bytes.0 = next.bytes.0.saturating_add(header.bytes_changed);
+    next.bytes.1 = next.bytes.1.saturating_add(header.bytes_shipped);
+    next
+}
+
+/// Why source and destination are not of one history (trap 14), if so.
+fn mismatch(standing: &Standing, hello: &SourceHello) -> Option<&'static str> {
+    let fresh = standing.committed == BatchId(0)
+        && standing.source_incarnation.is_none_or(|known| known == hello.incarnation);
+    if fresh && hello.acknowledged == BatchId(0) {
+        return None;
+    }
+    if standing.source_incarnation != Some(hello.incarnation) {
+        return Some("the source's state is not the one that was replicated from");
+    }
+    if hello.destination_incarnation.is_some_and(|known| known != standing.incarnation) {
+        return Some("the source knows another life of this destination");
+    }
+    let settled =
+        standing.committed == hello.acknowledged || Some(standing.committed) == hello.pending;
+    (!settled).then_some("source and destination disagree on the last batch")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use replicator_common::id::Incarnation;
+
+    fn hello(acknowledged: u64, pending: Option<u64>) -> SourceHello {
+        SourceHello {
+            source: replicator_common::id::FileSystemId::random(),
+            incarnation: Incarnation([1; 16]),
+            destination_incarnation: Some(Incarnation([2; 16])),
+            acknowledged: BatchId(acknowledged),
+            pending: pending.map(BatchId),
+            time: Timestamp(0),
+        }
+    }
+
+    #[test]
+    fn trap_14_a_side_that_went_back_is_noticed() {
+        let mut standing = Standing::new(Incarnation([2; 16]), false);
+        assert_eq!(mismatch(&standing, &hello(0, None)), None);
+        assert!(mismatch(&standing, &hello(3, None)).is_some(), "destination wiped");
+        standing.source_incarnation = Some(Incarnation([1; 16]));
+        standing.committed = BatchId(3);
+        assert_eq!(mismatch(&standing, &hello(3, None)), None);
+        assert_eq!(mismatch(&standing, &hello(2, Some(3))), None);
+        assert_eq!(mismatch(&standing, &hello(3, Some(4))), None);
+        assert!(mismatch(&standing, &hello(2, None)).is_some(), "source rolled back");
+        assert!(mismatch(&standing, &hello(5, None)).is_some(), "destination rolled back");
+        let other = SourceHello { incarnation: Incarnation([9; 16]), ..hello(3, None) };
+        assert!(mismatch(&standing, &other).is_some(), "another source");
+    }
+
+    #[test]
+    fn watermarks_never_move_back() {
+        let mut standing = Standing::new(Incarnation([2; 16]), false);
+        standing.watermark = Timestamp(100);
+        standing.last_consistent = Some(Timestamp(90));
+        let header = BatchHeader {
+            seq: replicator_common::id::Seq(1),
+            watermark: Timestamp(50),
+            exact: None,
+            packed: 0,
+            ops: 0,
+            complete: false,
+            bytes_changed: 0,
+            bytes_shipped: 0,
+        };
+        let next = advance(&standing, BatchId(1), &header);
+        assert_eq!((next.watermark, next.last_consistent), (Timestamp(100), Some(Timestamp(90))));
+    }
+}

@@ -1,0 +1,127 @@
+//! Setting attributes, exactly: nothing that the state does not have stays.
+//!
+//! What the replica cannot hold (no right to chown, no xattrs) is counted in
+//! [`Shortfalls`] and shown; it never fails a batch, and never passes silently.
+
+use std::os::fd::BorrowedFd;
+
+use replicator_common::object::{Kind, ObjectState};
+use replicator_common::status::{PathError, Shortfalls};
+use replicator_common::sys::{place, stat, xattr};
+use rustix::io::Errno;
+
+/// The most examples kept.
+const EXAMPLES_MAX: usize = 100;
+
+/// Attributes that the kernel or its security modules keep by themselves:
+/// never removed from the replica (setting them is tried).
+const KERNEL_OWNED: [&[u8]; 4] =
+    [b"security.selinux", b"security.ima", b"security.evm", b"security.apparmor"];
+
+/// Whether an error says that the replica cannot hold something, rather than
+/// that it cannot be reached now.
+fn is_shortfall(error: Errno) -> bool {
+    matches!(
+        error,
+        Errno::PERM
+            | Errno::ACCESS
+            | Errno::NOTSUP
+            | Errno::INVAL
+            | Errno::TOOBIG
+            | Errno::RANGE
+            | Errno::NOSYS
+    )
+}
+
+/// Brings owner, xattrs, mode and time of an object (any descriptor of it,
+/// `O_PATH` included) to those of `state`. `name` is for the examples.
+///
+/// Order: owner first, since chown clears setuid and capabilities; then xattrs,
+/// since an inherited default ACL changes what mode bits mean; then mode; the
+/// time last, since nothing may come after it.
+pub fn apply(
+    fd: BorrowedFd<'_>,
+    state: &ObjectState,
+    shortfalls: &mut Shortfalls,
+    name: &dyn Fn() -> String,
+) -> Result<(), Errno> {
+    let wanted = &state.attributes;
+    let now = stat::of_fd(fd)?;
+    if (now.uid, now.gid) != (wanted.uid, wanted.gid) {
+        let result = place::set_owner(fd, wanted.uid, wanted.gid);
+        note(result, &mut shortfalls.ownership, &mut shortfalls.examples, "owner", name)?;
+    }
+    set_xattrs(fd, state, shortfalls, name)?;
+    if state.kind != Kind::Symlink {
+        // Read again: chown and ACLs may have changed it.
+        let result = if stat::of_fd(fd)?.mode == wanted.mode {
+            Ok(())
+        } else {
+            place::set_mode(fd, wanted.mode)
+        };
+        note(result, &mut shortfalls.mode, &mut shortfalls.examples, "mode", name)?;
+    }
+    let result = place::set_mtime(fd, wanted.mtime);
+    note(result, &mut shortfalls.times, &mut shortfalls.examples, "time", name)
+}
+
+fn set_xattrs(
+    fd: BorrowedFd<'_>,
+    state: &ObjectState,
+    shortfalls: &mut Shortfalls,
+    name: &dyn Fn() -> String,
+) -> Result<(), Errno> {
+    let wanted = &state.attributes.xattrs;
+    let present = xattr::read(fd)?;
+    let mut failure = None;
+    for old in &present {
+        let stays = wanted.iter().any(|new| new.name == old.name);
+        if !stays && !KERNEL_OWNED.contains(&old.name.as_slice()) {
+            failure = xattr::remove(fd, &old.name).err().or(failure);
+        }
+    }
+    for new in wanted {
+        if !present.contains(new) {
+            failure = xattr::set(fd, new).err().or(failure);
+        }
+    }
+    let result = failure.map_or(Ok(()), Err);
+    note(result, &mut shortfalls.xattrs, &mut shortfalls.examples, "xattrs", name)
+}
+
+fn note(
+    result: Result<(), Errno>,
+    count: &mut u64,
+    examples: &mut Vec<PathError>,
+    what: &str,
+    name: &dyn Fn() -> String,
+) -> Result<(), Errno> {
+    match result {
+        Err(error) if is_shortfall(error) => {
+            *count += 1;
+            example(examples, name(), format!("{what}: {error}"));
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+/// Keeps an example, the newest last.
+pub fn example(examples: &mut Vec<PathError>, path: String, error: String) {
+    if examples.len() >= EXAMPLES_MAX {
+        examples.remove(0);
+    }
+    examples.push(PathError { path, error });
+}
+
+/// Adds what one piece of work could not do to the total.
+pub fn merge(total: &mut Shortfalls, part: Shortfalls) {
+    total.ownership += part.ownership;
+    total.mode += part.mode;
+    total.xattrs += part.xattrs;
+    total.devices += part.devices;
+    total.times += part.times;
+    for item in part.examples {
+        example(&mut total.examples, item.path, item.error);
+    }
+}

@@ -1,0 +1,82 @@
+//! Opening an object of the replica between batches.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use replicator_common::id::ObjectId;
+use replicator_common::sys::{handle, place};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+use crate::apply::Place;
+use crate::area::{Area, AreaError};
+use crate::objects::{Known, Objects, Position, path_of};
+
+/// Opens objects by handle, or by the path that the map knows.
+#[derive(Clone)]
+pub struct Locator {
+    area: Arc<Area>,
+    by_handle: bool,
+}
+
+impl Locator {
+    /// Over a replica.
+    pub fn new(area: Arc<Area>, by_handle: bool) -> Self {
+        Self { area, by_handle }
+    }
+
+    /// Opens an object; `None` when it is not where it is known to be.
+    pub fn open<O, E>(
+        &self,
+        objects: &O,
+        object: &ObjectId,
+        known: &Known,
+        flags: OFlags,
+    ) -> Result<Option<OwnedFd>, E>
+    where
+        O: Objects<Error: Into<E>>,
+        E: From<AreaError>,
+    {
+        let Some(wanted) = &known.handle else { return Ok(None) };
+        let opened = if self.by_handle {
+            handle::open(self.area.root(), wanted, flags | OFlags::NONBLOCK)
+        } else {
+            match self.walk(objects, object, known).map_err(Into::into)? {
+                Ok(fd) if handle::identify(fd.as_fd()).as_ref() == Ok(wanted) => {
+                    if flags.contains(OFlags::PATH) { Ok(fd) } else { place::reopen(fd.as_fd(), flags) }
+                }
+                Ok(_) => Err(Errno::STALE),
+                Err(error) => Err(error),
+            }
+        };
+        match opened {
+            Ok(fd) => Ok(Some(fd)),
+            Err(Errno::NOENT | Errno::STALE | Errno::NOTDIR) => Ok(None),
+            Err(error) => Err(AreaError::system("open object", object)(error).into()),
+        }
+    }
+
+    /// Goes down from the root (or into the orphan area), name by name.
+    fn walk<O: Objects>(
+        &self,
+        objects: &O,
+        object: &ObjectId,
+        known: &Known,
+    ) -> Result<Result<OwnedFd, Errno>, O::Error> {
+        if let Position::Orphan { .. } = known.position {
+            return Ok(place::open_path(self.area.orphans(), &Place::orphan(object).name));
+        }
+        let Some(names) = path_of(objects, object)? else { return Ok(Err(Errno::NOENT)) };
+        let mut at = match self.area.root().try_clone_to_owned() {
+            Ok(root) => root,
+            Err(error) => return Ok(Err(Errno::from_io_error(&error).unwrap_or(Errno::IO))),
+        };
+        for name in names {
+            match place::open_path(at.as_fd(), &name) {
+                Ok(next) => at = next,
+                Err(error) => return Ok(Err(error)),
+            }
+        }
+        Ok(Ok(at))
+    }
+}

@@ -1,0 +1,654 @@
+//! A session: the asynchronous shell around [`Session`].
+//!
+//! Control frames are read here; each data stream is read by a task of its own
+//! and staged by an owned thread behind a bounded channel, so that a slow disk
+//! holds back QUIC's windows and not our memory. What is whole goes to the
+//! applier.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crossbeam_channel::Sender;
+use quinn::{Connection, RecvStream, SendStream};
+use replicator_common::id::{BatchId, ObjectId, TransferId};
+use replicator_common::name::Name;
+use replicator_common::net::frame::{FrameError, FrameReader, FrameWriter, decode_frame};
+use replicator_common::status::DesiredState;
+use replicator_common::sys::place;
+use replicator_common::time::Timestamp;
+use replicator_common::wire::{
+    BatchHeader, DataFrame, DestinationHello, DestinationMessage, Op, Refusal, SourceHello,
+    SourceMessage,
+};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::applier::{Job, Progress};
+use crate::apply::Place;
+use crate::attributes;
+use crate::reconcile;
+use crate::replica::{APPLIER_SHARD, Replica};
+use crate::session::{Breach, Session, StagedFile, StagedTransfer};
+use crate::stage::{StageError, Stager};
+use crate::store::Standing;
+
+/// Between reports of the destination.
+const REPORT: Duration = Duration::from_millis(500);
+/// How long a source may take to say hello, and the applier to be ready.
+const HELLO: Duration = Duration::from_secs(10);
+/// How long the applier may take to settle a session before the source is told
+/// to come back.
+const BEGIN: Duration = Duration::from_secs(60);
+/// Encoded frames (of at most 4 MiB) that wait for a stager.
+const FRAMES_WAITING: usize = 2;
+/// Staging results that wait for the session.
+const EVENTS_WAITING: usize = 256;
+/// Between attempts to stage while the disk is full.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The connection or a stream broke.
+    #[error("connection: {0}")]
+    Connection(#[from] quinn::ConnectionError),
+    /// A frame could not be read or written.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// The destination refused, and has told the source.
+    #[error("refused: {0}")]
+    Refused(Refusal),
+    /// The source went away without a word.
+    #[error("the source closed the session")]
+    Closed,
+    /// The applier does not answer.
+    #[error("the applier has ended")]
+    NoApplier,
+    /// The source said nothing in time.
+    #[error("the source did not introduce itself")]
+    Silent,
+}
+
+impl From<Breach> for SessionError {
+    fn from(breach: Breach) -> Self {
+        Self::Refused(Refusal::Protocol(breach.to_string()))
+    }
+}
+
+/// What the stagers tell the session.
+enum Event {
+    Packed { batch: BatchId, object: ObjectId, version: u32, file: Box<StagedFile> },
+    Transferred { transfer: TransferId, object: ObjectId, staged: Box<StagedTransfer> },
+    Aborted { transfer: TransferId },
+    Refused { transfer: TransferId, reason: String },
+    Failed(SessionError),
+}
+
+/// What a session needs of the service.
+pub struct SessionContext {
+    /// The replica.
+    pub replica: Arc<Replica>,
+    /// Its applier.
+    pub jobs: Sender<Job>,
+    /// Asks the service to fail over; the answer is what is told to the source.
+    pub fail_over: Arc<dyn Fn() -> Option<DestinationMessage> + Send + Sync>,
+    /// What the service wants to be the session's last word.
+    pub last_word: mpsc::UnboundedReceiver<DestinationMessage>,
+}
+
+struct Shell {
+    context: SessionContext,
+    connection: Connection,
+    session: Session,
+    writer: FrameWriter<SendStream>,
+    progress: mpsc::UnboundedSender<Progress>,
+    /// Parts of plans written for a failover, see [`keep_plan`].
+    plan_parts: u64,
+}
+
+/// Runs a session to its end. The connection is closed by then.
+pub async fn run(connection: Connection, context: SessionContext) -> SessionError {
+    let replica = context.replica.clone();
+    let error = match session(connection.clone(), context).await {
+        Ok(()) => SessionError::Closed,
+        Err(error) => error,
+    };
+    let code = match &error {
+        SessionError::Refused(Refusal::Protocol(_)) => {
+            replicator_common::net::quic::CLOSE_PROTOCOL
+        }
+        _ => replicator_common::net::quic::CLOSE_DONE,
+    };
+    connection.close(code, error.to_string().as_bytes());
+    let mut shared = replica.shared();
+    shared.link.connected = false;
+    shared.link.since = Timestamp::now();
+    shared.link.round_trip_micros = None;
+    shared.link.last_error = Some(error.to_string());
+    error
+}
+
+async fn session(connection: Connection, context: SessionContext) -> Result<(), SessionError> {
+    let (send, receive) = tokio::time::timeout(HELLO, connection.accept_bi())
+        .await
+        .map_err(|_| SessionError::Silent)??;
+    let mut reader = FrameReader::new(receive);
+    let mut writer = FrameWriter::new(send);
+    let first = tokio::time::timeout(HELLO, reader.read()).await.map_err(|_| SessionError::Silent)?;
+    let hello = match first? {
+        Some(SourceMessage::Hello(hello)) => hello,
+        Some(_) => {
+            let refusal = Refusal::Protocol("the first message is not a hello".to_owned());
+            return refuse(&mut writer, refusal).await;
+        }
+        None => return Err(SessionError::Closed),
+    };
+    if hello.source != context.replica.config.source {
+        let refusal = Refusal::NoConfiguration { source_id: hello.source };
+        return refuse(&mut writer, refusal).await;
+    }
+    let standing = match begin(&context, &hello).await? {
+        Ok(standing) => standing,
+        Err(refusal) => return refuse(&mut writer, refusal).await,
+    };
+    tracing::info!(
+        source = %hello.source,
+        peer = %connection.remote_address(),
+        committed = %standing.committed,
+        reconcile = standing.reconcile,
+        "session begins"
+    );
+    greet(&mut writer, &context.replica, &connection, &hello, &standing).await?;
+    let (progress, progressed) = mpsc::unbounded_channel();
+    let session = Session::new(standing.committed);
+    let mut shell = Shell { context, connection, session, writer, progress, plan_parts: 0 };
+    let result = shell.serve(reader, progressed).await;
+    if let Err(SessionError::Refused(refusal)) = &result {
+        // A courtesy: the session ends either way.
+        let message = DestinationMessage::Refused(refusal.clone());
+        let _ = shell.writer.write(&message).await;
+        let _ = shell.writer.get_mut().finish();
+        let _ = tokio::time::timeout(RETRY, shell.writer.get_mut().stopped()).await;
+    }
+    result
+}
+
+async fn refuse(
+    writer: &mut FrameWriter<SendStream>,
+    refusal: Refusal,
+) -> Result<(), SessionError> {
+    writer.write(&DestinationMessage::Refused(refusal.clone())).await?;
+    let _ = writer.get_mut().finish();
+    let _ = tokio::time::timeout(RETRY, writer.get_mut().stopped()).await;
+    Err(SessionError::Refused(refusal))
+}
+
+async fn begin(
+    context: &SessionContext,
+    hello: &SourceHello,
+) -> Result<Result<Standing, Refusal>, SessionError> {
+    let replica = &context.replica;
+    if replica.shared().desired == DesiredState::Paused {
+        return Ok(Err(Refusal::Unable("paused at the destination".to_owned())));
+    }
+    // Of the session before: they end with its connection.
+    let until = tokio::time::Instant::now() + HELLO;
+    while replica.stagers.load(Ordering::Acquire) > 0 {
+        if tokio::time::Instant::now() > until {
+            let reason = "the session before this one is still being staged".to_owned();
+            return Ok(Err(Refusal::Unable(reason)));
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let (reply, answer) = oneshot::channel();
+    hand_on(&context.jobs, Job::Begin { hello: hello.clone(), reply }).await?;
+    match tokio::time::timeout(BEGIN, answer).await {
+        Ok(Ok(Ok(standing))) => Ok(Ok(standing)),
+        Ok(Ok(Err(reason))) => Ok(Err(Refusal::Unable(reason))),
+        Ok(Err(_)) => Err(SessionError::NoApplier),
+        Err(_) => {
+            let reason = replica.shared().stalled.clone();
+            let reason = reason.unwrap_or_else(|| "the last batch is still being applied".to_owned());
+            Ok(Err(Refusal::Unable(reason)))
+        }
+    }
+}
+
+/// Gives a job to the applier without blocking the runtime.
+async fn hand_on(jobs: &Sender<Job>, job: Job) -> Result<(), SessionError> {
+    let jobs = jobs.clone();
+    match tokio::task::spawn_blocking(move || jobs.send(job)).await {
+        Ok(Ok(())) => Ok(()),
+        _ => Err(SessionError::NoApplier),
+    }
+}
+
+async fn greet(
+    writer: &mut FrameWriter<SendStream>,
+    replica: &Replica,
+    connection: &Connection,
+    hello: &SourceHello,
+    standing: &Standing,
+) -> Result<(), SessionError> {
+    {
+        let mut shared = replica.shared();
+        shared.link.connected = true;
+        shared.link.since = Timestamp::now();
+        shared.link.peer = connection.remote_address().to_string();
+        shared.link.last_error = None;
+    }
+    note_clock(replica, connection, hello.time);
+    let message = DestinationMessage::Hello(DestinationHello {
+        destination: replica.config.destination.clone(),
+        incarnation: standing.incarnation,
+        committed: standing.committed,
+        watermark: standing.watermark,
+        reconcile: standing.reconcile,
+        time: Timestamp::now(),
+        echo: hello.time,
+        abilities: replica.abilities.clone(),
+    });
+    writer.write(&message).await?;
+    Ok(())
+}
+
+/// Estimates by how much our clock is ahead of the source's: what it said was
+/// on its way for half a round trip.
+fn note_clock(replica: &Replica, connection: &Connection, sent: Timestamp) {
+    let round_trip = connection.rtt();
+    let half = i64::try_from(round_trip.as_nanos() / 2).unwrap_or(0);
+    let offset = Timestamp::now().0.saturating_sub(sent.0).saturating_sub(half);
+    let mut shared = replica.shared();
+    let smoothed = match shared.standing.clock_offset {
+        // A message that waited in a queue looks like a clock that is further
+        // ahead, never less: small values are trusted at once, larger slowly.
+        Some(old) if offset > old && offset - old < 10_000_000_000 => old + (offset - old) / 16,
+        _ => offset,
+    };
+    shared.standing.clock_offset = Some(smoothed);
+    shared.link.clock_offset_nanos = Some(smoothed);
+    shared.link.round_trip_micros = u64::try_from(round_trip.as_micros()).ok();
+}
+
+impl Shell {
+    async fn serve(
+        &mut self,
+        mut reader: FrameReader<RecvStream>,
+        mut progressed: mpsc::UnboundedReceiver<Progress>,
+    ) -> Result<(), SessionError> {
+        let (events, mut staged) = mpsc::channel(EVENTS_WAITING);
+        let mut report = tokio::time::interval(REPORT);
+        report.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut streams = 0u8;
+        loop {
+            tokio::select! {
+                message = reader.read::<SourceMessage>() => match message? {
+                    Some(message) => self.message(message).await?,
+                    None => return Ok(()),
+                },
+                stream = self.connection.accept_uni() => {
+                    spawn_stager(&self.context.replica, stream?, streams, events.clone());
+                    streams = streams.wrapping_add(1);
+                }
+                Some(event) = staged.recv() => self.event(event).await?,
+                Some(progress) = progressed.recv() => self.progress(progress).await?,
+                Some(message) = self.context.last_word.recv() => {
+                    return self.last_word(message).await;
+                }
+                _ = report.tick() => {
+                    let report = Box::new(self.context.replica.report(Timestamp::now()));
+                    self.writer.write(&DestinationMessage::Report(report)).await?;
+                }
+            }
+        }
+    }
+
+    async fn message(&mut self, message: SourceMessage) -> Result<(), SessionError> {
+        match message {
+            SourceMessage::Hello(_) => {
+                Err(SessionError::Refused(Refusal::Protocol("hello said twice".to_owned())))
+            }
+            SourceMessage::Plan { batch, ops } => {
+                self.keep_plan(batch, &ops).await;
+                Ok(self.session.plan(batch, ops)?)
+            }
+            SourceMessage::Commit { batch, header } => self.commit(batch, header).await,
+            SourceMessage::Abandon { batch } => {
+                let places = self.session.abandon(batch)?;
+                self.discard(&places);
+                Ok(())
+            }
+            SourceMessage::Report(report) => {
+                note_clock(&self.context.replica, &self.connection, report.time);
+                self.context.replica.shared().source = Some(report);
+                Ok(())
+            }
+            SourceMessage::RequestInventory => self.inventory().await,
+            SourceMessage::Delete => {
+                let fail_over = self.context.fail_over.clone();
+                let answer = tokio::task::spawn_blocking(move || fail_over()).await;
+                match answer.ok().flatten() {
+                    Some(message) => self.last_word(message).await,
+                    None => Err(SessionError::Refused(Refusal::Unable("failover failed".to_owned()))),
+                }
+            }
+        }
+    }
+
+    /// Says it, and waits until the source has it.
+    async fn last_word(&mut self, message: DestinationMessage) -> Result<(), SessionError> {
+        self.writer.write(&message).await?;
+        let _ = self.writer.get_mut().finish();
+        let _ = tokio::time::timeout(HELLO, self.writer.get_mut().stopped()).await;
+        Err(SessionError::Closed)
+    }
+
+    async fn commit(&mut self, batch: BatchId, header: BatchHeader) -> Result<(), SessionError> {
+        self.session.commit(batch, header)?;
+        self.hand_on_whole().await
+    }
+
+    async fn hand_on_whole(&mut self) -> Result<(), SessionError> {
+        // Never waits for the applier: reports must go on while it is busy or
+        // stalled. Nobody else fills the queue while the session is open, so
+        // room that is seen is room that stays.
+        while !self.context.jobs.is_full() {
+            let Some(whole) = self.session.next_whole()? else { break };
+            let reply = self.progress.clone();
+            hand_on(&self.context.jobs, Job::Batch { batch: Box::new(whole), reply }).await?;
+        }
+        Ok(())
+    }
+
+    /// Keeps a part of a plan beside what it names, so that a failover after a
+    /// crash can say what the staged files were to become. Not synced: after a
+    /// power loss the staged files may be gone as well. A failure costs words in
+    /// a manifest, not data.
+    async fn keep_plan(&mut self, batch: BatchId, ops: &[Op]) {
+        self.plan_parts += 1;
+        let name = format!("plan.{batch}.{}", self.plan_parts);
+        let area = self.context.replica.area.clone();
+        let Ok(record) = replicator_common::codec::encode_record(ops) else { return };
+        let Ok(name) = Name::new(name.as_bytes()) else { return };
+        let _ = tokio::task::spawn_blocking(move || {
+            let file = place::create_file(area.staging(APPLIER_SHARD), &name)?;
+            place::write_at(&file, &record, 0)
+        })
+        .await;
+    }
+
+    fn discard(&self, places: &[Place]) {
+        Stager::discard(&self.context.replica.area, places);
+    }
+
+    async fn event(&mut self, event: Event) -> Result<(), SessionError> {
+        match event {
+            Event::Packed { batch, object, version, file } => {
+                let late = self.session.packed(batch, object, version, *file)?;
+                self.discard(late.as_slice());
+                self.hand_on_whole().await
+            }
+            Event::Transferred { transfer, object, staged } => {
+                self.session.transferred(transfer, object, *staged)?;
+                self.hand_on_whole().await
+            }
+            Event::Aborted { transfer } => {
+                let places = self.session.aborted(transfer);
+                self.discard(&places);
+                Ok(())
+            }
+            Event::Refused { transfer, reason } => {
+                let message = DestinationMessage::TransferRefused { transfer, reason };
+                self.writer.write(&message).await?;
+                Ok(())
+            }
+            Event::Failed(error) => Err(error),
+        }
+    }
+
+    async fn progress(&mut self, progress: Progress) -> Result<(), SessionError> {
+        let message = match progress {
+            Progress::Durable(batch) => DestinationMessage::Durable { batch },
+            Progress::Applied(batch) => {
+                DestinationMessage::Applied { batch, time: Timestamp::now() }
+            }
+            Progress::Breach(reason) => {
+                self.context.replica.note_error(reason.as_str());
+                return Err(SessionError::Refused(Refusal::Protocol(reason)));
+            }
+            Progress::Unable(reason) => {
+                return Err(SessionError::Refused(Refusal::Unable(reason)));
+            }
+        };
+        self.writer.write(&message).await?;
+        self.hand_on_whole().await
+    }
+
+    async fn inventory(&mut self) -> Result<(), SessionError> {
+        let (frames, mut walked) = mpsc::channel(4);
+        let area = self.context.replica.area.clone();
+        let walk = tokio::task::spawn_blocking(move || {
+            reconcile::walk(&area, &mut |items, last| {
+                frames.blocking_send(DestinationMessage::Inventory { items, last }).is_ok()
+            })
+        });
+        while let Some(message) = walked.recv().await {
+            self.writer.write(&message).await?;
+        }
+        match walk.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(SessionError::Refused(Refusal::Unable(error.to_string()))),
+            Err(_) => Err(SessionError::NoApplier),
+        }
+    }
+}
+
+/// Reads a data stream on a task and stages it on a thread.
+fn spawn_stager(
+    replica: &Arc<Replica>,
+    stream: RecvStream,
+    number: u8,
+    events: mpsc::Sender<Event>,
+) {
+    let (frames, queue) = crossbeam_channel::bounded::<Vec<u8>>(FRAMES_WAITING);
+    let failed = events.clone();
+    tokio::spawn(async move {
+        let mut reader = FrameReader::new(stream);
+        loop {
+            match reader.read_encoded().await {
+                Ok(Some(frame)) => {
+                    let frames = frames.clone();
+                    // Blocks while the disk is slow; that is what stops the
+                    // source, by QUIC's flow control.
+                    let sent = match frames.try_send(frame) {
+                        Ok(()) => true,
+                        Err(crossbeam_channel::TrySendError::Full(frame)) => {
+                            let sending = tokio::task::spawn_blocking(move || frames.send(frame));
+                            matches!(sending.await, Ok(Ok(())))
+                        }
+                        Err(crossbeam_channel::TrySendError::Disconnected(_)) => false,
+                    };
+                    if !sent {
+                        return;
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => {
+                    let _ = failed.send(Event::Failed(error.into())).await;
+                    return;
+                }
+            }
+        }
+    });
+    let replica = replica.clone();
+    // The applier's own staging directory stays its own.
+    let shard = number % APPLIER_SHARD;
+    let at_work = AtWork::new(&replica);
+    let spawned = std::thread::Builder::new().name(format!("stage-{number}")).spawn({
+        let events = events.clone();
+        move || {
+            let _at_work = at_work;
+            stage_all(&replica, shard, &queue, &events);
+        }
+    });
+    if let Err(error) = spawned {
+        tracing::error!(%error, "no thread for a data stream");
+        let refusal = Refusal::Unable(format!("no thread for a data stream: {error}"));
+        let _ = events.try_send(Event::Failed(SessionError::Refused(refusal)));
+    }
+}
+
+/// Counts a stager while it handles a frame.
+struct Busy<'a>(&'a Replica);
+
+impl<'a> Busy<'a> {
+    fn new(replica: &'a Replica) -> Self {
+        replica.busy.fetch_add(1, Ordering::AcqRel);
+        Self(replica)
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.busy.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Counts a stager while it may write to staging.
+struct AtWork(Arc<Replica>);
+
+impl AtWork {
+    fn new(replica: &Arc<Replica>) -> Self {
+        replica.stagers.fetch_add(1, Ordering::AcqRel);
+        Self(replica.clone())
+    }
+}
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        self.0.stagers.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+fn stage_all(
+    replica: &Arc<Replica>,
+    shard: u8,
+    queue: &crossbeam_channel::Receiver<Vec<u8>>,
+    events: &mpsc::Sender<Event>,
+) {
+    let (area, store) = (replica.area.clone(), replica.store.clone());
+    let mut stager = Stager::new(area, store, replica.locator(), replica.applied.clone(), shard);
+    for frame in queue {
+        let _busy = Busy::new(replica);
+        // Looked at after the count is raised: failover sets it, then waits
+        // for the count.
+        if replica.failing_over.load(Ordering::Acquire) {
+            return;
+        }
+        metrics::counter!("replicator_destination_received_bytes_total")
+            .increment(frame.len() as u64);
+        let result = match decode_frame::<DataFrame>(&frame) {
+            Ok(frame) => stage_one(replica, &mut stager, frame, events),
+            Err(error) => Err(SessionError::Frame(error)),
+        };
+        let shortfalls = std::mem::take(&mut stager.shortfalls);
+        attributes::merge(&mut replica.shared().standing.shortfalls, shortfalls);
+        if let Err(error) = result {
+            let _ = events.blocking_send(Event::Failed(error));
+            return;
+        }
+    }
+}
+
+fn stage_one(
+    replica: &Replica,
+    stager: &mut Stager,
+    frame: DataFrame,
+    events: &mpsc::Sender<Event>,
+) -> Result<(), SessionError> {
+    let tell = |event| events.blocking_send(event).map_err(|_| SessionError::Closed);
+    match frame {
+        DataFrame::Pack { batch, objects } => {
+            for packed in objects {
+                let Some(file) = patiently(replica, events, || stager.pack(batch, &packed))? else {
+                    continue;
+                };
+                replica.shared().staged_bytes += file.bytes;
+                metrics::counter!("replicator_destination_staged_objects_total").increment(1);
+                let (object, version) = (packed.object, packed.version);
+                tell(Event::Packed { batch, object, version, file: Box::new(file) })?;
+            }
+            Ok(())
+        }
+        DataFrame::TransferBegin(begin) => {
+            patiently(replica, events, || stager.begin(begin.clone())).map(drop)
+        }
+        DataFrame::TransferPieces { transfer, pieces } => {
+            // One by one: a piece that failed half-way is written again at the
+            // same place, those before it are not.
+            for piece in &pieces {
+                patiently(replica, events, || {
+                    stager.pieces(transfer, std::slice::from_ref(piece))
+                })?;
+            }
+            Ok(())
+        }
+        DataFrame::TransferEnd { transfer, state } => {
+            // Not repeated: the end of a transfer takes it apart.
+            match stager.end(transfer, state) {
+                Ok(Some((object, staged))) => {
+                    tell(Event::Transferred { transfer, object, staged: Box::new(staged) })
+                }
+                Ok(None) => Ok(()),
+                Err(StageError::Breach(reason)) => {
+                    Err(SessionError::Refused(Refusal::Protocol(reason)))
+                }
+                Err(error) => tell(Event::Refused { transfer, reason: error.to_string() }),
+            }
+        }
+        DataFrame::TransferAbort { transfer } => {
+            if stager.abort(transfer) {
+                return Ok(());
+            }
+            tell(Event::Aborted { transfer })
+        }
+    }
+}
+
+/// Tries until it works, as long as trying again may help: a full disk stalls,
+/// it does not lose. `None` for a transfer that was refused.
+fn patiently<T>(
+    replica: &Replica,
+    events: &mpsc::Sender<Event>,
+    mut attempt: impl FnMut() -> Result<T, StageError>,
+) -> Result<Option<T>, SessionError> {
+    let mut stalled = false;
+    loop {
+        match attempt() {
+            Ok(value) => {
+                if stalled {
+                    replica.shared().stalled = None;
+                }
+                return Ok(Some(value));
+            }
+            Err(StageError::Breach(reason)) => {
+                return Err(SessionError::Refused(Refusal::Protocol(reason)));
+            }
+            Err(StageError::Refused { transfer, reason }) => {
+                let told = events.blocking_send(Event::Refused { transfer, reason });
+                return told.map(|()| None).map_err(|_| SessionError::Closed);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot stage, trying again");
+                replica.shared().stalled = Some(error.to_string());
+                replica.note_error(error.to_string());
+                stalled = true;
+            }
+        }
+        let failing_over = replica.failing_over.load(Ordering::Acquire);
+        if replica.is_ending() || failing_over || events.is_closed() {
+            return Err(SessionError::Closed);
+        }
+        std::thread::sleep(RETRY);
+    }
+}

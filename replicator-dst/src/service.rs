@@ -1,0 +1,501 @@
+//! The destination as a service: tokens, enrolment, sessions, control.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+use quinn::{Connection, Endpoint};
+use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode};
+use replicator_common::crashsafe::{self, StateFileError};
+use replicator_common::id::FileSystemId;
+use replicator_common::net::NetError;
+use replicator_common::net::enrol::{
+    self, EnrolAnswer, EnrolRefusal, EnrolRequest, Enrolled, Redemption,
+};
+use replicator_common::net::identity::{Fingerprint, Identity, IdentityError};
+use replicator_common::net::quic::{self, Admission, CLOSE_DONE};
+use replicator_common::net::tls::Trust;
+use replicator_common::net::token::{Secret, Token};
+use replicator_common::status::{DesiredState, FailoverReport, Status};
+use replicator_common::time::Timestamp;
+use replicator_common::wire::DestinationMessage;
+use tokio::sync::mpsc;
+
+use crate::applier::{self, Job};
+use crate::failover::{self, FailoverError};
+use crate::receive::{self, SessionContext};
+use crate::replica::{Config, Hook, Replica, ReplicaError};
+use crate::state::{self, Grant, Grants, Lock, StateError};
+use crate::suitable::{self, Unsuitable};
+
+/// How long stagers and the applier may take to come to an end.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// How a destination is set up.
+#[derive(Clone)]
+pub struct DestinationOptions {
+    /// Where its state is kept.
+    pub state_dir: PathBuf,
+    /// The UDP address it listens on.
+    pub listen: SocketAddr,
+    /// `HOST:PORT` that tokens name, when it differs from `listen`.
+    pub advertise: Option<String>,
+    /// The region that it says it is in.
+    pub region: String,
+    /// For tests: where to die.
+    pub hook: Option<Hook>,
+}
+
+/// Why a destination cannot be opened, or not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum ServiceError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Replica(#[from] ReplicaError),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    #[error(transparent)]
+    Net(#[from] NetError),
+    #[error(transparent)]
+    Unsuitable(#[from] Unsuitable),
+    #[error("cannot end the failover that was begun: {0}")]
+    Failover(#[from] Box<FailoverError>),
+    #[error("cannot start a thread: {0}")]
+    Thread(std::io::Error),
+}
+
+impl From<StateFileError> for ServiceError {
+    fn from(error: StateFileError) -> Self {
+        Self::State(error.into())
+    }
+}
+
+/// Who is let in.
+struct Book {
+    pins: RwLock<HashMap<Fingerprint, FileSystemId>>,
+    grants: Mutex<Grants>,
+}
+
+impl Trust for Book {
+    fn is_pinned(&self, fingerprint: &Fingerprint) -> bool {
+        self.pins.read().unwrap_or_else(PoisonError::into_inner).contains_key(fingerprint)
+    }
+
+    fn enrolment_open(&self) -> bool {
+        self.grants().tokens.open(Timestamp::now())
+    }
+}
+
+impl Book {
+    fn grants(&self) -> MutexGuard<'_, Grants> {
+        self.grants.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn source_of(&self, peer: &Fingerprint) -> Option<FileSystemId> {
+        self.pins.read().unwrap_or_else(PoisonError::into_inner).get(peer).cloned()
+    }
+}
+
+/// One configuration that runs.
+struct Running {
+    replica: Arc<Replica>,
+    jobs: Sender<Job>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    /// The session's connection, and the way to say its last word.
+    session: Mutex<Option<(Connection, mpsc::UnboundedSender<DestinationMessage>)>>,
+    /// Held by the session: the next one waits until it has ended.
+    gate: tokio::sync::Mutex<()>,
+}
+
+impl Running {
+    fn session(
+        &self,
+    ) -> MutexGuard<'_, Option<(Connection, mpsc::UnboundedSender<DestinationMessage>)>> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn close_session(&self, why: &str) {
+        if let Some((connection, _)) = self.session().take() {
+            connection.close(CLOSE_DONE, why.as_bytes());
+        }
+    }
+}
+
+struct Inner {
+    options: DestinationOptions,
+    identity: Identity,
+    endpoint: Endpoint,
+    book: Arc<Book>,
+    running: Mutex<HashMap<FileSystemId, Arc<Running>>>,
+    _lock: Lock,
+}
+
+/// A destination. Cheap to clone.
+#[derive(Clone)]
+pub struct DestinationService {
+    inner: Arc<Inner>,
+}
+
+impl DestinationService {
+    /// Opens the state directory, ends failovers that were interrupted, brings
+    /// every replica to a state between batches, and listens. To be called
+    /// within a tokio runtime.
+    pub fn open(options: DestinationOptions) -> Result<Self, ServiceError> {
+        let lock = Lock::take(&options.state_dir)?;
+        let identity_dir = options.state_dir.join("identity");
+        crashsafe::create_directory(&identity_dir)?;
+        let identity = Identity::load_or_create(&identity_dir)?;
+        let grants = Mutex::new(Grants::read(&options.state_dir)?);
+        let book = Arc::new(Book { pins: RwLock::default(), grants });
+        let mut running = HashMap::new();
+        for (directory, config) in state::replicas(&options.state_dir)? {
+            if failover::begun(&directory) {
+                tracing::warn!(source = %config.source, "ending an interrupted failover");
+                failover::open_and_run(&directory, config).map_err(Box::new)?;
+                continue;
+            }
+            pin(&book, &config);
+            let source = config.source.clone();
+            running.insert(source, start(&directory, config, options.hook.clone())?);
+        }
+        let endpoint = quic::listen(options.listen, &identity, book.clone())?;
+        let running = Mutex::new(running);
+        let inner =
+            Arc::new(Inner { options, identity, endpoint, book, running, _lock: lock });
+        tokio::spawn(accept_loop(Arc::downgrade(&inner), inner.endpoint.clone()));
+        Ok(Self { inner })
+    }
+
+    /// The address that is listened on.
+    pub fn local_address(&self) -> Option<SocketAddr> {
+        self.inner.endpoint.local_addr().ok()
+    }
+
+    /// Issues a token by which a source may make `replica` its replica, once,
+    /// within `valid`. The directory is made if it is missing, and must be
+    /// empty unless `reconcile`.
+    pub fn token(
+        &self,
+        replica: &Path,
+        valid: Duration,
+        reconcile: bool,
+    ) -> Result<Token, ServiceError> {
+        let inner = &self.inner;
+        let path = suitable::prepare(replica)?;
+        inner.check(&path, reconcile)?;
+        let secret = Secret::random();
+        let now = Timestamp::now();
+        let expires = now.offset(i64::try_from(valid.as_nanos()).unwrap_or(i64::MAX));
+        let mut grants = inner.book.grants();
+        let mut next = grants.clone();
+        next.tokens.issue(&secret, expires, now);
+        next.grants.push(Grant { secret: Fingerprint::of(&secret.0), path, reconcile });
+        next.write(&inner.options.state_dir)?;
+        *grants = next;
+        let address = match &inner.options.advertise {
+            Some(address) => address.clone(),
+            None => self.local_address().unwrap_or(inner.options.listen).to_string(),
+        };
+        Ok(Token { address, fingerprint: inner.identity.fingerprint(), secret })
+    }
+
+    /// Stops: sessions are closed, the batch under way is finished or will be
+    /// redone. Replicas stay read-only.
+    pub async fn shutdown(&self) {
+        let all: Vec<_> = self.inner.running().drain().map(|(_, running)| running).collect();
+        for running in &all {
+            running.replica.stopping.store(true, Ordering::Release);
+            running.close_session("the destination stops");
+        }
+        self.inner.endpoint.close(CLOSE_DONE, b"the destination stops");
+        let _ = tokio::task::spawn_blocking(move || {
+            for running in all {
+                let thread = running.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+                if let Some(thread) = thread {
+                    let _ = thread.join();
+                }
+            }
+        })
+        .await;
+        let _ = tokio::time::timeout(QUIET, self.inner.endpoint.wait_idle()).await;
+    }
+}
+
+fn pin(book: &Book, config: &Config) {
+    let mut pins = book.pins.write().unwrap_or_else(PoisonError::into_inner);
+    pins.insert(config.peer, config.source.clone());
+}
+
+fn start(
+    directory: &Path,
+    config: Config,
+    hook: Option<Hook>,
+) -> Result<Arc<Running>, ServiceError> {
+    let replica = Replica::open(directory, config, hook)?;
+    let (jobs, thread) = applier::spawn(replica.clone()).map_err(ServiceError::Thread)?;
+    Ok(Arc::new(Running {
+        replica,
+        jobs,
+        thread: Mutex::new(Some(thread)),
+        session: Mutex::new(None),
+        gate: tokio::sync::Mutex::new(()),
+    }))
+}
+
+async fn accept_loop(inner: std::sync::Weak<Inner>, endpoint: Endpoint) {
+    while let Some(incoming) = endpoint.accept().await {
+        let Some(inner) = inner.upgrade() else { return };
+        tokio::spawn(async move {
+            match quic::accept(incoming, &*inner.book).await {
+                Ok((connection, Admission::Session(peer))) => {
+                    inner.serve(connection, &peer).await;
+                }
+                Ok((connection, Admission::Enrolment(peer))) => {
+                    if let Err(error) = inner.enrol(&connection, peer).await {
+                        tracing::warn!(%error, "enrolment failed");
+                    }
+                    connection.close(CLOSE_DONE, b"");
+                }
+                Err(error) => tracing::info!(%error, "a connection was not admitted"),
+            }
+        });
+    }
+}
+
+impl Inner {
+    fn running(&self) -> MutexGuard<'_, HashMap<FileSystemId, Arc<Running>>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn find(&self, source: &FileSystemId) -> Result<Arc<Running>, ControlError> {
+        self.running()
+            .get(source)
+            .cloned()
+            .ok_or_else(|| ControlError::ReplicationNotFound(source.clone()))
+    }
+
+    /// Whether a directory may become a replica here.
+    fn check(&self, path: &Path, reconcile: bool) -> Result<(), ServiceError> {
+        let others: Vec<_> =
+            self.running().values().map(|running| running.replica.config.path.clone()).collect();
+        suitable::check(path, &self.options.state_dir, &others, reconcile)?;
+        Ok(())
+    }
+
+    async fn serve(self: Arc<Self>, connection: Connection, peer: &Fingerprint) {
+        let Some(running) =
+            self.book.source_of(peer).and_then(|source| self.running().get(&source).cloned())
+        else {
+            connection.close(CLOSE_DONE, b"no such configuration");
+            return;
+        };
+        let (say, last_word) = mpsc::unbounded_channel();
+        // A new session of the same, authenticated peer replaces the old one:
+        // the old one may hang on a connection that is long dead.
+        if let Some((old, _)) = running.session().replace((connection.clone(), say)) {
+            old.close(CLOSE_DONE, b"replaced by a newer session");
+        }
+        let _gate = running.gate.lock().await;
+        let source = running.replica.config.source.clone();
+        let fail_over = {
+            let (inner, source) = (Arc::downgrade(&self), source.clone());
+            move || {
+                let report = inner.upgrade()?.fail_over(&source);
+                report
+                    .inspect_err(|error| tracing::error!(%error, "failover"))
+                    .ok()
+                    .map(|report| DestinationMessage::FailedOver { report: Box::new(report) })
+            }
+        };
+        let context = SessionContext {
+            replica: running.replica.clone(),
+            jobs: running.jobs.clone(),
+            fail_over: Arc::new(fail_over),
+            last_word,
+        };
+        let error = receive::run(connection, context).await;
+        tracing::info!(%source, reason = %error, "session ended");
+    }
+
+    async fn enrol(
+        self: &Arc<Self>,
+        connection: &Connection,
+        peer: Fingerprint,
+    ) -> Result<(), enrol::EnrolError> {
+        let (request, responder) = enrol::receive(connection).await?;
+        let inner = self.clone();
+        let redeemed = tokio::task::spawn_blocking(move || inner.redeem(&request, peer)).await;
+        let answer = match redeemed {
+            Ok(Ok(enrolled)) => EnrolAnswer::Accepted(enrolled),
+            Ok(Err(reason)) => EnrolAnswer::Refused { reason },
+            Err(_) => EnrolAnswer::Refused {
+                reason: EnrolRefusal::Unable("the destination failed".to_owned()),
+            },
+        };
+        responder.answer(&answer).await
+    }
+
+    /// Redeems a token: the configuration exists afterwards, durably.
+    fn redeem(
+        &self,
+        request: &EnrolRequest,
+        peer: Fingerprint,
+    ) -> Result<Enrolled, EnrolRefusal> {
+        let unable = |error: &dyn std::fmt::Display| EnrolRefusal::Unable(error.to_string());
+        let mut grants = self.book.grants();
+        let mut next = grants.clone();
+        let redemption = next.tokens.redeem(&request.secret, peer, Timestamp::now())?;
+        let secret = Fingerprint::of(&request.secret.0);
+        let grant = next.grants.iter().find(|grant| grant.secret == secret).cloned();
+        let grant = grant.ok_or(EnrolRefusal::WrongSecret)?;
+        if let (Redemption::Again, Some(running)) =
+            (redemption, self.running().get(&request.source))
+        {
+            return Ok(self.enrolled(&running.replica.config));
+        }
+        if self.running().contains_key(&request.source) || self.book.is_pinned(&peer) {
+            return Err(EnrolRefusal::Unable(format!(
+                "{} is in a replication configuration here already",
+                request.source
+            )));
+        }
+        self.check(&grant.path, grant.reconcile).map_err(|error| unable(&error))?;
+        let empty = suitable::is_empty(&grant.path).map_err(|error| unable(&error))?;
+        let config = Config {
+            source: request.source.clone(),
+            source_region: request.source_region.clone(),
+            destination: FileSystemId::random(),
+            path: grant.path,
+            peer,
+            creation_time: request.creation_time,
+            desired: DesiredState::Enabled,
+            reconcile: grant.reconcile && !empty,
+            devices: request.devices,
+        };
+        let directory = self.options.state_dir.join("replicas").join(config.source.as_str());
+        // Left behind by a configuration that was interrupted in its making or
+        // its removal; without a config.json it means nothing.
+        crashsafe::remove(&directory.join("store.redb")).map_err(|error| unable(&error))?;
+        crashsafe::create_directory(&directory).map_err(|error| unable(&error))?;
+        let running = start(&directory, config.clone(), self.options.hook.clone())
+            .map_err(|error| unable(&error))?;
+        // The configuration last: with it, all is there. Then the token, whose
+        // second redemption by the same peer finds the configuration.
+        config.write(&directory).map_err(|error| unable(&error))?;
+        next.write(&self.options.state_dir).map_err(|error| unable(&error))?;
+        *grants = next;
+        drop(grants);
+        pin(&self.book, &config);
+        self.running().insert(config.source.clone(), running);
+        tracing::info!(source = %config.source, path = %config.path.display(), "enrolled");
+        Ok(self.enrolled(&config))
+    }
+
+    fn enrolled(&self, config: &Config) -> Enrolled {
+        Enrolled {
+            destination: config.destination.clone(),
+            region: self.options.region.clone(),
+            path: config.path.display().to_string(),
+            reconcile: config.reconcile,
+        }
+    }
+
+    /// Fails over; the session, if any, stays open to be told.
+    fn fail_over(&self, source: &FileSystemId) -> Result<FailoverReport, FailoverError> {
+        let running = self.running().get(source).cloned();
+        let running = running.ok_or_else(|| FailoverError::NotFound(Some(source.clone())))?;
+        let replica = &running.replica;
+        replica.failing_over.store(true, Ordering::Release);
+        let until = Instant::now() + QUIET;
+        while replica.busy.load(Ordering::Acquire) > 0 && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let (reply, answer) = crossbeam_channel::bounded(1);
+        running.jobs.send(Job::Failover { reply }).map_err(|_| FailoverError::NoApplier)?;
+        let report = answer.recv().map_err(|_| FailoverError::NoApplier)??;
+        self.running().remove(source);
+        let mut pins = self.book.pins.write().unwrap_or_else(PoisonError::into_inner);
+        pins.retain(|_, pinned| pinned != source);
+        tracing::info!(%source, "failed over");
+        Ok(report)
+    }
+}
+
+impl Control for DestinationService {
+    fn create(&self, _: &CreateRequest) -> Result<Status, ControlError> {
+        Err(ControlError::Validation(
+            "a configuration is created at the source, with a token of this destination".to_owned(),
+        ))
+    }
+
+    fn list(&self) -> Vec<Status> {
+        let now = Timestamp::now();
+        let mut all: Vec<_> =
+            self.inner.running().values().map(|running| running.replica.status(now)).collect();
+        all.sort_by_key(|status| status.creation_time);
+        all
+    }
+
+    fn delete(
+        &self,
+        source: &FileSystemId,
+        mode: DeletionMode,
+    ) -> Result<FailoverReport, ControlError> {
+        let running = self.inner.find(source)?;
+        let connected = running.replica.shared().link.connected;
+        match mode {
+            DeletionMode::AllConfigurations if !connected => {
+                return Err(ControlError::Conflict(
+                    "the source is not connected: use LOCAL_CONFIGURATION_ONLY to fail over without it"
+                        .to_owned(),
+                ));
+            }
+            DeletionMode::AllConfigurations => {}
+            DeletionMode::LocalConfigurationOnly => running.close_session("failing over"),
+        }
+        let result = self.inner.fail_over(source);
+        let report = result.map_err(|error| ControlError::Internal(error.to_string()))?;
+        if let Some((_, say)) = running.session().take() {
+            let report = Box::new(report.clone());
+            let _ = say.send(DestinationMessage::FailedOver { report });
+        }
+        Ok(report)
+    }
+
+    fn wait(&self, _: &FileSystemId, _: Duration) -> Result<Timestamp, ControlError> {
+        Err(ControlError::Conflict(
+            "only the source knows what was done there: ask it to wait".to_owned(),
+        ))
+    }
+
+    fn set_desired(
+        &self,
+        source: &FileSystemId,
+        desired: DesiredState,
+    ) -> Result<Status, ControlError> {
+        let running = self.inner.find(source)?;
+        let config = Config { desired, ..running.replica.config.clone() };
+        config
+            .write(&running.replica.directory)
+            .map_err(|error| ControlError::Internal(error.to_string()))?;
+        running.replica.shared().desired = desired;
+        if desired == DesiredState::Paused {
+            running.close_session("paused at the destination");
+        }
+        Ok(running.replica.status(Timestamp::now()))
+    }
+}
+
+/// An open directory's identity, for comparing paths by what they lead to.
+pub(crate) fn same(a: impl AsFd, b: impl AsFd) -> bool {
+    use replicator_common::sys::stat::of_fd;
+    matches!((of_fd(a), of_fd(b)), (Ok(a), Ok(b)) if (a.dev, a.ino) == (b.dev, b.ino))
+}

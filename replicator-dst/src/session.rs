@@ -1,0 +1,394 @@
+//! What has arrived in a session, and when a batch is whole. Pure.
+//!
+//! Streams have no order between them, so a batch is gathered from both sides:
+//! its plan comes on the control stream, what the plan names comes on data
+//! streams, before or after. A batch is handed on when `Commit` has come and
+//! nothing that its plan names is missing; batches are handed on strictly in
+//! order.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use replicator_common::id::{BatchId, ObjectId, ReplicaHandle, TransferId};
+use replicator_common::object::ObjectState;
+use replicator_common::wire::{BatchHeader, ContentSource, Op, PLAN_OPS_MAX};
+
+use crate::apply::Place;
+
+/// The most operations of one batch: a plan is held in memory.
+pub const BATCH_OPS_MAX: usize = 1 << 20;
+/// The most packed objects of batches that are not sealed yet.
+pub const PACKED_MAX: usize = 1 << 21;
+/// How many batches may be on their way at once.
+pub const BATCHES_AHEAD_MAX: u64 = 64;
+/// The most transfers that are open or wait for their batch.
+pub const TRANSFERS_MAX: usize = 1 << 16;
+
+/// How the source broke the protocol. The session ends with it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum Breach {
+    #[error("batch {found} is out of order, {expected} is next")]
+    Order { expected: BatchId, found: BatchId },
+    #[error("batch {found} is too far ahead of {sealed}")]
+    Ahead { sealed: BatchId, found: BatchId },
+    #[error("{count} operations in one frame, the limit is {PLAN_OPS_MAX}")]
+    Frame { count: usize },
+    #[error("batch {batch} has more than {BATCH_OPS_MAX} operations")]
+    Ops { batch: BatchId },
+    #[error("batch {batch} was said to have {said} operations and has {found}")]
+    Count { batch: BatchId, said: u64, found: u64 },
+    #[error("batch {batch} was said to have {said} packed objects and names {found}")]
+    Packed { batch: BatchId, said: u64, found: u64 },
+    #[error("more than {PACKED_MAX} packed objects wait for their plans")]
+    TooManyPacked,
+    #[error("more than {TRANSFERS_MAX} transfers wait for their batches")]
+    TooManyTransfers,
+    #[error("transfer {transfer} is of another object than the plan says")]
+    WrongObject { transfer: TransferId },
+}
+
+/// A file in staging, complete but for its place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StagedFile {
+    /// Where.
+    pub place: Place,
+    /// The staged file itself.
+    pub handle: ReplicaHandle,
+    /// Its state as set.
+    pub state: ObjectState,
+    /// Bytes it takes up.
+    pub bytes: u64,
+}
+
+/// What a finished transfer left in staging.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StagedTransfer {
+    /// A whole file.
+    Whole(StagedFile),
+    /// Literal bytes and their list.
+    Patch {
+        /// The bytes.
+        literals: Place,
+        /// The list.
+        list: Place,
+        /// Bytes they take up.
+        bytes: u64,
+    },
+}
+
+impl StagedTransfer {
+    fn places(&self) -> Vec<Place> {
+        match self {
+            Self::Whole(file) => vec![file.place.clone()],
+            Self::Patch { literals, list, .. } => vec![literals.clone(), list.clone()],
+        }
+    }
+}
+
+/// A batch that can be sealed.
+#[derive(Clone, Debug)]
+pub struct WholeBatch {
+    /// Its number.
+    pub batch: BatchId,
+    /// What it says of itself.
+    pub header: BatchHeader,
+    /// Its plan.
+    pub ops: Vec<Op>,
+    /// What the plan names, by object.
+    pub content: HashMap<ObjectId, StagedTransfer>,
+    /// Staged files that the plan does not name: earlier readings.
+    pub superseded: Vec<Place>,
+}
+
+#[derive(Debug, Default)]
+struct Gathering {
+    ops: Vec<Op>,
+    header: Option<BatchHeader>,
+    packed: HashMap<(ObjectId, u32), StagedFile>,
+    /// What the plan names and has not arrived; filled when `header` is.
+    missing_packed: HashSet<(ObjectId, u32)>,
+    missing_transfers: HashSet<TransferId>,
+}
+
+/// The session's state.
+#[derive(Debug)]
+pub struct Session {
+    /// The last batch handed on.
+    sealed: BatchId,
+    /// The batch whose plan is being received.
+    current: BatchId,
+    batches: BTreeMap<BatchId, Gathering>,
+    packed: usize,
+    transfers: HashMap<TransferId, (ObjectId, StagedTransfer)>,
+}
+
+impl Session {
+    /// Begins after `committed`.
+    pub fn new(committed: BatchId) -> Self {
+        Self {
+            sealed: committed,
+            current: committed.next(),
+            batches: BTreeMap::new(),
+            packed: 0,
+            transfers: HashMap::new(),
+        }
+    }
+
+    fn gathering(&mut self, batch: BatchId) -> Result<&mut Gathering, Breach> {
+        if batch.0 > self.sealed.0.saturating_add(BATCHES_AHEAD_MAX) {
+            return Err(Breach::Ahead { sealed: self.sealed, found: batch });
+        }
+        Ok(self.batches.entry(batch).or_default())
+    }
+
+    fn expect(&self, batch: BatchId) -> Result<(), Breach> {
+        if batch == self.current {
+            Ok(())
+        } else {
+            Err(Breach::Order { expected: self.current, found: batch })
+        }
+    }
+
+    /// Part of a plan arrived.
+    pub fn plan(&mut self, batch: BatchId, ops: Vec<Op>) -> Result<(), Breach> {
+        self.expect(batch)?;
+        if ops.len() > PLAN_OPS_MAX {
+            return Err(Breach::Frame { count: ops.len() });
+        }
+        let gathering = self.gathering(batch)?;
+        if gathering.ops.len() + ops.len() > BATCH_OPS_MAX {
+            return Err(Breach::Ops { batch });
+        }
+        gathering.ops.extend(ops);
+        Ok(())
+    }
+
+    /// The plan is whole.
+    pub fn commit(&mut self, batch: BatchId, header: BatchHeader) -> Result<(), Breach> {
+        self.expect(batch)?;
+        let ended: HashMap<_, _> =
+            self.transfers.iter().map(|(id, (object, _))| (*id, object.clone())).collect();
+        let gathering = self.gathering(batch)?;
+        let found = gathering.ops.len() as u64;
+        if header.ops != found {
+            return Err(Breach::Count { batch, said: header.ops, found });
+        }
+        let mut named = 0;
+        for op in &gathering.ops {
+            let Op::Put { object, content, .. } = op else { continue };
+            match content {
+                ContentSource::Packed { version } => {
+                    named += 1;
+                    let key = (object.clone(), *version);
+                    if !gathering.packed.contains_key(&key) {
+                        gathering.missing_packed.insert(key);
+                    }
+                }
+                ContentSource::Transferred { transfer } => match ended.get(transfer) {
+                    Some(of) if of != object => {
+                        return Err(Breach::WrongObject { transfer: *transfer });
+                    }
+                    Some(_) => {}
+                    None => drop(gathering.missing_transfers.insert(*transfer)),
+                },
+                ContentSource::Unchanged | ContentSource::Symlink { .. } => {}
+            }
+        }
+        // More may have been sent than the plan names: earlier readings.
+        if named > header.packed {
+            return Err(Breach::Packed { batch, said: header.packed, found: named });
+        }
+        gathering.header = Some(header);
+        self.current = batch.next();
+        Ok(())
+    }
+
+    /// The source gives up the batch it was sending. Returns what to delete.
+    ///
+    /// Packed objects of it that are still on their way will count for the
+    /// batch of the same number that comes next; they do no harm there, since
+    /// only what its plan names by version is used.
+    pub fn abandon(&mut self, batch: BatchId) -> Result<Vec<Place>, Breach> {
+        self.expect(batch)?;
+        let gathering = self.batches.remove(&batch).unwrap_or_default();
+        self.packed -= gathering.packed.len();
+        Ok(gathering.packed.into_values().map(|file| file.place).collect())
+    }
+
+    /// A packed object is staged. Returns what to delete: it came too late, or
+    /// a second time.
+    pub fn packed(
+        &mut self,
+        batch: BatchId,
+        object: ObjectId,
+        version: u32,
+        file: StagedFile,
+    ) -> Result<Option<Place>, Breach> {
+        if batch <= self.sealed {
+            return Ok(Some(file.place));
+        }
+        if self.packed >= PACKED_MAX {
+            return Err(Breach::TooManyPacked);
+        }
+        let key = (object, version);
+        let gathering = self.gathering(batch)?;
+        gathering.missing_packed.remove(&key);
+        match gathering.packed.insert(key, file) {
+            Some(old) => Ok(Some(old.place)),
+            None => {
+                self.packed += 1;
+                Ok(None)
+            }
+        }
+    }
+
+    /// A transfer is staged as a whole.
+    pub fn transferred(
+        &mut self,
+        transfer: TransferId,
+        object: ObjectId,
+        staged: StagedTransfer,
+    ) -> Result<(), Breach> {
+        if self.transfers.len() >= TRANSFERS_MAX {
+            return Err(Breach::TooManyTransfers);
+        }
+        for gathering in self.batches.values_mut() {
+            gathering.missing_transfers.remove(&transfer);
+        }
+        self.transfers.insert(transfer, (object, staged));
+        Ok(())
+    }
+
+    /// A transfer that had ended is given up. Returns what to delete.
+    pub fn aborted(&mut self, transfer: TransferId) -> Vec<Place> {
+        self.transfers.remove(&transfer).map(|(_, staged)| staged.places()).unwrap_or_default()
+    }
+
+    /// The next batch that is whole, in order.
+    pub fn next_whole(&mut self) -> Result<Option<WholeBatch>, Breach> {
+        let next = self.sealed.next();
+        let whole = self.batches.get(&next).is_some_and(|gathering| {
+            gathering.header.is_some()
+                && gathering.missing_packed.is_empty()
+                && gathering.missing_transfers.is_empty()
+        });
+        if !whole {
+            return Ok(None);
+        }
+        let Some(Gathering { ops, header: Some(header), mut packed, .. }) =
+            self.batches.remove(&next)
+        else {
+            return Ok(None);
+        };
+        self.packed -= packed.len();
+        self.sealed = next;
+        let mut content = HashMap::new();
+        for op in &ops {
+            let Op::Put { object, content: source, .. } = op else { continue };
+            let staged = match source {
+                ContentSource::Packed { version } => {
+                    packed.remove(&(object.clone(), *version)).map(StagedTransfer::Whole)
+                }
+                ContentSource::Transferred { transfer } => match self.transfers.remove(transfer) {
+                    Some((of, _)) if of != *object => {
+                        return Err(Breach::WrongObject { transfer: *transfer });
+                    }
+                    other => other.map(|(_, staged)| staged),
+                },
+                ContentSource::Unchanged | ContentSource::Symlink { .. } => None,
+            };
+            content.extend(staged.map(|staged| (object.clone(), staged)));
+        }
+        let superseded = packed.into_values().map(|file| file.place).collect();
+        Ok(Some(WholeBatch { batch: next, header, ops, content, superseded }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::apply::Within;
+    use replicator_common::id::Seq;
+    use replicator_common::name::Name;
+    use replicator_common::object::{Attributes, Kind};
+    use replicator_common::time::Timestamp;
+
+    fn header(ops: u64, packed: u64) -> BatchHeader {
+        BatchHeader {
+            seq: Seq(1),
+            watermark: Timestamp(0),
+            exact: None,
+            packed,
+            ops,
+            complete: false,
+            bytes_changed: 0,
+            bytes_shipped: 0,
+        }
+    }
+
+    fn state() -> ObjectState {
+        let attributes =
+            Attributes { mode: 0o600, uid: 0, gid: 0, mtime: Timestamp(0), xattrs: vec![] };
+        ObjectState { kind: Kind::File, attributes, size: 1, rdev: 0 }
+    }
+
+    fn id(n: u8) -> ObjectId {
+        ObjectId::new(1, &[n]).unwrap()
+    }
+
+    fn file(name: &[u8]) -> StagedFile {
+        let place = Place { within: Within::Staging(0), name: Name::new(name).unwrap() };
+        StagedFile { place, handle: id(9), state: state(), bytes: 1 }
+    }
+
+    fn put(n: u8, content: ContentSource) -> Op {
+        Op::Put { object: id(n), state: state(), content, new: true, links: 1 }
+    }
+
+    #[test]
+    fn a_batch_waits_for_all_that_its_plan_names() {
+        let mut session = Session::new(BatchId(4));
+        let (batch, transfer) = (BatchId(5), TransferId(7));
+        session.packed(batch, id(1), 1, file(b"old")).unwrap();
+        let ops = vec![
+            put(1, ContentSource::Packed { version: 2 }),
+            put(2, ContentSource::Transferred { transfer }),
+        ];
+        session.plan(batch, ops).unwrap();
+        session.commit(batch, header(2, 2)).unwrap();
+        assert!(session.next_whole().unwrap().is_none());
+        session.packed(batch, id(1), 2, file(b"new")).unwrap();
+        assert!(session.next_whole().unwrap().is_none());
+        session.transferred(transfer, id(2), StagedTransfer::Whole(file(b"big"))).unwrap();
+        let whole = session.next_whole().unwrap().unwrap();
+        assert_eq!((whole.content.len(), whole.superseded.len()), (2, 1));
+        assert!(session.next_whole().unwrap().is_none());
+        // Too late: to be deleted.
+        assert!(session.packed(batch, id(1), 3, file(b"late")).unwrap().is_some());
+    }
+
+    #[test]
+    fn breaches_are_found() {
+        let mut session = Session::new(BatchId(0));
+        assert!(matches!(session.plan(BatchId(2), vec![]), Err(Breach::Order { .. })));
+        assert!(matches!(session.commit(BatchId(1), header(1, 0)), Err(Breach::Count { .. })));
+        assert!(matches!(
+            session.packed(BatchId(100), id(1), 1, file(b"x")),
+            Err(Breach::Ahead { .. })
+        ));
+        session.plan(BatchId(1), vec![put(1, ContentSource::Packed { version: 1 })]).unwrap();
+        assert!(matches!(session.commit(BatchId(1), header(1, 0)), Err(Breach::Packed { .. })));
+        let too_many = vec![Op::Drop { object: id(1) }; PLAN_OPS_MAX + 1];
+        assert!(matches!(session.plan(BatchId(1), too_many), Err(Breach::Frame { .. })));
+    }
+
+    #[test]
+    fn an_abandoned_batch_begins_anew() {
+        let mut session = Session::new(BatchId(0));
+        session.packed(BatchId(1), id(1), 1, file(b"a")).unwrap();
+        session.plan(BatchId(1), vec![Op::Drop { object: id(1) }]).unwrap();
+        assert_eq!(session.abandon(BatchId(1)).unwrap().len(), 1);
+        session.commit(BatchId(1), header(0, 0)).unwrap();
+        assert!(session.next_whole().unwrap().unwrap().ops.is_empty());
+    }
+}

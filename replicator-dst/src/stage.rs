@@ -1,0 +1,401 @@
+//! Staging: what arrives on a data stream becomes complete files in our own
+//! directory, so that applying is a rename.
+//!
+//! One [`Stager`] serves one data stream, on a thread of its own and in a
+//! staging directory of its own. Memory is bounded by one frame.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::BufWriter;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use replicator_common::id::{BatchId, ObjectId, TransferId};
+use replicator_common::name::Name;
+use replicator_common::object::{Kind, ObjectState};
+use replicator_common::status::Shortfalls;
+use replicator_common::sys::{handle, place};
+use replicator_common::wire::{
+    Extent, Hash, Layout, PACK_MAX, PIECE_MAX, PackedObject, Piece, TransferBegin,
+};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+use crate::apply::{Place, Within};
+use crate::area::{Area, AreaError};
+use crate::attributes;
+use crate::locate::Locator;
+use crate::objects::Objects;
+use crate::patch::{PatchPiece, PatchWriter};
+use crate::session::{StagedFile, StagedTransfer};
+use crate::store::{Store, StoreError};
+
+/// The most transfers that one stream may have open.
+const OPEN_MAX: usize = 256;
+
+/// Why something was not staged.
+#[derive(Debug, thiserror::Error)]
+pub enum StageError {
+    /// The replica's file system said no; trying again may help.
+    #[error(transparent)]
+    Area(#[from] AreaError),
+    /// The objects map could not be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The source broke the protocol.
+    #[error("{0}")]
+    Breach(String),
+    /// The transfer cannot be put together here; the source sends it anew.
+    #[error("transfer {transfer}: {reason}")]
+    Refused {
+        /// Which.
+        transfer: TransferId,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A transfer that is under way.
+struct Open {
+    object: ObjectId,
+    state: ObjectState,
+    layout: Layout,
+    basis: Option<OwnedFd>,
+    name: Name,
+    file: OwnedFd,
+    list: Option<(Name, PatchWriter<BufWriter<File>>)>,
+    /// Bytes of the object that the pieces covered so far.
+    offset: u64,
+    /// Bytes written to the literals of a patch.
+    literal: u64,
+}
+
+/// Stages what one data stream brings.
+pub struct Stager {
+    area: Arc<Area>,
+    store: Arc<Store>,
+    locator: Locator,
+    /// The last batch applied: a basis must not be older than that.
+    applied: Arc<AtomicU64>,
+    shard: u8,
+    next: u64,
+    open: HashMap<TransferId, Open>,
+    /// What could not be held, since last taken.
+    pub shortfalls: Shortfalls,
+}
+
+impl Stager {
+    /// For one data stream.
+    pub fn new(
+        area: Arc<Area>,
+        store: Arc<Store>,
+        locator: Locator,
+        applied: Arc<AtomicU64>,
+        shard: u8,
+    ) -> Self {
+        Self {
+            area,
+            store,
+            locator,
+            applied,
+            shard,
+            next: 0,
+            open: HashMap::new(),
+            shortfalls: Shortfalls::default(),
+        }
+    }
+
+    fn place(&self, name: &Name) -> Place {
+        Place { within: Within::Staging(self.shard), name: name.clone() }
+    }
+
+    /// A staging name that says what it is, for the manifest after a crash:
+    /// kind and number, then the object as far as it fits.
+    fn name(&mut self, kind: &str, of: impl std::fmt::Display, object: &ObjectId) -> Name {
+        self.next += 1;
+        let object = object.to_file_name();
+        let object = &object[..object.len().min(160)];
+        let text = format!("{kind}{of}.{}.{object}", self.next);
+        Name::new(text.as_bytes()).unwrap_or_else(|_| unreachable!("under 255 bytes, no slash"))
+    }
+
+    fn create(&self, name: &Name) -> Result<OwnedFd, AreaError> {
+        let directory = self.area.staging(self.shard);
+        match place::create_file(directory, name) {
+            // Of an attempt before this one, which failed half-way.
+            Err(Errno::EXIST) => place::unlink(directory, name)
+                .and_then(|()| place::create_file(directory, name)),
+            result => result,
+        }
+        .map_err(AreaError::system("create", name))
+    }
+
+    /// Removes staged files that are not needed.
+    pub fn discard(area: &Area, places: &[Place]) {
+        for place in places {
+            if let Within::Staging(shard) = place.within {
+                // What stays is removed when the next session begins.
+                let _ = place::unlink(area.staging(shard), &place.name);
+            }
+        }
+    }
+
+    /// Stages a packed object.
+    pub fn pack(
+        &mut self,
+        batch: BatchId,
+        packed: &PackedObject,
+    ) -> Result<StagedFile, StageError> {
+        check_packed(packed)?;
+        let name = self.name("p", batch, &packed.object);
+        let file = self.create(&name)?;
+        let written = self.fill(&file, &name, packed);
+        if written.is_err() {
+            let _ = place::unlink(self.area.staging(self.shard), &name);
+        }
+        written
+    }
+
+    fn fill(
+        &mut self,
+        file: &OwnedFd,
+        name: &Name,
+        packed: &PackedObject,
+    ) -> Result<StagedFile, StageError> {
+        let failed = |action| AreaError::system(action, name);
+        let mut from = 0;
+        for extent in &packed.extents {
+            let length = usize::try_from(extent.length).unwrap_or(usize::MAX);
+            let bytes = &packed.bytes[from..from + length];
+            place::write_at(file, bytes, extent.offset).map_err(failed("write"))?;
+            from += length;
+        }
+        let end = packed.extents.last().map_or(0, |extent| extent.offset + extent.length);
+        if end != packed.state.size {
+            place::set_size(file, packed.state.size).map_err(failed("set size of"))?;
+        }
+        self.finish(file, name, &packed.object, &packed.state, packed.bytes.len() as u64)
+    }
+
+    fn finish(
+        &mut self,
+        file: &OwnedFd,
+        name: &Name,
+        object: &ObjectId,
+        state: &ObjectState,
+        bytes: u64,
+    ) -> Result<StagedFile, StageError> {
+        attributes::apply(file.as_fd(), state, &mut self.shortfalls, &|| object.to_string())
+            .map_err(AreaError::system("set attributes of", name))?;
+        let handle =
+            handle::identify(file.as_fd()).map_err(AreaError::system("identify", name))?;
+        Ok(StagedFile { place: self.place(name), handle, state: state.clone(), bytes })
+    }
+
+    /// A transfer begins.
+    pub fn begin(&mut self, begin: TransferBegin) -> Result<(), StageError> {
+        if self.open.len() >= OPEN_MAX || self.open.contains_key(&begin.transfer) {
+            return Err(StageError::Breach(format!(
+                "transfer {} is open already, or too many are",
+                begin.transfer
+            )));
+        }
+        if begin.state.kind != Kind::File {
+            return Err(StageError::Breach("a transfer of what is no file".to_owned()));
+        }
+        let basis = self.basis(&begin)?;
+        let name = self.name("t", begin.transfer, &begin.object);
+        let file = self.create(&name)?;
+        let list = match begin.layout {
+            Layout::Replace => None,
+            Layout::Patch => {
+                let name = self.name("l", begin.transfer, &begin.object);
+                let out = BufWriter::new(File::from(self.create(&name)?));
+                let writer = PatchWriter::create(out).map_err(|e| io_failed(&e, &name))?;
+                Some((name, writer))
+            }
+        };
+        let open = Open {
+            object: begin.object,
+            state: begin.state,
+            layout: begin.layout,
+            basis,
+            name,
+            file,
+            list,
+            offset: 0,
+            literal: 0,
+        };
+        self.open.insert(begin.transfer, open);
+        Ok(())
+    }
+
+    /// The basis, if it is what the source believes (trap 5).
+    fn basis(&self, begin: &TransferBegin) -> Result<Option<OwnedFd>, StageError> {
+        let refused = |reason: &str| StageError::Refused {
+            transfer: begin.transfer,
+            reason: reason.to_owned(),
+        };
+        let Some(basis) = &begin.basis else {
+            return match begin.layout {
+                Layout::Replace => Ok(None),
+                Layout::Patch => Err(StageError::Breach("a patch without a basis".to_owned())),
+            };
+        };
+        if begin.layout == Layout::Patch && *basis != begin.object {
+            return Err(StageError::Breach("a patch of another object".to_owned()));
+        }
+        let known = self.store.get(basis)?.ok_or_else(|| refused("the basis is not here"))?;
+        // The map runs ahead of the replica while a batch is being applied.
+        let applied = self.applied.load(Ordering::Acquire);
+        if known.content != begin.basis_version || known.content.0 > applied {
+            return Err(refused("the basis has another version"));
+        }
+        let file = self.locator.open::<_, StageError>(&*self.store, basis, &known, OFlags::RDONLY)?;
+        file.map(Some).ok_or_else(|| refused("the basis cannot be found"))
+    }
+
+    /// Pieces of a transfer arrived. Those of a transfer that was refused are
+    /// passed over.
+    pub fn pieces(&mut self, transfer: TransferId, pieces: &[Piece]) -> Result<(), StageError> {
+        let Some(open) = self.open.get_mut(&transfer) else { return Ok(()) };
+        let result = pieces.iter().try_for_each(|piece| open.add(transfer, piece));
+        if matches!(result, Err(StageError::Refused { .. })) {
+            self.abort(transfer);
+        }
+        result
+    }
+
+    /// All pieces have arrived; `None` for a transfer that was refused.
+    pub fn end(
+        &mut self,
+        transfer: TransferId,
+        state: ObjectState,
+    ) -> Result<Option<(ObjectId, StagedTransfer)>, StageError> {
+        let Some(mut open) = self.open.remove(&transfer) else { return Ok(None) };
+        if open.offset != state.size || state.kind != open.state.kind {
+            self.discard_open(&open);
+            let reason =
+                format!("{} bytes arrived of a file of {}", open.offset, state.size);
+            return Err(StageError::Refused { transfer, reason });
+        }
+        let staged = match open.list.take() {
+            Some((name, writer)) => {
+                writer.finish().map_err(|e| io_failed(&e, &name))?;
+                StagedTransfer::Patch {
+                    literals: self.place(&open.name),
+                    list: self.place(&name),
+                    bytes: open.literal,
+                }
+            }
+            None => {
+                place::set_size(&open.file, state.size)
+                    .map_err(AreaError::system("set size of", &open.name))?;
+                let (file, name) = (&open.file, &open.name);
+                StagedTransfer::Whole(self.finish(file, name, &open.object, &state, state.size)?)
+            }
+        };
+        Ok(Some((open.object, staged)))
+    }
+
+    /// A transfer is given up; `false` when it is not open here.
+    pub fn abort(&mut self, transfer: TransferId) -> bool {
+        match self.open.remove(&transfer) {
+            Some(open) => {
+                self.discard_open(&open);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn discard_open(&self, open: &Open) {
+        let mut places = vec![self.place(&open.name)];
+        places.extend(open.list.as_ref().map(|(name, _)| self.place(name)));
+        Self::discard(&self.area, &places);
+    }
+}
+
+impl Open {
+    fn add(&mut self, transfer: TransferId, piece: &Piece) -> Result<(), StageError> {
+        let length = piece.length();
+        if self.offset.checked_add(length).is_none_or(|end| end > i64::MAX as u64) {
+            return Err(StageError::Breach(format!("transfer {transfer} has no end")));
+        }
+        let failed = |action| AreaError::system(action, &self.name);
+        let target = Extent { offset: self.offset, length };
+        match piece {
+            Piece::Data { hash, bytes } => {
+                if bytes.len() > PIECE_MAX {
+                    return Err(StageError::Breach(format!("a piece of {length} bytes")));
+                }
+                if Hash::of(bytes) != *hash {
+                    return Err(StageError::Breach(format!("transfer {transfer}: wrong hash")));
+                }
+                let at = if self.list.is_some() { self.literal } else { self.offset };
+                place::write_at(&self.file, bytes, at).map_err(failed("write"))?;
+                if let Some((name, list)) = &mut self.list {
+                    list.push(&PatchPiece { target, literal: Some(at) })
+                        .map_err(|e| io_failed(&e, name))?;
+                    self.literal += length;
+                }
+            }
+            Piece::Hole { .. } => {
+                if let Some((name, list)) = &mut self.list {
+                    list.push(&PatchPiece { target, literal: None })
+                        .map_err(|e| io_failed(&e, name))?;
+                }
+            }
+            Piece::Copy { from, .. } => match (&self.basis, self.layout) {
+                (None, _) => {
+                    return Err(StageError::Breach("a copy without a basis".to_owned()));
+                }
+                (Some(_), Layout::Patch) if *from != self.offset => {
+                    return Err(StageError::Breach("a patch moves bytes".to_owned()));
+                }
+                (Some(_), Layout::Patch) => {}
+                (Some(basis), Layout::Replace) => {
+                    let copied = place::copy_range(basis, *from, &self.file, self.offset, length)
+                        .map_err(failed("copy into"))?;
+                    if copied != length {
+                        let reason = "the basis is shorter than that".to_owned();
+                        return Err(StageError::Refused { transfer, reason });
+                    }
+                }
+            },
+        }
+        self.offset += length;
+        Ok(())
+    }
+}
+
+fn io_failed(error: &std::io::Error, name: &Name) -> AreaError {
+    AreaError::system("write", name)(Errno::from_io_error(error).unwrap_or(Errno::IO))
+}
+
+fn check_packed(packed: &PackedObject) -> Result<(), StageError> {
+    let breach = |what: &str| Err(StageError::Breach(format!("object {}: {what}", packed.object)));
+    if packed.state.kind != Kind::File {
+        return breach("packed, but no file");
+    }
+    if packed.state.size > PACK_MAX {
+        return breach("too large to be packed");
+    }
+    let (mut end, mut bytes) = (0u64, 0u64);
+    for extent in &packed.extents {
+        let next = extent.offset.checked_add(extent.length);
+        match next {
+            Some(next) if extent.offset >= end && next <= packed.state.size => end = next,
+            _ => return breach("extents overlap or leave the file"),
+        }
+        bytes += extent.length;
+    }
+    if bytes != packed.bytes.len() as u64 {
+        return breach("extents and bytes differ in length");
+    }
+    if Hash::of(&packed.bytes) != packed.hash {
+        return breach("wrong hash");
+    }
+    Ok(())
+}

@@ -1,0 +1,152 @@
+//! The destination's state directory.
+//!
+//! | name | holds |
+//! |---|---|
+//! | `lock` | the process that uses it: its number, and a lock |
+//! | `destination.json` | the version of the whole |
+//! | `identity/` | certificate and key |
+//! | `tokens.json` | enrolment tokens that were issued |
+//! | `replicas/<source>/` | one configuration: `config.json`, `store.redb`, `failover.json` |
+
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::path::{Path, PathBuf};
+
+use replicator_common::crashsafe::{self, Format, StateFileError};
+use replicator_common::net::enrol::Tokens;
+use replicator_common::net::identity::Fingerprint;
+use replicator_common::sys::place;
+use replicator_common::time::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::replica::Config;
+
+const VERSION: Format = Format { name: "destination", version: 1 };
+const TOKENS: Format = Format { name: "tokens", version: 1 };
+
+/// Why a state directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// A state file.
+    #[error(transparent)]
+    File(#[from] StateFileError),
+    /// Another process uses it.
+    #[error("{} is in use by a running process (pid {pid})", path.display())]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+        /// Which process, as far as known.
+        pid: String,
+    },
+}
+
+/// The right to use a state directory, for as long as this lives.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    /// Takes it, making the directory if needed, and checks its version.
+    pub fn take(directory: &Path) -> Result<Self, StateError> {
+        crashsafe::create_directory(directory)?;
+        let path = directory.join("lock");
+        let mut file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(StateFileError::io("open", &path))?;
+        let locked = place::try_lock(&file)
+            .map_err(|error| StateFileError::io("lock", &path)(error.into()))?;
+        if !locked {
+            let mut pid = String::new();
+            let _ = file.read_to_string(&mut pid);
+            let pid = if pid.is_empty() { "unknown".to_owned() } else { pid.trim().to_owned() };
+            return Err(StateError::InUse { path: directory.to_owned(), pid });
+        }
+        // The number is for people; the lock itself needs nothing written.
+        let written = file
+            .set_len(0)
+            .and_then(|()| file.rewind())
+            .and_then(|()| writeln!(file, "{}", std::process::id()));
+        written.map_err(StateFileError::io("write", &path))?;
+        check_version(directory)?;
+        Ok(Self { _file: file })
+    }
+}
+
+/// A newer program's directory is refused; an older one's would be upgraded here.
+fn check_version(directory: &Path) -> Result<(), StateFileError> {
+    let path = directory.join("destination.json");
+    if crashsafe::read::<Timestamp>(&path, &VERSION)?.is_none() {
+        crashsafe::write(&path, &VERSION, &Timestamp::now())?;
+    }
+    Ok(())
+}
+
+/// The configurations, by their directories. One whose failover got as far as
+/// removing the configuration is none any more.
+pub fn replicas(directory: &Path) -> Result<Vec<(PathBuf, Config)>, StateFileError> {
+    let parent = directory.join("replicas");
+    crashsafe::create_directory(&parent)?;
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(&parent).map_err(StateFileError::io("list", &parent))? {
+        let path = entry.map_err(StateFileError::io("list", &parent))?.path();
+        if let Some(config) = Config::read(&path)? {
+            found.push((path, config));
+        }
+    }
+    found.sort_by_key(|(_, config)| config.creation_time);
+    Ok(found)
+}
+
+/// What a token was issued for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grant {
+    /// SHA-256 of the token's secret.
+    pub secret: Fingerprint,
+    /// The directory that is to become the replica.
+    pub path: PathBuf,
+    /// It may hold something, which is to be reconciled.
+    pub reconcile: bool,
+}
+
+/// The tokens issued and what for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grants {
+    /// Who may redeem.
+    pub tokens: Tokens,
+    /// What for.
+    pub grants: Vec<Grant>,
+}
+
+impl Grants {
+    /// Reads them.
+    pub fn read(directory: &Path) -> Result<Self, StateFileError> {
+        Ok(crashsafe::read(&directory.join("tokens.json"), &TOKENS)?.unwrap_or_default())
+    }
+
+    /// Makes them durable.
+    pub fn write(&self, directory: &Path) -> Result<(), StateFileError> {
+        crashsafe::write(&directory.join("tokens.json"), &TOKENS, self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_in_use_and_a_newer_one_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let lock = Lock::take(directory.path()).unwrap();
+        let error = Lock::take(directory.path()).unwrap_err().to_string();
+        assert!(error.contains(&format!("pid {}", std::process::id())), "{error}");
+        drop(lock);
+        let newer = Format { name: "destination", version: 2 };
+        crashsafe::write(&directory.path().join("destination.json"), &newer, &1i64).unwrap();
+        assert!(Lock::take(directory.path()).is_err());
+    }
+}

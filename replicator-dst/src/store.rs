@@ -1,0 +1,516 @@
+//! The durable store of one replica (redb): objects map, commit log, standing.
+//!
+//! Tables, all values as [`codec::encode_record`] writes them (version,
+//! checksum, body):
+//! - `objects`: object id → [`Known`].
+//! - `log`: (batch, part) → [`Step`]s of a committed batch, in order.
+//! - `set_aside`: number → [`SetAsideItem`].
+//! - `meta`: `version` → [`STORE_VERSION`], `standing` → [`Standing`].
+//!
+//! Versions so far: 1.
+
+use std::path::{Path, PathBuf};
+
+use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use replicator_common::codec::{self, CodecError};
+use replicator_common::id::{BatchId, Incarnation, ObjectId};
+use replicator_common::status::{Shortfalls, TimedError};
+use replicator_common::time::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::apply::Step;
+use crate::objects::{Known, Objects, Position};
+
+const STORE_VERSION: u32 = 1;
+const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
+const OBJECTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("objects");
+const LOG: TableDefinition<'_, (u64, u32), &[u8]> = TableDefinition::new("log");
+const SET_ASIDE: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("set_aside");
+/// Steps are cut into rows of about this many bytes, far below the codec's limit.
+const LOG_ROW_BYTES: usize = 1 << 20;
+/// redb's own default is 1 GiB, which is no bound for a service.
+const CACHE_BYTES: usize = 64 << 20;
+
+/// Why the store did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The store said no.
+    #[error("store {}: cannot {action}: {source}", path.display())]
+    Redb {
+        /// The store's file.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// What it said.
+        source: Box<redb::Error>,
+    },
+    /// A row is not what this program writes.
+    #[error("store {}: {source}", path.display())]
+    Codec {
+        /// The store's file.
+        path: PathBuf,
+        /// What is wrong.
+        source: CodecError,
+    },
+    /// A newer program wrote it.
+    #[error("store {} has version {found}, this program knows up to {STORE_VERSION}: run the newer replicator that wrote it", path.display())]
+    Newer {
+        /// The store's file.
+        path: PathBuf,
+        /// Version found.
+        found: u32,
+    },
+}
+
+/// Where the replica stands.
+///
+/// INVARIANT: `applied ≤ committed`, and `watermark` and `last_consistent`
+/// belong to `committed`; they are told to others only once `applied` has
+/// caught up. Neither ever moves back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Standing {
+    /// This life of the destination's state.
+    pub incarnation: Incarnation,
+    /// The source's life that the batch numbers belong to.
+    pub source_incarnation: Option<Incarnation>,
+    /// The last batch logged.
+    pub committed: BatchId,
+    /// The last batch applied, as far as the store knows: redo begins behind it.
+    pub applied: BatchId,
+    /// Everything on the source before this is in the replica.
+    pub watermark: Timestamp,
+    /// The instant of the last exact batch.
+    pub last_consistent: Option<Timestamp>,
+    /// The initial sync is through.
+    pub complete: bool,
+    /// The replica holds what the map does not know: the source has to ask for
+    /// the inventory first.
+    pub reconcile: bool,
+    /// Rows of the objects map.
+    pub objects: u64,
+    /// Of them, orphans.
+    pub orphans: u64,
+    /// Batches committed, and how many of them exact.
+    pub batches: (u64, u64),
+    /// Content bytes that changed on the source, and that travelled.
+    pub bytes: (u64, u64),
+    /// What the replica could not hold.
+    pub shortfalls: Shortfalls,
+    /// The destination's clock less the source's, nanoseconds, as last known.
+    pub clock_offset: Option<i64>,
+    /// The last error that an operator should know.
+    pub last_error: Option<TimedError>,
+}
+
+impl Standing {
+    /// Of a new replica.
+    pub fn new(incarnation: Incarnation, reconcile: bool) -> Self {
+        Self {
+            incarnation,
+            source_incarnation: None,
+            committed: BatchId(0),
+            applied: BatchId(0),
+            watermark: Timestamp::NEVER,
+            last_consistent: None,
+            complete: false,
+            reconcile,
+            objects: 0,
+            orphans: 0,
+            batches: (0, 0),
+            bytes: (0, 0),
+            shortfalls: Shortfalls::default(),
+            clock_offset: None,
+            last_error: None,
+        }
+    }
+}
+
+/// Something of the replica's that went to lost+found while it was replicated.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetAsideItem {
+    /// Its name in lost+found.
+    pub file: String,
+    /// The object, hexadecimal.
+    pub object: String,
+    /// Where it stood, relative to the replica, where known.
+    pub path: Option<String>,
+    /// Why it is there.
+    pub reason: String,
+}
+
+/// What one commit changes.
+#[derive(Debug, Default)]
+pub struct Commit<'a> {
+    /// Steps to redo until the batch is known to be applied and synced.
+    pub steps: &'a [Step],
+    /// Rows that change.
+    pub rows: &'a [(ObjectId, Option<Known>)],
+    /// What went to lost+found.
+    pub set_aside: &'a [SetAsideItem],
+    /// Batches up to this one are applied and a later sync has covered them:
+    /// their steps go.
+    pub covered: BatchId,
+}
+
+/// The store.
+#[derive(Debug)]
+pub struct Store {
+    database: Database,
+    path: PathBuf,
+}
+
+impl Store {
+    /// Opens the store, or makes it with `standing`.
+    pub fn open(path: &Path, standing: impl FnOnce() -> Standing) -> Result<Self, StoreError> {
+        let database = Database::builder()
+            .set_cache_size(CACHE_BYTES)
+            .create(path)
+            .map_err(|error| failed(path, "open")(error.into()))?;
+        let store = Self { database, path: path.to_owned() };
+        store.write("open", Durability::Immediate, |transaction, store| {
+            let mut meta = transaction.open_table(META).map_err(|e| store.err("open")(e.into()))?;
+            transaction.open_table(OBJECTS).map_err(|e| store.err("open")(e.into()))?;
+            transaction.open_table(LOG).map_err(|e| store.err("open")(e.into()))?;
+            transaction.open_table(SET_ASIDE).map_err(|e| store.err("open")(e.into()))?;
+            let version = meta.get("version").map_err(|e| store.err("open")(e.into()))?;
+            let version = version.map(|row| store.decode::<u32>(row.value())).transpose()?;
+            match version {
+                Some(found) if found > STORE_VERSION => {
+                    Err(StoreError::Newer { path: store.path.clone(), found })
+                }
+                Some(_) => Ok(()),
+                None => {
+                    let rows =
+                        [("version", store.encode(&STORE_VERSION)?), ("standing", store.encode(&standing())?)];
+                    for (key, value) in rows {
+                        meta.insert(key, value.as_slice()).map_err(|e| store.err("open")(e.into()))?;
+                    }
+                    Ok(())
+                }
+            }
+        })?;
+        Ok(store)
+    }
+
+    fn err(&self, action: &'static str) -> impl FnOnce(redb::Error) -> StoreError {
+        failed(&self.path, action)
+    }
+
+    fn encode<T: Serialize + ?Sized>(&self, value: &T) -> Result<Vec<u8>, StoreError> {
+        codec::encode_record(value)
+            .map_err(|source| StoreError::Codec { path: self.path.clone(), source })
+    }
+
+    fn decode<T: serde::de::DeserializeOwned>(&self, record: &[u8]) -> Result<T, StoreError> {
+        codec::decode_record(record)
+            .map_err(|source| StoreError::Codec { path: self.path.clone(), source })
+    }
+
+    fn write<T>(
+        &self,
+        action: &'static str,
+        durability: Durability,
+        change: impl FnOnce(&redb::WriteTransaction, &Self) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let mut transaction =
+            self.database.begin_write().map_err(|e| self.err(action)(e.into()))?;
+        transaction.set_durability(durability).map_err(|e| self.err(action)(e.into()))?;
+        let value = change(&transaction, self)?;
+        transaction.commit().map_err(|e| self.err(action)(e.into()))?;
+        Ok(value)
+    }
+
+    /// Where the replica stands.
+    pub fn standing(&self) -> Result<Standing, StoreError> {
+        let action = "read the standing";
+        let read = self.database.begin_read().map_err(|e| self.err(action)(e.into()))?;
+        let meta = read.open_table(META).map_err(|e| self.err(action)(e.into()))?;
+        match meta.get("standing").map_err(|e| self.err(action)(e.into()))? {
+            Some(row) => self.decode(row.value()),
+            None => Err(StoreError::Codec {
+                path: self.path.clone(),
+                source: CodecError::Damaged("no standing"),
+            }),
+        }
+    }
+
+    /// Makes `standing` durable at once: for what has been promised to others
+    /// (a heartbeat's watermark, an incarnation).
+    pub fn set_standing(&self, standing: &Standing) -> Result<(), StoreError> {
+        self.put_standing(standing, Durability::Immediate)
+    }
+
+    /// Notes `standing` without waiting for the disk: for what saves work after
+    /// a restart but is not needed for correctness (that a batch was applied;
+    /// redo finds out by itself).
+    pub fn note_standing(&self, standing: &Standing) -> Result<(), StoreError> {
+        self.put_standing(standing, Durability::None)
+    }
+
+    fn put_standing(&self, standing: &Standing, durability: Durability) -> Result<(), StoreError> {
+        self.write("write the standing", durability, |transaction, store| {
+            store.insert_standing(transaction, standing)
+        })
+    }
+
+    fn insert_standing(
+        &self,
+        transaction: &redb::WriteTransaction,
+        standing: &Standing,
+    ) -> Result<(), StoreError> {
+        let action = "write the standing";
+        let mut meta = transaction.open_table(META).map_err(|e| self.err(action)(e.into()))?;
+        let record = self.encode(standing)?;
+        meta.insert("standing", record.as_slice()).map_err(|e| self.err(action)(e.into()))?;
+        Ok(())
+    }
+
+    /// Logs a batch: from here on it will be applied, whatever happens. Updates
+    /// the counts of objects in `standing` on the way.
+    ///
+    /// Durability: immediate, once a batch. This is the moment that makes an
+    /// acknowledgement true.
+    pub fn commit(&self, standing: &mut Standing, commit: &Commit<'_>) -> Result<(), StoreError> {
+        let mut next = standing.clone();
+        self.write("commit a batch", Durability::Immediate, |transaction, store| {
+            store.trim(transaction, commit.covered)?;
+            store.log(transaction, next.committed, commit.steps)?;
+            store.change_rows(transaction, &mut next, commit.rows)?;
+            store.add_set_aside(transaction, commit.set_aside)?;
+            store.insert_standing(transaction, &next)
+        })?;
+        *standing = next;
+        Ok(())
+    }
+
+    /// Forgets the steps of batches up to `covered`.
+    ///
+    /// Durability: immediate, since staged files that the steps name are
+    /// deleted next, and steps without their files could not be redone.
+    pub fn forget(&self, covered: BatchId) -> Result<(), StoreError> {
+        self.write("trim the log", Durability::Immediate, |transaction, store| {
+            store.trim(transaction, covered)
+        })
+    }
+
+    fn trim(
+        &self,
+        transaction: &redb::WriteTransaction,
+        covered: BatchId,
+    ) -> Result<(), StoreError> {
+        let action = "trim the log";
+        let mut log = transaction.open_table(LOG).map_err(|e| self.err(action)(e.into()))?;
+        log.retain_in((0, 0)..=(covered.0, u32::MAX), |_, _| false)
+            .map_err(|e| self.err(action)(e.into()))
+    }
+
+    fn log(
+        &self,
+        transaction: &redb::WriteTransaction,
+        batch: BatchId,
+        steps: &[Step],
+    ) -> Result<(), StoreError> {
+        let action = "log a batch";
+        let mut log = transaction.open_table(LOG).map_err(|e| self.err(action)(e.into()))?;
+        let (mut start, mut bytes, mut part) = (0, 0, 0);
+        for end in 1..=steps.len() {
+            bytes += estimate(&steps[end - 1]);
+            if bytes >= LOG_ROW_BYTES || end == steps.len() {
+                let record = self.encode(&steps[start..end])?;
+                log.insert((batch.0, part), record.as_slice())
+                    .map_err(|e| self.err(action)(e.into()))?;
+                (start, bytes, part) = (end, 0, part + 1);
+            }
+        }
+        Ok(())
+    }
+
+    fn change_rows(
+        &self,
+        transaction: &redb::WriteTransaction,
+        standing: &mut Standing,
+        rows: &[(ObjectId, Option<Known>)],
+    ) -> Result<(), StoreError> {
+        let action = "change the objects map";
+        let mut table = transaction.open_table(OBJECTS).map_err(|e| self.err(action)(e.into()))?;
+        let orphan = |known: &Known| u64::from(matches!(known.position, Position::Orphan { .. }));
+        for (object, row) in rows {
+            let old = match row {
+                Some(known) => {
+                    standing.objects += 1;
+                    standing.orphans += orphan(known);
+                    let record = self.encode(known)?;
+                    table.insert(object.as_bytes(), record.as_slice())
+                }
+                None => table.remove(object.as_bytes()),
+            };
+            let old = old.map_err(|e| self.err(action)(e.into()))?;
+            if let Some(old) = old {
+                let old: Known = self.decode(old.value())?;
+                standing.objects = standing.objects.saturating_sub(1);
+                standing.orphans = standing.orphans.saturating_sub(orphan(&old));
+            }
+        }
+        Ok(())
+    }
+
+    fn add_set_aside(
+        &self,
+        transaction: &redb::WriteTransaction,
+        items: &[SetAsideItem],
+    ) -> Result<(), StoreError> {
+        let action = "note what was set aside";
+        if items.is_empty() {
+            return Ok(());
+        }
+        let mut table =
+            transaction.open_table(SET_ASIDE).map_err(|e| self.err(action)(e.into()))?;
+        let last = table.last().map_err(|e| self.err(action)(e.into()))?;
+        let mut next = last.map_or(0, |(key, _)| key.value() + 1);
+        for item in items {
+            let record = self.encode(item)?;
+            table.insert(next, record.as_slice()).map_err(|e| self.err(action)(e.into()))?;
+            next += 1;
+        }
+        Ok(())
+    }
+
+    /// Adds to what was set aside.
+    pub fn note_set_aside(&self, items: &[SetAsideItem]) -> Result<(), StoreError> {
+        self.write("note what was set aside", Durability::Immediate, |transaction, store| {
+            store.add_set_aside(transaction, items)
+        })
+    }
+
+    /// All that was set aside.
+    pub fn set_aside(&self) -> Result<Vec<SetAsideItem>, StoreError> {
+        let action = "read what was set aside";
+        let read = self.database.begin_read().map_err(|e| self.err(action)(e.into()))?;
+        let table = read.open_table(SET_ASIDE).map_err(|e| self.err(action)(e.into()))?;
+        let mut items = Vec::new();
+        for row in table.iter().map_err(|e| self.err(action)(e.into()))? {
+            let (_, row) = row.map_err(|e| self.err(action)(e.into()))?;
+            items.push(self.decode(row.value())?);
+        }
+        Ok(items)
+    }
+
+    /// The logged steps, row by row in order, with their batch.
+    pub fn each_logged(
+        &self,
+        mut see: impl FnMut(BatchId, Vec<Step>),
+    ) -> Result<(), StoreError> {
+        let action = "read the log";
+        let read = self.database.begin_read().map_err(|e| self.err(action)(e.into()))?;
+        let table = read.open_table(LOG).map_err(|e| self.err(action)(e.into()))?;
+        for row in table.iter().map_err(|e| self.err(action)(e.into()))? {
+            let (key, row) = row.map_err(|e| self.err(action)(e.into()))?;
+            see(BatchId(key.value().0), self.decode(row.value())?);
+        }
+        Ok(())
+    }
+
+    /// The orphans of the map.
+    pub fn orphans(&self) -> Result<Vec<(ObjectId, Known)>, StoreError> {
+        let mut orphans = Vec::new();
+        if self.standing()?.orphans == 0 {
+            return Ok(orphans);
+        }
+        let action = "look for orphans";
+        let read = self.database.begin_read().map_err(|e| self.err(action)(e.into()))?;
+        let table = read.open_table(OBJECTS).map_err(|e| self.err(action)(e.into()))?;
+        for row in table.iter().map_err(|e| self.err(action)(e.into()))? {
+            let (key, row) = row.map_err(|e| self.err(action)(e.into()))?;
+            let known: Known = self.decode(row.value())?;
+            if let (Position::Orphan { .. }, Some(object)) =
+                (&known.position, ObjectId::from_bytes(key.value()))
+            {
+                orphans.push((object, known));
+            }
+        }
+        Ok(orphans)
+    }
+
+    /// Begins a new life: nothing that was remembered of the replica is
+    /// trusted any more (traps 14, 15).
+    pub fn renounce(&self, standing: &Standing) -> Result<(), StoreError> {
+        let action = "begin a new incarnation";
+        self.write(action, Durability::Immediate, |transaction, store| {
+            transaction.delete_table(OBJECTS).map_err(|e| store.err(action)(e.into()))?;
+            transaction.delete_table(LOG).map_err(|e| store.err(action)(e.into()))?;
+            transaction.open_table(OBJECTS).map_err(|e| store.err(action)(e.into()))?;
+            transaction.open_table(LOG).map_err(|e| store.err(action)(e.into()))?;
+            store.insert_standing(transaction, standing)
+        })
+    }
+}
+
+impl Objects for Store {
+    type Error = StoreError;
+
+    fn get(&self, object: &ObjectId) -> Result<Option<Known>, StoreError> {
+        let action = "read the objects map";
+        let read = self.database.begin_read().map_err(|e| self.err(action)(e.into()))?;
+        let table = read.open_table(OBJECTS).map_err(|e| self.err(action)(e.into()))?;
+        let row = table.get(object.as_bytes()).map_err(|e| self.err(action)(e.into()))?;
+        row.map(|row| self.decode(row.value())).transpose()
+    }
+}
+
+fn failed(path: &Path, action: &'static str) -> impl FnOnce(redb::Error) -> StoreError {
+    let path = path.to_owned();
+    move |source| StoreError::Redb { path, action, source: Box::new(source) }
+}
+
+/// About how many bytes a step takes in the log.
+fn estimate(step: &Step) -> usize {
+    let xattrs = match step {
+        Step::Attributes { state, .. } => {
+            state.attributes.xattrs.iter().map(|x| x.name.len() + x.value.len() + 8).sum()
+        }
+        _ => 0,
+    };
+    600 + xattrs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::apply::{Place, Within};
+    use replicator_common::name::Name;
+
+    #[test]
+    fn a_commit_survives_and_is_trimmed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("store.redb");
+        let new = || Standing::new(Incarnation([1; 16]), false);
+        let id = |n| ObjectId::new(1, &[n]).unwrap();
+        let store = Store::open(&path, new).unwrap();
+        let mut standing = store.standing().unwrap();
+        standing.committed = BatchId(1);
+        let at = Place { within: Within::Orphans, name: Name::new(b"x").unwrap() };
+        let steps = vec![Step::Unlink { object: id(1), at }; 5000];
+        let known = Known {
+            handle: Some(id(9)),
+            kind: replicator_common::object::Kind::File,
+            position: Position::Orphan { was: None },
+            links: 1,
+            content: BatchId(1),
+        };
+        let rows = [(id(2), Some(known.clone()))];
+        let commit = Commit { steps: &steps, rows: &rows, ..Commit::default() };
+        store.commit(&mut standing, &commit).unwrap();
+        store.commit(&mut standing, &commit).unwrap();
+        assert_eq!((standing.objects, standing.orphans), (1, 1));
+        drop(store);
+        let store = Store::open(&path, || unreachable!()).unwrap();
+        assert_eq!(store.standing().unwrap(), standing);
+        assert_eq!(store.get(&id(2)).unwrap(), Some(known));
+        assert_eq!(store.orphans().unwrap().len(), 1);
+        let mut logged = Vec::new();
+        store.each_logged(|_, part| logged.extend(part)).unwrap();
+        assert_eq!(logged, steps);
+        store.forget(BatchId(1)).unwrap();
+        store.each_logged(|_, _| panic!("trimmed")).unwrap();
+    }
+}
