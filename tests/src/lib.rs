@@ -11,6 +11,7 @@
 
 pub mod binary;
 pub mod compare;
+pub mod hosts;
 pub mod mounts;
 pub mod process;
 pub mod scenario;

@@ -107,6 +107,7 @@ impl Daemon {
 
     /// Polls `look` until it gives something; panics after `limit` and as soon
     /// as the process has ended.
+    #[track_caller]
     pub fn poll_until<T>(
         &mut self,
         limit: Duration,
@@ -129,6 +130,7 @@ impl Daemon {
 
     /// Waits until the one configuration is ENABLED: the initial sync is
     /// through.
+    #[track_caller]
     pub fn wait_enabled(&mut self, limit: Duration) {
         self.poll_until(limit, "the status is ENABLED", |daemon| {
             let status = daemon.try_status()?;
@@ -148,6 +150,7 @@ impl Daemon {
     }
 
     /// The one configuration's status.
+    #[track_caller]
     pub fn status(&self) -> Status {
         self.try_status().unwrap_or_else(|| panic!("no status:\n{}", self.last_words()))
     }
@@ -158,6 +161,7 @@ impl Daemon {
     }
 
     /// Returns when all that was done on the source is on the replica.
+    #[track_caller]
     pub fn wait(&self, limit: Duration) {
         let body = serde_json::json!({ "timeout_seconds": limit.as_secs_f64() });
         if let Err(error) = self.request("POST", "/replicator/v1/wait", Some(body)) {
@@ -297,18 +301,21 @@ pub struct Ended {
 
 impl Ended {
     /// Panics unless the command succeeded.
+    #[track_caller]
     pub fn success(self) -> Self {
         assert_eq!(self.code, Some(0), "{self:#?}");
         self
     }
 
     /// Standard output as JSON.
+    #[track_caller]
     pub fn json(&self) -> Value {
         serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error} in {self:#?}"))
     }
 }
 
 /// Runs a command that must end by itself within `limit`.
+#[track_caller]
 pub fn run_to_end(mut command: Command, limit: Duration) -> Ended {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     die_with_parent(&mut command);

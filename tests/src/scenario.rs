@@ -128,6 +128,7 @@ impl Pair {
     }
 
     /// Waits until all is replicated, and compares.
+    #[track_caller]
     pub fn settle(&self, daemon: &Daemon, context: &dyn fmt::Display) {
         daemon.wait(PATIENCE);
         compare::assert_same(&self.source, &self.replica, context);

@@ -16,6 +16,7 @@ const FAILED: i32 = 1;
 const USAGE: i32 = 2;
 const TIMED_OUT: i32 = 3;
 
+#[track_caller]
 fn expect(ended: &Ended, code: i32, said: &str, case: &str) {
     assert_eq!(ended.code, Some(code), "{case}: {ended:#?}");
     let found = ended.stderr.to_lowercase().contains(&said.to_lowercase());

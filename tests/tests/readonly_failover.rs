@@ -37,6 +37,7 @@ fn attempts(replica: &Path) -> Vec<(&'static str, std::io::Result<()>)> {
     ]
 }
 
+#[track_caller]
 fn assert_read_only(replica: &Path, when: &str) {
     for (what, result) in attempts(replica) {
         let error = result.expect_err(&format!("{when}: {what} was let through"));
@@ -44,6 +45,7 @@ fn assert_read_only(replica: &Path, when: &str) {
     }
 }
 
+#[track_caller]
 fn assert_writable(replica: &Path) {
     // The hard link is made of what the rename before it took away, and so on:
     // each is refused at most for that reason, never because of EROFS.
@@ -119,6 +121,7 @@ fn failover_online(daemon: &Daemon) -> Ended {
 
 /// Nothing of ours is left, and the tree equals the source's to the last hard
 /// link; only then is it written to.
+#[track_caller]
 fn assert_handed_over(pair: &Pair) {
     for entry in fs::read_dir(pair.replica()).unwrap() {
         let name = entry.unwrap().file_name();

@@ -117,6 +117,7 @@ pub fn compare(source: &Path, replica: &Path, options: Options) -> Vec<Differenc
 
 /// Panics with the differences unless there are none; `context` says what led
 /// here (the seed, above all).
+#[track_caller]
 pub fn assert_same(source: &Path, replica: &Path, context: &dyn fmt::Display) {
     let found = compare(source, replica, Options::default());
     assert!(found.is_empty(), "{context}: the replica differs:\n{}", report(&found));

@@ -1,0 +1,309 @@
+//! Two hosts, as far as the network can tell: a daemon of each kind, each in a
+//! network namespace of its own, with a cable between them.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::binary;
+use crate::compare;
+use crate::mounts::{FileSystem, Mount, Scratch, require_root, run};
+use crate::process::{Daemon, Ended, run_to_end};
+use crate::scenario::PATIENCE;
+use crate::serial::{self, Share};
+
+/// The destination's QUIC port.
+const LISTEN: u16 = 4481;
+/// Both APIs; the namespaces keep them apart.
+const API: &str = "http://127.0.0.1:4480";
+/// The cable's name on both hosts.
+const CABLE: &str = "cable";
+
+/// One of the two hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Runs `replicator-src`.
+    Source,
+    /// Runs `replicator-dst`.
+    Destination,
+}
+
+impl Side {
+    const BOTH: [Self; 2] = [Self::Source, Self::Destination];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        }
+    }
+
+    /// From the range for documentation; the namespaces know no other.
+    fn address(self) -> &'static str {
+        match self {
+            Self::Source => "192.0.2.1",
+            Self::Destination => "192.0.2.2",
+        }
+    }
+
+    fn program(self) -> &'static Path {
+        match self {
+            Self::Source => binary::replicator_src(),
+            Self::Destination => binary::replicator_dst(),
+        }
+    }
+}
+
+/// Two network namespaces with a cable between them.
+#[derive(Debug)]
+struct Network {
+    id: String,
+}
+
+impl Network {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        require_root();
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let network = Self { id: format!("{:x}-{number}", std::process::id()) };
+        let [source, destination] = Side::BOTH.map(|side| network.namespace(side));
+        ip(&["netns", "add", &source]);
+        ip(&["netns", "add", &destination]);
+        ip(&[
+            "-n",
+            &source,
+            "link",
+            "add",
+            CABLE,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            CABLE,
+            "netns",
+            &destination,
+        ]);
+        for side in Side::BOTH {
+            let (namespace, address) = (network.namespace(side), format!("{}/24", side.address()));
+            ip(&["-n", &namespace, "address", "add", &address, "dev", CABLE]);
+            ip(&["-n", &namespace, "link", "set", CABLE, "up"]);
+            ip(&["-n", &namespace, "link", "set", "lo", "up"]);
+        }
+        network
+    }
+
+    fn namespace(&self, side: Side) -> String {
+        format!("replicator-{}-{}", side.name(), self.id)
+    }
+
+    /// A program on one of the hosts. (`ip netns exec` would give it a mount
+    /// namespace of its own too, and the test would not see what it mounts.)
+    fn inside(&self, side: Side, program: &Path) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.namespace(side))).arg("--").arg(program);
+        command
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        for side in Side::BOTH {
+            let _ = Command::new("ip").args(["netns", "delete", &self.namespace(side)]).status();
+        }
+    }
+}
+
+fn ip(arguments: &[&str]) {
+    run(Command::new("ip").args(arguments));
+}
+
+/// Both hosts with their daemons and file systems.
+#[derive(Debug)]
+pub struct Hosts {
+    source_daemon: Option<Daemon>,
+    destination_daemon: Option<Daemon>,
+    network: Network,
+    scratch: Scratch,
+    source: Mount,
+    replica: Mount,
+    share: Option<Share>,
+}
+
+impl Hosts {
+    /// Both daemons run and know nothing of each other.
+    pub fn strangers() -> Self {
+        let share = serial::share();
+        let mut hosts = Self {
+            source_daemon: None,
+            destination_daemon: None,
+            network: Network::new(),
+            scratch: Scratch::new("hosts"),
+            source: Mount::new(FileSystem::Ext4),
+            replica: Mount::new(FileSystem::Xfs),
+            share: Some(share),
+        };
+        hosts.start(Side::Destination);
+        hosts.start(Side::Source);
+        hosts
+    }
+
+    /// Both are enrolled, and a small tree is replicated.
+    pub fn enrolled() -> Self {
+        let hosts = Self::strangers();
+        let directory = hosts.source().join("directory");
+        fs::create_dir(&directory).unwrap();
+        fs::write(directory.join("file"), "content").unwrap();
+        let created = hosts.create(hosts.source(), &hosts.token(&[])).success().json();
+        assert!(created["SourceFileSystemId"].is_string(), "EFS's JSON: {created}");
+        hosts.await_enabled(Side::Source);
+        hosts.settle(&"enrolled");
+        hosts
+    }
+
+    /// The source's tree, a file system of its own.
+    pub fn source(&self) -> &Path {
+        self.source.path()
+    }
+
+    /// The replica, a file system of its own.
+    pub fn replica(&self) -> &Path {
+        self.replica.path()
+    }
+
+    /// A daemon that runs.
+    pub fn daemon(&self, side: Side) -> &Daemon {
+        let daemon = match side {
+            Side::Source => &self.source_daemon,
+            Side::Destination => &self.destination_daemon,
+        };
+        daemon.as_ref().unwrap_or_else(|| panic!("no daemon runs on the {}", side.name()))
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self, side: Side) {
+        self.slot(side).take().unwrap().kill();
+    }
+
+    /// Starts a daemon and waits until its API answers.
+    pub fn start(&mut self, side: Side) {
+        let config = self.write_config(side);
+        let mut check = Command::new(side.program());
+        check.args(["check-config", "--config"]).arg(&config);
+        run_to_end(check, Duration::from_secs(10)).success();
+
+        let mut command = self.network.inside(side, side.program());
+        command.args(["serve", "--config"]).arg(&config);
+        let namespace = Path::new("/run/netns").join(self.network.namespace(side));
+        let log = config.with_extension("log");
+        let mut daemon = Daemon::spawn(command, API, &log).in_namespace(namespace);
+        daemon.wait_ready();
+        *self.slot(side) = Some(daemon);
+    }
+
+    fn slot(&mut self, side: Side) -> &mut Option<Daemon> {
+        match side {
+            Side::Source => &mut self.source_daemon,
+            Side::Destination => &mut self.destination_daemon,
+        }
+    }
+
+    fn config(&self, side: Side) -> PathBuf {
+        self.scratch.path().join(format!("{}.toml", side.name()))
+    }
+
+    fn write_config(&self, side: Side) -> PathBuf {
+        let (path, state) = (self.config(side), self.scratch.path().join(side.name()));
+        let addresses = match side {
+            Side::Source => String::new(),
+            Side::Destination => {
+                format!("listen = \"[::]:{LISTEN}\"\nadvertise = \"{}:{LISTEN}\"\n", side.address())
+            }
+        };
+        fs::write(&path, format!("state_dir = {state:?}\n{addresses}")).unwrap();
+        path
+    }
+
+    /// `replicator` as typed on one of the hosts.
+    #[track_caller]
+    pub fn on(&self, side: Side, arguments: &[&str]) -> Ended {
+        let mut command = self.network.inside(side, binary::replicator());
+        command.args(arguments);
+        run_to_end(command, PATIENCE)
+    }
+
+    /// A new token for the replica.
+    #[track_caller]
+    pub fn token(&self, more: &[&str]) -> String {
+        let mut command = self.network.inside(Side::Destination, binary::replicator_dst());
+        command.args(["token", "--config"]).arg(self.config(Side::Destination));
+        command.arg("--replica").arg(self.replica()).args(more);
+        let ended = run_to_end(command, Duration::from_secs(30)).success();
+        let token = ended.stdout.trim_end();
+        assert!(!token.contains(char::is_whitespace), "a token is one line: {ended:#?}");
+        token.to_owned()
+    }
+
+    /// Enables replication of `source` to whom the token is of.
+    #[track_caller]
+    pub fn create(&self, source: &Path, token: &str) -> Ended {
+        let arguments = ["create-replication-configuration", "--source", source.to_str().unwrap()];
+        self.on(Side::Source, &[&arguments[..], &["--destination", token]].concat())
+    }
+
+    /// Waits until describe on one of the hosts says ENABLED and a timestamp;
+    /// gives what it says.
+    #[track_caller]
+    pub fn await_enabled(&self, side: Side) -> serde_json::Value {
+        let start = Instant::now();
+        loop {
+            let described =
+                self.on(side, &["describe-replication-configurations"]).success().json();
+            let found = &described["Replications"][0]["Destinations"][0];
+            if found["Status"] == "ENABLED" && found["LastReplicatedTimestamp"].is_number() {
+                return described;
+            }
+            assert!(start.elapsed() < PATIENCE, "not ENABLED: {described}\n{}", self.output());
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Waits until all is replicated, and compares.
+    #[track_caller]
+    pub fn settle(&self, context: &dyn fmt::Display) {
+        self.on(Side::Source, &["wait", "--timeout", "100"]).success();
+        compare::assert_same(self.source(), self.replica(), context);
+    }
+
+    /// Pulls the cable.
+    pub fn pull_cable(&self) {
+        ip(&["-n", &self.network.namespace(Side::Source), "link", "set", CABLE, "down"]);
+    }
+
+    /// Puts it back.
+    pub fn plug_cable(&self) {
+        ip(&["-n", &self.network.namespace(Side::Source), "link", "set", CABLE, "up"]);
+    }
+
+    /// Lets no more through from source to destination, in `tc`'s words.
+    pub fn slow_cable(&self, rate: &str) {
+        let mut command = self.network.inside(Side::Source, Path::new("tc"));
+        command.args(["qdisc", "add", "dev", CABLE, "root", "tbf", "rate", rate]);
+        run(command.args(["burst", "64kb", "latency", "100ms"]));
+    }
+
+    /// Lets other tests run: this one only waits from now on.
+    pub fn give_up_share(&mut self) {
+        self.share = None;
+    }
+
+    /// What the running daemons printed.
+    fn output(&self) -> String {
+        let daemons = [&self.source_daemon, &self.destination_daemon];
+        let outputs = daemons.into_iter().flatten().map(Daemon::output);
+        outputs.collect::<Vec<_>>().join("\n--\n")
+    }
+}
