@@ -1,27 +1,50 @@
 //! The service, as the daemon's configuration describes it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::Context;
 use replicator_common::api::TokenIssuer;
+use replicator_common::api::own::TokenBody;
 use replicator_common::config::DestinationConfig;
-use replicator_common::control::Control;
+use replicator_common::control::{Control, ControlError};
+use replicator_dst::service::{DestinationOptions, DestinationService};
+use tokio::runtime::{Builder, Runtime};
 
 /// A running destination.
 pub struct Daemon {
-    control: Arc<dyn Control>,
-    tokens: Arc<dyn TokenIssuer>,
+    service: DestinationService,
+    tokens: Arc<Tokens>,
+    runtime: Runtime,
 }
 
 impl Daemon {
     /// Opens the state, protects every replica and listens.
-    pub fn open(_config: &DestinationConfig) -> anyhow::Result<Self> {
-        bail!("the service is not joined yet")
+    pub fn open(config: &DestinationConfig) -> anyhow::Result<Self> {
+        let runtime = Builder::new_multi_thread()
+            .thread_name("destination-net")
+            .enable_all()
+            .build()
+            .context("cannot start the network's threads")?;
+        let options = DestinationOptions {
+            state_dir: config.state_dir.clone(),
+            listen: config.listen,
+            advertise: Some(address(config)),
+            region: config.region.clone(),
+            hook: None,
+        };
+        let service = {
+            let _context = runtime.enter();
+            DestinationService::open(options)?
+        };
+        let tokens =
+            Arc::new(Tokens { service: service.clone(), valid: config.token_validity.get() });
+        Ok(Self { service, tokens, runtime })
     }
 
     /// What the API controls.
     pub fn control(&self) -> Arc<dyn Control> {
-        self.control.clone()
+        Arc::new(self.service.clone())
     }
 
     /// Who makes tokens.
@@ -30,5 +53,54 @@ impl Daemon {
     }
 
     /// Ends cleanly; replicas stay read-only.
-    pub fn shutdown(&self) {}
+    pub fn shutdown(&self) {
+        self.runtime.block_on(self.service.shutdown());
+    }
+}
+
+/// What tokens name: as configured, or this host's name where it listens on
+/// all addresses.
+fn address(config: &DestinationConfig) -> String {
+    if let Some(address) = &config.advertise {
+        return address.clone();
+    }
+    if !config.listen.ip().is_unspecified() {
+        return config.listen.to_string();
+    }
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = match name.trim() {
+        "" => "localhost",
+        name => name,
+    };
+    format!("{name}:{}", config.listen.port())
+}
+
+struct Tokens {
+    service: DestinationService,
+    valid: Duration,
+}
+
+impl TokenIssuer for Tokens {
+    fn issue(&self, request: &TokenBody) -> Result<String, ControlError> {
+        let valid = request.valid_seconds.map_or(self.valid, Duration::from_secs);
+        self.service
+            .token(&request.replica, valid, request.reconcile)
+            .map(|token| token.to_string())
+            .map_err(|error| ControlError::Conflict(error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_name_an_address_that_can_be_reached() {
+        let mut config = DestinationConfig::default();
+        assert!(address(&config).ends_with(":4481") && !address(&config).starts_with('['));
+        config.listen = "[2001:db8::1]:7".parse().unwrap();
+        assert_eq!(address(&config), "[2001:db8::1]:7");
+        config.advertise = Some("replica.example.org:9".to_owned());
+        assert_eq!(address(&config), "replica.example.org:9");
+    }
 }

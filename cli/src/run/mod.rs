@@ -50,7 +50,7 @@ pub fn run(arguments: &Run) -> anyhow::Result<()> {
     let bound = server::bind(arguments.api)?;
     pair.make_replica()?;
 
-    let services = Services::open(&state, &pair)?;
+    let services = Services::open(&state)?;
     let outcome = replicate(arguments, &pair, &services, bound, &display, &stop);
     display.note("stopping");
     services.shutdown();

@@ -1,31 +1,68 @@
 //! The two libraries, as `run` and `failover` use them.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{Context, ensure};
 use replicator_common::api::TokenIssuer;
-use replicator_common::control::Control;
+use replicator_common::api::own::TokenBody;
+use replicator_common::config::DEFAULT_REGION;
+use replicator_common::control::{Control, ControlError};
 use replicator_common::id::FileSystemId;
 use replicator_common::status::FailoverReport;
+use replicator_dst::service::{DestinationOptions, DestinationService};
+use replicator_dst::state::Lock;
+use replicator_src::service::{SourceOptions, SourceService};
+use tokio::runtime::{Builder, Runtime};
 
-use super::pair::Pair;
 use super::state::StateDirectory;
 
 /// The destination's part of a run's state directory.
 pub const DESTINATION_DIRECTORY: &str = "destination";
+/// The source's part.
+const SOURCE_DIRECTORY: &str = "source";
+/// How long a token can be used that goes from one side to the other within
+/// this process.
+const TOKEN_VALID: Duration = Duration::from_secs(600);
 
 /// Both services, running.
 pub struct Services {
-    source: Arc<dyn Control>,
-    destination: Arc<dyn Control>,
-    tokens: Arc<dyn TokenIssuer>,
+    source: Arc<SourceService>,
+    destination: DestinationService,
+    /// The destination's network.
+    runtime: Runtime,
 }
 
 impl Services {
     /// Opens both; the destination first, so that the source finds it.
-    pub fn open(_state: &StateDirectory, _pair: &Pair) -> anyhow::Result<Self> {
-        bail!("source and destination are not joined yet")
+    pub fn open(state: &StateDirectory) -> anyhow::Result<Self> {
+        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, state.port()?));
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("destination-net")
+            .enable_all()
+            .build()
+            .context("cannot start the network's threads")?;
+        let options = DestinationOptions {
+            state_dir: state.path().join(DESTINATION_DIRECTORY),
+            listen,
+            advertise: None,
+            region: DEFAULT_REGION.to_owned(),
+            hook: None,
+        };
+        let destination = {
+            let _context = runtime.enter();
+            DestinationService::open(options)?
+        };
+        match SourceService::open(SourceOptions::new(state.path().join(SOURCE_DIRECTORY))) {
+            Ok(source) => Ok(Self { source, destination, runtime }),
+            Err(error) => {
+                runtime.block_on(destination.shutdown());
+                Err(error.into())
+            }
+        }
     }
 
     pub fn source(&self) -> Arc<dyn Control> {
@@ -33,27 +70,51 @@ impl Services {
     }
 
     pub fn destination(&self) -> Arc<dyn Control> {
-        self.destination.clone()
+        Arc::new(self.destination.clone())
     }
 
     pub fn tokens(&self) -> Arc<dyn TokenIssuer> {
-        self.tokens.clone()
+        Arc::new(Tokens(self.destination.clone()))
     }
 
     /// A token of the destination for its source in this process.
-    pub fn issue_token(&self, _replica: &Path, _reconcile: bool) -> anyhow::Result<String> {
-        bail!("source and destination are not joined yet")
+    pub fn issue_token(&self, replica: &Path, reconcile: bool) -> anyhow::Result<String> {
+        Ok(self.destination.token(replica, TOKEN_VALID, reconcile)?.to_string())
     }
 
     /// Ends both cleanly: the source first, so that it does not see its
     /// destination die.
-    pub fn shutdown(&self) {}
+    pub fn shutdown(&self) {
+        self.source.shutdown();
+        self.runtime.block_on(self.destination.shutdown());
+    }
+}
+
+/// The destination's tokens, for who asks the API.
+struct Tokens(DestinationService);
+
+impl TokenIssuer for Tokens {
+    fn issue(&self, request: &TokenBody) -> Result<String, ControlError> {
+        let valid = request.valid_seconds.map_or(TOKEN_VALID, Duration::from_secs);
+        self.0
+            .token(&request.replica, valid, request.reconcile)
+            .map(|token| token.to_string())
+            .map_err(|error| ControlError::Conflict(error.to_string()))
+    }
 }
 
 /// Fails over on the destination's state, while nothing runs on it.
 pub fn failover_offline(
-    _state: &Path,
-    _source: Option<&FileSystemId>,
+    state: &Path,
+    source: Option<&FileSystemId>,
 ) -> anyhow::Result<FailoverReport> {
-    bail!("the destination is not joined yet")
+    // Locking makes what is missing: not in somebody else's directory.
+    ensure!(
+        state.join("destination.json").exists(),
+        "{} is not the state directory of a destination or a run",
+        state.display()
+    );
+    let _lock = Lock::take(state)
+        .context("failover with --state-dir works while no daemon runs; ask the running one (see --endpoint)")?;
+    Ok(replicator_dst::failover::offline(state, source)?)
 }
