@@ -14,7 +14,7 @@ use super::{Engine, EngineError, Gap, InFlight, ended};
 use crate::index::{Content, Delta, Mark, View};
 use crate::journal::Record;
 use crate::plan::resolve::Budget;
-use crate::plan::{Assembly, Dirty, HoldReason, Need, Outcome, Resolve, Settings, assemble};
+use crate::plan::{Assembly, Dirty, HoldReason, Listing, Need, Outcome, Resolve, Settings, assemble};
 use crate::read::sink::SinkError;
 use crate::read::small::Item;
 use crate::session::Session;
@@ -49,6 +49,9 @@ struct Draft {
     /// Large files that this batch places.
     placed: BTreeMap<ObjectId, Placed>,
     exact: bool,
+    /// The walk had ended, and every event of its time was absorbed, before
+    /// this batch began.
+    walked: bool,
 }
 
 /// A batch ready to be committed.
@@ -105,9 +108,11 @@ impl Engine {
             bytes: 0,
             placed: BTreeMap::new(),
             exact: false,
+            walked: self.dirty.listings.is_empty(),
         };
+        draft.resolve.walking = self.gap.is_some();
         let records = self.journal.read(self.cursor, RECORDS)?;
-        self.absorb(&records, &mut draft);
+        self.absorb(&records, &mut draft)?;
         if self.cursor >= barrier.seq {
             draft.time = draft.time.max(barrier.time);
             draft.reached = true;
@@ -119,16 +124,21 @@ impl Engine {
         Ok(draft)
     }
 
-    fn absorb(&mut self, records: &[(Seq, Record)], draft: &mut Draft) {
+    fn absorb(
+        &mut self,
+        records: &[(Seq, Record)],
+        draft: &mut Draft,
+    ) -> Result<(), EngineError> {
         for (seq, record) in records {
             match record {
-                Record::Gap { reason } => self.open_gap(reason.clone()),
+                Record::Gap { reason } => self.open_gap(reason.clone())?,
                 Record::Barrier { time } => draft.time = draft.time.max(*time),
                 other => self.dirty.absorb(other),
             }
             self.cursor = *seq;
         }
         draft.seq = self.cursor;
+        Ok(())
     }
 
     /// Resolves and reads until nothing that was read has changed meanwhile,
@@ -153,7 +163,7 @@ impl Engine {
             if round + 1 == ROUNDS {
                 return Ok(());
             }
-            self.absorb(&records, draft);
+            self.absorb(&records, draft)?;
             if self.cursor >= barrier.seq {
                 draft.time = draft.time.max(barrier.time);
             } else {
@@ -242,7 +252,6 @@ impl Engine {
 
     /// Assembles, makes the delta durable, sends plan and commit.
     fn finish(&mut self, mut draft: Draft) -> Result<(), EngineError> {
-        let walked = self.dirty.listings.is_empty();
         let gap = self.gap.clone();
         let floor = gap.as_ref().map_or(self.covered, |gap| gap.floor);
         let settings = Settings {
@@ -260,10 +269,14 @@ impl Engine {
         let walking = gap.is_some();
         let unreadable = std::mem::take(&mut draft.resolve.unreadable);
         self.retry_unreadable(unreadable, &mut assembly);
-        let closed = self.close_gap(walked && draft.reached);
+        let closed = self.close_gap(draft.walked && draft.reached)?;
         let holds = std::mem::take(&mut assembly.holds);
         self.release_holds(&draft, &holds);
         self.take_holds(holds, floor, walking);
+        if walking {
+            let orphaned = std::mem::take(&mut assembly.orphaned);
+            self.dirty.listings.extend(orphaned.into_iter().map(|one| Listing::new(one, true)));
+        }
         for (directory, name) in std::mem::take(&mut assembly.again) {
             self.dirty.entry(directory, name, crate::watcher::What::default());
             draft.exact = false;
@@ -272,19 +285,22 @@ impl Engine {
     }
 
     /// A walk that has seen everything closes its gap, unless events were lost
-    /// again meanwhile.
-    fn close_gap(&mut self, walked: bool) -> Option<Gap> {
-        let gap = self.gap.as_ref().filter(|_| walked && self.dirty.is_empty())?.clone();
+    /// again meanwhile. Only the batch after the walk's end does: its barrier
+    /// covers what moved from the unwalked to the walked part at the last
+    /// moment (trap 11).
+    fn close_gap(&mut self, walked: bool) -> Result<Option<Gap>, EngineError> {
+        let closing = self.gap.clone().filter(|_| walked && self.dirty.is_empty());
+        let Some(gap) = closing else { return Ok(None) };
         let Some(reason) = &gap.again else {
             self.gap = None;
             self.shared.end_progress();
-            return Some(gap);
+            return Ok(Some(gap));
         };
         let now = Timestamp::now();
         self.gap =
             Some(Gap { reason: reason.clone(), walk_started: now, again: None, ..gap.clone() });
-        self.start_walk();
-        None
+        self.start_walk()?;
+        Ok(None)
     }
 
     /// Files placed by this batch; those that changed while they were read wait

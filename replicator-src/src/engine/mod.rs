@@ -284,7 +284,7 @@ impl Engine {
             wired: parts.wired,
         };
         engine.greet()?;
-        engine.open_gap(reason.to_owned());
+        engine.open_gap(reason.to_owned())?;
         Ok(engine)
     }
 
@@ -335,8 +335,7 @@ impl Engine {
             Event::Transfer(job, result) => self.transfer_done(&job, result),
             Event::Command(Command::Nudge) => Ok(()),
             Event::Command(Command::Rescan(reason)) => {
-                self.open_gap(reason);
-                Ok(())
+                self.open_gap(reason)
             }
             Event::Command(Command::Delete(reply)) => {
                 self.ask_failover(reply);
@@ -358,7 +357,7 @@ impl Engine {
             && self.gap.is_none()
             && self.last_walk.elapsed() >= every
         {
-            self.open_gap("periodic walk".to_owned());
+            self.open_gap("periodic walk".to_owned())?;
         }
         self.due_holds();
         self.start_transfers()?;
@@ -377,7 +376,13 @@ impl Engine {
         ready
             && (!self.dirty.is_empty()
                 || self.cursor < self.journal.last()
+                || self.walk_ended()
                 || self.heartbeat_due())
+    }
+
+    /// The walk is through; one more batch closes the gap.
+    fn walk_ended(&self) -> bool {
+        self.gap.is_some() && self.in_flight.is_empty()
     }
 
     fn heartbeat_due(&self) -> bool {
@@ -386,7 +391,7 @@ impl Engine {
 
     /// From now on nothing that happened since `covered` is certain, until a
     /// walk has compared the whole tree.
-    fn open_gap(&mut self, reason: String) {
+    fn open_gap(&mut self, reason: String) -> Result<(), EngineError> {
         tracing::info!(reason, "gap: the source must be walked");
         metrics::counter!("replicator_source_gaps_total").increment(1);
         self.shared.count(|counters| counters.gaps += 1);
@@ -401,18 +406,23 @@ impl Engine {
                     walk_started: now,
                     again: None,
                 });
-                self.start_walk();
+                self.start_walk()?;
             }
         }
+        Ok(())
     }
 
-    fn start_walk(&mut self) {
+    fn start_walk(&mut self) -> Result<(), EngineError> {
         self.last_walk = Instant::now();
         self.shared.count(|counters| counters.rescans += 1);
         self.shared.begin_progress();
         let root = self.opener.root().id.clone();
         self.dirty.listings.retain(|listing| !listing.deep);
         self.dirty.listings.push_back(Listing::new(root, true));
+        // No walk from the root reaches orphans.
+        let orphans = self.index.orphans()?.into_iter().map(|(one, _)| Listing::new(one, true));
+        self.dirty.listings.extend(orphans);
+        Ok(())
     }
 
     /// The incarnation pair that the index describes, for greetings.

@@ -80,7 +80,7 @@ impl Engine {
         self.next_batch = BatchId(1);
         self.gap = None;
         self.skipped.clear();
-        self.open_gap(if had_peer { "the replica is compared anew" } else { "initial sync" }.into());
+        self.open_gap(if had_peer { "the replica is compared anew" } else { "initial sync" }.into())?;
         let source = self.index.store().incarnation()?;
         self.shared.greeting(source, None, BatchId(0), None);
         // Dropped here: the destination must learn our new incarnation by a

@@ -108,6 +108,9 @@ pub struct Assembly {
     pub again: BTreeSet<(ObjectId, Name)>,
     /// Orphans are left after this batch.
     pub orphans: usize,
+    /// Directories that this batch makes orphans: no walk reaches them from the
+    /// root, so a walk under way must be told of them (trap 11).
+    pub orphaned: Vec<ObjectId>,
     /// Objects that have names outside the tree, or may have.
     pub linked: Vec<ObjectId>,
     /// Directories that this batch drops.
@@ -138,6 +141,7 @@ pub fn assemble<V: View, T: Tree>(
     };
     let admitted = work.admit()?;
     work.bind(&admitted)?;
+    work.unite_directories()?;
     work.detach()?;
     work.settle_orphans()?;
     work.put_objects(&admitted)?;
@@ -267,6 +271,50 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         self.changed.insert(place, binding);
     }
 
+    /// A directory has one entry. Where it was moved between two looks, or the
+    /// record of its old name is still to come, the batch sees two: one of
+    /// those it looked at stays, and all are looked at again.
+    fn unite_directories(&mut self) -> Result<(), Failure<V, T>> {
+        let gained: Vec<ObjectId> = self.gained.keys().cloned().collect();
+        for object in gained {
+            let links = self.links_after(&object)?;
+            if links.len() < 2 || !self.is_directory(&object)? {
+                continue;
+            }
+            let kept = self.gained.get(&object).and_then(|places| places.first()).cloned();
+            for place in links {
+                self.out.again.insert(place.clone());
+                if Some(&place) != kept.as_ref() {
+                    self.unbind(place, &object);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn is_directory(&self, object: &ObjectId) -> Result<bool, Failure<V, T>> {
+        let kind = match self.outcomes.get(object) {
+            Some(Outcome::Ship { known, .. } | Outcome::Same { known }) => Some(known.state.kind),
+            _ => self.known(object)?.map(|known| known.state.kind),
+        };
+        Ok(kind == Some(Kind::Directory))
+    }
+
+    /// Takes the entry away from the object, whether the batch gave it or the
+    /// replica has it.
+    fn unbind(&mut self, place: Place, object: &ObjectId) {
+        if let Some(gained) = self.gained.get_mut(object)
+            && gained.remove(&place)
+        {
+            let binding = self.changed.remove(&place);
+            if let Some(Binding { old: Some(old), .. }) = binding {
+                self.changed.insert(place, Binding { old: Some(old), new: None });
+            }
+            return;
+        }
+        self.change(place, Binding { old: Some(object.clone()), new: None });
+    }
+
     /// The object's entries after the batch.
     fn links_after(&self, object: &ObjectId) -> Result<Vec<Place>, Failure<V, T>> {
         let mut links = self.view.links(object).map_err(PlanError::Index)?;
@@ -287,7 +335,13 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             if self.gone.contains(&object) || !self.links_after(&object)?.is_empty() {
                 continue;
             }
-            if self.tree_fate(&object)? == Fate::Alive {
+            let known = self.known(&object)?;
+            if let Some(known) = known
+                && self.tree_fate(&object)? == Fate::Alive
+            {
+                if known.state.kind == Kind::Directory {
+                    self.out.orphaned.push(object.clone());
+                }
                 let since = self.settings.now;
                 let orphan = Orphan { since, floor: self.settings.floor };
                 self.out.delta.orphans.push((object.clone(), Some(orphan)));
@@ -316,17 +370,21 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     ) -> Result<(), Failure<V, T>> {
         self.gone.insert(object.clone());
         let known = self.known(object)?;
-        self.out.delta.dead_lists.extend(dead_list(known.as_ref(), None));
-        self.out.delta.objects.push((object.clone(), None));
-        self.out.ops.push(if object.is_foreign() {
-            Op::SetAside { object: object.clone() }
-        } else {
-            Op::Drop { object: object.clone() }
-        });
-        if known.is_none_or(|known| known.state.kind != Kind::Directory) {
-            return Ok(());
+        if let Some(known) = &known {
+            self.out.delta.dead_lists.extend(dead_list(Some(known), None));
+            self.out.delta.objects.push((object.clone(), None));
+            self.out.ops.push(if object.is_foreign() {
+                Op::SetAside { object: object.clone() }
+            } else {
+                Op::Drop { object: object.clone() }
+            });
+            if known.state.kind != Kind::Directory {
+                return Ok(());
+            }
+            self.out.dropped.push(object.clone());
         }
-        self.out.dropped.push(object.clone());
+        // An object that the replica never had just does not come to be; an
+        // entry of it elsewhere is dirty on its own account.
         for (name, child) in self.view.children(object).map_err(PlanError::Index)? {
             let place = (object.clone(), name);
             if self.changed.contains_key(&place) {
@@ -336,21 +394,12 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             queue.push_back(child);
         }
         // Entries that were seen in it before it went away lead nowhere now.
-        let inside: Vec<Place> = entries_of(&self.changed, object)
-            .filter(|(_, binding)| binding.new.is_some())
-            .map(|(place, _)| place.clone())
+        let inside: Vec<(Place, ObjectId)> = entries_of(&self.changed, object)
+            .filter_map(|(place, binding)| Some((place.clone(), binding.new.clone()?)))
             .collect();
-        for place in inside {
-            let Some(binding) = self.changed.remove(&place) else { continue };
-            if let Some(new) = &binding.new {
-                if let Some(gained) = self.gained.get_mut(new) {
-                    gained.remove(&place);
-                }
-                queue.push_back(new.clone());
-            }
-            if binding.old.is_some() {
-                self.changed.insert(place, Binding { old: binding.old, new: None });
-            }
+        for (place, new) in inside {
+            self.unbind(place, &new);
+            queue.push_back(new);
         }
         Ok(())
     }

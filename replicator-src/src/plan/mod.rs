@@ -14,6 +14,8 @@
 pub mod assemble;
 pub mod dirty;
 pub mod resolve;
+#[cfg(test)]
+mod tests;
 pub mod tree;
 
 pub use assemble::{Assembly, Hold, HoldReason, Outcome, Settings, assemble};

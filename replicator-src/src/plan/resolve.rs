@@ -49,6 +49,10 @@ pub struct Resolve {
     pub fresh: HashSet<ObjectId>,
     /// Directories that were listed.
     pub listed: HashSet<ObjectId>,
+    /// A walk is under way: directories that moved meanwhile are walked where
+    /// they are found, for they may have left the part still to be walked for
+    /// the part that was (trap 11).
+    pub walking: bool,
     /// What was passed over, by entry; `None` when it no longer is.
     pub skipped: HashMap<(ObjectId, Name), Option<Skip>>,
     /// Content bytes of regular files among the needs, as statted.
@@ -190,7 +194,17 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             }
             Lookup::Found(seen) => {
                 let object = seen.object.clone();
-                let look = if fresh { Look::Force } else { look };
+                let look = match look {
+                    _ if fresh => Look::Force,
+                    // What moved may have left the part still to be walked, so
+                    // it gets here the look it would have had there.
+                    Look::Event(what) if self.state.walking && !what.content => Look::Rescan,
+                    look => look,
+                };
+                let moved = old.as_ref() != Some(&object);
+                if moved && self.state.walking && self.is_known_directory(&object)? {
+                    listings.push_front(Listing::new(object.clone(), true));
+                }
                 self.seen(seen, place.clone(), look, listings)?;
                 (Some(object), None)
             }
@@ -198,7 +212,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         if skip.is_some() || self.state.skipped.contains_key(&place) {
             self.state.skipped.insert(place.clone(), skip);
         }
-        if old != new {
+        if old != new || matches!(look, Look::Event(_)) {
             self.need_directory(directory)?;
         }
         self.state.bindings.insert(place, Binding { old, new });
@@ -215,6 +229,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     ) -> Result<(), PlanError<V::Error, T::Error>> {
         let kind = seen.stat.kind;
         let known = self.view.object(&seen.object).map_err(PlanError::Index)?;
+        // An orphan that comes back was out of sight meanwhile (trap 3).
+        let orphan = known.as_ref().is_some_and(|known| known.entry.is_none());
+        let look = if orphan { Look::Force } else { look };
         let (new, content, attributes) = match &known {
             None => (true, true, true),
             Some(known) => {
@@ -287,6 +304,10 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             },
         };
         self.state.listed.insert(directory.clone());
+        if listing.deep && self.view.links(directory).map_err(PlanError::Index)?.is_empty() {
+            // No listing above compares the root.
+            self.need_directory(directory)?;
+        }
         for (done, name) in names.iter().enumerate() {
             if self.full(budget) {
                 let rest = Some(names[done..].to_vec());
@@ -338,10 +359,6 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         };
         if known.state.kind == Kind::Directory && listings.len() == before {
             listings.push_front(Listing::new(object, true));
-        } else if known.state.kind == Kind::File && known.doubtful() {
-            let hint = Some((directory.clone(), name.clone()));
-            self.count(&object, known.state.size);
-            self.state.need(object, Need { kind: Kind::File, new: false, content: true, hint });
         } else if !self.state.needs.contains_key(&object) {
             self.state.equal.0 += 1;
             self.state.equal.1 += known.state.size;
@@ -396,7 +413,7 @@ fn differs(known: &Known, seen: &Seen, look: Look) -> (bool, bool) {
     let touched = resized || known.state.attributes.mtime != stat.mtime;
     let (content, attributes) = match look {
         Look::Event(what) => (what.content || touched, what.attributes),
-        Look::Rescan => (changed || touched, false),
+        Look::Rescan => (changed || touched || (file && known.doubtful()), false),
         Look::Force => (true, true),
     };
     (file && content, attributes || content || changed || touched)

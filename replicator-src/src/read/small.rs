@@ -140,11 +140,9 @@ fn read_open(
             }
             Some(known) => {
                 let mut taken = basic(known.content.clone(), known.version);
-                // Content was not looked at, so the doubt about it stays.
-                taken.read_at = known.read_at.min(read_at);
-                if known.doubtful() {
-                    taken.read_at = taken.ctime;
-                }
+                // Content was not looked at: its change time proves nothing
+                // to a rescan.
+                taken.read_at = taken.ctime;
                 Ok(compare(known, taken))
             }
             None => Ok(Outcome::Gone.into()),
