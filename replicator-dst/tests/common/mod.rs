@@ -1,0 +1,325 @@
+//! A scripted source that speaks the wire format over loopback.
+
+#![allow(clippy::unwrap_used, dead_code)]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::{Connection, RecvStream, SendStream};
+use replicator_common::id::{BatchId, FileSystemId, Incarnation, ObjectId, Seq};
+use replicator_common::name::Name;
+use replicator_common::net::enrol::{self, EnrolRequest, Enrolled};
+use replicator_common::net::frame::{FrameReader, FrameWriter};
+use replicator_common::net::identity::Identity;
+use replicator_common::net::quic;
+use replicator_common::net::token::Token;
+use replicator_common::object::{Attributes, Kind, ObjectState};
+use replicator_common::time::Timestamp;
+use replicator_common::wire::{
+    ALPN, BatchHeader, ContentSource, DataFrame, DestinationHello, DestinationMessage, Extent,
+    Hash, Op, PackedObject, SourceHello, SourceMessage,
+};
+use replicator_dst::replica::Hook;
+use replicator_dst::service::{DestinationOptions, DestinationService};
+
+pub fn id(n: u8) -> ObjectId {
+    ObjectId::new(1, &[n, 0, 0, 0]).unwrap()
+}
+
+pub const ROOT: u8 = 0;
+
+pub fn name(text: &str) -> Name {
+    Name::new(text.as_bytes()).unwrap()
+}
+
+pub fn state(kind: Kind, mode: u32, size: u64) -> ObjectState {
+    let attributes = Attributes {
+        mode,
+        uid: 1234,
+        gid: 4321,
+        mtime: Timestamp(1_600_000_000_123_456_789),
+        xattrs: Vec::new(),
+    };
+    ObjectState { kind, attributes, size, rdev: 0 }
+}
+
+/// A batch in the making.
+#[derive(Clone, Default)]
+pub struct Batch {
+    pub ops: Vec<Op>,
+    pub packs: Vec<PackedObject>,
+}
+
+impl Batch {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    pub fn root(mut self) -> Self {
+        self.ops.push(Op::Root { object: id(ROOT) });
+        self.directory(ROOT)
+    }
+
+    /// Restates a directory's attributes.
+    pub fn directory(mut self, n: u8) -> Self {
+        self.ops.push(Op::Put {
+            object: id(n),
+            state: state(Kind::Directory, 0o755, 0),
+            content: ContentSource::Unchanged,
+            new: false,
+            links: 1,
+        });
+        self
+    }
+
+    pub fn mkdir(mut self, n: u8, parent: u8, text: &str) -> Self {
+        self.ops.push(Op::Put {
+            object: id(n),
+            state: state(Kind::Directory, 0o750, 0),
+            content: ContentSource::Unchanged,
+            new: true,
+            links: 1,
+        });
+        self.entry(parent, text, None, Some(n))
+    }
+
+    pub fn entry(mut self, parent: u8, text: &str, old: Option<u8>, new: Option<u8>) -> Self {
+        self.ops.push(Op::Entry {
+            directory: id(parent),
+            name: name(text),
+            old: old.map(id),
+            new: new.map(id),
+        });
+        self
+    }
+
+    pub fn file(self, n: u8, parent: u8, text: &str, content: &[u8]) -> Self {
+        self.content(n, content, true, 1).entry(parent, text, None, Some(n))
+    }
+
+    pub fn content(mut self, n: u8, content: &[u8], new: bool, links: u32) -> Self {
+        let state = state(Kind::File, 0o640, content.len() as u64);
+        self.ops.push(Op::Put {
+            object: id(n),
+            state: state.clone(),
+            content: ContentSource::Packed { version: 1 },
+            new,
+            links,
+        });
+        self.packs.push(PackedObject {
+            object: id(n),
+            version: 1,
+            state,
+            extents: vec![Extent { offset: 0, length: content.len() as u64 }],
+            bytes: content.to_vec(),
+            hash: Hash::of(content),
+        });
+        self
+    }
+
+    pub fn op(mut self, op: Op) -> Self {
+        self.ops.push(op);
+        self
+    }
+}
+
+/// A destination and its directories.
+pub struct World {
+    pub base: tempfile::TempDir,
+    pub replica: PathBuf,
+    pub state: PathBuf,
+    pub source: FileSystemId,
+    pub identity: Identity,
+    pub token: Option<Token>,
+    pub enrolled: Option<Enrolled>,
+}
+
+impl World {
+    pub fn new() -> Self {
+        let base = tempfile::tempdir_in("/var/tmp").unwrap();
+        let replica = base.path().join("replica");
+        let state = base.path().join("state");
+        Self {
+            base,
+            replica,
+            state,
+            source: FileSystemId::random(),
+            identity: Identity::ephemeral().unwrap(),
+            token: None,
+            enrolled: None,
+        }
+    }
+
+    /// Opens the service; waits for an earlier one of this process to be gone.
+    pub async fn open(&self, hook: Option<Hook>) -> DestinationService {
+        let options = DestinationOptions {
+            state_dir: self.state.clone(),
+            listen: "127.0.0.1:0".parse().unwrap(),
+            advertise: None,
+            region: "here".to_owned(),
+            hook,
+        };
+        for attempt in 0.. {
+            match DestinationService::open(options.clone()) {
+                Ok(service) => return service,
+                Err(error) if attempt > 200 => panic!("{error}"),
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+        unreachable!()
+    }
+
+    pub async fn enrol(&mut self, service: &DestinationService, reconcile: bool) {
+        let token = service.token(&self.replica, Duration::from_secs(60), reconcile).unwrap();
+        let request = EnrolRequest {
+            secret: token.secret,
+            source: self.source.clone(),
+            source_region: "there".to_owned(),
+            creation_time: Timestamp::now(),
+            devices: false,
+        };
+        let enrolled = enrol::enrol(&self.identity, &token, &request).await.unwrap();
+        self.enrolled = Some(enrolled);
+        self.token = Some(token);
+    }
+
+    pub async fn connect(&self, service: &DestinationService, last: u64) -> FakeSource {
+        let (address, token) = (service.local_address().unwrap(), self.token.as_ref().unwrap());
+        let fingerprint = token.fingerprint;
+        let connection =
+            quic::dial(&self.identity, &address.to_string(), fingerprint, ALPN).await.unwrap();
+        let (send, receive) = connection.open_bi().await.unwrap();
+        let data = FrameWriter::new(connection.open_uni().await.unwrap());
+        let mut source = FakeSource {
+            connection,
+            writer: FrameWriter::new(send),
+            reader: FrameReader::new(receive),
+            data,
+            hello: None,
+        };
+        let hello = SourceHello {
+            source: self.source.clone(),
+            incarnation: Incarnation([7; 16]),
+            destination_incarnation: None,
+            acknowledged: BatchId(last),
+            pending: Some(BatchId(last + 1)),
+            time: Timestamp::now(),
+        };
+        source.writer.write(&SourceMessage::Hello(hello)).await.unwrap();
+        match source.next().await {
+            DestinationMessage::Hello(hello) => source.hello = Some(hello),
+            other => panic!("{other:?}"),
+        }
+        source
+    }
+
+    /// The replica as text: path → kind, mode, links, content.
+    pub fn tree(&self) -> BTreeMap<String, String> {
+        let mut tree = BTreeMap::new();
+        walk(&self.replica, &self.replica, &mut tree);
+        tree
+    }
+}
+
+fn walk(root: &Path, at: &Path, tree: &mut BTreeMap<String, String>) {
+    use std::os::unix::fs::MetadataExt;
+    for entry in std::fs::read_dir(at).unwrap() {
+        let path = entry.unwrap().path();
+        let text = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
+        if text.starts_with(".replicator-") {
+            continue;
+        }
+        let meta = path.symlink_metadata().unwrap();
+        let what = if meta.is_dir() {
+            format!("dir {:o} {}", meta.mode() & 0o7777, meta.uid())
+        } else if meta.is_symlink() {
+            format!("link {}", std::fs::read_link(&path).unwrap().display())
+        } else {
+            let content = String::from_utf8_lossy(&std::fs::read(&path).unwrap()).into_owned();
+            format!("file {:o} {} {} {content}", meta.mode() & 0o7777, meta.uid(), meta.nlink())
+        };
+        tree.insert(text, what);
+        if meta.is_dir() {
+            walk(root, &path, tree);
+        }
+    }
+}
+
+pub struct FakeSource {
+    pub connection: Connection,
+    pub writer: FrameWriter<SendStream>,
+    pub reader: FrameReader<RecvStream>,
+    pub data: FrameWriter<SendStream>,
+    pub hello: Option<DestinationHello>,
+}
+
+impl FakeSource {
+    /// The next message that is no report.
+    pub async fn next(&mut self) -> DestinationMessage {
+        loop {
+            match self.try_next().await {
+                Some(DestinationMessage::Report(_)) => {}
+                Some(message) => return message,
+                None => panic!("the destination ended the session"),
+            }
+        }
+    }
+
+    async fn try_next(&mut self) -> Option<DestinationMessage> {
+        let read = self.reader.read::<DestinationMessage>();
+        tokio::time::timeout(Duration::from_secs(20), read).await.expect("in time").ok().flatten()
+    }
+
+    pub async fn packs(&mut self, number: u64, packs: &[PackedObject]) {
+        let frame = DataFrame::Pack { batch: BatchId(number), objects: packs.to_vec() };
+        self.data.write(&frame).await.unwrap();
+    }
+
+    pub async fn plan(&mut self, number: u64, ops: &[Op]) {
+        let message = SourceMessage::Plan { batch: BatchId(number), ops: ops.to_vec() };
+        self.writer.write(&message).await.unwrap();
+    }
+
+    pub async fn commit(&mut self, number: u64, batch: &Batch) {
+        let header = BatchHeader {
+            seq: Seq(number),
+            watermark: Timestamp(1_700_000_000_000_000_000 + number as i64),
+            exact: None,
+            packed: batch.packs.len() as u64,
+            ops: batch.ops.len() as u64,
+            complete: true,
+            bytes_changed: 1,
+            bytes_shipped: 1,
+        };
+        let message = SourceMessage::Commit { batch: BatchId(number), header };
+        self.writer.write(&message).await.unwrap();
+    }
+
+    pub async fn send(&mut self, number: u64, batch: &Batch) {
+        if !batch.packs.is_empty() {
+            self.packs(number, &batch.packs).await;
+        }
+        self.plan(number, &batch.ops).await;
+        self.commit(number, batch).await;
+    }
+
+    /// Sends a batch and waits until it is applied.
+    pub async fn apply(&mut self, number: u64, batch: &Batch) {
+        self.send(number, batch).await;
+        loop {
+            match self.next().await {
+                DestinationMessage::Applied { batch, .. } if batch.0 == number => return,
+                DestinationMessage::Durable { .. } => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+/// Dies at a point, once.
+pub fn once(point: replicator_dst::replica::Point) -> Hook {
+    let armed = std::sync::atomic::AtomicBool::new(true);
+    Arc::new(move |at| at == point && armed.swap(false, std::sync::atomic::Ordering::SeqCst))
+}
