@@ -19,8 +19,9 @@ use crate::read::sink::SinkError;
 use crate::read::small::Item;
 use crate::session::Session;
 
-/// Journal records that one batch absorbs at most.
-const RECORDS: usize = 50_000;
+/// Journal records that one batch absorbs at most (twice, when what it reads
+/// changes meanwhile).
+const RECORDS: usize = 8192;
 /// Entries that one batch looks at at most.
 const ENTRIES: usize = 50_000;
 /// How often a batch follows what changed while it was read, before it is
@@ -64,6 +65,8 @@ pub(super) struct Ready {
     pub(super) dropped: Vec<ObjectId>,
     pub(super) progress: (u64, u64),
     pub(super) objects: u64,
+    /// What was covered before it.
+    pub(super) covered: Timestamp,
 }
 
 struct Placed {
@@ -95,24 +98,9 @@ impl Engine {
     /// Draws a barrier and takes in the journal.
     fn begin(&mut self) -> Result<Draft, EngineError> {
         let barrier = self.capture.barrier()?;
-        let mut draft = Draft {
-            batch: self.next_batch,
-            resolve: Resolve::default(),
-            outcomes: HashMap::new(),
-            input: Dirty::default(),
-            seq: self.cursor,
-            time: self.covered,
-            reached: false,
-            version: 0,
-            packed: 0,
-            bytes: 0,
-            placed: BTreeMap::new(),
-            exact: false,
-            walked: self.dirty.listings.is_empty(),
-        };
+        let mut draft = self.draft();
         draft.resolve.walking = self.gap.is_some();
-        let records = self.journal.read(self.cursor, RECORDS)?;
-        self.absorb(&records, &mut draft)?;
+        self.take_records(&mut draft)?;
         if self.cursor >= barrier.seq {
             draft.time = draft.time.max(barrier.time);
             draft.reached = true;
@@ -122,6 +110,69 @@ impl Engine {
         }
         draft.input = self.dirty.clone();
         Ok(draft)
+    }
+
+    fn draft(&self) -> Draft {
+        Draft {
+            batch: self.next_batch,
+            resolve: Resolve::default(),
+            outcomes: HashMap::new(),
+            input: Dirty::default(),
+            seq: self.cursor,
+            time: self.covered.max(self.seen),
+            reached: false,
+            version: 0,
+            packed: 0,
+            bytes: 0,
+            placed: BTreeMap::new(),
+            exact: false,
+            walked: self.dirty.listings.is_empty(),
+        }
+    }
+
+    /// Takes in what the journal holds after the cursor, as far as it concerns
+    /// the source.
+    fn take_records(&mut self, draft: &mut Draft) -> Result<(), EngineError> {
+        let mut records = self.journal.read(self.cursor, RECORDS)?;
+        let last = records.last().map(|(seq, _)| *seq);
+        let mut failure = None;
+        records.retain(|(_, record)| match self.concerns(record) {
+            Ok(concerns) => concerns,
+            Err(error) => {
+                failure.get_or_insert(error);
+                true
+            }
+        });
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        self.absorb(&records, draft)?;
+        self.cursor = last.unwrap_or(self.cursor);
+        draft.seq = self.cursor;
+        Ok(())
+    }
+
+    /// Whether a record is of something that the replica has. What is new is
+    /// reached through an entry of a directory that it has.
+    fn concerns(&self, record: &Record) -> Result<bool, EngineError> {
+        let object = match record {
+            Record::Gap { .. } | Record::Barrier { .. } => return Ok(true),
+            Record::Object { object, .. } => object,
+            Record::Entry { directory, .. } | Record::Named { directory, .. } => directory,
+        };
+        Ok(self.index.object(object)?.is_some())
+    }
+
+    /// Looks into the journal between batches, so that what turns out to
+    /// concern nobody (links removed elsewhere on the file system) makes none.
+    pub(super) fn look_ahead(&mut self) -> Result<(), EngineError> {
+        if self.cursor < self.journal.last() && self.dirty.len() < RECORDS {
+            let mut draft = self.draft();
+            self.take_records(&mut draft)?;
+            // Barriers in between are covered when the next batch says so.
+            self.seen = self.seen.max(draft.time);
+        }
+        Ok(())
     }
 
     fn absorb(
@@ -267,6 +318,13 @@ impl Engine {
         self.note_skipped(&draft);
         self.settle_placed(&mut draft, &assembly);
         let walking = gap.is_some();
+        // What is left for the next batch is not in the replica yet.
+        let behind = !self.dirty.is_empty() || !assembly.again.is_empty();
+        if behind && self.gap.is_none() {
+            draft.time = self.covered;
+            draft.reached = false;
+            draft.exact = false;
+        }
         let unreadable = std::mem::take(&mut draft.resolve.unreadable);
         self.retry_unreadable(unreadable, &mut assembly);
         let closed = self.close_gap(draft.walked && draft.reached)?;
@@ -415,6 +473,7 @@ impl Engine {
         assembly: Assembly,
         closed: Option<Gap>,
     ) -> Result<(), EngineError> {
+        let covered = self.covered;
         let header = self.header(&draft, &assembly, closed.as_ref());
         let changed = replaced_content(&assembly.delta, draft.batch);
         self.spoil(&changed);
@@ -424,14 +483,25 @@ impl Engine {
         let Assembly { ops, delta, dropped, .. } = assembly;
         let progress = progress_of(&delta, draft.resolve.equal);
         let (input, objects) = (draft.input, draft.packed);
-        self.send_batch(Ready { ops, delta, header, input, closed, dropped, progress, objects })
+        self.send_batch(Ready {
+            ops,
+            delta,
+            header,
+            input,
+            closed,
+            dropped,
+            progress,
+            objects,
+            covered,
+        })
     }
 
     /// Makes a batch's delta durable, then commits it to the destination.
     ///
     /// INVARIANT (trap 5): the order of these two.
     pub(super) fn send_batch(&mut self, ready: Ready) -> Result<(), EngineError> {
-        let Ready { ops, mut delta, header, input, closed, dropped, progress, objects } = ready;
+        let Ready { ops, mut delta, header, input, closed, dropped, progress, objects, covered } =
+            ready;
         let batch = self.next_batch;
         let mark = Mark {
             batch,
@@ -458,6 +528,7 @@ impl Engine {
             committed_at: Instant::now(),
             exact: header.exact.is_some(),
             durable: false,
+            covered,
         });
         let sent = match &self.session {
             Some(session) => send_plan(session, batch, ops, header),

@@ -164,6 +164,8 @@ struct InFlight {
     exact: bool,
     /// The destination said that it is durable.
     durable: bool,
+    /// What was covered before it: holds again when it is lost.
+    covered: Timestamp,
 }
 
 /// Everything of one running replication, source side.
@@ -186,6 +188,9 @@ pub struct Engine {
     dirty: Dirty,
     /// The journal is absorbed up to here.
     cursor: Seq,
+    /// The last barrier that was read ahead of the next batch: every change
+    /// before it is in a batch or dirty.
+    seen: Timestamp,
     /// Every change before this moment was absorbed, and is in a batch, held,
     /// an orphan, or in an open gap.
     covered: Timestamp,
@@ -264,6 +269,7 @@ impl Engine {
             session: None,
             dirty: Dirty::default(),
             covered: claimed,
+            seen: Timestamp::NEVER,
             gap: None,
             holds: BTreeMap::new(),
             running: HashMap::new(),
@@ -299,6 +305,7 @@ impl Engine {
                 self.apply(event)?;
             }
             self.tick()?;
+            self.look_ahead()?;
             if self.may_build() {
                 self.build()?;
             }
@@ -375,7 +382,6 @@ impl Engine {
             && self.shared.desired() == DesiredState::Enabled;
         ready
             && (!self.dirty.is_empty()
-                || self.cursor < self.journal.last()
                 || self.walk_ended()
                 || self.heartbeat_due())
     }

@@ -75,6 +75,7 @@ impl Engine {
         self.dirty = Default::default();
         self.reconcile = None;
         self.covered = Timestamp::NEVER;
+        self.seen = Timestamp::NEVER;
         self.claimed = Timestamp::NEVER;
         self.totals = self.index.store().mark()?;
         self.next_batch = BatchId(1);
@@ -98,6 +99,7 @@ impl Engine {
                 self.shared.progressed(batch.progress);
                 continue;
             }
+            self.covered = self.covered.min(batch.covered);
             if let Some(gap) = batch.closed
                 && self.gap.is_none()
             {
@@ -107,6 +109,7 @@ impl Engine {
             self.dirty.merge(batch.input);
         }
         self.totals = self.index.store().mark()?;
+        self.claimed = self.totals.watermark.unwrap_or(Timestamp::NEVER);
         let mark = self.totals;
         self.shared.acknowledged(&mark);
         self.greet()

@@ -185,6 +185,7 @@ impl Engine {
             dropped: Vec::new(),
             progress: (0, 0),
             objects: 0,
+            covered: Timestamp::NEVER,
         })
     }
 }

@@ -81,7 +81,8 @@ pub struct Budget {
 
 impl Resolve {
     /// Looks at all of `dirty` but the listings for which the budget does not
-    /// suffice: those stay in `dirty`.
+    /// suffice: those stay in `dirty`. Entries and objects are bounded by what
+    /// the caller puts in.
     pub fn feed<V: View, T: Tree>(
         &mut self,
         dirty: &mut Dirty,
@@ -92,15 +93,9 @@ impl Resolve {
         let mut work = Work { state: self, view, tree, large: budget.large };
         let objects = std::mem::take(&mut dirty.objects);
         let entries = std::mem::take(&mut dirty.entries);
-        let mut left = Vec::new();
         for ((directory, name), what) in entries {
-            if work.full(budget) {
-                left.push(((directory, name), what));
-                continue;
-            }
             work.entry(&directory, &name, Look::Event(what), &mut dirty.listings)?;
         }
-        dirty.entries.extend(left);
         for (object, what) in objects {
             work.object(object, what)?;
         }
