@@ -13,7 +13,7 @@ use crate::binary;
 use crate::compare;
 use crate::mounts::{FileSystem, Mount, Scratch, require_root, run};
 use crate::process::{Daemon, Ended, run_to_end};
-use crate::scenario::PATIENCE;
+use crate::scenario::patience;
 use crate::serial::{self, Share};
 
 /// The destination's QUIC port.
@@ -232,7 +232,7 @@ impl Hosts {
     pub fn on(&self, side: Side, arguments: &[&str]) -> Ended {
         let mut command = self.network.inside(side, binary::replicator());
         command.args(arguments);
-        run_to_end(command, PATIENCE)
+        run_to_end(command, patience())
     }
 
     /// A new token for the replica.
@@ -266,7 +266,7 @@ impl Hosts {
             if found["Status"] == "ENABLED" && found["LastReplicatedTimestamp"].is_number() {
                 return described;
             }
-            assert!(start.elapsed() < PATIENCE, "not ENABLED: {described}\n{}", self.output());
+            assert!(start.elapsed() < patience(), "not ENABLED: {described}\n{}", self.output());
             thread::sleep(Duration::from_millis(100));
         }
     }

@@ -12,9 +12,13 @@ use crate::mounts::{FileSystem, Mount, Scratch};
 use crate::process::{Daemon, free_port};
 use crate::serial::{self, Share};
 
-/// How long `wait` and the initial sync may take. Far beyond what is normal:
-/// it tells a hang from a slow machine.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+/// How long `wait` and the initial sync may take, unless `REPLICATOR_PATIENCE`
+/// gives other seconds. Far beyond what is normal: it tells a hang from a slow
+/// machine.
+pub fn patience() -> Duration {
+    let seconds = std::env::var("REPLICATOR_PATIENCE").ok().and_then(|text| text.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(120))
+}
 
 /// The watchers, as the command line spells them.
 pub const WATCHERS: [&str; 3] = ["fanotify", "inotify", "scan"];
@@ -123,14 +127,14 @@ impl Pair {
     /// Starts, and waits until the initial sync is through.
     pub fn start_enabled(&self, watcher: &str) -> Daemon {
         let mut daemon = self.start(watcher);
-        daemon.wait_enabled(PATIENCE);
+        daemon.wait_enabled(patience());
         daemon
     }
 
     /// Waits until all is replicated, and compares.
     #[track_caller]
     pub fn settle(&self, daemon: &Daemon, context: &dyn fmt::Display) {
-        daemon.wait(PATIENCE);
+        daemon.wait(patience());
         compare::assert_same(&self.source, &self.replica, context);
     }
 }

@@ -9,7 +9,7 @@ use replicator_tests::binary;
 use replicator_tests::mounts::FileSystem::{Ext4, Tmpfs};
 use replicator_tests::mounts::{Mount, Scratch};
 use replicator_tests::process::{Ended, free_port, replicator, run_to_end};
-use replicator_tests::scenario::{Layout, PATIENCE, Pair};
+use replicator_tests::scenario::{Layout, Pair, patience};
 
 /// Exit status: 1 failed, 2 wrong usage, 3 timed out.
 const FAILED: i32 = 1;
@@ -127,8 +127,8 @@ fn reconcile_keeps_what_the_source_lacks() {
     expect(&refused, FAILED, "--reconcile", "replica not empty");
 
     let mut daemon = pair.start_with(&["--reconcile"]);
-    daemon.wait_enabled(PATIENCE);
-    daemon.wait(PATIENCE);
+    daemon.wait_enabled(patience());
+    daemon.wait(patience());
     assert!(daemon.counters().bytes_shipped < 10_000, "what is the same does not travel");
     assert_eq!(
         fs::read_to_string(pair.replica().join("other")).unwrap(),
@@ -260,7 +260,7 @@ fn once() {
     let pair = Pair::new(Layout::Two(Ext4, Ext4));
     fs::write(pair.source().join("file"), "content").unwrap();
     for round in ["first", "second"] {
-        let ended = run_to_end(pair.command(free_port(), &["--once"]), PATIENCE);
+        let ended = run_to_end(pair.command(free_port(), &["--once"]), patience());
         ended.success();
         replicator_tests::compare::assert_same(pair.source(), pair.replica(), &round);
         fs::write(pair.source().join(round), round).unwrap();

@@ -10,7 +10,7 @@ use replicator_tests::compare;
 use replicator_tests::mounts::FileSystem::{Btrfs, Ext4, Tmpfs, Xfs};
 use replicator_tests::mounts::Mount;
 use replicator_tests::process::Daemon;
-use replicator_tests::scenario::{Layout, PATIENCE, Pair};
+use replicator_tests::scenario::{Layout, Pair, patience};
 use replicator_tests::workload::content;
 use replicator_tests::workload::op::{self, Op};
 use replicator_tests::workload::perform::Arena;
@@ -305,7 +305,7 @@ fn run_case(case: &Case, directory: &Path, pair: &Pair, daemon: &Daemon) -> Resu
     for op in &case.ops {
         arena.must(op);
     }
-    daemon.wait(PATIENCE);
+    daemon.wait(patience());
     let replica = pair.replica().join(case.name);
     let found = compare::compare(directory, &replica, compare::Options::default());
     let shipped = daemon.counters().bytes_shipped - shipped;
@@ -343,7 +343,7 @@ fn a_sparse_file_stays_sparse() {
     sparse.set_len(20 << 30).unwrap();
     sparse.write_all_at(b"data", 10 << 30).unwrap();
     let daemon = pair.start_enabled("fanotify");
-    daemon.wait(PATIENCE);
+    daemon.wait(patience());
     let replica = fs::metadata(pair.replica().join("sparse")).unwrap();
     use std::os::unix::fs::MetadataExt;
     assert_eq!(replica.len(), 20 << 30);

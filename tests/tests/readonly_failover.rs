@@ -12,7 +12,7 @@ use replicator_tests::compare;
 use replicator_tests::mounts::FileSystem::{Btrfs, Ext4, Tmpfs, Xfs};
 use replicator_tests::mounts::{Mount, mount_points_below};
 use replicator_tests::process::{Daemon, Ended, free_port, replicator};
-use replicator_tests::scenario::{Layout, PATIENCE, Pair};
+use replicator_tests::scenario::{Layout, Pair, patience};
 use replicator_tests::workload::Workload;
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
@@ -214,8 +214,8 @@ fn a_former_replica_becomes_a_source() {
     let log = state.path().join("log");
     let mut daemon = Daemon::spawn(command, &format!("http://127.0.0.1:{port}"), &log);
     daemon.wait_ready();
-    daemon.wait_enabled(PATIENCE);
-    daemon.wait(PATIENCE);
+    daemon.wait_enabled(patience());
+    daemon.wait(patience());
     compare::assert_same(pair.replica(), third.path(), &"former replica as a source");
     assert!(third.path().join("after").exists());
 }
@@ -235,7 +235,7 @@ fn failover_of_a_large_tree_takes_no_longer() {
             fs::write(directory.join(format!("file-{number}")), "x").unwrap();
         }
         let daemon = pair.start_enabled("fanotify");
-        daemon.wait(PATIENCE);
+        daemon.wait(patience());
         assert!(daemon.interrupt().success());
         // What the initial sync left to be written is not the failover's.
         rustix::fs::sync();

@@ -62,7 +62,7 @@ fn restart(layout: Layout, watcher: &str, stop: fn(Daemon)) {
     stop(daemon);
 
     let mut daemon = pair.start(watcher);
-    daemon.wait_enabled(replicator_tests::scenario::PATIENCE);
+    daemon.wait_enabled(replicator_tests::scenario::patience());
     pair.settle(&daemon, &"after the restart");
     let after = daemon.counters().bytes_shipped;
     let again = after.checked_sub(shipped).unwrap_or(after);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use replicator_tests::compare;
 use replicator_tests::mounts::FileSystem::{Btrfs, Ext4, Tmpfs, Xfs};
 use replicator_tests::process::Daemon;
-use replicator_tests::scenario::{Layout, PATIENCE, Pair};
+use replicator_tests::scenario::{Layout, Pair, patience};
 use replicator_tests::workload::Workload;
 
 /// First what stands on the source before replication begins, then changes
@@ -21,7 +21,7 @@ fn continuous(layout: Layout, watcher: &str) {
     let workload = Workload { steps: 500, ..next(workload) };
     workload.run(pair.source(), pair.outside());
     pair.settle(&daemon, &format!("initial sync, {workload}"));
-    daemon.wait_enabled(PATIENCE);
+    daemon.wait_enabled(patience());
 
     let workload = next(workload);
     let report = workload.run(pair.source(), pair.outside());
@@ -133,7 +133,7 @@ fn an_overflow_is_a_gap_that_a_rescan_closes() {
         std::fs::rename(&path, path.with_extension("moved")).unwrap();
     }
     drop(stopped);
-    daemon.wait(PATIENCE);
+    daemon.wait(patience());
     compare::assert_same(pair.source(), pair.replica(), &workload);
     let counters = daemon.counters();
     assert!(counters.gaps > 0 && counters.rescans > 0, "no overflow was met: {counters:?}");
