@@ -191,8 +191,7 @@ pub fn remove_tree(parent: BorrowedFd<'_>, name: &Name) -> Result<(), AreaError>
         Err(Errno::ISDIR | Errno::PERM) => {}
         Err(error) => return Err(AreaError::system("remove", name)(error)),
     }
-    let directory =
-        place::open_directory(parent, name).map_err(AreaError::system("open", name))?;
+    let directory = place::open_directory(parent, name).map_err(AreaError::system("open", name))?;
     let names = place::list(directory.as_fd()).map_err(AreaError::system("list", name))?;
     for (child, _) in names {
         remove_tree(directory.as_fd(), &child)?;

@@ -11,13 +11,13 @@
 //! 4. End the read-only mount. From here on the replica is the user's.
 //! 5. Remove our hidden directory, the configuration, the state.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use replicator_common::codec;
 use replicator_common::crashsafe::{self, Format, StateFileError};
-use replicator_common::id::{FileSystemId, ObjectId};
+use replicator_common::id::{FileSystemId, ObjectId, ReplicaHandle};
 use replicator_common::name::Name;
 use replicator_common::status::FailoverReport;
 use replicator_common::sys::{place, stat};
@@ -25,15 +25,15 @@ use replicator_common::time::Timestamp;
 use replicator_common::wire::Op;
 use serde::{Deserialize, Serialize};
 
-use crate::applier::{join, needed_by};
 use crate::apply::execute;
 use crate::apply::{Outcome, Place, ReplicaTree, Within};
 use crate::area::{Area, AreaError, SHARDS, hidden_name, remove_tree};
 use crate::objects::{Entry, Objects, path_of};
 use crate::readonly::{self, ReadOnlyError};
 use crate::replica::{
-    Config, Point, Replica, ReplicaError, last_replicated, time_since_last_sync,
+    Config, Point, Replica, ReplicaError, ReplicaOptions, last_replicated, time_since_last_sync,
 };
+use crate::seal::{join, needed_by, place_chain};
 use crate::stage::Stager;
 use crate::store::{SetAsideItem, StoreError};
 use crate::tree::Tree;
@@ -112,6 +112,8 @@ struct Record {
     moves: Vec<(Place, Item)>,
     already: Vec<Item>,
     put_back: Vec<(Place, Place)>,
+    /// Where the directories of `put_back` stand, for going by path.
+    hints: Vec<(ReplicaHandle, Place)>,
     /// All is in its place and on disk: the replica is the user's, and nothing
     /// may be opened for replication any more.
     released: bool,
@@ -154,8 +156,8 @@ pub fn run(replica: &Replica, tree: &mut Tree) -> Result<FailoverReport, Failove
 fn finish(directory: &Path, record: &Record) -> Result<(), FailoverError> {
     readonly::release_path(&record.config.path)?;
     let path = &record.config.path;
-    let root = place::open_directory_path(path)
-        .map_err(AreaError::system("open", path.display()))?;
+    let root =
+        place::open_directory_path(path).map_err(AreaError::system("open", path.display()))?;
     remove_tree(root.as_fd(), &hidden_name(&record.config.source))?;
     forget(directory)
 }
@@ -199,11 +201,14 @@ fn decide(replica: &Replica) -> Result<Record, FailoverError> {
             }
         }
     }
-    let mut put_back = Vec::new();
+    let (mut put_back, mut hints, mut seen) = (Vec::new(), Vec::new(), HashSet::new());
     for (object, known) in replica.store.orphans()? {
         let from = Place::orphan(&object);
         match home(replica, &known.position)? {
-            Some(to) => put_back.push((from, to)),
+            Some((to, directory)) => {
+                hints.extend(place_chain(&*replica.store, &directory, &mut seen)?);
+                put_back.push((from, to));
+            }
             None => moves.push((from, orphan_item(&object))),
         }
     }
@@ -223,10 +228,12 @@ fn decide(replica: &Replica) -> Result<Record, FailoverError> {
         warnings: Vec::new(),
     };
     let config = replica.config.clone();
-    let mut record = Record { time, config, moves, already, put_back, released: false, report };
+    let mut record =
+        Record { time, config, moves, already, put_back, hints, released: false, report };
     // An orphan whose old name is taken, or wanted by another one too, stays out.
-    let mut taken = std::collections::HashSet::new();
+    let mut taken = HashSet::new();
     let mut tree = Tree::new(replica.area.clone(), replica.abilities.handles);
+    record.hints.iter().for_each(|(object, place)| tree.hint(object, place));
     let all = std::mem::take(&mut record.put_back);
     for (from, to) in all {
         if tree.lookup(&to)?.is_none() && taken.insert(to.clone()) {
@@ -245,13 +252,14 @@ fn decide(replica: &Replica) -> Result<Record, FailoverError> {
 fn home(
     replica: &Replica,
     position: &crate::objects::Position,
-) -> Result<Option<Place>, FailoverError> {
+) -> Result<Option<(Place, ObjectId)>, FailoverError> {
     let crate::objects::Position::Orphan { was: Some(was) } = position else { return Ok(None) };
     if path_of(&*replica.store, &was.directory)?.is_none() {
         return Ok(None);
     }
     let directory = replica.store.get(&was.directory)?.and_then(|known| known.handle);
-    Ok(directory.map(|handle| Place { within: Within::Replica(handle), name: was.name.clone() }))
+    let place = |handle| Place { within: Within::Replica(handle), name: was.name.clone() };
+    Ok(directory.map(|handle| (place(handle), was.directory.clone())))
 }
 
 fn orphan_item(object: &ObjectId) -> Item {
@@ -319,7 +327,7 @@ fn describe(
 
 fn decode_hex(text: &str) -> Option<Vec<u8>> {
     let digits = text.as_bytes();
-    if digits.len() % 2 != 0 {
+    if !digits.len().is_multiple_of(2) {
         return None;
     }
     let digit = |b: u8| char::from(b).to_digit(16).and_then(|d| u8::try_from(d).ok());
@@ -409,6 +417,8 @@ fn put_back(
     record: &Record,
     warnings: &mut Vec<String>,
 ) -> Result<(), FailoverError> {
+    tree.learn(&[]);
+    record.hints.iter().for_each(|(object, place)| tree.hint(object, place));
     for (from, to) in &record.put_back {
         match tree.rename(from, to, false)? {
             Outcome::Done | Outcome::Missing => {}
@@ -446,7 +456,12 @@ fn set_aside(
         destination_file_system_id: record.config.destination.clone(),
         time: record.time,
         last_replicated: record.report.last_replicated,
-        items: record.already.iter().chain(record.moves.iter().map(|(_, item)| item)).cloned().collect(),
+        items: record
+            .already
+            .iter()
+            .chain(record.moves.iter().map(|(_, item)| item))
+            .cloned()
+            .collect(),
     };
     let path = PathBuf::from(replicator_common::sys::proc_path((*directory).as_fd()));
     let text = serde_json::to_vec_pretty(&manifest)
@@ -497,7 +512,7 @@ pub fn open_and_run(directory: &Path, config: Config) -> Result<FailoverReport, 
         finish(directory, &record)?;
         return Ok(record.report);
     }
-    let replica = Replica::open(directory, config, None)?;
+    let replica = Replica::open(directory, config, ReplicaOptions::default())?;
     let mut tree = Tree::new(replica.area.clone(), replica.abilities.handles);
     run(&replica, &mut tree)
 }

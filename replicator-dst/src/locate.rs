@@ -43,7 +43,11 @@ impl Locator {
         } else {
             match self.walk(objects, object, known).map_err(Into::into)? {
                 Ok(fd) if handle::identify(fd.as_fd()).as_ref() == Ok(wanted) => {
-                    if flags.contains(OFlags::PATH) { Ok(fd) } else { place::reopen(fd.as_fd(), flags) }
+                    if flags.contains(OFlags::PATH) {
+                        Ok(fd)
+                    } else {
+                        place::reopen(fd.as_fd(), flags)
+                    }
                 }
                 Ok(_) => Err(Errno::STALE),
                 Err(error) => Err(error),

@@ -11,26 +11,25 @@ use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use quinn::{Connection, RecvStream, SendStream};
-use replicator_common::id::{BatchId, ObjectId, TransferId};
+use replicator_common::id::BatchId;
 use replicator_common::name::Name;
-use replicator_common::net::frame::{FrameError, FrameReader, FrameWriter, decode_frame};
+use replicator_common::net::frame::{FrameError, FrameReader, FrameWriter};
 use replicator_common::status::DesiredState;
 use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
-    BatchHeader, DataFrame, DestinationHello, DestinationMessage, Op, Refusal, SourceHello,
-    SourceMessage,
+    BatchHeader, DestinationHello, DestinationMessage, Op, Refusal, SourceHello, SourceMessage,
 };
 use tokio::sync::{mpsc, oneshot};
 
 use crate::applier::{Job, Progress};
 use crate::apply::Place;
-use crate::attributes;
 use crate::reconcile;
 use crate::replica::{APPLIER_SHARD, Replica};
-use crate::session::{Breach, Session, StagedFile, StagedTransfer};
-use crate::stage::{StageError, Stager};
+use crate::session::{Breach, Session};
+use crate::stage::Stager;
 use crate::store::Standing;
+use crate::streams::{Event, spawn_stager};
 
 /// Between reports of the destination.
 const REPORT: Duration = Duration::from_millis(500);
@@ -39,8 +38,6 @@ const HELLO: Duration = Duration::from_secs(10);
 /// How long the applier may take to settle a session before the source is told
 /// to come back.
 const BEGIN: Duration = Duration::from_secs(60);
-/// Encoded frames (of at most 4 MiB) that wait for a stager.
-const FRAMES_WAITING: usize = 2;
 /// Staging results that wait for the session.
 const EVENTS_WAITING: usize = 256;
 /// Between attempts to stage while the disk is full.
@@ -75,15 +72,6 @@ impl From<Breach> for SessionError {
     }
 }
 
-/// What the stagers tell the session.
-enum Event {
-    Packed { batch: BatchId, object: ObjectId, version: u32, file: Box<StagedFile> },
-    Transferred { transfer: TransferId, object: ObjectId, staged: Box<StagedTransfer> },
-    Aborted { transfer: TransferId },
-    Refused { transfer: TransferId, reason: String },
-    Failed(SessionError),
-}
-
 /// What a session needs of the service.
 pub struct SessionContext {
     /// The replica.
@@ -114,9 +102,7 @@ pub async fn run(connection: Connection, context: SessionContext) -> SessionErro
         Err(error) => error,
     };
     let code = match &error {
-        SessionError::Refused(Refusal::Protocol(_)) => {
-            replicator_common::net::quic::CLOSE_PROTOCOL
-        }
+        SessionError::Refused(Refusal::Protocol(_)) => replicator_common::net::quic::CLOSE_PROTOCOL,
         _ => replicator_common::net::quic::CLOSE_DONE,
     };
     connection.close(code, error.to_string().as_bytes());
@@ -134,7 +120,8 @@ async fn session(connection: Connection, context: SessionContext) -> Result<(), 
         .map_err(|_| SessionError::Silent)??;
     let mut reader = FrameReader::new(receive);
     let mut writer = FrameWriter::new(send);
-    let first = tokio::time::timeout(HELLO, reader.read()).await.map_err(|_| SessionError::Silent)?;
+    let first =
+        tokio::time::timeout(HELLO, reader.read()).await.map_err(|_| SessionError::Silent)?;
     let hello = match first? {
         Some(SourceMessage::Hello(hello)) => hello,
         Some(_) => {
@@ -208,7 +195,8 @@ async fn begin(
         Ok(Err(_)) => Err(SessionError::NoApplier),
         Err(_) => {
             let reason = replica.shared().stalled.clone();
-            let reason = reason.unwrap_or_else(|| "the last batch is still being applied".to_owned());
+            let reason =
+                reason.unwrap_or_else(|| "the last batch is still being applied".to_owned());
             Ok(Err(Refusal::Unable(reason)))
         }
     }
@@ -329,7 +317,9 @@ impl Shell {
                 let answer = tokio::task::spawn_blocking(move || fail_over()).await;
                 match answer.ok().flatten() {
                     Some(message) => self.last_word(message).await,
-                    None => Err(SessionError::Refused(Refusal::Unable("failover failed".to_owned()))),
+                    None => {
+                        Err(SessionError::Refused(Refusal::Unable("failover failed".to_owned())))
+                    }
                 }
             }
         }
@@ -440,215 +430,5 @@ impl Shell {
             Ok(Err(error)) => Err(SessionError::Refused(Refusal::Unable(error.to_string()))),
             Err(_) => Err(SessionError::NoApplier),
         }
-    }
-}
-
-/// Reads a data stream on a task and stages it on a thread.
-fn spawn_stager(
-    replica: &Arc<Replica>,
-    stream: RecvStream,
-    number: u8,
-    events: mpsc::Sender<Event>,
-) {
-    let (frames, queue) = crossbeam_channel::bounded::<Vec<u8>>(FRAMES_WAITING);
-    let failed = events.clone();
-    tokio::spawn(async move {
-        let mut reader = FrameReader::new(stream);
-        loop {
-            match reader.read_encoded().await {
-                Ok(Some(frame)) => {
-                    let frames = frames.clone();
-                    // Blocks while the disk is slow; that is what stops the
-                    // source, by QUIC's flow control.
-                    let sent = match frames.try_send(frame) {
-                        Ok(()) => true,
-                        Err(crossbeam_channel::TrySendError::Full(frame)) => {
-                            let sending = tokio::task::spawn_blocking(move || frames.send(frame));
-                            matches!(sending.await, Ok(Ok(())))
-                        }
-                        Err(crossbeam_channel::TrySendError::Disconnected(_)) => false,
-                    };
-                    if !sent {
-                        return;
-                    }
-                }
-                Ok(None) => return,
-                Err(error) => {
-                    let _ = failed.send(Event::Failed(error.into())).await;
-                    return;
-                }
-            }
-        }
-    });
-    let replica = replica.clone();
-    // The applier's own staging directory stays its own.
-    let shard = number % APPLIER_SHARD;
-    let at_work = AtWork::new(&replica);
-    let spawned = std::thread::Builder::new().name(format!("stage-{number}")).spawn({
-        let events = events.clone();
-        move || {
-            let _at_work = at_work;
-            stage_all(&replica, shard, &queue, &events);
-        }
-    });
-    if let Err(error) = spawned {
-        tracing::error!(%error, "no thread for a data stream");
-        let refusal = Refusal::Unable(format!("no thread for a data stream: {error}"));
-        let _ = events.try_send(Event::Failed(SessionError::Refused(refusal)));
-    }
-}
-
-/// Counts a stager while it handles a frame.
-struct Busy<'a>(&'a Replica);
-
-impl<'a> Busy<'a> {
-    fn new(replica: &'a Replica) -> Self {
-        replica.busy.fetch_add(1, Ordering::AcqRel);
-        Self(replica)
-    }
-}
-
-impl Drop for Busy<'_> {
-    fn drop(&mut self) {
-        self.0.busy.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-/// Counts a stager while it may write to staging.
-struct AtWork(Arc<Replica>);
-
-impl AtWork {
-    fn new(replica: &Arc<Replica>) -> Self {
-        replica.stagers.fetch_add(1, Ordering::AcqRel);
-        Self(replica.clone())
-    }
-}
-
-impl Drop for AtWork {
-    fn drop(&mut self) {
-        self.0.stagers.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-fn stage_all(
-    replica: &Arc<Replica>,
-    shard: u8,
-    queue: &crossbeam_channel::Receiver<Vec<u8>>,
-    events: &mpsc::Sender<Event>,
-) {
-    let (area, store) = (replica.area.clone(), replica.store.clone());
-    let mut stager = Stager::new(area, store, replica.locator(), replica.applied.clone(), shard);
-    for frame in queue {
-        let _busy = Busy::new(replica);
-        // Looked at after the count is raised: failover sets it, then waits
-        // for the count.
-        if replica.failing_over.load(Ordering::Acquire) {
-            return;
-        }
-        metrics::counter!("replicator_destination_received_bytes_total")
-            .increment(frame.len() as u64);
-        let result = match decode_frame::<DataFrame>(&frame) {
-            Ok(frame) => stage_one(replica, &mut stager, frame, events),
-            Err(error) => Err(SessionError::Frame(error)),
-        };
-        let shortfalls = std::mem::take(&mut stager.shortfalls);
-        attributes::merge(&mut replica.shared().standing.shortfalls, shortfalls);
-        if let Err(error) = result {
-            let _ = events.blocking_send(Event::Failed(error));
-            return;
-        }
-    }
-}
-
-fn stage_one(
-    replica: &Replica,
-    stager: &mut Stager,
-    frame: DataFrame,
-    events: &mpsc::Sender<Event>,
-) -> Result<(), SessionError> {
-    let tell = |event| events.blocking_send(event).map_err(|_| SessionError::Closed);
-    match frame {
-        DataFrame::Pack { batch, objects } => {
-            for packed in objects {
-                let Some(file) = patiently(replica, events, || stager.pack(batch, &packed))? else {
-                    continue;
-                };
-                replica.shared().staged_bytes += file.bytes;
-                metrics::counter!("replicator_destination_staged_objects_total").increment(1);
-                let (object, version) = (packed.object, packed.version);
-                tell(Event::Packed { batch, object, version, file: Box::new(file) })?;
-            }
-            Ok(())
-        }
-        DataFrame::TransferBegin(begin) => {
-            patiently(replica, events, || stager.begin(begin.clone())).map(drop)
-        }
-        DataFrame::TransferPieces { transfer, pieces } => {
-            // One by one: a piece that failed half-way is written again at the
-            // same place, those before it are not.
-            for piece in &pieces {
-                patiently(replica, events, || {
-                    stager.pieces(transfer, std::slice::from_ref(piece))
-                })?;
-            }
-            Ok(())
-        }
-        DataFrame::TransferEnd { transfer, state } => {
-            // Not repeated: the end of a transfer takes it apart.
-            match stager.end(transfer, state) {
-                Ok(Some((object, staged))) => {
-                    tell(Event::Transferred { transfer, object, staged: Box::new(staged) })
-                }
-                Ok(None) => Ok(()),
-                Err(StageError::Breach(reason)) => {
-                    Err(SessionError::Refused(Refusal::Protocol(reason)))
-                }
-                Err(error) => tell(Event::Refused { transfer, reason: error.to_string() }),
-            }
-        }
-        DataFrame::TransferAbort { transfer } => {
-            if stager.abort(transfer) {
-                return Ok(());
-            }
-            tell(Event::Aborted { transfer })
-        }
-    }
-}
-
-/// Tries until it works, as long as trying again may help: a full disk stalls,
-/// it does not lose. `None` for a transfer that was refused.
-fn patiently<T>(
-    replica: &Replica,
-    events: &mpsc::Sender<Event>,
-    mut attempt: impl FnMut() -> Result<T, StageError>,
-) -> Result<Option<T>, SessionError> {
-    let mut stalled = false;
-    loop {
-        match attempt() {
-            Ok(value) => {
-                if stalled {
-                    replica.shared().stalled = None;
-                }
-                return Ok(Some(value));
-            }
-            Err(StageError::Breach(reason)) => {
-                return Err(SessionError::Refused(Refusal::Protocol(reason)));
-            }
-            Err(StageError::Refused { transfer, reason }) => {
-                let told = events.blocking_send(Event::Refused { transfer, reason });
-                return told.map(|()| None).map_err(|_| SessionError::Closed);
-            }
-            Err(error) => {
-                tracing::warn!(%error, "cannot stage, trying again");
-                replica.shared().stalled = Some(error.to_string());
-                replica.note_error(error.to_string());
-                stalled = true;
-            }
-        }
-        let failing_over = replica.failing_over.load(Ordering::Acquire);
-        if replica.is_ending() || failing_over || events.is_closed() {
-            return Err(SessionError::Closed);
-        }
-        std::thread::sleep(RETRY);
     }
 }

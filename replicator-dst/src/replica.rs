@@ -101,6 +101,15 @@ pub enum Point {
 /// Says whether to die at a point, as `kill -9` would have it.
 pub type Hook = Arc<dyn Fn(Point) -> bool + Send + Sync>;
 
+/// How a replica is opened.
+#[derive(Clone, Default)]
+pub struct ReplicaOptions {
+    /// Finds objects by path even where handles could be opened.
+    pub by_path: bool,
+    /// For tests: where to die.
+    pub hook: Option<Hook>,
+}
+
 /// What changes while the replica is open.
 #[derive(Debug)]
 pub struct Shared {
@@ -155,7 +164,7 @@ impl Replica {
     pub fn open(
         directory: &Path,
         config: Config,
-        hook: Option<Hook>,
+        options: ReplicaOptions,
     ) -> Result<Arc<Self>, ReplicaError> {
         let protection = Protection::establish(&config.path)?;
         let area = Arc::new(Area::open(protection.root(), &config.source)?);
@@ -173,7 +182,8 @@ impl Replica {
             clock_offset_nanos: standing.clock_offset,
             last_error: None,
         };
-        let abilities = tree::abilities(&area);
+        let mut abilities = tree::abilities(&area);
+        abilities.handles &= !options.by_path;
         let shared = Shared {
             durable: standing.committed,
             stalled: None,
@@ -194,7 +204,7 @@ impl Replica {
             failing_over: AtomicBool::new(false),
             stagers: AtomicUsize::new(0),
             busy: AtomicUsize::new(0),
-            hook,
+            hook: options.hook,
             shared: Mutex::new(shared),
             config,
         }))

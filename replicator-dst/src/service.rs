@@ -30,7 +30,7 @@ use tokio::sync::mpsc;
 use crate::applier::{self, Job};
 use crate::failover::{self, FailoverError};
 use crate::receive::{self, SessionContext};
-use crate::replica::{Config, Hook, Replica, ReplicaError};
+use crate::replica::{Config, Hook, Replica, ReplicaError, ReplicaOptions};
 use crate::state::{self, Grant, Grants, Lock, StateError};
 use crate::suitable::{self, Unsuitable};
 
@@ -131,6 +131,7 @@ impl Running {
 
 struct Inner {
     options: DestinationOptions,
+    replicas: ReplicaOptions,
     identity: Identity,
     endpoint: Endpoint,
     book: Arc<Book>,
@@ -149,6 +150,15 @@ impl DestinationService {
     /// every replica to a state between batches, and listens. To be called
     /// within a tokio runtime.
     pub fn open(options: DestinationOptions) -> Result<Self, ServiceError> {
+        let replicas = ReplicaOptions { by_path: false, hook: options.hook.clone() };
+        Self::open_with(options, replicas)
+    }
+
+    /// [`Self::open`], with a say in how replicas are opened.
+    pub fn open_with(
+        options: DestinationOptions,
+        replicas: ReplicaOptions,
+    ) -> Result<Self, ServiceError> {
         let lock = Lock::take(&options.state_dir)?;
         let identity_dir = options.state_dir.join("identity");
         crashsafe::create_directory(&identity_dir)?;
@@ -164,12 +174,12 @@ impl DestinationService {
             }
             pin(&book, &config);
             let source = config.source.clone();
-            running.insert(source, start(&directory, config, options.hook.clone())?);
+            running.insert(source, start(&directory, config, replicas.clone())?);
         }
         let endpoint = quic::listen(options.listen, &identity, book.clone())?;
         let running = Mutex::new(running);
         let inner =
-            Arc::new(Inner { options, identity, endpoint, book, running, _lock: lock });
+            Arc::new(Inner { options, replicas, identity, endpoint, book, running, _lock: lock });
         tokio::spawn(accept_loop(Arc::downgrade(&inner), inner.endpoint.clone()));
         Ok(Self { inner })
     }
@@ -237,9 +247,9 @@ fn pin(book: &Book, config: &Config) {
 fn start(
     directory: &Path,
     config: Config,
-    hook: Option<Hook>,
+    options: ReplicaOptions,
 ) -> Result<Arc<Running>, ServiceError> {
-    let replica = Replica::open(directory, config, hook)?;
+    let replica = Replica::open(directory, config, options)?;
     let (jobs, thread) = applier::spawn(replica.clone()).map_err(ServiceError::Thread)?;
     Ok(Arc::new(Running {
         replica,
@@ -344,11 +354,7 @@ impl Inner {
     }
 
     /// Redeems a token: the configuration exists afterwards, durably.
-    fn redeem(
-        &self,
-        request: &EnrolRequest,
-        peer: Fingerprint,
-    ) -> Result<Enrolled, EnrolRefusal> {
+    fn redeem(&self, request: &EnrolRequest, peer: Fingerprint) -> Result<Enrolled, EnrolRefusal> {
         let unable = |error: &dyn std::fmt::Display| EnrolRefusal::Unable(error.to_string());
         let mut grants = self.book.grants();
         let mut next = grants.clone();
@@ -385,7 +391,7 @@ impl Inner {
         // its removal; without a config.json it means nothing.
         crashsafe::remove(&directory.join("store.redb")).map_err(|error| unable(&error))?;
         crashsafe::create_directory(&directory).map_err(|error| unable(&error))?;
-        let running = start(&directory, config.clone(), self.options.hook.clone())
+        let running = start(&directory, config.clone(), self.replicas.clone())
             .map_err(|error| unable(&error))?;
         // The configuration last: with it, all is there. Then the token, whose
         // second redemption by the same peer finds the configuration.

@@ -124,8 +124,9 @@ impl Stager {
         let directory = self.area.staging(self.shard);
         match place::create_file(directory, name) {
             // Of an attempt before this one, which failed half-way.
-            Err(Errno::EXIST) => place::unlink(directory, name)
-                .and_then(|()| place::create_file(directory, name)),
+            Err(Errno::EXIST) => {
+                place::unlink(directory, name).and_then(|()| place::create_file(directory, name))
+            }
             result => result,
         }
         .map_err(AreaError::system("create", name))
@@ -188,8 +189,7 @@ impl Stager {
     ) -> Result<StagedFile, StageError> {
         attributes::apply(file.as_fd(), state, &mut self.shortfalls, &|| object.to_string())
             .map_err(AreaError::system("set attributes of", name))?;
-        let handle =
-            handle::identify(file.as_fd()).map_err(AreaError::system("identify", name))?;
+        let handle = handle::identify(file.as_fd()).map_err(AreaError::system("identify", name))?;
         Ok(StagedFile { place: self.place(name), handle, state: state.clone(), bytes })
     }
 
@@ -252,7 +252,8 @@ impl Stager {
         if known.content != begin.basis_version || known.content.0 > applied {
             return Err(refused("the basis has another version"));
         }
-        let file = self.locator.open::<_, StageError>(&*self.store, basis, &known, OFlags::RDONLY)?;
+        let file =
+            self.locator.open::<_, StageError>(&*self.store, basis, &known, OFlags::RDONLY)?;
         file.map(Some).ok_or_else(|| refused("the basis cannot be found"))
     }
 
@@ -276,8 +277,7 @@ impl Stager {
         let Some(mut open) = self.open.remove(&transfer) else { return Ok(None) };
         if open.offset != state.size || state.kind != open.state.kind {
             self.discard_open(&open);
-            let reason =
-                format!("{} bytes arrived of a file of {}", open.offset, state.size);
+            let reason = format!("{} bytes arrived of a file of {}", open.offset, state.size);
             return Err(StageError::Refused { transfer, reason });
         }
         let staged = match open.list.take() {

@@ -180,10 +180,13 @@ impl Store {
                 }
                 Some(_) => Ok(()),
                 None => {
-                    let rows =
-                        [("version", store.encode(&STORE_VERSION)?), ("standing", store.encode(&standing())?)];
+                    let rows = [
+                        ("version", store.encode(&STORE_VERSION)?),
+                        ("standing", store.encode(&standing())?),
+                    ];
                     for (key, value) in rows {
-                        meta.insert(key, value.as_slice()).map_err(|e| store.err("open")(e.into()))?;
+                        meta.insert(key, value.as_slice())
+                            .map_err(|e| store.err("open")(e.into()))?;
                     }
                     Ok(())
                 }
@@ -366,11 +369,10 @@ impl Store {
         let mut table =
             transaction.open_table(SET_ASIDE).map_err(|e| self.err(action)(e.into()))?;
         let last = table.last().map_err(|e| self.err(action)(e.into()))?;
-        let mut next = last.map_or(0, |(key, _)| key.value() + 1);
-        for item in items {
+        let next = last.map_or(0, |(key, _)| key.value() + 1);
+        for (number, item) in (next..).zip(items) {
             let record = self.encode(item)?;
-            table.insert(next, record.as_slice()).map_err(|e| self.err(action)(e.into()))?;
-            next += 1;
+            table.insert(number, record.as_slice()).map_err(|e| self.err(action)(e.into()))?;
         }
         Ok(())
     }
@@ -396,10 +398,7 @@ impl Store {
     }
 
     /// The logged steps, row by row in order, with their batch.
-    pub fn each_logged(
-        &self,
-        mut see: impl FnMut(BatchId, Vec<Step>),
-    ) -> Result<(), StoreError> {
+    pub fn each_logged(&self, mut see: impl FnMut(BatchId, Vec<Step>)) -> Result<(), StoreError> {
         let action = "read the log";
         let read = self.database.begin_read().map_err(|e| self.err(action)(e.into()))?;
         let table = read.open_table(LOG).map_err(|e| self.err(action)(e.into()))?;

@@ -84,9 +84,7 @@ pub fn check(
         overlap(path, other, "a replica")?;
     }
     match first_name(path)? {
-        Some(example) if !reconcile => {
-            Err(Unsuitable::NotEmpty { path: path.to_owned(), example })
-        }
+        Some(example) if !reconcile => Err(Unsuitable::NotEmpty { path: path.to_owned(), example }),
         _ => Ok(()),
     }
 }
@@ -110,11 +108,7 @@ fn overlap(path: &Path, other: &Path, what: &'static str) -> Result<(), Unsuitab
     if inside(&a, &b).map_err(|e| failed("look above", path)(e.into()))?
         || inside(&b, &a).map_err(|e| failed("look above", other)(e.into()))?
     {
-        return Err(Unsuitable::Overlaps {
-            path: path.to_owned(),
-            other: other.to_owned(),
-            what,
-        });
+        return Err(Unsuitable::Overlaps { path: path.to_owned(), other: other.to_owned(), what });
     }
     Ok(())
 }

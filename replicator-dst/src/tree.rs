@@ -267,7 +267,8 @@ impl ReplicaTree for Tree {
                 result => result,
             }
         };
-        outcome(result).map_err(AreaError::system("rename", format!("{} to {}", from.name, to.name)))
+        outcome(result)
+            .map_err(AreaError::system("rename", format!("{} to {}", from.name, to.name)))
     }
 
     fn link(&mut self, object: &ReplicaHandle, to: &Place) -> Result<Outcome, AreaError> {

@@ -5,7 +5,6 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Batch, ROOT, World, id, name, once, state};
@@ -82,7 +81,15 @@ const AFTER_SECOND: &[(&str, &str)] = &[
 
 #[tokio::test(flavor = "multi_thread")]
 async fn batches_arrive_and_a_session_resumes() {
-    let mut world = World::new();
+    replicate_and_resume(World::new()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn batches_arrive_without_opening_by_handle() {
+    replicate_and_resume(World { by_path: true, ..World::new() }).await;
+}
+
+async fn replicate_and_resume(mut world: World) {
     let service = world.open(None).await;
     world.enrol(&service, false).await;
     let mut source = world.connect(&service, 0).await;
@@ -128,8 +135,9 @@ fn finish(world: &World, service: &replicator_dst::service::DestinationService) 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn trap_8_a_batch_is_whole_whenever_the_applier_dies() {
-    for point in [Point::Staged, Point::Synced, Point::Committed, Point::Applied] {
-        let mut world = World::new();
+    let points = [Point::Staged, Point::Synced, Point::Committed, Point::Applied];
+    for (point, by_path) in points.into_iter().flat_map(|p| [(p, false), (p, true)]) {
+        let mut world = World { by_path, ..World::new() };
         let service = world.open(None).await;
         world.enrol(&service, false).await;
         world.connect(&service, 0).await.apply(1, &first()).await;
@@ -179,7 +187,11 @@ fn data(bytes: Vec<u8>) -> Piece {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn transfers_replace_and_patch() {
-    let mut world = World::new();
+    replace_and_patch(World::new()).await;
+    replace_and_patch(World { by_path: true, ..World::new() }).await;
+}
+
+async fn replace_and_patch(mut world: World) {
     let service = world.open(None).await;
     world.enrol(&service, false).await;
     let mut source = world.connect(&service, 0).await;
@@ -202,11 +214,8 @@ async fn transfers_replace_and_patch() {
     expected.extend(vec![0; 100_000]);
     expected.extend(b"end");
     let size = expected.len() as u64;
-    let pieces = vec![
-        data(vec![b'x'; 300_000]),
-        Piece::Hole { length: 100_000 },
-        data(b"end".to_vec()),
-    ];
+    let pieces =
+        vec![data(vec![b'x'; 300_000]), Piece::Hole { length: 100_000 }, data(b"end".to_vec())];
     transfer(&mut source, 1, begin(1, Layout::Replace, None, 0), pieces, size).await;
     let batch = Batch::new().root().op(put(1, true, size)).entry(ROOT, "big", None, Some(2));
     source.apply(1, &batch).await;
@@ -249,7 +258,11 @@ async fn transfers_replace_and_patch() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn trap_1_orphans_wait_and_are_put_back_at_failover() {
-    let mut world = World::new();
+    orphans(World::new()).await;
+    orphans(World { by_path: true, ..World::new() }).await;
+}
+
+async fn orphans(mut world: World) {
     let service = world.open(None).await;
     world.enrol(&service, false).await;
     let mut source = world.connect(&service, 0).await;
@@ -280,7 +293,10 @@ async fn leave_a_rest(world: &World, source: &mut common::FakeSource) {
     for _ in 0..200 {
         let files = |shard: &str, first: &str| {
             std::fs::read_dir(staging.join(shard)).is_ok_and(|entries| {
-                entries.flatten().any(|e| e.file_name().to_string_lossy().starts_with(first))
+                entries.flatten().any(|e| {
+                    e.file_name().to_string_lossy().starts_with(first)
+                        && e.metadata().is_ok_and(|meta| meta.len() > 0)
+                })
             })
         };
         if files("0", "p2.") && files("7", "plan.") {
@@ -293,8 +309,7 @@ async fn leave_a_rest(world: &World, source: &mut common::FakeSource) {
 
 fn check_the_rest(world: &World) {
     let mut tree = world.tree();
-    let lost: Vec<_> =
-        tree.keys().filter(|path| path.contains("lost+found")).cloned().collect();
+    let lost: Vec<_> = tree.keys().filter(|path| path.contains("lost+found")).cloned().collect();
     let manifest = lost.iter().find(|path| path.ends_with("manifest.json")).expect("a manifest");
     let manifest: Manifest =
         serde_json::from_slice(&std::fs::read(world.replica.join(manifest)).unwrap()).unwrap();
@@ -434,7 +449,8 @@ async fn attributes_are_exact() {
     source.apply(1, &batch).await;
     with.attributes.xattrs.remove(0);
     source.apply(2, &Batch::new().op(put(&with, false))).await;
-    let fd = replicator_common::sys::place::open_directory_path(&world.replica.join("dir")).unwrap();
+    let fd =
+        replicator_common::sys::place::open_directory_path(&world.replica.join("dir")).unwrap();
     let found = replicator_common::sys::xattr::read(std::os::fd::AsFd::as_fd(&fd)).unwrap();
     assert_eq!(found, with.attributes.xattrs);
     assert_eq!(world.tree()["dir"], "dir 2755 1234");
@@ -469,5 +485,4 @@ async fn a_source_that_breaks_the_protocol_is_refused() {
     // The good one goes through all the same.
     world.connect(&service, 0).await.apply(1, &first()).await;
     finish(&world, &service);
-    let _ = Arc::new(());
 }

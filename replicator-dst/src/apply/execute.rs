@@ -99,10 +99,7 @@ fn relocate<T: ReplicaTree>(
     // What waits in our own area under its own name is what we put there, and
     // a rename that does not replace cannot harm: no look is needed first.
     // This is every new file, hence worth it.
-    if from.is_private()
-        && over.is_none()
-        && tree.rename(from, to, false)? == Outcome::Done
-    {
+    if from.is_private() && over.is_none() && tree.rename(from, to, false)? == Outcome::Done {
         return Ok(());
     }
     if tree.lookup(to)?.as_ref() == Some(object) {

@@ -15,6 +15,7 @@ pub mod execute;
 #[cfg(test)]
 mod model;
 pub mod plan;
+mod rows;
 mod slots;
 #[cfg(test)]
 mod tests;

@@ -15,11 +15,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use replicator_common::id::{BatchId, ObjectId, ReplicaHandle};
 use replicator_common::name::Name;
 use replicator_common::object::{Kind, ObjectState};
-use replicator_common::wire::{ContentSource, Op};
+use replicator_common::wire::Op;
 
 use super::slots::{Change, Fate, Inode, Parts, Slot};
 use super::{Place, Step, Within, area_name};
-use crate::objects::{Entry, Known, Objects, Position};
+use crate::objects::{Entry, Known, Objects};
 
 /// What arrived for an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,11 +129,11 @@ pub fn plan<O: Objects>(
 
 /// How one inode gets from its old places to its new ones.
 #[derive(Clone, Debug, Default)]
-struct Route {
+pub(super) struct Route {
     /// Slots it leaves.
     leaves: Vec<Slot>,
     /// Slots it enters.
-    enters: Vec<Slot>,
+    pub(super) enters: Vec<Slot>,
     /// It has a slot that stays.
     kept: bool,
     /// The slot it is renamed away from, when it must be carried.
@@ -142,10 +142,10 @@ struct Route {
     detached: bool,
 }
 
-struct Planner<'a, O: Objects> {
-    parts: Parts<'a, O>,
-    routes: BTreeMap<ReplicaHandle, Route>,
-    out: Planned,
+pub(super) struct Planner<'a, O: Objects> {
+    pub(super) parts: Parts<'a, O>,
+    pub(super) routes: BTreeMap<ReplicaHandle, Route>,
+    pub(super) out: Planned,
 }
 
 impl<'a, O: Objects> Planner<'a, O> {
@@ -178,11 +178,11 @@ impl<'a, O: Objects> Planner<'a, O> {
         Self { parts, routes, out: Planned::default() }
     }
 
-    fn inode(&self, handle: &ReplicaHandle) -> Option<&Inode> {
+    pub(super) fn inode(&self, handle: &ReplicaHandle) -> Option<&Inode> {
         self.parts.inodes.get(handle)
     }
 
-    fn is_directory(&self, handle: &ReplicaHandle) -> bool {
+    pub(super) fn is_directory(&self, handle: &ReplicaHandle) -> bool {
         self.inode(handle).is_some_and(|inode| inode.kind == Kind::Directory)
     }
 
@@ -330,7 +330,8 @@ impl<'a, O: Objects> Planner<'a, O> {
         let mut done = BTreeSet::new();
         let handles: Vec<_> = self.routes.keys().cloned().collect();
         for handle in &handles {
-            let direct = self.routes[handle].carried_from.is_some() && !self.routes[handle].detached;
+            let direct =
+                self.routes[handle].carried_from.is_some() && !self.routes[handle].detached;
             let from_orphans = matches!(self.carried_from(handle), Some(Slot::Orphan(_)));
             if !self.is_directory(handle) || (direct && !from_orphans) {
                 for slot in self.routes[handle].enters.clone() {
@@ -369,11 +370,7 @@ impl<'a, O: Objects> Planner<'a, O> {
 
     /// Fills a slot, after whatever must leave it first. The chain of leavers
     /// is followed without recursion: a log rotation may be long.
-    fn enter(
-        &mut self,
-        slot: &Slot,
-        done: &mut BTreeSet<Slot>,
-    ) -> Result<(), PlanError<O::Error>> {
+    fn enter(&mut self, slot: &Slot, done: &mut BTreeSet<Slot>) -> Result<(), PlanError<O::Error>> {
         let mut chain = vec![slot.clone()];
         while let Some(leaver) = chain.last().and_then(|slot| self.leaver(slot)) {
             let next = self.routes[&leaver].enters[0].clone();
@@ -516,106 +513,5 @@ impl<'a, O: Objects> Planner<'a, O> {
             at = parent;
         }
         Ok(depth)
-    }
-
-    // ----------------------------------------------------------------- rows
-
-    fn rows(&mut self) -> Result<(), PlanError<O::Error>> {
-        let mut objects: BTreeSet<ObjectId> = self.parts.puts.keys().cloned().collect();
-        objects.extend(self.parts.adopted.iter().cloned());
-        objects.extend(self.parts.fates.keys().cloned());
-        objects.extend(self.parts.removed.keys().cloned());
-        objects.extend(self.parts.added.keys().cloned());
-        objects.extend(self.parts.restated.keys().cloned());
-        for object in objects {
-            let row = self.row(&object)?;
-            let before = self.parts.before.get(&object).cloned().flatten();
-            if row != before || self.parts.adopted.contains(&object) {
-                self.out.rows.push((object, row));
-            }
-        }
-        Ok(())
-    }
-
-    fn row(&mut self, object: &ObjectId) -> Result<Option<Known>, PlanError<O::Error>> {
-        let before = self.parts.known(object)?;
-        let was = before.as_ref().and_then(|known| match &known.position {
-            Position::Entry(entry) => Some(entry.clone()),
-            Position::Orphan { was } => was.clone(),
-            Position::Root => None,
-        });
-        let position = match self.parts.fates.get(object) {
-            Some(Fate::Drop) => return Ok(None),
-            Some(Fate::SetAside) => {
-                self.out.set_aside.push((object.clone(), Place::lost(object).name));
-                return Ok(None);
-            }
-            Some(Fate::Orphan) => Position::Orphan { was },
-            None => self.position_after(object, before.as_ref()),
-        };
-        let put = self.parts.puts.get(object);
-        let changed = put.is_some_and(|put| put.new || put.content != ContentSource::Unchanged);
-        let links = match (put, &before) {
-            (Some(put), _) => put.links,
-            (None, Some(known)) => {
-                let count = |map: &BTreeMap<ObjectId, Vec<Entry>>| {
-                    map.get(object).map_or(0, |entries| entries.len() as u32)
-                };
-                let (added, removed) = (count(&self.parts.added), count(&self.parts.removed));
-                (known.links + added).saturating_sub(removed)
-            }
-            (None, None) => 1,
-        };
-        let content = if changed {
-            self.parts.batch
-        } else {
-            before.as_ref().map_or(self.parts.batch, |known| known.content)
-        };
-        let kind = self.parts.kind(object)?.unwrap_or(Kind::File);
-        let handle = self.parts.handle_after(object)?;
-        Ok(Some(Known { handle, kind, position, links, content }))
-    }
-
-    fn position_after(&self, object: &ObjectId, before: Option<&Known>) -> Position {
-        let first = |map: &BTreeMap<ObjectId, Vec<Entry>>| {
-            map.get(object).and_then(|entries| entries.first()).cloned()
-        };
-        let gone = |entry: &Entry| {
-            self.parts.removed.get(object).is_some_and(|removed| removed.contains(entry))
-        };
-        let stated = first(&self.parts.restated).or_else(|| first(&self.parts.added));
-        match before.map(|known| known.position.clone()) {
-            Some(Position::Entry(entry)) if !gone(&entry) => Position::Entry(entry),
-            Some(Position::Root) => Position::Root,
-            other => match stated {
-                Some(entry) => Position::Entry(entry),
-                None => other.unwrap_or(Position::Orphan { was: None }),
-            },
-        }
-    }
-
-    /// Directories in which names change or move, without a state of their own.
-    fn touched(&mut self) -> Result<(), PlanError<O::Error>> {
-        let mut touched = BTreeSet::new();
-        let mut objects = BTreeSet::new();
-        for (slot, change) in &self.parts.slots {
-            if let (Slot::Entry(entry), true) = (slot, change.before != change.after) {
-                objects.insert(entry.directory.clone());
-            }
-        }
-        for (handle, route) in &self.routes {
-            if self.is_directory(handle) && !route.enters.is_empty() {
-                objects.extend(self.inode(handle).map(|inode| inode.object.clone()));
-            }
-        }
-        for object in objects {
-            let stated = self.parts.puts.contains_key(&object);
-            let ends = self.parts.fates.get(&object) == Some(&Fate::Drop);
-            if !stated && !ends {
-                touched.extend(self.parts.handle_after(&object)?);
-            }
-        }
-        self.out.touched = touched.into_iter().collect();
-        Ok(())
     }
 }

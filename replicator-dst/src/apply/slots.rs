@@ -180,7 +180,10 @@ impl<'a, O: Objects> Parts<'a, O> {
     }
 
     /// The row of an object before the batch.
-    pub(super) fn known(&mut self, object: &ObjectId) -> Result<Option<Known>, PlanError<O::Error>> {
+    pub(super) fn known(
+        &mut self,
+        object: &ObjectId,
+    ) -> Result<Option<Known>, PlanError<O::Error>> {
         if let Some(known) = self.before.get(object) {
             return Ok(known.clone());
         }
@@ -217,7 +220,8 @@ impl<'a, O: Objects> Parts<'a, O> {
         }
         let entries: Vec<_> = self.entries.iter().map(|(e, c)| (e.clone(), c.clone())).collect();
         for (entry, (old, new)) in entries {
-            for object in [Some(&entry.directory), old.as_ref(), new.as_ref()].into_iter().flatten() {
+            for object in [Some(&entry.directory), old.as_ref(), new.as_ref()].into_iter().flatten()
+            {
                 let new = self.puts.get(object).is_some_and(|put| put.new);
                 if !new && self.known(object)?.is_none() {
                     return Err(Violation::Unknown { object: object.clone() }.into());
@@ -229,9 +233,8 @@ impl<'a, O: Objects> Parts<'a, O> {
             if new.is_some() && self.fates.get(&entry.directory) == Some(&Fate::Drop) {
                 return Err(Violation::IntoDropped { object: entry.directory }.into());
             }
-            let at_root = self
-                .known(&entry.directory)?
-                .is_some_and(|known| known.position == Position::Root);
+            let at_root =
+                self.known(&entry.directory)?.is_some_and(|known| known.position == Position::Root);
             if at_root && entry.name == *reserved {
                 return Err(Violation::Reserved { name: entry.name }.into());
             }
@@ -422,7 +425,9 @@ impl<'a, O: Objects> Parts<'a, O> {
         if let Some(handle) = before {
             let inode = Inode { object: object.clone(), kind, staged: None };
             if self.inodes.insert(handle, inode).is_some_and(|other| other.object != *object) {
-                return Err(Violation::Twice { what: "replica object", object: object.clone() }.into());
+                return Err(
+                    Violation::Twice { what: "replica object", object: object.clone() }.into()
+                );
             }
         }
         if let (Some(handle), Some(Arrival::Whole { place, .. })) = (after, self.staged.get(object))

@@ -97,7 +97,8 @@ impl Source {
         let directories = self.directories();
         let pick = |n: u8| directories[n as usize % directories.len()].clone();
         let slots: Vec<_> = self.entries.keys().cloned().collect();
-        let slot = |n: u8| (!slots.is_empty()).then(|| slots[n as usize % slots.len().max(1)].clone());
+        let slot =
+            |n: u8| (!slots.is_empty()).then(|| slots[n as usize % slots.len().max(1)].clone());
         match *action {
             Action::Create(d, n, directory) => {
                 let to = (pick(d), name(n));
@@ -222,8 +223,7 @@ impl Objects for Map<'_> {
 }
 
 fn state(kind: Kind, mode: u32, size: u64) -> ObjectState {
-    let attributes =
-        Attributes { mode, uid: 0, gid: 0, mtime: Timestamp(0), xattrs: Vec::new() };
+    let attributes = Attributes { mode, uid: 0, gid: 0, mtime: Timestamp(0), xattrs: Vec::new() };
     ObjectState { kind, attributes, size, rdev: 0 }
 }
 
@@ -542,11 +542,15 @@ fn every_crash(before: &[Action], after: &[Action]) {
 
 #[test]
 fn trap_8_swap_chain_and_rotation() {
-    let files = [Action::Create(0, 0, false), Action::Create(0, 1, false), Action::Create(0, 2, false)];
+    let files =
+        [Action::Create(0, 0, false), Action::Create(0, 1, false), Action::Create(0, 2, false)];
     every_crash(&files, &[Action::Exchange(0, 1)]);
     every_crash(&files, &[Action::Exchange(0, 1), Action::Exchange(1, 2)]);
     // a→d, b→a, c→b: a rotation with an end.
-    every_crash(&files, &[Action::Rename(0, 0, 3), Action::Rename(0, 0, 0), Action::Rename(1, 0, 1)]);
+    every_crash(
+        &files,
+        &[Action::Rename(0, 0, 3), Action::Rename(0, 0, 0), Action::Rename(1, 0, 1)],
+    );
 }
 
 #[test]

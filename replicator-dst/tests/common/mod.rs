@@ -21,7 +21,7 @@ use replicator_common::wire::{
     ALPN, BatchHeader, ContentSource, DataFrame, DestinationHello, DestinationMessage, Extent,
     Hash, Op, PackedObject, SourceHello, SourceMessage,
 };
-use replicator_dst::replica::Hook;
+use replicator_dst::replica::{Hook, ReplicaOptions};
 use replicator_dst::service::{DestinationOptions, DestinationService};
 
 pub fn id(n: u8) -> ObjectId {
@@ -134,6 +134,8 @@ pub struct World {
     pub identity: Identity,
     pub token: Option<Token>,
     pub enrolled: Option<Enrolled>,
+    /// Objects are to be found by path.
+    pub by_path: bool,
 }
 
 impl World {
@@ -149,6 +151,7 @@ impl World {
             identity: Identity::ephemeral().unwrap(),
             token: None,
             enrolled: None,
+            by_path: false,
         }
     }
 
@@ -159,10 +162,11 @@ impl World {
             listen: "127.0.0.1:0".parse().unwrap(),
             advertise: None,
             region: "here".to_owned(),
-            hook,
+            hook: None,
         };
+        let replicas = ReplicaOptions { by_path: self.by_path, hook };
         for attempt in 0.. {
-            match DestinationService::open(options.clone()) {
+            match DestinationService::open_with(options.clone(), replicas.clone()) {
                 Ok(service) => return service,
                 Err(error) if attempt > 200 => panic!("{error}"),
                 Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,

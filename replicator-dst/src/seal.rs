@@ -1,0 +1,258 @@
+//! Sealing: from a batch that has arrived to steps that can be logged.
+//!
+//! What needs no content from a data stream (directories, links, nodes) is made
+//! in staging, so that every object has its handle before the batch is planned.
+
+use std::collections::HashSet;
+use std::os::fd::AsFd;
+
+use replicator_common::id::{ObjectId, ReplicaHandle};
+use replicator_common::name::Name;
+use replicator_common::object::{Kind, ObjectState};
+use replicator_common::sys::{handle, place, stat};
+use replicator_common::wire::{ContentSource, Op};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+use crate::applier::Applier;
+use crate::apply::plan::{self, Arrival, PlanError, Planned, Staged};
+use crate::apply::{Place, Step, Within};
+use crate::area::AreaError;
+use crate::attributes;
+use crate::objects::{Objects, path_of};
+use crate::replica::applier_staging;
+use crate::session::{StagedTransfer, WholeBatch};
+use crate::store::{SetAsideItem, StoreError};
+
+/// Why a batch was not sealed, or not applied.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SealError {
+    #[error(transparent)]
+    Area(#[from] AreaError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("{0}")]
+    Breach(String),
+    /// What was written since the last good sync is in doubt (trap 16).
+    #[error("the replica's file system could not be synced: {0}")]
+    Sync(Errno),
+    /// By a test.
+    #[error("killed")]
+    Killed,
+}
+
+impl Applier {
+    pub(crate) fn plan(&self, batch: &WholeBatch, staged: &Staged) -> Result<Planned, SealError> {
+        let area = &self.replica.area;
+        let planned = plan::plan(
+            &*self.replica.store,
+            batch.batch,
+            batch.ops.clone(),
+            staged,
+            area.hidden_name(),
+            area.root_handle(),
+        );
+        planned.map_err(|error| match error {
+            PlanError::Violation(violation) => SealError::Breach(violation.to_string()),
+            PlanError::Objects(error) => error.into(),
+        })
+    }
+
+    /// The plan's steps, completed by what only the replica knows: times to be
+    /// kept, and places for an applier that goes by path.
+    pub(crate) fn steps(
+        &mut self,
+        batch: &WholeBatch,
+        planned: &Planned,
+    ) -> Result<Vec<Step>, SealError> {
+        let mut steps = Vec::new();
+        if !self.replica.abilities.handles {
+            self.hints(&batch.ops, &mut steps)?;
+        }
+        steps.extend(planned.steps.iter().cloned());
+        self.tree.learn(&steps);
+        for object in &planned.touched {
+            if let Some(fd) = self.tree.open(object, OFlags::PATH)? {
+                let stat = stat::of_fd(&fd).map_err(AreaError::system("stat", object))?;
+                steps.push(Step::Mtime { object: object.clone(), mtime: stat.mtime });
+            }
+        }
+        Ok(steps)
+    }
+
+    fn hints(&self, ops: &[Op], steps: &mut Vec<Step>) -> Result<(), SealError> {
+        let store = &*self.replica.store;
+        let mut seen = HashSet::new();
+        for op in ops {
+            let objects: [Option<&ObjectId>; 3] = match op {
+                Op::Entry { directory, old, new, .. } => {
+                    [Some(directory), old.as_ref(), new.as_ref()]
+                }
+                Op::Put { object, .. }
+                | Op::Drop { object }
+                | Op::Orphan { object }
+                | Op::SetAside { object } => [Some(object), None, None],
+                Op::Adopt { object, handle, directory, name, .. } => {
+                    if let Some(parent) = store.get(directory)?.and_then(|known| known.handle) {
+                        let at = Place { within: Within::Replica(parent), name: name.clone() };
+                        steps.push(Step::Hint { object: handle.clone(), at });
+                    }
+                    [Some(object), Some(directory), None]
+                }
+                Op::Root { .. } => [None, None, None],
+            };
+            for object in objects.into_iter().flatten() {
+                let chain = place_chain(store, object, &mut seen)?;
+                steps.extend(chain.into_iter().map(|(object, at)| Step::Hint { object, at }));
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn set_aside_items(&self, planned: &Planned) -> Vec<SetAsideItem> {
+        let item = |(object, name): &(ObjectId, Name)| SetAsideItem {
+            file: name.to_string(),
+            object: object.to_string(),
+            path: path_of(&*self.replica.store, object).ok().flatten().map(|n| join(&n)),
+            reason: "the replica had it and the source does not".to_owned(),
+        };
+        planned.set_aside.iter().map(item).collect()
+    }
+
+    /// Stages what needs no content from a data stream.
+    pub(crate) fn stage_rest(&mut self, batch: &WholeBatch) -> Result<Staged, SealError> {
+        let mut staged = Staged::new();
+        for (number, op) in batch.ops.iter().enumerate() {
+            let Op::Put { object, state, content, new, .. } = op else { continue };
+            if let Some(arrived) = batch.content.get(object) {
+                staged.insert(object.clone(), arrival(arrived, *new)?);
+                continue;
+            }
+            let made = match content {
+                ContentSource::Symlink { target } => Some(target.as_slice()),
+                ContentSource::Unchanged if *new => None,
+                _ => continue,
+            };
+            let name = format!("d{}.{number}", batch.batch);
+            let name = Name::new(name.as_bytes()).map_err(|e| SealError::Breach(e.to_string()))?;
+            let arrival = self.make(object, state, made, &name)?;
+            staged.insert(object.clone(), arrival);
+        }
+        Ok(staged)
+    }
+
+    fn make(
+        &mut self,
+        object: &ObjectId,
+        state: &ObjectState,
+        target: Option<&[u8]>,
+        name: &Name,
+    ) -> Result<Arrival, SealError> {
+        let area = self.replica.area.clone();
+        let directory = area.staging(crate::replica::APPLIER_SHARD);
+        // Of an attempt before this one.
+        crate::area::remove_tree(directory, name)?;
+        let made = match (state.kind, target) {
+            (Kind::Directory, None) => place::make_directory(directory, name),
+            (Kind::Symlink, Some(target)) if valid_target(target) => {
+                place::make_symlink(target, directory, name)
+            }
+            (Kind::BlockDevice | Kind::CharDevice, None) => {
+                match place::make_device(directory, name, state.kind, state.rdev) {
+                    Err(error @ (Errno::PERM | Errno::ACCESS | Errno::NOTSUP | Errno::INVAL)) => {
+                        let shortfalls = &mut self.tree.shortfalls;
+                        shortfalls.devices += 1;
+                        let what = format!("device: {error}");
+                        attributes::example(&mut shortfalls.examples, object.to_string(), what);
+                        return Ok(Arrival::Absent);
+                    }
+                    made => made,
+                }
+            }
+            (Kind::File, None) if state.size == 0 => place::create_file(directory, name).map(drop),
+            _ => {
+                let what = format!("object {object}: content and kind do not fit together");
+                return Err(SealError::Breach(what));
+            }
+        };
+        made.map_err(AreaError::system("create", name))?;
+        let fd = place::open_path(directory, name).map_err(AreaError::system("open", name))?;
+        let found = handle::identify(fd.as_fd()).map_err(AreaError::system("identify", name))?;
+        let place = Place { within: applier_staging(), name: name.clone() };
+        // A directory gets its attributes last: names are still put into it.
+        let state = if state.kind == Kind::Directory {
+            None
+        } else {
+            let shortfalls = &mut self.tree.shortfalls;
+            attributes::apply(fd.as_fd(), state, shortfalls, &|| object.to_string())
+                .map_err(AreaError::system("set attributes of", name))?;
+            Some(state.clone())
+        };
+        Ok(Arrival::Whole { place, handle: found, state })
+    }
+}
+
+/// Where an object and the directories above it stand, as far as not `seen` yet.
+pub fn place_chain<O: Objects>(
+    objects: &O,
+    object: &ObjectId,
+    seen: &mut HashSet<ObjectId>,
+) -> Result<Vec<(ReplicaHandle, Place)>, O::Error> {
+    let mut chain = Vec::new();
+    let mut at = object.clone();
+    while seen.insert(at.clone()) {
+        let Some(known) = objects.get(&at)? else { break };
+        let Some(handle) = known.handle else { break };
+        let Some(entry) = known.position.entry() else {
+            chain.push((handle, Place::orphan(&at)));
+            break;
+        };
+        let Some(parent) = objects.get(&entry.directory)?.and_then(|known| known.handle) else {
+            break;
+        };
+        chain.push((handle, Place { within: Within::Replica(parent), name: entry.name.clone() }));
+        at = entry.directory.clone();
+    }
+    Ok(chain)
+}
+
+fn valid_target(target: &[u8]) -> bool {
+    (1..=4095).contains(&target.len()) && !target.contains(&0)
+}
+
+fn arrival(staged: &StagedTransfer, new: bool) -> Result<Arrival, SealError> {
+    match staged {
+        StagedTransfer::Whole(file) => Ok(Arrival::Whole {
+            place: file.place.clone(),
+            handle: file.handle.clone(),
+            state: Some(file.state.clone()),
+        }),
+        StagedTransfer::Patch { .. } if new => {
+            Err(SealError::Breach("a new object cannot be patched".to_owned()))
+        }
+        StagedTransfer::Patch { literals, list, .. } => {
+            Ok(Arrival::Patch { literals: literals.clone(), list: list.clone() })
+        }
+    }
+}
+
+pub(crate) fn staged_bytes(staged: &StagedTransfer) -> u64 {
+    match staged {
+        StagedTransfer::Whole(file) => file.bytes,
+        StagedTransfer::Patch { bytes, .. } => *bytes,
+    }
+}
+
+/// Staged files that a step reads.
+pub fn needed_by(step: &Step) -> Vec<Place> {
+    match step {
+        Step::Rewrite { from, .. } => vec![from.clone()],
+        Step::Patch { literals, list, .. } => vec![literals.clone(), list.clone()],
+        _ => Vec::new(),
+    }
+}
+
+/// Names as a path relative to the replica.
+pub fn join(names: &[Name]) -> String {
+    names.iter().map(ToString::to_string).collect::<Vec<_>>().join("/")
+}
