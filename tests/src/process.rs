@@ -163,10 +163,20 @@ impl Daemon {
     /// Returns when all that was done on the source is on the replica.
     #[track_caller]
     pub fn wait(&self, limit: Duration) {
+        if let Err(error) = self.try_wait(limit) {
+            panic!("{error}\n{}", self.last_words());
+        }
+    }
+
+    /// The same; the error says what the source said of its state instead.
+    pub fn try_wait(&self, limit: Duration) -> Result<(), String> {
         let body = serde_json::json!({ "timeout_seconds": limit.as_secs_f64() });
-        if let Err(error) = self.request("POST", "/replicator/v1/wait", Some(body)) {
-            let status = self.try_status();
-            panic!("wait: {error}\n{status:#?}\n{}", self.last_words());
+        match self.request("POST", "/replicator/v1/wait", Some(body)) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let source = self.try_status().and_then(|status| status.source);
+                Err(format!("{error}\n{source:?}"))
+            }
         }
     }
 

@@ -279,9 +279,13 @@ fn the_table_can_be_performed() {
 
 /// Prepares the directories of all cases, replicates them, and then does one
 /// case after the other. All failures are reported, not the first alone.
+/// `REPLICATOR_CASE` picks the cases whose names contain it.
 fn run_cases(layout: Layout, watcher: &str) {
     let pair = Pair::new(layout);
-    let cases = all_cases();
+    let mut cases = all_cases();
+    if let Ok(part) = std::env::var("REPLICATOR_CASE") {
+        cases.retain(|case| case.name.contains(&part));
+    }
     let directory = |case: &Case| pair.source().join(case.name);
     for case in &cases {
         prepare(&directory(case));
@@ -290,32 +294,47 @@ fn run_cases(layout: Layout, watcher: &str) {
     pair.settle(&daemon, &"before the first case");
     let mut failures = Vec::new();
     for case in &cases {
-        if let Err(failure) = run_case(case, &directory(case), &pair, &daemon) {
-            failures.push(format!("{}: {failure}", case.name));
+        match run_case(case, &directory(case), &pair, &daemon) {
+            Ok(()) => {}
+            Err(Failure::Wrong(text)) => failures.push(format!("{}: {text}", case.name)),
+            Err(Failure::Stuck(text)) => {
+                // Then nothing is learnt from those that follow.
+                failures.push(format!("{}: {text}", case.name));
+                break;
+            }
         }
     }
-    assert!(failures.is_empty(), "{} of {}:\n{}", failures.len(), cases.len(), failures.join("\n"));
+    assert!(failures.is_empty(), "{} failed:\n{}", failures.len(), failures.join("\n"));
     // Whatever each case did to the others' directories.
     pair.settle(&daemon, &"after the last case");
 }
 
-fn run_case(case: &Case, directory: &Path, pair: &Pair, daemon: &Daemon) -> Result<(), String> {
+enum Failure {
+    /// The replica is not right, or too much was shipped.
+    Wrong(String),
+    /// Nothing more is replicated.
+    Stuck(String),
+}
+
+fn run_case(case: &Case, directory: &Path, pair: &Pair, daemon: &Daemon) -> Result<(), Failure> {
     let shipped = daemon.counters().bytes_shipped;
     let mut arena = Arena::new(directory, pair.outside());
     for op in &case.ops {
         arena.must(op);
     }
-    daemon.wait(patience());
+    daemon.try_wait(patience()).map_err(Failure::Stuck)?;
     let replica = pair.replica().join(case.name);
     let found = compare::compare(directory, &replica, compare::Options::default());
     let shipped = daemon.counters().bytes_shipped - shipped;
     // Only now is closed what an operation held open.
     drop(arena);
     if !found.is_empty() {
-        return Err(format!("the replica differs:\n{}", compare::report(&found)));
+        let report = compare::report(&found);
+        return Err(Failure::Wrong(format!("the replica differs:\n{report}")));
     }
     if shipped > case.limit {
-        return Err(format!("{shipped} bytes shipped, at most {} are new", case.limit));
+        let text = format!("{shipped} bytes shipped, at most {} are new", case.limit);
+        return Err(Failure::Wrong(text));
     }
     Ok(())
 }
