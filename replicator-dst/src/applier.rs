@@ -60,6 +60,8 @@ pub enum Job {
         /// How it went.
         reply: Sender<Result<FailoverReport, FailoverError>>,
     },
+    /// The process ends: look at [`Replica::stopping`] now.
+    Stop,
 }
 
 /// How far a batch is.
@@ -92,8 +94,13 @@ pub struct Applier {
     uncovered: bool,
     /// Staged files that logged steps need.
     needed: Vec<Place>,
+    /// When the last steps were run.
+    ran: Instant,
     /// The last sync failed: the steps in the log have to be done again.
     doubt: bool,
+    /// An object that the map knows is not in the replica: what the map says
+    /// can no longer be trusted, and the source has to reconcile.
+    distrust: bool,
 }
 
 /// Starts the applier's thread.
@@ -136,6 +143,7 @@ fn run(replica: Arc<Replica>, queue: &Receiver<Job>) {
                 let _ = reply.send(failover::run(&replica, &mut applier.tree));
                 return;
             }
+            Ok(Job::Stop) => {}
             Err(RecvTimeoutError::Timeout) => {
                 if let Err(error) = applier.cover() {
                     applier.stall(&error);
@@ -150,7 +158,16 @@ impl Applier {
     fn new(replica: Arc<Replica>) -> Result<Self, StoreError> {
         let standing = replica.store.standing()?;
         let tree = Tree::new(replica.area.clone(), replica.abilities.handles);
-        Ok(Self { replica, tree, standing, uncovered: false, needed: Vec::new(), doubt: false })
+        Ok(Self {
+            replica,
+            tree,
+            standing,
+            uncovered: false,
+            needed: Vec::new(),
+            ran: Instant::now(),
+            doubt: false,
+            distrust: false,
+        })
     }
 
     // ------------------------------------------------------------ redo
@@ -183,6 +200,10 @@ impl Applier {
     }
 
     fn run_steps(&mut self, steps: &[Step]) -> Result<(), SealError> {
+        if steps.is_empty() {
+            return Ok(());
+        }
+        self.ran = Instant::now();
         let mut findings = Vec::new();
         self.tree.learn(steps);
         let result = execute::run(&mut self.tree, steps, &mut findings);
@@ -206,6 +227,7 @@ impl Applier {
                     format!("{} was not expected in the replica and is in lost+found", from.name)
                 }
                 Finding::Lost { object, expected } => {
+                    self.distrust = true;
                     format!(
                         "object {object} is missing in the replica, expected as {}",
                         expected.name
@@ -265,9 +287,12 @@ impl Applier {
         // Of the session before; kept until now for a failover in between.
         wipe_staging(&replica.area)?;
         replica.shared().staged_bytes = 0;
-        if let Some(reason) = mismatch(&self.standing, hello) {
+        let lost = "an object was missing in the replica";
+        let distrust = self.distrust.then_some(lost);
+        if let Some(reason) = distrust.or(mismatch(&self.standing, hello)) {
             tracing::warn!(reason, "source and destination do not fit together: reconciling");
             renounce(&replica.area, &replica.store, &mut self.standing, reason)?;
+            self.distrust = false;
         }
         if self.standing.source_incarnation != Some(hello.incarnation) {
             self.standing.source_incarnation = Some(hello.incarnation);
@@ -374,7 +399,21 @@ impl Applier {
             shared.stalled = None;
             shared.staged_bytes = shared.staged_bytes.saturating_sub(bytes);
         }
+        if self.distrust {
+            // Not what the batch says: no acknowledgement, and a new session,
+            // which begins with an inventory.
+            let reason = "the replica has lost an object and is to be reconciled".to_owned();
+            let _ = reply.send(Progress::Unable(reason));
+            return Ok(());
+        }
         let _ = reply.send(Progress::Applied(id));
+        // Heartbeats keep the queue from ever being idle.
+        if self.uncovered
+            && self.ran.elapsed() > IDLE
+            && let Err(error) = self.cover()
+        {
+            self.stall(&error);
+        }
         Ok(())
     }
 

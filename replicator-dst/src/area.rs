@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use replicator_common::crashsafe::{self, Format, StateFileError};
 use replicator_common::id::{FileSystemId, Incarnation, ReplicaHandle};
 use replicator_common::name::Name;
-use replicator_common::sys::{handle, place, proc_path};
+use replicator_common::sys::{handle, place, proc_path, xattr};
 use replicator_common::time::Timestamp;
 use rustix::io::Errno;
 
@@ -180,7 +180,13 @@ fn directory(parent: BorrowedFd<'_>, name: &Name) -> Result<OwnedFd, AreaError> 
         Ok(()) | Err(Errno::EXIST) => {}
         Err(error) => return Err(AreaError::system("create", name)(error)),
     }
-    place::open_directory(parent, name).map_err(AreaError::system("open", name))
+    let fd = place::open_directory(parent, name).map_err(AreaError::system("open", name))?;
+    // A default ACL of the replica's root would be inherited by all that is
+    // staged here.
+    match xattr::remove(fd.as_fd(), b"system.posix_acl_default") {
+        Ok(()) | Err(Errno::NOTSUP | Errno::PERM | Errno::ACCESS) => Ok(fd),
+        Err(error) => Err(AreaError::system("remove the default ACL of", name)(error)),
+    }
 }
 
 /// Removes a name and all below it, never following links, with descriptors

@@ -33,6 +33,16 @@ fn is_shortfall(error: Errno) -> bool {
     )
 }
 
+/// Where an object comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Just made by us in our own directories, which hold no default ACL
+    /// (see [`crate::area`]): it has no xattrs, and need not be asked.
+    Ours,
+    /// From anywhere: it may have any.
+    Any,
+}
+
 /// Brings owner, xattrs, mode and time of an object (any descriptor of it,
 /// `O_PATH` included) to those of `state`. `name` is for the examples.
 ///
@@ -42,6 +52,7 @@ fn is_shortfall(error: Errno) -> bool {
 pub fn apply(
     fd: BorrowedFd<'_>,
     state: &ObjectState,
+    origin: Origin,
     shortfalls: &mut Shortfalls,
     name: &dyn Fn() -> String,
 ) -> Result<(), Errno> {
@@ -51,28 +62,34 @@ pub fn apply(
         let result = place::set_owner(fd, wanted.uid, wanted.gid);
         note(result, &mut shortfalls.ownership, &mut shortfalls.examples, "owner", name)?;
     }
-    set_xattrs(fd, state, shortfalls, name)?;
+    let xattrs_changed = set_xattrs(fd, state, origin, shortfalls, name)?;
     if state.kind != Kind::Symlink {
-        // Read again: chown and ACLs may have changed it.
-        let result = if stat::of_fd(fd)?.mode == wanted.mode {
-            Ok(())
-        } else {
-            place::set_mode(fd, wanted.mode)
-        };
+        // chown and ACLs may have changed it.
+        let stands = (now.uid, now.gid) == (wanted.uid, wanted.gid) && !xattrs_changed;
+        let mode = if stands { now.mode } else { stat::of_fd(fd)?.mode };
+        let result = if mode == wanted.mode { Ok(()) } else { place::set_mode(fd, wanted.mode) };
         note(result, &mut shortfalls.mode, &mut shortfalls.examples, "mode", name)?;
     }
     let result = place::set_mtime(fd, wanted.mtime);
     note(result, &mut shortfalls.times, &mut shortfalls.examples, "time", name)
 }
 
+/// Says whether any was changed.
 fn set_xattrs(
     fd: BorrowedFd<'_>,
     state: &ObjectState,
+    origin: Origin,
     shortfalls: &mut Shortfalls,
     name: &dyn Fn() -> String,
-) -> Result<(), Errno> {
+) -> Result<bool, Errno> {
     let wanted = &state.attributes.xattrs;
-    let present = xattr::read(fd)?;
+    let present = match origin {
+        Origin::Ours => Vec::new(),
+        Origin::Any => xattr::read(fd)?,
+    };
+    if present == *wanted {
+        return Ok(false);
+    }
     let mut failure = None;
     for old in &present {
         let stays = wanted.iter().any(|new| new.name == old.name);
@@ -86,7 +103,8 @@ fn set_xattrs(
         }
     }
     let result = failure.map_or(Ok(()), Err);
-    note(result, &mut shortfalls.xattrs, &mut shortfalls.examples, "xattrs", name)
+    note(result, &mut shortfalls.xattrs, &mut shortfalls.examples, "xattrs", name)?;
+    Ok(true)
 }
 
 fn note(

@@ -5,6 +5,7 @@
 //! holds back QUIC's windows and not our memory. What is whole goes to the
 //! applier.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -25,7 +26,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::applier::{Job, Progress};
 use crate::apply::Place;
 use crate::reconcile;
-use crate::replica::{APPLIER_SHARD, Replica};
+use crate::replica::{APPLIER_SHARD, Replica, applier_staging};
 use crate::session::{Breach, Session};
 use crate::stage::Stager;
 use crate::store::Standing;
@@ -90,7 +91,8 @@ struct Shell {
     session: Session,
     writer: FrameWriter<SendStream>,
     progress: mpsc::UnboundedSender<Progress>,
-    /// Parts of plans written for a failover, see [`keep_plan`].
+    /// Parts of plans written for a failover, see [`Shell::keep_plan`].
+    kept_plans: BTreeMap<BatchId, Vec<Place>>,
     plan_parts: u64,
 }
 
@@ -148,7 +150,15 @@ async fn session(connection: Connection, context: SessionContext) -> Result<(), 
     greet(&mut writer, &context.replica, &connection, &hello, &standing).await?;
     let (progress, progressed) = mpsc::unbounded_channel();
     let session = Session::new(standing.committed);
-    let mut shell = Shell { context, connection, session, writer, progress, plan_parts: 0 };
+    let mut shell = Shell {
+        context,
+        connection,
+        session,
+        writer,
+        progress,
+        kept_plans: BTreeMap::new(),
+        plan_parts: 0,
+    };
     let result = shell.serve(reader, progressed).await;
     if let Err(SessionError::Refused(refusal)) = &result {
         // A courtesy: the session ends either way.
@@ -302,7 +312,8 @@ impl Shell {
             }
             SourceMessage::Commit { batch, header } => self.commit(batch, header).await,
             SourceMessage::Abandon { batch } => {
-                let places = self.session.abandon(batch)?;
+                let mut places = self.session.abandon(batch)?;
+                places.extend(self.kept_plans.remove(&batch).unwrap_or_default());
                 self.discard(&places);
                 Ok(())
             }
@@ -360,6 +371,8 @@ impl Shell {
         let area = self.context.replica.area.clone();
         let Ok(record) = replicator_common::codec::encode_record(ops) else { return };
         let Ok(name) = Name::new(name.as_bytes()) else { return };
+        let place = Place { within: applier_staging(), name: name.clone() };
+        self.kept_plans.entry(batch).or_default().push(place);
         let _ = tokio::task::spawn_blocking(move || {
             let file = place::create_file(area.staging(APPLIER_SHARD), &name)?;
             place::write_at(&file, &record, 0)
@@ -398,7 +411,12 @@ impl Shell {
 
     async fn progress(&mut self, progress: Progress) -> Result<(), SessionError> {
         let message = match progress {
-            Progress::Durable(batch) => DestinationMessage::Durable { batch },
+            Progress::Durable(batch) => {
+                // The commit record says it all now.
+                let places = self.kept_plans.remove(&batch).unwrap_or_default();
+                self.discard(&places);
+                DestinationMessage::Durable { batch }
+            }
             Progress::Applied(batch) => {
                 DestinationMessage::Applied { batch, time: Timestamp::now() }
             }

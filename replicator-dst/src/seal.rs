@@ -18,7 +18,7 @@ use crate::applier::Applier;
 use crate::apply::plan::{self, Arrival, PlanError, Planned, Staged};
 use crate::apply::{Place, Step, Within};
 use crate::area::AreaError;
-use crate::attributes;
+use crate::attributes::{self, Origin};
 use crate::objects::{Objects, path_of};
 use crate::replica::applier_staging;
 use crate::session::{StagedTransfer, WholeBatch};
@@ -45,7 +45,7 @@ impl Applier {
     pub(crate) fn plan(&self, batch: &WholeBatch, staged: &Staged) -> Result<Planned, SealError> {
         let area = &self.replica.area;
         let planned = plan::plan(
-            &*self.replica.store,
+            &self.replica.store.snapshot()?,
             batch.batch,
             batch.ops.clone(),
             staged,
@@ -184,7 +184,7 @@ impl Applier {
             None
         } else {
             let shortfalls = &mut self.tree.shortfalls;
-            attributes::apply(fd.as_fd(), state, shortfalls, &|| object.to_string())
+            attributes::apply(fd.as_fd(), state, Origin::Ours, shortfalls, &|| object.to_string())
                 .map_err(AreaError::system("set attributes of", name))?;
             Some(state.clone())
         };

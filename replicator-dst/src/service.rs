@@ -224,6 +224,8 @@ impl DestinationService {
         for running in &all {
             running.replica.stopping.store(true, Ordering::Release);
             running.close_session("the destination stops");
+            // A full queue wakes it as well.
+            let _ = running.jobs.try_send(Job::Stop);
         }
         self.inner.endpoint.close(CLOSE_DONE, b"the destination stops");
         let _ = tokio::task::spawn_blocking(move || {

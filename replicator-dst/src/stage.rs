@@ -24,7 +24,7 @@ use rustix::io::Errno;
 
 use crate::apply::{Place, Within};
 use crate::area::{Area, AreaError};
-use crate::attributes;
+use crate::attributes::{self, Origin};
 use crate::locate::Locator;
 use crate::objects::Objects;
 use crate::patch::{PatchPiece, PatchWriter};
@@ -187,8 +187,10 @@ impl Stager {
         state: &ObjectState,
         bytes: u64,
     ) -> Result<StagedFile, StageError> {
-        attributes::apply(file.as_fd(), state, &mut self.shortfalls, &|| object.to_string())
-            .map_err(AreaError::system("set attributes of", name))?;
+        attributes::apply(file.as_fd(), state, Origin::Ours, &mut self.shortfalls, &|| {
+            object.to_string()
+        })
+        .map_err(AreaError::system("set attributes of", name))?;
         let handle = handle::identify(file.as_fd()).map_err(AreaError::system("identify", name))?;
         Ok(StagedFile { place: self.place(name), handle, state: state.clone(), bytes })
     }

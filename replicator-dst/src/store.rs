@@ -444,15 +444,37 @@ impl Store {
     }
 }
 
+/// The objects map at one moment: cheaper than [`Store`] for many rows.
+pub struct Snapshot<'a> {
+    store: &'a Store,
+    table: redb::ReadOnlyTable<&'static [u8], &'static [u8]>,
+}
+
+impl Store {
+    /// The objects map as it is now.
+    pub fn snapshot(&self) -> Result<Snapshot<'_>, StoreError> {
+        let action = "read the objects map";
+        let read = self.database.begin_read().map_err(|e| self.err(action)(e.into()))?;
+        let table = read.open_table(OBJECTS).map_err(|e| self.err(action)(e.into()))?;
+        Ok(Snapshot { store: self, table })
+    }
+}
+
+impl Objects for Snapshot<'_> {
+    type Error = StoreError;
+
+    fn get(&self, object: &ObjectId) -> Result<Option<Known>, StoreError> {
+        let row = self.table.get(object.as_bytes());
+        let row = row.map_err(|e| self.store.err("read the objects map")(e.into()))?;
+        row.map(|row| self.store.decode(row.value())).transpose()
+    }
+}
+
 impl Objects for Store {
     type Error = StoreError;
 
     fn get(&self, object: &ObjectId) -> Result<Option<Known>, StoreError> {
-        let action = "read the objects map";
-        let read = self.database.begin_read().map_err(|e| self.err(action)(e.into()))?;
-        let table = read.open_table(OBJECTS).map_err(|e| self.err(action)(e.into()))?;
-        let row = table.get(object.as_bytes()).map_err(|e| self.err(action)(e.into()))?;
-        row.map(|row| self.decode(row.value())).transpose()
+        self.snapshot()?.get(object)
     }
 }
 

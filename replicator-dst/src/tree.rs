@@ -24,7 +24,7 @@ use rustix::io::Errno;
 
 use crate::apply::{Outcome, Place, ReplicaTree, Step, Within};
 use crate::area::{Area, AreaError};
-use crate::attributes;
+use crate::attributes::{self, Origin};
 use crate::patch;
 
 /// Directories kept open between steps; above it all are closed.
@@ -344,8 +344,10 @@ impl ReplicaTree for Tree {
         state: &ObjectState,
     ) -> Result<Outcome, AreaError> {
         let Some(fd) = self.open(object, OFlags::PATH)? else { return Ok(Outcome::Missing) };
-        attributes::apply(fd.as_fd(), state, &mut self.shortfalls, &|| object.to_string())
-            .map_err(AreaError::system("set attributes of", object))?;
+        attributes::apply(fd.as_fd(), state, Origin::Any, &mut self.shortfalls, &|| {
+            object.to_string()
+        })
+        .map_err(AreaError::system("set attributes of", object))?;
         Ok(Outcome::Done)
     }
 

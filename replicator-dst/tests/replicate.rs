@@ -299,7 +299,7 @@ async fn leave_a_rest(world: &World, source: &mut common::FakeSource) {
                 })
             })
         };
-        if files("0", "p2.") && files("7", "plan.") {
+        if files("0", "p2.") && files("7", "plan.2.") {
             return;
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -485,4 +485,63 @@ async fn a_source_that_breaks_the_protocol_is_refused() {
     // The good one goes through all the same.
     world.connect(&service, 0).await.apply(1, &first()).await;
     finish(&world, &service);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn trap_15_a_map_that_is_not_true_is_given_up() {
+    let mut world = World::new();
+    let service = world.open(None).await;
+    world.enrol(&service, false).await;
+    let mut source = world.connect(&service, 0).await;
+    source.apply(1, &first()).await;
+    // Somebody reaches beneath the mount and takes a file away.
+    let beneath = replicator_dst::readonly::Protection::establish(&world.replica).unwrap();
+    let root = beneath.root();
+    replicator_common::sys::place::unlink(root, &name("c")).unwrap();
+    drop(beneath);
+    let batch = Batch::new().directory(ROOT).entry(ROOT, "c", Some(4), None).entry(
+        ROOT,
+        "c2",
+        None,
+        Some(4),
+    );
+    source.send(2, &batch).await;
+    loop {
+        match source.next().await {
+            DestinationMessage::Durable { .. } => {}
+            DestinationMessage::Refused(refusal) => {
+                assert!(refusal.to_string().contains("reconciled"), "{refusal}");
+                break;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    let watermark = service.list()[0].destination.as_ref().unwrap().last_replicated;
+    assert!(watermark.is_some());
+    let source = world.connect(&service, 1).await;
+    let hello = source.hello.as_ref().unwrap();
+    assert_eq!((hello.reconcile, hello.committed), (true, BatchId(0)));
+    let status = service.list().remove(0).destination.unwrap();
+    assert!(status.last_error.is_some());
+    assert!(status.last_replicated >= watermark, "it never moves back");
+    finish(&world, &service);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_not_expected_is_kept() {
+    let mut world = World::new();
+    let service = world.open(None).await;
+    world.enrol(&service, false).await;
+    let mut source = world.connect(&service, 0).await;
+    source.apply(1, &first()).await;
+    let beneath = replicator_dst::readonly::Protection::establish(&world.replica).unwrap();
+    let stranger = replicator_common::sys::place::create_file(beneath.root(), &name("d")).unwrap();
+    replicator_common::sys::place::write_at(&stranger, b"strange", 0).unwrap();
+    drop((stranger, beneath));
+    source.apply(2, &Batch::new().directory(ROOT).file(8, ROOT, "d", b"delta")).await;
+    assert_eq!(std::fs::read(world.replica.join("d")).unwrap(), b"delta");
+    let report = service.delete(&world.source, DeletionMode::LocalConfigurationOnly).unwrap();
+    assert_eq!(report.set_aside, 1);
+    let tree = world.tree();
+    assert!(tree.values().any(|what| what.contains("strange")), "{tree:?}");
 }
