@@ -55,7 +55,7 @@ pub enum Job {
         /// How far it is.
         reply: mpsc::UnboundedSender<Progress>,
     },
-    /// Fail over; the last job.
+    /// Fail over; the last job, if it succeeds.
     Failover {
         /// How it went.
         reply: Sender<Result<FailoverReport, FailoverError>>,
@@ -140,8 +140,13 @@ fn run(replica: Arc<Replica>, queue: &Receiver<Job>) {
                 }
             }
             Ok(Job::Failover { reply }) => {
-                let _ = reply.send(failover::run(&replica, &mut applier.tree));
-                return;
+                let result = failover::run(&replica, &mut applier.tree);
+                // After an error it may be asked for again.
+                let ended = matches!(result, Ok(_) | Err(FailoverError::Interrupted));
+                let _ = reply.send(result);
+                if ended {
+                    return;
+                }
             }
             Ok(Job::Stop) => {}
             Err(RecvTimeoutError::Timeout) => {
@@ -359,24 +364,7 @@ impl Applier {
         let id = batch.batch;
         let bytes: u64 = batch.content.values().map(staged_bytes).sum();
         Stager::discard(&self.replica.area, &batch.superseded);
-        let steps = loop {
-            match self.seal(&batch) {
-                Ok(steps) => break steps,
-                Err(SealError::Killed) => return Err(Ended::Killed),
-                Err(SealError::Breach(reason)) => {
-                    let _ = reply.send(Progress::Breach(reason));
-                    return Ok(());
-                }
-                // Retrying the sync would succeed and prove nothing: the error
-                // is told once. The batch has to come again.
-                Err(error @ SealError::Sync(_)) => {
-                    self.stall(&error);
-                    let _ = reply.send(Progress::Unable(error.to_string()));
-                    return Ok(());
-                }
-                Err(error) => self.wait_after(&error)?,
-            }
-        };
+        let Some(steps) = self.seal_patiently(&batch, reply)? else { return Ok(()) };
         self.replica.shared().durable = self.standing.committed;
         let _ = reply.send(Progress::Durable(id));
         if self.replica.dies_at(Point::Committed) {
@@ -415,6 +403,33 @@ impl Applier {
             self.stall(&error);
         }
         Ok(())
+    }
+
+    /// Seals a batch, waiting while the disk is full; `None` when the batch is
+    /// given back.
+    fn seal_patiently(
+        &mut self,
+        batch: &WholeBatch,
+        reply: &mpsc::UnboundedSender<Progress>,
+    ) -> Result<Option<Vec<Step>>, Ended> {
+        loop {
+            match self.seal(batch) {
+                Ok(steps) => return Ok(Some(steps)),
+                Err(SealError::Killed) => return Err(Ended::Killed),
+                Err(SealError::Breach(reason)) => {
+                    let _ = reply.send(Progress::Breach(reason));
+                    return Ok(None);
+                }
+                // Retrying the sync would succeed and prove nothing: the error
+                // is told once. The batch has to come again.
+                Err(error @ SealError::Sync(_)) => {
+                    self.stall(&error);
+                    let _ = reply.send(Progress::Unable(error.to_string()));
+                    return Ok(None);
+                }
+                Err(error) => self.wait_after(&error)?,
+            }
+        }
     }
 
     /// The batch is visible.

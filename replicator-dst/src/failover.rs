@@ -3,7 +3,7 @@
 //!
 //! It needs nothing of the source, takes as long as the rest in staging needs,
 //! and may be interrupted anywhere: what is to be done is decided once, written
-//! down ([`Record`]), and carried out by steps that look first.
+//! down, and carried out by steps that look first.
 //!
 //! 1. Redo the last logged batch; sync.
 //! 2. Decide what goes to lost+found and which orphans go back; write it down.

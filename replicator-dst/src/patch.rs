@@ -3,7 +3,7 @@
 //!
 //! Format: 8 bytes magic `rplpat01`, then records of 24 bytes: three
 //! little-endian u64, offset in the object, length, and place in the literals'
-//! file ([`HOLE`] for a hole). The last record is [`END`], with the count of the
+//! file (`u64::MAX` for a hole). The last record begins with `u64::MAX`, then the count of the
 //! records before it and the first eight bytes of the BLAKE3 hash of their bytes.
 
 use std::io::{self, Read, Write};

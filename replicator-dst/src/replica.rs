@@ -18,7 +18,7 @@ use replicator_common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::apply::Within;
-use crate::area::{Area, AreaError};
+use crate::area::{Area, AreaError, hidden_name};
 use crate::locate::Locator;
 use crate::readonly::{Protection, ReadOnlyError};
 use crate::store::{SetAsideItem, Standing, Store, StoreError};
@@ -81,6 +81,11 @@ pub enum ReplicaError {
     Area(#[from] AreaError),
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error(
+        "{} is not the replica that was written to: is its file system mounted?",
+        path.display()
+    )]
+    Missing { path: PathBuf },
 }
 
 /// A moment in the life of a batch at which a test may make the applier die.
@@ -166,12 +171,18 @@ impl Replica {
         config: Config,
         options: ReplicaOptions,
     ) -> Result<Arc<Self>, ReplicaError> {
-        let protection = Protection::establish(&config.path)?;
-        let area = Arc::new(Area::open(protection.root(), &config.source)?);
         let reconcile = config.reconcile;
         let store = Store::open(&directory.join(STORE_FILE), || {
             Standing::new(Incarnation::random(), reconcile)
         })?;
+        // Before anything is made or mounted there: a mount point whose file
+        // system is missing must not be filled in its stead.
+        let hidden = config.path.join(hidden_name(&config.source));
+        if store.standing()?.committed > BatchId(0) && hidden.symlink_metadata().is_err() {
+            return Err(ReplicaError::Missing { path: config.path });
+        }
+        let protection = Protection::establish(&config.path)?;
+        let area = Arc::new(Area::open(protection.root(), &config.source)?);
         let mut standing = store.standing()?;
         settle_incarnation(&area, &store, &mut standing)?;
         let link = Link {

@@ -5,7 +5,7 @@
 //! - `objects`: object id → [`Known`].
 //! - `log`: (batch, part) → [`Step`]s of a committed batch, in order.
 //! - `set_aside`: number → [`SetAsideItem`].
-//! - `meta`: `version` → [`STORE_VERSION`], `standing` → [`Standing`].
+//! - `meta`: `version` → the format's version, `standing` → [`Standing`].
 //!
 //! Versions so far: 1.
 

@@ -545,3 +545,108 @@ async fn what_was_not_expected_is_kept() {
     let tree = world.tree();
     assert!(tree.values().any(|what| what.contains("strange")), "{tree:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_is_not_mounted_is_not_filled_anew() {
+    let mut world = World::new();
+    let service = world.open(None).await;
+    world.enrol(&service, false).await;
+    world.connect(&service, 0).await.apply(1, &first()).await;
+    service.shutdown().await;
+    drop(service);
+    replicator_dst::readonly::release_path(&world.replica).unwrap();
+    let aside = world.base.path().join("aside");
+    std::fs::rename(&world.replica, &aside).unwrap();
+    std::fs::create_dir(&world.replica).unwrap();
+    let config = replicator_dst::state::replicas(&world.state).unwrap().remove(0);
+    let mut refused = String::new();
+    for _ in 0..100 {
+        let options = replicator_dst::replica::ReplicaOptions::default();
+        match replicator_dst::replica::Replica::open(&config.0, config.1.clone(), options) {
+            Err(error @ replicator_dst::replica::ReplicaError::Missing { .. }) => {
+                refused = error.to_string();
+                break;
+            }
+            // The store may still be open in a task of the service.
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            Ok(_) => panic!("an empty directory was taken for the replica"),
+        }
+    }
+    assert!(refused.contains("mounted"), "{refused}");
+    assert!(world.tree().is_empty());
+    std::fs::remove_dir(&world.replica).unwrap();
+    std::fs::rename(&aside, &world.replica).unwrap();
+    let service = world.open(None).await;
+    expect(&world.tree(), AFTER_FIRST);
+    finish(&world, &service);
+}
+
+/// Undone when the test ends, however it ends.
+struct Mounted(std::path::PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = replicator_dst::readonly::release_path(&self.0);
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+fn mount(options: &str, path: &std::path::Path) -> bool {
+    let mut command = std::process::Command::new("mount");
+    command.args(["-t", "tmpfs", "-o", options, "none"]).arg(path);
+    command.status().is_ok_and(|status| status.success())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_stalls_and_loses_nothing() {
+    let mut world = World::new();
+    std::fs::create_dir(&world.replica).unwrap();
+    if !mount("size=2m,mode=755", &world.replica) {
+        eprintln!("skipped: no right to mount");
+        return;
+    }
+    let _mounted = Mounted(world.replica.clone());
+    // A second way to the same file system, to enlarge it later.
+    let door = world.base.path().join("door");
+    std::fs::create_dir(&door).unwrap();
+    let bound =
+        std::process::Command::new("mount").arg("--bind").args([&world.replica, &door]).status();
+    assert!(bound.unwrap().success());
+    let _door = Mounted(door.clone());
+    let service = world.open(None).await;
+    world.enrol(&service, false).await;
+    let mut source = world.connect(&service, 0).await;
+    let content = vec![b'x'; 250_000];
+    let mut batch = Batch::new().root();
+    for n in 1..=12 {
+        batch = batch.file(n, ROOT, &format!("f{n}"), &content);
+    }
+    // One object a frame, as far as frames go: the later ones have to wait.
+    for pack in &batch.packs {
+        source.packs(1, std::slice::from_ref(pack)).await;
+    }
+    source.plan(1, &batch.ops).await;
+    source.commit(1, &batch).await;
+    let stalled = || service.list()[0].destination.as_ref().unwrap().stalled.clone();
+    for _ in 0..200 {
+        if stalled().is_some() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(stalled().is_some_and(|why| why.contains("space")), "{:?}", stalled());
+    assert!(mount("remount,size=64m", &door));
+    loop {
+        match source.next().await {
+            DestinationMessage::Applied { .. } => break,
+            DestinationMessage::Durable { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(stalled(), None);
+    for n in 1..=12 {
+        assert_eq!(std::fs::read(world.replica.join(format!("f{n}"))).unwrap(), content);
+    }
+    finish(&world, &service);
+    service.shutdown().await;
+}
