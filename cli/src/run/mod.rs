@@ -14,7 +14,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use replicator_common::api::{Api, ApiOptions, server};
 use replicator_common::config::{DEFAULT_REGION, LogFormat};
-use replicator_common::control::{Control, CreateRequest};
+use replicator_common::control::{Control, CreateRequest, DeletionMode};
 use replicator_common::id::FileSystemId;
 use replicator_common::logging;
 use replicator_common::stop::Stop;
@@ -76,7 +76,7 @@ fn replicate(
     };
     let api = Api::new(control.clone(), options).with_tokens(services.tokens());
     let server = bound.serve(api)?;
-    let id = configure(arguments, pair, services, &*control)?;
+    let id = configure(arguments, pair, services, &*control, display)?;
     display.line(&format!(
         "replicating {} to {}, API at http://{}",
         pair.source().display(),
@@ -98,16 +98,25 @@ fn configure(
     pair: &Pair,
     services: &Services,
     control: &dyn Control,
+    display: &Display,
 ) -> anyhow::Result<FileSystemId> {
-    let there = services.source().list();
-    if let Some(status) = there.first() {
-        return Ok(status.source_file_system_id.clone());
+    let ids = |side: Arc<dyn Control>| -> Vec<FileSystemId> {
+        side.list().into_iter().map(|status| status.source_file_system_id).collect()
+    };
+    let at_destination = ids(services.destination());
+    for id in ids(services.source()) {
+        if at_destination.contains(&id) {
+            return Ok(id);
+        }
+        // Failed over without the source. Nothing is lost with its half: what
+        // the replica holds now decides whether it may be one again.
+        services.source().delete(&id, DeletionMode::LocalConfigurationOnly)?;
+        display.line(&format!("{} was failed over: a new replication begins", replica(pair)));
     }
-    if let Some(orphan) = control.list().first() {
+    if let Some(id) = at_destination.first() {
         anyhow::bail!(
-            "{} is the replica of {}, but the source's side of that replication is gone: fail it over (`replicator failover --state-dir DIR`), then run again with --reconcile",
-            pair.replica().display(),
-            orphan.source_file_system_id
+            "{} is the replica of {id}, but the source's side of that replication is gone: fail it over (`replicator failover --state-dir DIR`), then run again with --reconcile",
+            replica(pair)
         );
     }
     let token = services.issue_token(pair.replica(), arguments.reconcile)?;
@@ -118,4 +127,8 @@ fn configure(
         watcher: arguments.watcher.into(),
     })?;
     Ok(status.source_file_system_id)
+}
+
+fn replica(pair: &Pair) -> std::path::Display<'_> {
+    pair.replica().display()
 }

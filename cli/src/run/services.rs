@@ -5,15 +5,15 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use replicator_common::api::TokenIssuer;
 use replicator_common::api::own::TokenBody;
 use replicator_common::config::DEFAULT_REGION;
 use replicator_common::control::{Control, ControlError};
 use replicator_common::id::FileSystemId;
 use replicator_common::status::FailoverReport;
-use replicator_dst::service::{DestinationOptions, DestinationService};
-use replicator_dst::state::Lock;
+use replicator_dst::service::{DestinationOptions, DestinationService, ServiceError};
+use replicator_dst::suitable::Unsuitable;
 use replicator_src::service::{SourceOptions, SourceService};
 use tokio::runtime::{Builder, Runtime};
 
@@ -79,7 +79,13 @@ impl Services {
 
     /// A token of the destination for its source in this process.
     pub fn issue_token(&self, replica: &Path, reconcile: bool) -> anyhow::Result<String> {
-        Ok(self.destination.token(replica, TOKEN_VALID, reconcile)?.to_string())
+        match self.destination.token(replica, TOKEN_VALID, reconcile) {
+            Ok(token) => Ok(token.to_string()),
+            Err(error @ ServiceError::Unsuitable(Unsuitable::NotEmpty { .. })) => bail!(
+                "{error} with --reconcile: only differences travel, and what the source lacks is moved to lost+found"
+            ),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Ends both cleanly: the source first, so that it does not see its
@@ -108,13 +114,11 @@ pub fn failover_offline(
     state: &Path,
     source: Option<&FileSystemId>,
 ) -> anyhow::Result<FailoverReport> {
-    // Locking makes what is missing: not in somebody else's directory.
+    // Opening makes what is missing: not in somebody else's directory.
     ensure!(
         state.join("destination.json").exists(),
         "{} is not the state directory of a destination or a run",
         state.display()
     );
-    let _lock = Lock::take(state)
-        .context("failover with --state-dir works while no daemon runs; ask the running one (see --endpoint)")?;
     Ok(replicator_dst::failover::offline(state, source)?)
 }
