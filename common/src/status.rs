@@ -146,16 +146,17 @@ pub struct Progress {
 }
 
 /// One thing that the watermark waits for.
+///
+/// (No field of these types may be left out when it is empty: they travel in
+/// bincode too, which knows no field names.)
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Blocker {
     /// In words: `initial sync`, `rescan after queue overflow`, `large file` …
     pub reason: String,
     /// The path relative to the source, where one file is to blame.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
     pub path: Option<String>,
     /// Content bytes that still have to travel, where known.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
     pub bytes_left: Option<u64>,
     /// Since when it blocks.
     pub since: Timestamp,

@@ -516,6 +516,9 @@ impl Engine {
         delta.mark = mark;
         metrics::histogram!("replicator_source_batch_operations").record(ops.len() as f64);
         self.index.prepare(delta)?;
+        // From here on the destination may have it, whatever becomes of the
+        // session: the next greeting must say so.
+        self.shared.greeting_pending(batch);
         self.totals = mark;
         self.claimed = self.claimed.max(header.watermark);
         self.next_batch = batch.next();

@@ -139,6 +139,13 @@ impl Shared {
         }
     }
 
+    /// A batch's delta is durable; the batch is about to be committed.
+    pub fn greeting_pending(&self, batch: BatchId) {
+        if let Some(greeting) = &mut self.lock().greeting {
+            greeting.pending = Some(batch);
+        }
+    }
+
     // ---------------------------------------------------------- for the engine
 
     /// What the operator asks for.
