@@ -146,7 +146,7 @@ pub struct Capture {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     directories: Arc<dyn DirectoryWatch>,
-    proves: bool,
+    proves: Arc<AtomicBool>,
     rescan_every: Arc<Mutex<Option<Duration>>>,
 }
 
@@ -179,11 +179,12 @@ impl Capture {
             stop: stop.clone(),
             shared: shared.clone(),
             directories: watcher.directories(),
-            proves: watcher.proves(),
+            proves: Arc::new(AtomicBool::new(watcher.proves())),
             rescan_every: Arc::new(Mutex::new(watcher.rescan_every())),
             threads: Vec::new(),
         };
         let rescan_every = capture.rescan_every.clone();
+        let proves = capture.proves.clone();
         let flusher = journal.clone();
         let failed = shared.clone();
         let mut this = capture;
@@ -199,8 +200,17 @@ impl Capture {
         )?);
         this.threads.push(std::thread::Builder::new().name("capture".into()).spawn(move || {
             let recent = Recent::default();
-            let mut thread =
-                Thread { watcher, journal, members, captured, flush, shared, rescan_every, recent };
+            let mut thread = Thread {
+                watcher,
+                journal,
+                members,
+                captured,
+                flush,
+                shared,
+                rescan_every,
+                proves,
+                recent,
+            };
             if let Err(error) = thread.run(&barriers, &stop) {
                 tracing::error!(%error, "capture stopped");
                 fail(&thread.shared, &error);
@@ -225,7 +235,7 @@ impl Capture {
 
     /// See [`Watcher::proves`].
     pub fn proves(&self) -> bool {
-        self.proves
+        self.proves.load(Ordering::Acquire)
     }
 
     /// See [`Watcher::rescan_every`].
@@ -273,6 +283,7 @@ struct Thread {
     flush: Sender<()>,
     shared: Arc<Shared>,
     rescan_every: Arc<Mutex<Option<Duration>>>,
+    proves: Arc<AtomicBool>,
     recent: Recent,
 }
 
@@ -305,9 +316,12 @@ impl Thread {
 
     fn barrier(&mut self, changes: &mut Vec<Change>) -> Result<Barrier, CaptureError> {
         let time = Timestamp::now();
+        // A mark that died leaves a queue that is merely empty (trap 13).
+        self.watcher.alive()?;
         self.watcher.drain(changes)?;
         self.append(changes)?;
         let seq = self.journal.append(&[Record::Barrier { time }])?;
+        self.proves.store(self.watcher.proves(), Ordering::Release);
         Ok(Barrier { seq, time })
     }
 
@@ -340,5 +354,6 @@ impl Thread {
         *self.shared.report.lock().unwrap_or_else(PoisonError::into_inner) = report;
         *self.rescan_every.lock().unwrap_or_else(PoisonError::into_inner) =
             self.watcher.rescan_every();
+        self.proves.store(self.watcher.proves(), Ordering::Release);
     }
 }

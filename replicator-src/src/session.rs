@@ -156,10 +156,7 @@ impl Attempt<'_> {
         let (send, receive) = connection.open_bi().await.map_err(|error| plain(&error))?;
         let mut writer = FrameWriter::new(send);
         let mut reader = FrameReader::new(receive);
-        writer
-            .write(&SourceMessage::Hello(greeting))
-            .await
-            .map_err(|error| plain(&error))?;
+        writer.write(&SourceMessage::Hello(greeting)).await.map_err(|error| plain(&error))?;
         let answer = tokio::time::timeout(HELLO_TIMEOUT, reader.read::<DestinationMessage>())
             .await
             .map_err(|_| ("the destination does not answer".to_owned(), None))?;

@@ -77,8 +77,7 @@ pub struct Root {
 impl Root {
     /// Opens the source at `path`, which must be a directory.
     pub fn open(path: &Path) -> Result<Self, SourceError> {
-        let unusable =
-            |reason: String| SourceError::Unusable { path: path.to_owned(), reason };
+        let unusable = |reason: String| SourceError::Unusable { path: path.to_owned(), reason };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| {
             unusable(match error {
@@ -91,8 +90,8 @@ impl Root {
             .map_err(|error| unusable(format!("the source has no identity: {error}")))?;
         let data = stat::of_fd(&fd).map_err(|error| unusable(error.to_string()))?;
         let by_handle = handle::open(fd.as_fd(), &id, OFlags::PATH).is_ok();
-        let own_lost_and_found = data.ino == 2
-            && rustix::fs::fstatfs(&fd).is_ok_and(|fs| fs.f_type as u64 == 0xef53);
+        let own_lost_and_found =
+            data.ino == 2 && rustix::fs::fstatfs(&fd).is_ok_and(|fs| fs.f_type as u64 == 0xef53);
         Ok(Self {
             fd,
             id,
@@ -152,7 +151,8 @@ fn is_root_inode(data: &stat::Stat) -> bool {
 pub struct Filter {
     /// Device nodes replicate.
     pub devices: bool,
-    /// A name in the root that is the replica's own.
+    /// The name of the hidden directory that the destination keeps in the
+    /// replica's root; must never be met in the source.
     pub reserved: Option<Name>,
 }
 
@@ -285,10 +285,8 @@ impl SourceTree {
             return Ok(Some(fd.clone()));
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let fd = self
-            .opener
-            .open(id, None, flags)
-            .map_err(SourceError::call("open directory", id))?;
+        let fd =
+            self.opener.open(id, None, flags).map_err(SourceError::call("open directory", id))?;
         let Some(fd) = fd else { return Ok(None) };
         if self.open.len() >= OPEN_DIRECTORIES {
             self.open.clear();
@@ -317,11 +315,9 @@ impl SourceTree {
 
     fn skip(&self, directory: &ObjectId, name: &Name, data: &stat::Stat) -> Option<Skip> {
         let root = self.opener.root();
-        if *directory == root.id {
-            let reserved = self.filter.reserved.as_ref() == Some(name);
-            if reserved || (root.own_lost_and_found && name.as_bytes() == b"lost+found") {
-                return Some(Skip::Reserved);
-            }
+        let own = root.own_lost_and_found && name.as_bytes() == b"lost+found";
+        if *directory == root.id && own {
+            return Some(Skip::Reserved);
         }
         match data.kind {
             Kind::Socket => Some(Skip::Socket),
@@ -352,6 +348,13 @@ impl Tree for SourceTree {
             Err(Errno::NOENT | Errno::STALE | Errno::NOTDIR) => return Ok(Lookup::Absent),
             Err(error) => return Ok(Lookup::Unreadable(error.to_string())),
         };
+        if self.filter.reserved.as_ref() == Some(name) {
+            // Only this replication's destination makes a directory of that
+            // name: the replica is in the source (trap 18).
+            let path = self.opener.root().path.clone();
+            let reason = "the replica lies inside the source".to_owned();
+            return Err(SourceError::Unusable { path, reason });
+        }
         if let Some(skip) = self.skip(directory, name, &stat) {
             return Ok(Lookup::Skipped(skip));
         }

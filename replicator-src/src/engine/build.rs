@@ -14,7 +14,9 @@ use super::{Engine, EngineError, Gap, InFlight, ended};
 use crate::index::{Content, Delta, Mark, View};
 use crate::journal::Record;
 use crate::plan::resolve::Budget;
-use crate::plan::{Assembly, Dirty, HoldReason, Listing, Need, Outcome, Resolve, Settings, assemble};
+use crate::plan::{
+    Assembly, Dirty, HoldReason, Listing, Need, Outcome, Resolve, Settings, assemble,
+};
 use crate::read::sink::SinkError;
 use crate::read::small::Item;
 use crate::session::Session;
@@ -175,11 +177,7 @@ impl Engine {
         Ok(())
     }
 
-    fn absorb(
-        &mut self,
-        records: &[(Seq, Record)],
-        draft: &mut Draft,
-    ) -> Result<(), EngineError> {
+    fn absorb(&mut self, records: &[(Seq, Record)], draft: &mut Draft) -> Result<(), EngineError> {
         for (seq, record) in records {
             match record {
                 Record::Gap { reason } => self.open_gap(reason.clone())?,
@@ -198,7 +196,10 @@ impl Engine {
         for round in 0..ROUNDS {
             self.resolve(draft)?;
             self.read(draft, session)?;
-            if self.gap.is_some() || !draft.reached || draft.resolve.bindings.is_empty() && draft.resolve.read.is_empty() {
+            if self.gap.is_some()
+                || !draft.reached
+                || draft.resolve.bindings.is_empty() && draft.resolve.read.is_empty()
+            {
                 draft.exact = self.gap.is_none() && draft.reached;
                 return Ok(());
             }
@@ -313,8 +314,7 @@ impl Engine {
         };
         let root = self.opener.root().id.clone();
         let (index, tree) = (&self.index, &mut self.tree);
-        let mut assembly =
-            assemble(&draft.resolve, &draft.outcomes, &root, settings, index, tree)?;
+        let mut assembly = assemble(&draft.resolve, &draft.outcomes, &root, settings, index, tree)?;
         self.note_skipped(&draft);
         self.settle_placed(&mut draft, &assembly);
         let walking = gap.is_some();
@@ -366,9 +366,8 @@ impl Engine {
     fn settle_placed(&mut self, draft: &mut Draft, assembly: &Assembly) {
         for (object, placed) in std::mem::take(&mut draft.placed) {
             self.holds.remove(&object);
-            let put = assembly.delta.objects.iter().any(|(id, known)| {
-                *id == object && known.is_some()
-            });
+            let put =
+                assembly.delta.objects.iter().any(|(id, known)| *id == object && known.is_some());
             if !put {
                 if let (Some(session), true) = (&self.session, placed.number.0 != 0) {
                     abort(session, placed.number);
@@ -398,10 +397,16 @@ impl Engine {
             .holds
             .iter()
             .filter(|(object, held)| {
-                let shipped = matches!(
-                    draft.outcomes.get(object),
-                    Some(Outcome::Ship { .. } | Outcome::Same { .. } | Outcome::Gone)
-                );
+                let shipped = match draft.outcomes.get(object) {
+                    // A directory waits for being listed, or for entries.
+                    Some(Outcome::Ship { known, .. } | Outcome::Same { known })
+                        if known.state.kind == Kind::Directory =>
+                    {
+                        held.hold.entries.is_empty() && draft.resolve.listed.contains(*object)
+                    }
+                    Some(Outcome::Ship { .. } | Outcome::Same { .. } | Outcome::Gone) => true,
+                    _ => draft.resolve.listed.contains(*object) && held.hold.entries.is_empty(),
+                };
                 let entries = &held.hold.entries;
                 let orphaned = !entries.is_empty()
                     && entries.iter().all(|place| {
@@ -440,10 +445,7 @@ impl Engine {
             self.shared.unreadable(self.path_of(&directory), &error);
             let entries = BTreeSet::new();
             let reason = HoldReason::Unreadable { error };
-            assembly
-                .holds
-                .entry(directory)
-                .or_insert(crate::plan::Hold { reason, entries });
+            assembly.holds.entry(directory).or_insert(crate::plan::Hold { reason, entries });
         }
         for ((directory, name), error) in places {
             let path = self.path_of_entry(&directory, &name);

@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
+use replicator_common::status::DesiredState;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{DataFrame, PACK_MAX};
 
 use super::{Engine, EngineError, Event};
 use crate::index::{Content, Known, View};
-use crate::plan::{Hold, HoldReason};
+use crate::plan::{Hold, HoldReason, Listing};
 use crate::read::lane::{Done, Job, LaneError};
 use crate::watcher::What;
 
@@ -45,9 +46,19 @@ pub(super) enum Transfer {
     /// Waits for its turn.
     Waiting,
     /// Is being read and sent.
-    Running { number: TransferId, basis: Option<ObjectId>, progress: Arc<AtomicU64>, since: Instant },
+    Running {
+        number: TransferId,
+        basis: Option<ObjectId>,
+        progress: Arc<AtomicU64>,
+        since: Instant,
+    },
     /// Was sent; the next batch places it.
-    Ready { number: TransferId, basis: Option<(ObjectId, BatchId)>, done: Box<ReadyFile>, took: Duration },
+    Ready {
+        number: TransferId,
+        basis: Option<(ObjectId, BatchId)>,
+        done: Box<ReadyFile>,
+        took: Duration,
+    },
 }
 
 /// A large file whose content is at the destination.
@@ -138,12 +149,19 @@ impl Engine {
             self.dirty.entry(directory, name, what);
         }
         self.dirty.object(object.clone(), what);
+        if held.hold.entries.is_empty() && matches!(held.hold.reason, HoldReason::Unreadable { .. })
+        {
+            // A directory that could not be listed, or a file: for that, this
+            // comes to nothing.
+            self.dirty.listings.push_back(Listing::new(object.clone(), true));
+        }
     }
 
     /// Starts transfers of large files that are due, a few at a time.
     pub(super) fn start_transfers(&mut self) -> Result<(), EngineError> {
         let now = Instant::now();
-        while self.session.is_some() && self.running.len() < TRANSFERS {
+        let wanted = self.shared.desired() == DesiredState::Enabled;
+        while wanted && self.session.is_some() && self.running.len() < TRANSFERS {
             let due = self.holds.iter().find(|(_, held)| {
                 matches!(held.hold.reason, HoldReason::Large { .. })
                     && matches!(held.transfer, Transfer::Waiting)
@@ -184,8 +202,7 @@ impl Engine {
         let (Some(session), Some(held)) = (&self.session, self.holds.get_mut(&object)) else {
             return Ok(());
         };
-        held.transfer =
-            Transfer::Running { number, basis, progress, since: Instant::now() };
+        held.transfer = Transfer::Running { number, basis, progress, since: Instant::now() };
         self.running.insert(number, object);
         let post = self.post.clone();
         self.pool.transfer(job, &session.sink, move |job, result| {
@@ -325,8 +342,7 @@ impl Engine {
             if !spoiled {
                 continue;
             }
-            if let (Transfer::Ready { number, .. }, Some(session)) =
-                (&held.transfer, &self.session)
+            if let (Transfer::Ready { number, .. }, Some(session)) = (&held.transfer, &self.session)
             {
                 abort(session, *number);
             }

@@ -341,9 +341,7 @@ impl Engine {
             Event::Link(event) => self.link(event),
             Event::Transfer(job, result) => self.transfer_done(&job, result),
             Event::Command(Command::Nudge) => Ok(()),
-            Event::Command(Command::Rescan(reason)) => {
-                self.open_gap(reason)
-            }
+            Event::Command(Command::Rescan(reason)) => self.open_gap(reason),
             Event::Command(Command::Delete(reply)) => {
                 self.ask_failover(reply);
                 Ok(())
@@ -380,10 +378,7 @@ impl Engine {
             && self.in_flight.len() < IN_FLIGHT
             && self.failing.is_none()
             && self.shared.desired() == DesiredState::Enabled;
-        ready
-            && (!self.dirty.is_empty()
-                || self.walk_ended()
-                || self.heartbeat_due())
+        ready && (!self.dirty.is_empty() || self.walk_ended() || self.heartbeat_due())
     }
 
     /// The walk is through; one more batch closes the gap.

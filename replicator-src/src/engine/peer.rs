@@ -36,8 +36,8 @@ impl Engine {
         let mark = self.index.store().mark()?;
         let newest = pending.unwrap_or(mark.batch).max(mark.batch);
         let fresh = newest == BatchId(0) && hello.committed == BatchId(0);
-        let agreed = known == Some(hello.incarnation)
-            && (mark.batch..=newest).contains(&hello.committed);
+        let agreed =
+            known == Some(hello.incarnation) && (mark.batch..=newest).contains(&hello.committed);
         let halfway = self.index.store().reconciling()?;
         if halfway || !(fresh || agreed) {
             return self.distrust(session, known.is_some());
@@ -81,7 +81,9 @@ impl Engine {
         self.next_batch = BatchId(1);
         self.gap = None;
         self.skipped.clear();
-        self.open_gap(if had_peer { "the replica is compared anew" } else { "initial sync" }.into())?;
+        self.open_gap(
+            if had_peer { "the replica is compared anew" } else { "initial sync" }.into(),
+        )?;
         let source = self.index.store().incarnation()?;
         self.shared.greeting(source, None, BatchId(0), None);
         // Dropped here: the destination must learn our new incarnation by a

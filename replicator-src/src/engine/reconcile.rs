@@ -209,4 +209,3 @@ fn inventoried(
         entry,
     }
 }
-

@@ -78,12 +78,12 @@ impl Engine {
         let now = Timestamp::now();
         let waiting = self.cursor < self.journal.last() || !self.dirty.is_empty();
         let age = |since: Timestamp| now.since(since).as_secs_f64();
-        let oldest = |pending: bool| match self.in_flight.iter().find(|b| !(pending && b.durable))
-        {
+        let oldest = |pending: bool| match self.in_flight.iter().find(|b| !(pending && b.durable)) {
             Some(batch) => batch.committed_at.elapsed().as_secs_f64(),
             None => 0.0,
         };
-        let shipped = if waiting && self.covered > Timestamp::NEVER { age(self.covered) } else { 0.0 };
+        let shipped =
+            if waiting && self.covered > Timestamp::NEVER { age(self.covered) } else { 0.0 };
         let held = self.holds.values().map(|held| age(held.since)).fold(0.0, f64::max);
         StageLag {
             journaled: 0.0,

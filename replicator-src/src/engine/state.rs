@@ -228,7 +228,9 @@ impl Shared {
 
     /// A walk begins.
     pub fn begin_progress(&self) {
-        self.lock().progress = Meter { active: true, ..Meter::default() };
+        let meter = &mut self.lock().progress;
+        let (found, counted) = (meter.found, meter.counted);
+        *meter = Meter { active: true, found, counted, ..Meter::default() };
     }
 
     /// The walk has closed its gap.
@@ -380,8 +382,7 @@ fn judge(inner: &Inner, in_flight: bool) -> (ReplicationStatus, Option<String>) 
         return (ReplicationStatus::Deleting, None);
     }
     if inner.report.desired == DesiredState::Paused {
-        let status =
-            if in_flight { ReplicationStatus::Pausing } else { ReplicationStatus::Paused };
+        let status = if in_flight { ReplicationStatus::Pausing } else { ReplicationStatus::Paused };
         return (status, Some("changes are journaled, not shipped".to_owned()));
     }
     let message = (!inner.report.link.connected).then(|| {

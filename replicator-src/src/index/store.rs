@@ -23,7 +23,9 @@
 
 use std::path::{Path, PathBuf};
 
-use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use redb::{
+    Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction,
+};
 use replicator_common::chunk::Chunk;
 use replicator_common::codec::{self, CodecError};
 use replicator_common::id::{BatchId, Incarnation, ObjectId};
@@ -119,14 +121,15 @@ fn split_key(key: &[u8]) -> Option<(ObjectId, &[u8])> {
 impl Store {
     /// Opens or makes the index in the file `path`.
     pub fn open(path: &Path) -> Result<Self, IndexError> {
-        let db = redb::Builder::new().set_cache_size(CACHE_BYTES).create(path).map_err(|error| {
-            match error {
-                redb::DatabaseError::DatabaseAlreadyOpen => {
-                    IndexError::InUse { path: path.to_owned() }
+        let db =
+            redb::Builder::new().set_cache_size(CACHE_BYTES).create(path).map_err(|error| {
+                match error {
+                    redb::DatabaseError::DatabaseAlreadyOpen => {
+                        IndexError::InUse { path: path.to_owned() }
+                    }
+                    other => failed(path)(other),
                 }
-                other => failed(path)(other),
-            }
-        })?;
+            })?;
         let store = Self { db, path: path.to_owned() };
         store.make_tables()?;
         Ok(store)
@@ -148,7 +151,8 @@ impl Store {
                 None => {
                     let incarnation = Incarnation::random();
                     let value = self.encode("meta", &incarnation)?;
-                    meta.insert("version", &VERSION.to_le_bytes()[..]).map_err(failed(&self.path))?;
+                    meta.insert("version", &VERSION.to_le_bytes()[..])
+                        .map_err(failed(&self.path))?;
                     meta.insert("incarnation", value.as_slice()).map_err(failed(&self.path))?;
                 }
             }
@@ -225,7 +229,11 @@ impl Store {
 
     /// Makes a batch's delta durable as pending, and merges `acknowledged`
     /// deltas into the tables, in one durable transaction.
-    pub fn prepare(&self, delta: Option<&Delta>, acknowledged: &[&Delta]) -> Result<(), IndexError> {
+    pub fn prepare(
+        &self,
+        delta: Option<&Delta>,
+        acknowledged: &[&Delta],
+    ) -> Result<(), IndexError> {
         let write = self.begin(Durability::Immediate)?;
         for delta in acknowledged {
             self.merge(&write, delta)?;
@@ -313,7 +321,9 @@ impl Store {
                     None => drop(objects.remove(object.as_bytes()).map_err(failed(&self.path))?),
                     Some(known) => {
                         let value = self.encode("objects", known)?;
-                        objects.insert(object.as_bytes(), value.as_slice()).map_err(failed(&self.path))?;
+                        objects
+                            .insert(object.as_bytes(), value.as_slice())
+                            .map_err(failed(&self.path))?;
                     }
                 }
             }
@@ -323,7 +333,9 @@ impl Store {
                     None => drop(orphans.remove(object.as_bytes()).map_err(failed(&self.path))?),
                     Some(orphan) => {
                         let value = self.encode("orphans", orphan)?;
-                        orphans.insert(object.as_bytes(), value.as_slice()).map_err(failed(&self.path))?;
+                        orphans
+                            .insert(object.as_bytes(), value.as_slice())
+                            .map_err(failed(&self.path))?;
                     }
                 }
             }
@@ -407,14 +419,28 @@ impl Store {
         Ok(())
     }
 
-    fn encode<T: Serialize + ?Sized>(&self, table: &'static str, value: &T) -> Result<Vec<u8>, IndexError> {
-        codec::encode_record(value)
-            .map_err(|source| IndexError::Row { path: self.path.clone(), table, source })
+    fn encode<T: Serialize + ?Sized>(
+        &self,
+        table: &'static str,
+        value: &T,
+    ) -> Result<Vec<u8>, IndexError> {
+        codec::encode_record(value).map_err(|source| IndexError::Row {
+            path: self.path.clone(),
+            table,
+            source,
+        })
     }
 
-    fn decode<T: DeserializeOwned>(&self, table: &'static str, value: &[u8]) -> Result<T, IndexError> {
-        codec::decode_record(value)
-            .map_err(|source| IndexError::Row { path: self.path.clone(), table, source })
+    fn decode<T: DeserializeOwned>(
+        &self,
+        table: &'static str,
+        value: &[u8],
+    ) -> Result<T, IndexError> {
+        codec::decode_record(value).map_err(|source| IndexError::Row {
+            path: self.path.clone(),
+            table,
+            source,
+        })
     }
 }
 
@@ -448,8 +474,11 @@ pub struct Snapshot {
 
 impl Snapshot {
     fn row<T: DeserializeOwned>(&self, table: &'static str, value: &[u8]) -> Result<T, IndexError> {
-        codec::decode_record(value)
-            .map_err(|source| IndexError::Row { path: self.path.clone(), table, source })
+        codec::decode_record(value).map_err(|source| IndexError::Row {
+            path: self.path.clone(),
+            table,
+            source,
+        })
     }
 
     fn damaged(&self, table: &'static str) -> IndexError {
@@ -467,9 +496,7 @@ impl Snapshot {
         let key = pair_key(directory, name.as_bytes());
         let value = self.entries.get(key.as_slice()).map_err(failed(&self.path))?;
         value
-            .map(|value| {
-                ObjectId::from_bytes(value.value()).ok_or_else(|| self.damaged("entries"))
-            })
+            .map(|value| ObjectId::from_bytes(value.value()).ok_or_else(|| self.damaged("entries")))
             .transpose()
     }
 
@@ -514,10 +541,7 @@ impl Snapshot {
     }
 
     /// Calls `each` with every object; stops at the first error.
-    pub fn each_object(
-        &self,
-        mut each: impl FnMut(ObjectId, Known),
-    ) -> Result<(), IndexError> {
+    pub fn each_object(&self, mut each: impl FnMut(ObjectId, Known)) -> Result<(), IndexError> {
         for row in self.objects.iter().map_err(failed(&self.path))? {
             let (key, value) = row.map_err(failed(&self.path))?;
             let object =

@@ -322,7 +322,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             links.retain(|place| !lost.contains(place));
         }
         if let Some(gained) = self.gained.get(object) {
-            links.extend(gained.iter().filter(|place| !links.contains(place)).cloned().collect::<Vec<_>>());
+            links.extend(
+                gained.iter().filter(|place| !links.contains(place)).cloned().collect::<Vec<_>>(),
+            );
         }
         Ok(links)
     }

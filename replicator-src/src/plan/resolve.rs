@@ -259,7 +259,11 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     }
 
     /// An object is dirty by its handle.
-    fn object(&mut self, object: ObjectId, what: What) -> Result<(), PlanError<V::Error, T::Error>> {
+    fn object(
+        &mut self,
+        object: ObjectId,
+        what: What,
+    ) -> Result<(), PlanError<V::Error, T::Error>> {
         let Some(known) = self.view.object(&object).map_err(PlanError::Index)? else {
             // Not ours, or new: then an entry leads to it.
             return Ok(());
@@ -362,7 +366,10 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     }
 
     /// A directory with a changed entry has a new mtime at least.
-    fn need_directory(&mut self, directory: &ObjectId) -> Result<(), PlanError<V::Error, T::Error>> {
+    fn need_directory(
+        &mut self,
+        directory: &ObjectId,
+    ) -> Result<(), PlanError<V::Error, T::Error>> {
         if self.state.fresh.contains(directory) {
             return Ok(());
         }

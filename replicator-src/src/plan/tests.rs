@@ -56,8 +56,7 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        let mut world =
-            Self { inodes: BTreeMap::new(), next: 1, clock: 0, records: Vec::new() };
+        let mut world = Self { inodes: BTreeMap::new(), next: 1, clock: 0, records: Vec::new() };
         world.make(Kind::Directory);
         world.make(Kind::Directory);
         world
@@ -112,12 +111,8 @@ impl World {
     /// Forgets inodes without links.
     fn collect(&mut self) {
         loop {
-            let dead: Vec<u32> = self
-                .inodes
-                .keys()
-                .copied()
-                .filter(|n| *n > 2 && self.links(*n) == 0)
-                .collect();
+            let dead: Vec<u32> =
+                self.inodes.keys().copied().filter(|n| *n > 2 && self.links(*n) == 0).collect();
             if dead.is_empty() {
                 return;
             }
@@ -416,8 +411,7 @@ impl Run {
     fn batch(&mut self, between: &[(u8, u8, u8, u8)], budget: usize, large: u32, settled: bool) {
         self.batch += 1;
         self.release();
-        let quiet =
-            self.dirty.listings.is_empty() && self.cursor == self.world.records.len();
+        let quiet = self.dirty.listings.is_empty() && self.cursor == self.world.records.len();
         let mut resolve = Resolve::default();
         resolve.walking = self.walking;
         if !self.index.objects.contains_key(&id(ROOT)) {

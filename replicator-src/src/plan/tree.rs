@@ -28,8 +28,7 @@ pub enum Skip {
     Device,
     /// Another file system is mounted there.
     Mount,
-    /// A name that the replica needs for itself, or the file system's own
-    /// `lost+found`.
+    /// The file system's own `lost+found`.
     Reserved,
 }
 

@@ -16,14 +16,12 @@ use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::name::Name;
 use replicator_common::sys::stat::{self, Stat};
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{
-    DataFrame, Extent, Hash, Layout, PIECE_MAX, Piece, TransferBegin,
-};
+use replicator_common::wire::{DataFrame, Extent, Hash, Layout, PIECE_MAX, Piece, TransferBegin};
 use rustix::io::Errno;
 
+use super::extents;
 use super::sink::{Sink, SinkError};
 use super::small::{read_full, state_of};
-use super::extents;
 use crate::index::{Content, IndexError, Known, Store};
 use crate::source::Opener;
 
@@ -95,19 +93,23 @@ pub enum LaneError {
 /// A run of the file: how the destination gets it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Run {
-    Copy { from: u64, length: u64 },
+    Copy {
+        from: u64,
+        length: u64,
+    },
     /// Chunk by chunk: index of the first chunk, their number and bytes.
-    Data { first: usize, count: usize, length: u64 },
-    Hole { length: u64 },
+    Data {
+        first: usize,
+        count: usize,
+        length: u64,
+    },
+    Hole {
+        length: u64,
+    },
 }
 
 /// Sends one large file. Returns when all frames are queued.
-pub fn send(
-    opener: &Opener,
-    store: &Store,
-    sink: &Sink,
-    job: &Job,
-) -> Result<Done, LaneError> {
+pub fn send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Done, LaneError> {
     match try_send(opener, store, sink, job) {
         Err(LaneError::Read(Errno::STALE | Errno::NOENT)) => {
             abort(sink, job)?;
@@ -126,12 +128,7 @@ fn abort(sink: &Sink, job: &Job) -> Result<(), SinkError> {
     sink.send(stream, &DataFrame::TransferAbort { transfer: job.transfer })
 }
 
-fn try_send(
-    opener: &Opener,
-    store: &Store,
-    sink: &Sink,
-    job: &Job,
-) -> Result<Done, LaneError> {
+fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Done, LaneError> {
     let Some(fd) = opener.open_content(&job.object, job.hint.as_ref())? else {
         return Ok(Done::Gone);
     };
@@ -394,9 +391,7 @@ fn each_chunk(
         }
         let reader = Positioned { fd, at: extent.offset, end: extent.offset + extent.length };
         for chunk in Chunker::new(reader, average) {
-            let data = chunk.map_err(|error| {
-                Errno::from_io_error(&error).unwrap_or(Errno::IO)
-            })?;
+            let data = chunk.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
             each(data.chunk, Some(data.bytes))?;
             at += u64::from(data.chunk.length);
         }
@@ -504,7 +499,10 @@ mod tests {
         let append = plan_runs(&list(&[1, 2, 3, 4, 5, 6, 9]), &basis);
         assert_eq!(
             append,
-            [Run::Copy { from: 0, length: 120_000 }, Run::Data { first: 6, count: 1, length: 20_000 }]
+            [
+                Run::Copy { from: 0, length: 120_000 },
+                Run::Data { first: 6, count: 1, length: 20_000 }
+            ]
         );
         assert!(patches(&append));
         assert!(patches(&plan_runs(&list(&[1, 2, 9, 4, 5, 6]), &basis)));

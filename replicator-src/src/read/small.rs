@@ -57,12 +57,7 @@ pub fn read(opener: &Opener, item: &Item, batch: BatchId, version: u32) -> Readi
     }
 }
 
-fn try_read(
-    opener: &Opener,
-    item: &Item,
-    batch: BatchId,
-    version: u32,
-) -> Result<Reading, Errno> {
+fn try_read(opener: &Opener, item: &Item, batch: BatchId, version: u32) -> Result<Reading, Errno> {
     let hint = item.need.hint.as_ref();
     let fd = if item.need.kind == Kind::File && item.need.content {
         opener.open_content(&item.object, hint)?

@@ -9,9 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use replicator_common::ancestry;
-use replicator_common::control::{
-    Control, ControlError, CreateRequest, DeletionMode,
-};
+use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode};
 use replicator_common::crashsafe::{self, Format, StateFileError};
 use replicator_common::id::FileSystemId;
 use replicator_common::lock::{LockError, StateLock};
@@ -237,13 +235,19 @@ impl SourceService {
         Ok(root)
     }
 
-    fn enrol(&self, token: &Token, request: &EnrolRequest) -> Result<enrol::Enrolled, ControlError> {
+    fn enrol(
+        &self,
+        token: &Token,
+        request: &EnrolRequest,
+    ) -> Result<enrol::Enrolled, ControlError> {
         self.runtime.block_on(enrol::enrol(&self.identity, token, request)).map_err(|error| {
             match error {
                 EnrolError::Refused(_) | EnrolError::NotOpen { .. } => {
                     ControlError::Conflict(error.to_string())
                 }
-                other => ControlError::Internal(format!("cannot enrol with the destination: {other}")),
+                other => {
+                    ControlError::Internal(format!("cannot enrol with the destination: {other}"))
+                }
             }
         })
     }
@@ -351,4 +355,3 @@ impl Control for SourceService {
         Ok(replication.status())
     }
 }
-

@@ -125,16 +125,14 @@ impl Replication {
         let journal = Arc::new(Journal::open(&self.directory.join("journal"), mark.seq)?);
         let members = Arc::new(Members::default());
         let settings = watcher::Settings { rescan_interval: options.rescan_interval };
-        let watcher =
-            watcher::open(root.fd(), &root.path, configuration.watcher, &settings)?;
+        let watcher = watcher::open(root.fd(), &root.path, configuration.watcher, &settings)?;
         load_members(&root, &store, &members)?;
         let (captured, announced) = bounded(1);
         let start = |what| move |source| ServiceError::Start { what, source };
         let capture = Capture::start(watcher, journal.clone(), members.clone(), captured)
             .map_err(start("the capture thread"))?;
         let opener = Opener::new(root.clone(), Arc::<Places>::default());
-        let watch =
-            Arc::new(Joining { members: members.clone(), inner: capture.directories() });
+        let watch = Arc::new(Joining { members: members.clone(), inner: capture.directories() });
         let filter = Filter {
             devices: configuration.devices,
             reserved: Name::new(format!(".replicator-{}", configuration.source).as_bytes()).ok(),
@@ -178,8 +176,7 @@ impl Replication {
             })
             .map_err(start("the engine"))?;
         let census = census::start(root, self.shared.clone()).map_err(start("the census"))?;
-        *self.running() =
-            Some(Running { post: inbox.0, engine, link, census: Some(census) });
+        *self.running() = Some(Running { post: inbox.0, engine, link, census: Some(census) });
         Ok(())
     }
 
@@ -297,7 +294,8 @@ impl Replication {
 
     /// Somebody waits for the watermark: where only a walk moves it, walk now.
     pub(super) fn nudge_for_wait(&self) {
-        let scan = self.shared.report().watcher.kind == replicator_common::status::WatcherKind::Scan;
+        let scan =
+            self.shared.report().watcher.kind == replicator_common::status::WatcherKind::Scan;
         self.post(if scan { Command::Rescan("asked to wait".to_owned()) } else { Command::Nudge });
     }
 
