@@ -54,9 +54,10 @@ impl Pair {
         for (role, directory) in [("source", &self.source), ("replica", &self.replica)] {
             // A replica that is still missing may be made around the state
             // directory's place.
-            let textually = state.starts_with(directory);
+            let inside =
+                state.starts_with(directory) || (directory.exists() && within(there, directory)?);
             ensure!(
-                !textually && !(directory.exists() && within(there, directory)?),
+                !inside,
                 "state directory {} lies inside the {role} {}: choose another with --state-dir",
                 state.display(),
                 directory.display()

@@ -117,7 +117,8 @@ fn read(text: &str, units: &[(&str, u64)]) -> Option<u64> {
 
 /// In the largest unit that needs no fraction.
 fn spell(value: u64, units: &[(&str, u64)]) -> String {
-    let fits = units.iter().rev().find(|(_, factor)| value >= *factor && value % factor == 0);
+    let fits =
+        units.iter().rev().find(|(_, factor)| value >= *factor && value.is_multiple_of(*factor));
     match fits.or(units.first()) {
         Some((name, factor)) => format!("{}{name}", value / factor),
         None => value.to_string(),
