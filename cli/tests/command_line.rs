@@ -1,5 +1,7 @@
 //! The binary from outside: exit status, and what goes where.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers may panic")]
+
 use std::fs;
 use std::net::TcpListener;
 use std::path::Path;

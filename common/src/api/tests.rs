@@ -183,7 +183,8 @@ fn delete_in_efs_form() {
 fn errors_of_the_control_have_efs_classes() {
     let fake = Arc::new(Fake::with([1]));
     let api = api(&fake);
-    let cases: [(fn() -> ControlError, u16, &str); 7] = [
+    type Case = (fn() -> ControlError, u16, &'static str);
+    let cases: [Case; 7] = [
         (|| ControlError::Validation("v".into()), 400, "ValidationException"),
         (|| ControlError::FileSystemNotFound(id(9)), 404, "FileSystemNotFound"),
         (|| ControlError::ReplicationNotFound(id(9)), 404, "ReplicationNotFound"),
