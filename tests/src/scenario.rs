@@ -23,6 +23,19 @@ pub fn patience() -> Duration {
 /// The watchers, as the command line spells them.
 pub const WATCHERS: [&str; 3] = ["fanotify", "inotify", "scan"];
 
+/// Operations (see [`crate::workload::op::NAMES`]) of which a watcher cannot
+/// see everything, as it says among its doubts.
+///
+/// inotify tells of a write by the name that the file was opened under. A write
+/// through a name outside of the source, through one that was unlinked since,
+/// or to a file made without a name stays unseen until the next walk.
+pub fn unseen_by(watcher: &str) -> &'static [&'static str] {
+    match watcher {
+        "inotify" => &["OutsideLink", "HoldOpen", "TmpFile"],
+        _ => &[],
+    }
+}
+
 /// A source and a replica on file systems of their own, or on one.
 #[derive(Debug)]
 pub struct Pair {

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use replicator_tests::mounts::FileSystem::{Btrfs, Ext4, Tmpfs, Xfs};
 use replicator_tests::process::Daemon;
-use replicator_tests::scenario::{Layout, Pair};
+use replicator_tests::scenario::{self, Layout, Pair};
 use replicator_tests::workload::{Workload, content};
 
 /// When each object of a tree was last touched in any respect, by path: the
@@ -62,7 +62,7 @@ fn restart(layout: Layout, watcher: &str, stop: fn(Daemon)) {
     stop(daemon);
 
     let mut daemon = pair.start(watcher);
-    daemon.wait_enabled(replicator_tests::scenario::patience());
+    daemon.wait_enabled(scenario::patience());
     pair.settle(&daemon, &"after the restart");
     let after = daemon.counters().bytes_shipped;
     let again = after.checked_sub(shipped).unwrap_or(after);
@@ -70,7 +70,8 @@ fn restart(layout: Layout, watcher: &str, stop: fn(Daemon)) {
     assert_eq!(touched(pair.replica()), before, "the replica was written to");
 
     // And what is changed now still arrives.
-    let workload = Workload { steps: 100, ..Workload::new() };
+    let workload =
+        Workload { steps: 100, without: scenario::unseen_by(watcher), ..Workload::new() };
     workload.run(pair.source(), pair.outside());
     pair.settle(&daemon, &workload);
 }

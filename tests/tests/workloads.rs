@@ -7,14 +7,15 @@ use std::time::Duration;
 use replicator_tests::compare;
 use replicator_tests::mounts::FileSystem::{Btrfs, Ext4, Tmpfs, Xfs};
 use replicator_tests::process::Daemon;
-use replicator_tests::scenario::{Layout, Pair, patience};
+use replicator_tests::scenario::{self, Layout, Pair, patience};
 use replicator_tests::workload::Workload;
 
 /// First what stands on the source before replication begins, then changes
 /// while the initial sync runs, then changes while it is ENABLED.
 fn continuous(layout: Layout, watcher: &str) {
     let pair = Pair::new(layout);
-    let workload = Workload { steps: 300, ..Workload::new() };
+    let without = scenario::unseen_by(watcher);
+    let workload = Workload { steps: 300, without, ..Workload::new() };
     workload.run(pair.source(), pair.outside());
 
     let mut daemon = pair.start(watcher);
@@ -78,7 +79,12 @@ continuous! {
 /// same command goes on, and in the end nothing is missing.
 fn stopped_in_the_middle(watcher: &str, stop: fn(Daemon)) {
     let pair = Pair::new(Layout::Two(Ext4, Ext4));
-    let workload = Workload { steps: 3000, rate: Some(800.0), ..Workload::new() };
+    let workload = Workload {
+        steps: 750,
+        rate: Some(800.0),
+        without: scenario::unseen_by(watcher),
+        ..Workload::new()
+    };
     thread::scope(|scope| {
         let running = scope.spawn(|| workload.run(pair.source(), pair.outside()));
         for pause in [400, 1500, 100, 2500, 900] {
@@ -122,7 +128,7 @@ fn killed_in_the_middle_scan() {
 fn an_overflow_is_a_gap_that_a_rescan_closes() {
     let pair = Pair::new(Layout::Two(Tmpfs, Tmpfs));
     let daemon = pair.start_enabled("inotify");
-    let workload = Workload { steps: 1500, ..Workload::new() };
+    let workload = Workload { without: scenario::unseen_by("inotify"), ..Workload::new() };
     workload.run(pair.source(), pair.outside());
     // More events than fs.inotify.max_queued_events (16,384), while the reader
     // cannot read.

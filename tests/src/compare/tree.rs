@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Once;
 
 use replicator_common::object::Kind;
-use rustix::fs::{AtFlags, Dir, Mode, OFlags, SeekFrom, Statx, StatxFlags};
+use rustix::fs::{Advice, AtFlags, Dir, Mode, OFlags, SeekFrom, Statx, StatxFlags};
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit};
 
@@ -233,6 +233,8 @@ fn read_xattrs(fd: BorrowedFd<'_>) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
 }
 
 fn read_file(fd: BorrowedFd<'_>, size: u64) -> io::Result<Content> {
+    // First of all: reading fills the page cache, and see `holes`.
+    let holes = if size < super::HOLE_MIN { Vec::new() } else { holes(fd, size)? };
     let (mut blocks, mut buffer, mut offset) = (Vec::new(), Vec::new(), 0);
     loop {
         buffer.resize(BLOCK as usize, 0);
@@ -243,7 +245,6 @@ fn read_file(fd: BorrowedFd<'_>, size: u64) -> io::Result<Content> {
         blocks.push(blake3::hash(&buffer[..used]));
         offset += used as u64;
     }
-    let holes = if size < super::HOLE_MIN { Vec::new() } else { holes(fd, size)? };
     Ok(Content::File { blocks, holes })
 }
 
@@ -259,7 +260,12 @@ fn read_block(fd: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> io::Result<
     Ok(used)
 }
 
+/// On ext4 and xfs, unwritten extents count as data while pages of them are
+/// cached, because somebody has read there or because they are dirty: so
+/// everything is written out and forgotten before the question.
 fn holes(fd: BorrowedFd<'_>, size: u64) -> io::Result<Vec<Range<u64>>> {
+    rustix::fs::fdatasync(fd)?;
+    rustix::fs::fadvise(fd, 0, None, Advice::DontNeed)?;
     let (mut holes, mut offset) = (Vec::new(), 0);
     while offset < size {
         let start = rustix::fs::seek(fd, SeekFrom::Hole(offset))?;

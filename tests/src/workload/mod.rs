@@ -42,6 +42,8 @@ pub struct Workload {
     pub time_limit: Duration,
     /// Operations a second of all threads together; `None` for as fast as can be.
     pub rate: Option<f64>,
+    /// Operations that are left out, by name.
+    pub without: &'static [&'static str],
 }
 
 /// How often one kind of operation was done and refused.
@@ -69,7 +71,14 @@ impl Workload {
                 text.parse().unwrap_or_else(|_| panic!("REPLICATOR_SEED={text:?}: not a number"))
             },
         );
-        Self { seed, threads: 4, steps: 1000, time_limit: Duration::from_secs(60), rate: None }
+        Self {
+            seed,
+            threads: 4,
+            steps: 1000,
+            time_limit: Duration::from_secs(60),
+            rate: None,
+            without: &[],
+        }
     }
 
     /// Works on `root`. `outside` is a directory beside it on the same file
@@ -119,6 +128,9 @@ impl Workload {
             }
             if Instant::now() >= end {
                 break;
+            }
+            if self.without.contains(&op.name()) {
+                continue;
             }
             let op = arena.aim(op);
             let outcome = arena.perform(&op);
