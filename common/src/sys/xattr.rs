@@ -12,6 +12,10 @@ use crate::sys::proc_path;
 /// The largest value and list (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const XATTR_MAX: usize = 64 << 10;
 
+/// xfs shows POSIX ACLs a second time under these names, in a form of its own;
+/// setting or removing one would change the ACL.
+const XFS_ACL: &[u8] = b"trusted.SGI_ACL_";
+
 /// All extended attributes, sorted by name, of what `fd` refers to (`O_PATH`
 /// will do: the call goes through `/proc/self/fd`).
 ///
@@ -30,6 +34,9 @@ pub fn read(fd: BorrowedFd<'_>) -> Result<Vec<Xattr>, Errno> {
     };
     let mut xattrs = Vec::new();
     for name in list[..used].split(|b| *b == 0).filter(|name| !name.is_empty()) {
+        if name.starts_with(XFS_ACL) {
+            continue;
+        }
         match get(&path, name) {
             Ok(value) => xattrs.push(Xattr { name: name.to_vec(), value }),
             Err(Errno::NODATA) => {}

@@ -9,7 +9,7 @@ use replicator_common::object::Kind;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{BatchHeader, ContentSource, Op, PLAN_OPS_MAX, SourceMessage};
 
-use super::holds::{ReadyFile, Transfer, abort, is_large};
+use super::holds::{ReadyFile, Transfer, abort};
 use super::{Engine, EngineError, Gap, InFlight, ended};
 use crate::index::{Content, Delta, Mark, View};
 use crate::journal::Record;
@@ -250,12 +250,6 @@ impl Engine {
                 continue;
             }
             let known = self.index.object(&object).map_err(EngineError::from)?;
-            if need.content && known.as_ref().is_some_and(|known| is_large(known.state.size)) {
-                // Content goes through a lane; attributes need not wait for it.
-                let size = known.as_ref().map_or(0, |known| known.state.size);
-                draft.outcomes.insert(object, Outcome::Large { size });
-                continue;
-            }
             items.push(Item { object, need, known });
         }
         let report = self.pool.read(items, draft.batch, draft.version, &session.sink)?;
@@ -484,7 +478,8 @@ impl Engine {
         }
         let Assembly { ops, delta, dropped, .. } = assembly;
         let progress = progress_of(&delta, draft.resolve.equal);
-        let (input, objects) = (draft.input, draft.packed);
+        let objects = ops.iter().filter(|op| matches!(op, Op::Put { .. })).count() as u64;
+        let input = draft.input;
         self.send_batch(Ready {
             ops,
             delta,

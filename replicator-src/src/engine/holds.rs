@@ -11,7 +11,7 @@ use replicator_common::name::Name;
 use replicator_common::object::Kind;
 use replicator_common::status::DesiredState;
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{DataFrame, PACK_MAX};
+use replicator_common::wire::DataFrame;
 
 use super::{Engine, EngineError, Event};
 use crate::index::{Content, Known, View};
@@ -412,11 +412,6 @@ fn likeness(a: &[u8], b: &[u8]) -> usize {
     let (short, long) = if a.len() <= b.len() { (a, b) } else { (b, a) };
     let holds = short.len() >= 2 && long.windows(short.len()).any(|window| window == short);
     if holds { short.len() } else { 0 }
-}
-
-/// Whether an object of this size travels in a lane.
-pub(super) fn is_large(size: u64) -> bool {
-    size > PACK_MAX
 }
 
 #[cfg(test)]

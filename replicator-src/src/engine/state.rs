@@ -315,7 +315,12 @@ impl Shared {
 
     /// What the operator asks for from now on.
     pub fn set_desired(&self, desired: DesiredState) {
-        self.lock().report.desired = desired;
+        let mut inner = self.lock();
+        inner.report.desired = desired;
+        // Whoever asked is answered before the engine's next refresh.
+        let (status, message) = judge(&inner, true);
+        inner.report.status = status;
+        inner.report.message = message;
     }
 
     /// No session is opened any more.
