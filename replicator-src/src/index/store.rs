@@ -397,6 +397,8 @@ impl Store {
     fn begin(&self, durability: Durability) -> Result<WriteTransaction, IndexError> {
         let mut write = self.db.begin_write().map_err(failed(&self.path))?;
         write.set_durability(durability).map_err(failed(&self.path))?;
+        // Else redb walks the whole file after an unclean end.
+        write.set_quick_repair(true);
         Ok(write)
     }
 
