@@ -241,7 +241,9 @@ fn damaged_content_is_found() {
 
 #[test]
 fn damaged_attributes_are_found() {
-    check(FileSystem::Ext4, attribute_damages());
+    for kind in [FileSystem::Ext4, FileSystem::Xfs] {
+        check(kind, attribute_damages());
+    }
 }
 
 #[test]

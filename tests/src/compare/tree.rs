@@ -213,8 +213,9 @@ fn node(fd: BorrowedFd<'_>, stat: &Statx, content: Content) -> io::Result<Node> 
     })
 }
 
-/// All xattrs. Through `/proc`, the only way that reaches symbolic links and
-/// device nodes without a path.
+/// All xattrs, except that xfs lists each POSIX ACL a second time, in a form of
+/// its own. Through `/proc`, the only way that reaches symbolic links and device
+/// nodes without a path.
 fn read_xattrs(fd: BorrowedFd<'_>) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let mut names = vec![0; 64 << 10];
@@ -224,6 +225,9 @@ fn read_xattrs(fd: BorrowedFd<'_>) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
     };
     let mut xattrs = BTreeMap::new();
     for name in names[..used].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+        if name.starts_with(b"trusted.SGI_ACL_") {
+            continue;
+        }
         let mut value = vec![0; 64 << 10];
         let used = rustix::fs::getxattr(&path, name, &mut value[..])?;
         value.truncate(used);
