@@ -18,15 +18,16 @@ pub struct Usage {
     pub peak_memory: u64,
 }
 
-/// Runs a command to its end; its output goes to the file `log`.
-pub fn run(command: &mut Command, log: &Path) -> Result<(Duration, Usage)> {
+/// Runs a command to its end, which must be with one of these exit statuses;
+/// its output goes to the file `log`.
+pub fn run(command: &mut Command, accepted: &[i32], log: &Path) -> Result<(Duration, Usage)> {
     let output = File::create(log)?;
     command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
     let start = Instant::now();
     let child = command.spawn().with_context(|| format!("{command:?}"))?;
     let (status, usage) = wait_with_usage(child.id())?;
     let time = start.elapsed();
-    let succeeded = libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0;
+    let succeeded = libc::WIFEXITED(status) && accepted.contains(&libc::WEXITSTATUS(status));
     ensure!(succeeded, "{command:?} failed: {}", std::fs::read_to_string(log)?);
     Ok((time, usage))
 }

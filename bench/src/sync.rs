@@ -88,7 +88,7 @@ pub fn measure(measurement: &str, peer: Peer, source: &Source, verify: bool) -> 
     let (state, log) = (scratch.path().join("state"), scratch.path().join("log"));
     let mut command = peer.pass(&source.path(), replica.path(), &state);
     measure::drop_caches()?;
-    let (time, usage) = measure::run(&mut command, &log)?;
+    let (time, usage) = measure::run(&mut command, &[0], &log)?;
     let flush = measure::sync_file_system(replica.path())?;
     if verify {
         let context = format!("{measurement} by {}", peer.name());
