@@ -333,7 +333,8 @@ impl Engine {
             self.dirty.entry(directory, name, crate::watcher::What::default());
             draft.exact = false;
         }
-        self.commit(draft, assembly, closed)
+        self.commit(draft, assembly, closed)?;
+        self.forget_dropped()
     }
 
     /// A walk that has seen everything closes its gap, unless events were lost

@@ -296,7 +296,13 @@ impl Engine {
                 self.unchanged(job, &known)?;
                 return Ok(());
             }
-            Done::Gone | Done::Small => held.transfer = Transfer::Waiting,
+            Done::Gone => {
+                // What its entries lead to now is another matter.
+                self.redo_hold(&job.object);
+                self.holds.remove(&job.object);
+                return Ok(());
+            }
+            Done::Small => held.transfer = Transfer::Waiting,
             Done::Unreadable(error) => {
                 held.transfer = Transfer::Waiting;
                 held.hold.reason = HoldReason::Unreadable { error };
@@ -324,6 +330,26 @@ impl Engine {
             };
         }
         self.redo_hold(&job.object);
+        Ok(())
+    }
+
+    /// Forgets holds of objects that the replica does not have and that nothing
+    /// leads to: they were dropped while they waited.
+    pub(super) fn forget_dropped(&mut self) -> Result<(), EngineError> {
+        let mut gone = Vec::new();
+        for (object, held) in &self.holds {
+            if held.hold.entries.is_empty() && self.index.object(object)?.is_none() {
+                gone.push(object.clone());
+            }
+        }
+        for object in gone {
+            let held = self.holds.remove(&object);
+            if let (Some(Held { transfer: Transfer::Ready { number, .. }, .. }), Some(session)) =
+                (held, &self.session)
+            {
+                abort(session, number);
+            }
+        }
         Ok(())
     }
 
