@@ -1,6 +1,8 @@
 //! A random workload on real file systems, with each watcher, on one file
 //! system and on two; and the replica must equal the source.
 
+use std::fs::File;
+use std::io::Write;
 use std::thread;
 use std::time::Duration;
 
@@ -8,7 +10,7 @@ use replicator_tests::compare;
 use replicator_tests::mounts::FileSystem::{Btrfs, Ext4, Tmpfs, Xfs};
 use replicator_tests::process::Daemon;
 use replicator_tests::scenario::{self, Layout, Pair, patience};
-use replicator_tests::workload::Workload;
+use replicator_tests::workload::{Workload, content};
 
 /// First what stands on the source before replication begins, then changes
 /// while the initial sync runs, then changes while it is ENABLED.
@@ -143,6 +145,25 @@ fn an_overflow_is_a_gap_that_a_rescan_closes() {
     compare::assert_same(pair.source(), pair.replica(), &workload);
     let counters = daemon.counters();
     assert!(counters.gaps > 0 && counters.rescans > 0, "no overflow was met: {counters:?}");
+}
+
+/// Files that stand empty, or half written, for as long as the engine needs to
+/// look at them: whatever it saw first, in the end it has what was written last.
+#[test]
+fn a_file_that_is_read_while_it_is_written() {
+    for watcher in ["fanotify", "inotify"] {
+        let pair = Pair::new(Layout::Two(Ext4, Ext4));
+        let daemon = pair.start_enabled(watcher);
+        for number in 0..400u64 {
+            let path = pair.source().join(format!("file-{number}"));
+            let mut file = File::create(path).unwrap();
+            for part in 0..number % 3 + 1 {
+                thread::sleep(Duration::from_micros(number * 7919 % 9000));
+                file.write_all(&content::bytes(part, 4096)).unwrap();
+            }
+        }
+        pair.settle(&daemon, &watcher);
+    }
 }
 
 /// A process that does nothing until this is dropped.
