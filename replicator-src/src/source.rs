@@ -358,8 +358,11 @@ impl Tree for SourceTree {
         if let Some(skip) = self.skip(directory, name, &stat) {
             return Ok(Lookup::Skipped(skip));
         }
-        if stat.kind == Kind::Directory && !self.opener.root.by_handle {
-            self.opener.places.learn(&object, directory, name);
+        if stat.kind == Kind::Directory {
+            self.watch.found(&object);
+            if !self.opener.root.by_handle {
+                self.opener.places.learn(&object, directory, name);
+            }
         }
         Ok(Lookup::Found(Seen { object, stat }))
     }

@@ -2,10 +2,11 @@
 //! assemble, make durable, commit.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use replicator_common::id::{BatchId, ObjectId, Seq};
-use replicator_common::object::Kind;
+use replicator_common::object::{Attributes, Kind};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{BatchHeader, ContentSource, Op, PLAN_OPS_MAX, SourceMessage};
 
@@ -18,7 +19,7 @@ use crate::plan::{
     Assembly, Dirty, HoldReason, Listing, Need, Outcome, Resolve, Settings, assemble,
 };
 use crate::read::sink::SinkError;
-use crate::read::small::Item;
+use crate::read::small::{self, Item};
 use crate::session::Session;
 
 /// Journal records that one batch absorbs at most (twice, when what it reads
@@ -283,6 +284,8 @@ impl Engine {
         }
         let ready = std::mem::replace(&mut held.transfer, Transfer::Waiting);
         let Transfer::Ready { number, done, took, .. } = ready else { return Ok(false) };
+        let mut done = done;
+        self.renew_attributes(object, need, &mut done);
         let mut known = done.known.clone();
         let content = if number.0 == 0 {
             ContentSource::Unchanged
@@ -310,7 +313,7 @@ impl Engine {
         let (index, tree) = (&self.index, &mut self.tree);
         let mut assembly = assemble(&draft.resolve, &draft.outcomes, &root, settings, index, tree)?;
         self.note_skipped(&draft);
-        self.settle_placed(&mut draft, &assembly);
+        let placed = self.settle_placed(&mut draft, &assembly);
         let walking = gap.is_some();
         // What is left for the next batch is not in the replica yet.
         let behind = !self.dirty.is_empty() || !assembly.again.is_empty();
@@ -323,7 +326,7 @@ impl Engine {
         self.retry_unreadable(unreadable, &mut assembly);
         let closed = self.close_gap(draft.walked && draft.reached)?;
         let holds = std::mem::take(&mut assembly.holds);
-        self.release_holds(&draft, &holds);
+        self.release_holds(&draft, &holds, &placed);
         self.take_holds(holds, floor, walking);
         if walking {
             let orphaned = std::mem::take(&mut assembly.orphaned);
@@ -358,8 +361,10 @@ impl Engine {
 
     /// Files placed by this batch; those that changed while they were read wait
     /// for their next turn.
-    fn settle_placed(&mut self, draft: &mut Draft, assembly: &Assembly) {
+    fn settle_placed(&mut self, draft: &mut Draft, assembly: &Assembly) -> BTreeSet<ObjectId> {
+        let mut all = BTreeSet::new();
         for (object, placed) in std::mem::take(&mut draft.placed) {
+            all.insert(object.clone());
             self.holds.remove(&object);
             let put =
                 assembly.delta.objects.iter().any(|(id, known)| *id == object && known.is_some());
@@ -369,28 +374,40 @@ impl Engine {
                 }
                 continue;
             }
-            let moved = self.moved_since(&object, &placed.file);
-            if placed.file.moving || moved {
+            if placed.file.moving {
                 self.hold_again(object, &placed.file, placed.took);
                 draft.exact = false;
             }
         }
+        all
     }
 
-    /// Whether a file changed after its transfer was read.
-    fn moved_since(&self, object: &ObjectId, file: &ReadyFile) -> bool {
-        let hint = file.known.entry.as_ref();
-        let opened = self.opener.open(object, hint, rustix::fs::OFlags::PATH);
-        let Ok(Some(fd)) = opened else { return false };
-        replicator_common::sys::stat::of_fd(&fd)
-            .is_ok_and(|stat| stat.ctime != file.known.ctime || stat.size != file.known.state.size)
+    /// Attributes may have changed, and travelled, while content did: the file
+    /// is placed with those of now. A change of content shows in size or mtime,
+    /// or in an event that is still to come.
+    fn renew_attributes(&self, object: &ObjectId, need: &Need, file: &mut ReadyFile) {
+        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+        let Ok(Some(fd)) = self.opener.open(object, need.hint.as_ref(), flags) else { return };
+        let Ok(stat) = replicator_common::sys::stat::of_fd(&fd) else { return };
+        let Ok(state) = small::state_of(fd.as_fd(), &stat) else { return };
+        let old = &mut file.known;
+        file.moving |= stat.ctime != old.ctime;
+        old.state.attributes = Attributes { mtime: old.state.attributes.mtime, ..state.attributes };
+        old.nlink = stat.nlink;
     }
 
-    /// Holds that were looked at and are held no more.
-    fn release_holds(&mut self, draft: &Draft, left: &BTreeMap<ObjectId, crate::plan::Hold>) {
+    /// Holds that were looked at and are held no more. Not those of files that
+    /// this batch `placed`: they are of what changed since.
+    fn release_holds(
+        &mut self,
+        draft: &Draft,
+        left: &BTreeMap<ObjectId, crate::plan::Hold>,
+        placed: &BTreeSet<ObjectId>,
+    ) {
         let looked: Vec<ObjectId> = self
             .holds
             .iter()
+            .filter(|(object, _)| !placed.contains(*object))
             .filter(|(object, held)| {
                 let shipped = match draft.outcomes.get(object) {
                     // A directory waits for being listed, or for entries.
@@ -399,7 +416,11 @@ impl Engine {
                     {
                         held.hold.entries.is_empty() && draft.resolve.listed.contains(*object)
                     }
-                    Some(Outcome::Ship { .. } | Outcome::Same { .. } | Outcome::Gone) => true,
+                    // Attributes alone are not what it waits for.
+                    Some(Outcome::Ship { .. } | Outcome::Same { .. }) => {
+                        draft.resolve.wants_content(object)
+                    }
+                    Some(Outcome::Gone) => true,
                     _ => draft.resolve.listed.contains(*object) && held.hold.entries.is_empty(),
                 };
                 let entries = &held.hold.entries;

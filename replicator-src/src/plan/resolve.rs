@@ -45,6 +45,8 @@ pub struct Resolve {
     needs: BTreeMap<ObjectId, Need>,
     /// Every object that was ever needed in this batch.
     pub read: BTreeSet<ObjectId>,
+    /// Those of them whose content was.
+    content: HashSet<ObjectId>,
     /// Directories that the index does not know.
     pub fresh: HashSet<ObjectId>,
     /// Directories that were listed.
@@ -113,13 +115,26 @@ impl Resolve {
         self.need(root.clone(), need);
     }
 
+    /// Whether the object's content was asked for in this batch.
+    pub fn wants_content(&self, object: &ObjectId) -> bool {
+        self.content.contains(object)
+    }
+
     /// What must be read now. The next feed starts a new set.
     pub fn take_needs(&mut self) -> BTreeMap<ObjectId, Need> {
         std::mem::take(&mut self.needs)
     }
 
     /// Adds a need, or widens one.
-    pub fn need(&mut self, object: ObjectId, need: Need) {
+    ///
+    /// INVARIANT: an object whose content was asked for once in a batch is read
+    /// with content each further time; for only the last reading counts, and
+    /// one of attributes alone would lose what the one before found.
+    pub fn need(&mut self, object: ObjectId, mut need: Need) {
+        need.content |= self.content.contains(&object);
+        if need.content {
+            self.content.insert(object.clone());
+        }
         self.read.insert(object.clone());
         self.needs
             .entry(object)

@@ -396,6 +396,10 @@ impl DirectoryWatch for Joining {
         self.members.add_directory(id.clone());
         self.inner.before_listing(directory, id);
     }
+
+    fn found(&self, id: &ObjectId) {
+        self.members.add_directory(id.clone());
+    }
 }
 
 mod path_bytes {

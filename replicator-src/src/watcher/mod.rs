@@ -155,4 +155,8 @@ pub trait DirectoryWatch: Send + Sync {
     /// a watch. An error makes the directory's changes invisible; the watcher
     /// counts it and says so in its report.
     fn before_listing(&self, directory: BorrowedFd<'_>, id: &ObjectId);
+
+    /// Called with each directory that was found, before it is read: events of
+    /// the directory itself count from now on. Watchers need not care.
+    fn found(&self, _id: &ObjectId) {}
 }
