@@ -135,21 +135,19 @@ fn reconcile_keeps_what_the_source_lacks() {
         pair.source().to_str().unwrap()
     );
     assert!(!pair.replica().join("directory/only-here").exists());
-    let kept = find_file(pair.replica(), "only-here").expect("it is in lost+found");
+    let kept = find_content(pair.replica(), "precious").expect("it is in lost+found");
     assert!(kept.to_str().unwrap().contains("efs-replication-lost+found-"), "{}", kept.display());
-    assert_eq!(fs::read_to_string(kept).unwrap(), "precious");
 }
 
-/// The first file below `root` whose name ends so (lost+found may put
-/// something before it).
-fn find_file(root: &Path, end: &str) -> Option<PathBuf> {
+/// The first file below `root` with this content, under whatever name.
+fn find_content(root: &Path, content: &str) -> Option<PathBuf> {
     let mut directories = vec![root.to_owned()];
     while let Some(directory) = directories.pop() {
         for entry in fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() && !path.is_symlink() {
                 directories.push(path);
-            } else if path.to_str().is_some_and(|path| path.ends_with(end)) {
+            } else if fs::read_to_string(&path).is_ok_and(|found| found == content) {
                 return Some(path);
             }
         }
