@@ -302,7 +302,11 @@ impl Engine {
                 self.holds.remove(&job.object);
                 return Ok(());
             }
-            Done::Small => held.transfer = Transfer::Waiting,
+            Done::Small => {
+                // The next batch reads it; a lane must not be quicker.
+                held.transfer = Transfer::Waiting;
+                held.due = Instant::now() + RETRY;
+            }
             Done::Unreadable(error) => {
                 held.transfer = Transfer::Waiting;
                 held.hold.reason = HoldReason::Unreadable { error };

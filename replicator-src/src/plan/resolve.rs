@@ -44,7 +44,7 @@ pub struct Resolve {
     /// Objects to read since the last [`Resolve::take_needs`].
     needs: BTreeMap<ObjectId, Need>,
     /// Every object that was ever needed in this batch.
-    pub read: BTreeSet<ObjectId>,
+    pub read: BTreeMap<ObjectId, Need>,
     /// Those of them whose content was.
     content: HashSet<ObjectId>,
     /// Directories that the index does not know.
@@ -135,7 +135,7 @@ impl Resolve {
         if need.content {
             self.content.insert(object.clone());
         }
-        self.read.insert(object.clone());
+        self.read.insert(object.clone(), need.clone());
         self.needs
             .entry(object)
             .and_modify(|old| {
@@ -156,7 +156,7 @@ impl Resolve {
                     || self.bindings.contains_key(&(directory.clone(), name.clone()))
             }
             Record::Object { object, .. } => {
-                self.read.contains(object) || self.listed.contains(object)
+                self.read.contains_key(object) || self.listed.contains(object)
             }
             Record::Gap { .. } => true,
             Record::Barrier { .. } => false,
@@ -280,7 +280,11 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         what: What,
     ) -> Result<(), PlanError<V::Error, T::Error>> {
         let Some(known) = self.view.object(&object).map_err(PlanError::Index)? else {
-            // Not ours, or new: then an entry leads to it.
+            // Not ours, or new: then an entry leads to it. One that leads to
+            // it in this very batch was looked at before this change.
+            if let Some(need) = self.state.read.get(&object).cloned() {
+                self.state.need(object, need);
+            }
             return Ok(());
         };
         let need = Need {

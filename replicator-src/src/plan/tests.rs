@@ -408,7 +408,14 @@ impl Run {
 
     /// Builds one batch; `between` changes the world between resolving,
     /// reading and assembling. `large`: inodes whose content is not ready.
-    fn batch(&mut self, between: &[(u8, u8, u8, u8)], budget: usize, large: u32, settled: bool) {
+    fn batch(
+        &mut self,
+        between: &[Action],
+        budget: usize,
+        large: u32,
+        settled: bool,
+        follow: bool,
+    ) {
         self.batch += 1;
         self.release();
         let quiet = self.dirty.listings.is_empty() && self.cursor == self.world.records.len();
@@ -421,7 +428,15 @@ impl Run {
         resolve.feed(&mut self.dirty, budget, &self.index, &mut self.world).unwrap();
         let half = between.len() / 2;
         between[..half].iter().for_each(|action| self.world.act(*action));
-        let (outcomes, contents) = self.read(&mut resolve, large);
+        let (mut outcomes, mut contents) = self.read(&mut resolve, large);
+        if follow {
+            // What changed meanwhile is followed within the batch.
+            self.absorb(usize::MAX - self.cursor);
+            resolve.feed(&mut self.dirty, budget, &self.index, &mut self.world).unwrap();
+            let (again, fresh) = self.read(&mut resolve, large);
+            outcomes.extend(again);
+            contents.extend(fresh);
+        }
         between[half..].iter().for_each(|action| self.world.act(*action));
         let settings = Settings {
             now: Timestamp(self.world.clock),
@@ -490,7 +505,7 @@ impl Run {
         for _ in 0..8 {
             self.absorb(usize::MAX - self.cursor);
             let settled = !self.walking;
-            self.batch(&[], 1000, 0, settled);
+            self.batch(&[], 1000, 0, settled, false);
         }
         let mut entries = BTreeMap::new();
         let mut objects = BTreeSet::from([ROOT]);
@@ -525,18 +540,21 @@ struct Step {
     budget: usize,
     large: u32,
     rescan: bool,
+    follow: bool,
 }
 
 fn step() -> impl Strategy<Value = Step> {
     let actions = || prop::collection::vec(any::<Action>(), 0..12);
-    (actions(), 0..20usize, actions(), 1..12usize, 0..4u32, prop::bool::weighted(0.15)).prop_map(
-        |(actions, absorb, between, budget, large, rescan)| Step {
+    let rescan = prop::bool::weighted(0.15);
+    (actions(), 0..20usize, actions(), 1..12usize, 0..4u32, rescan, any::<bool>()).prop_map(
+        |(actions, absorb, between, budget, large, rescan, follow)| Step {
             actions,
             absorb,
             between,
             budget,
             large,
             rescan,
+            follow,
         },
     )
 }
@@ -579,7 +597,7 @@ proptest! {
             } else {
                 run.absorb(step.absorb);
             }
-            run.batch(&step.between, step.budget, step.large, false);
+            run.batch(&step.between, step.budget, step.large, false, step.follow);
         }
         run.finish();
     }
