@@ -519,8 +519,9 @@ fn mismatch(standing: &Standing, hello: &SourceHello) -> Option<&'static str> {
     if hello.destination_incarnation.is_some_and(|known| known != standing.incarnation) {
         return Some("the source knows another life of this destination");
     }
-    let settled =
-        standing.committed == hello.acknowledged || Some(standing.committed) == hello.pending;
+    // Several batches may be under way, and any number of them may have come.
+    let newest = hello.pending.unwrap_or(hello.acknowledged);
+    let settled = (hello.acknowledged..=newest).contains(&standing.committed);
     (!settled).then_some("source and destination disagree on the last batch")
 }
 

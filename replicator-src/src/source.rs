@@ -363,6 +363,8 @@ impl Tree for SourceTree {
             if !self.opener.root.by_handle {
                 self.opener.places.learn(&object, directory, name);
             }
+        } else if stat.nlink > 1 {
+            self.watch.linked(&object);
         }
         Ok(Lookup::Found(Seen { object, stat }))
     }

@@ -160,6 +160,8 @@ impl Engine {
     fn concerns(&self, record: &Record) -> Result<bool, EngineError> {
         let object = match record {
             Record::Gap { .. } | Record::Barrier { .. } => return Ok(true),
+            // Its content travels, although the index does not know it yet.
+            Record::Object { object, .. } if self.holds.contains_key(object) => return Ok(true),
             Record::Object { object, .. } => object,
             Record::Entry { directory, .. } | Record::Named { directory, .. } => directory,
         };
@@ -183,7 +185,10 @@ impl Engine {
             match record {
                 Record::Gap { reason } => self.open_gap(reason.clone())?,
                 Record::Barrier { time } => draft.time = draft.time.max(*time),
-                other => self.dirty.absorb(other),
+                other => {
+                    self.touch_holds(other)?;
+                    self.dirty.absorb(other);
+                }
             }
             self.cursor = *seq;
         }
@@ -270,6 +275,11 @@ impl Engine {
         if need.kind != Kind::File || !need.content {
             return Ok(false);
         }
+        if let Some(placed) = draft.placed.get_mut(object) {
+            // It changed after its transfer: placed as it is, and held again.
+            placed.file.moving = true;
+            return Ok(true);
+        }
         let Some(held) = self.holds.get_mut(object) else { return Ok(false) };
         if matches!(held.transfer, Transfer::Running { .. }) {
             let size = match held.hold.reason {
@@ -282,9 +292,11 @@ impl Engine {
         if !matches!(held.transfer, Transfer::Ready { .. }) {
             return Ok(false);
         }
+        let touched = held.touched;
         let ready = std::mem::replace(&mut held.transfer, Transfer::Waiting);
         let Transfer::Ready { number, done, took, .. } = ready else { return Ok(false) };
         let mut done = done;
+        done.moving |= touched;
         self.renew_attributes(object, need, &mut done);
         let mut known = done.known.clone();
         let content = if number.0 == 0 {
@@ -324,7 +336,8 @@ impl Engine {
         }
         let unreadable = std::mem::take(&mut draft.resolve.unreadable);
         self.retry_unreadable(unreadable, &mut assembly);
-        let closed = self.close_gap(draft.walked && draft.reached)?;
+        let closed =
+            self.close_gap(draft.walked && draft.reached && assembly.again.is_empty())?;
         let holds = std::mem::take(&mut assembly.holds);
         self.release_holds(&draft, &holds, &placed);
         self.take_holds(holds, floor, walking);

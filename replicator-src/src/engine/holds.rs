@@ -15,6 +15,7 @@ use replicator_common::wire::DataFrame;
 
 use super::{Engine, EngineError, Event};
 use crate::index::{Content, Known, View};
+use crate::journal::Record;
 use crate::plan::{Hold, HoldReason, Listing};
 use crate::read::lane::{Done, Job, LaneError};
 use crate::watcher::What;
@@ -39,6 +40,11 @@ pub(super) struct Held {
     /// When to act on it.
     pub(super) due: Instant,
     pub(super) transfer: Transfer,
+    /// An event of its content came after the transfer began: change times
+    /// alone do not tell (trap 6: effects come before their event).
+    pub(super) touched: bool,
+    /// The destination refused to build it from a basis: it is sent whole.
+    pub(super) whole: bool,
 }
 
 /// How far a held large file's transfer is.
@@ -114,7 +120,9 @@ impl Engine {
                 None => {
                     let since = Timestamp::now();
                     let transfer = Transfer::Waiting;
-                    let held = Held { hold, floor, since, due: now + delay, transfer };
+                    let due = now + delay;
+                    let (touched, whole) = (false, false);
+                    let held = Held { hold, floor, since, due, transfer, touched, whole };
                     self.holds.insert(object, held);
                 }
             }
@@ -174,18 +182,20 @@ impl Engine {
     }
 
     fn start_transfer(&mut self, object: ObjectId) -> Result<(), EngineError> {
+        let whole = self.holds.get(&object).is_some_and(|held| held.whole);
         let known = self.index.object(&object)?;
         let entries: Vec<_> = self
             .holds
             .get(&object)
             .map(|held| held.hold.entries.iter().cloned().collect())
             .unwrap_or_default();
-        let resembles = if known.is_some() { None } else { self.resembling(&entries)? };
+        let resembles = if whole || known.is_some() { None } else { self.resembling(&entries)? };
         let number = self.next_transfer;
         self.next_transfer = number.next();
         let hint = entries.first().cloned().or_else(|| known.as_ref()?.entry.clone());
         let progress = Arc::new(AtomicU64::new(0));
         let basis = match &known {
+            Some(_) if whole => None,
             Some(_) => Some(object.clone()),
             None => resembles.as_ref().map(|(object, _)| object.clone()),
         };
@@ -197,11 +207,13 @@ impl Engine {
             known,
             resembles,
             list,
+            whole,
             progress: progress.clone(),
         };
         let (Some(session), Some(held)) = (&self.session, self.holds.get_mut(&object)) else {
             return Ok(());
         };
+        held.touched = false;
         held.transfer = Transfer::Running { number, basis, progress, since: Instant::now() };
         self.running.insert(number, object);
         let post = self.post.clone();
@@ -268,14 +280,21 @@ impl Engine {
         result: Result<Done, LaneError>,
     ) -> Result<(), EngineError> {
         self.running.remove(&job.transfer);
-        let Some(held) = self.holds.get_mut(&job.object) else { return Ok(()) };
-        let Transfer::Running { number, since, basis: expected, .. } = &held.transfer else {
+        let awaited = self.holds.get_mut(&job.object).filter(|held| {
+            matches!(&held.transfer, Transfer::Running { number, .. } if *number == job.transfer)
+        });
+        let Some(held) = awaited else {
+            // Nobody waits for it any more: the destination must not keep it.
+            if let (Ok(Done::Sent { .. }), Some(session)) = (&result, &self.session) {
+                abort(session, job.transfer);
+            }
             return Ok(());
         };
-        if *number != job.transfer {
+        let Transfer::Running { since, basis: expected, .. } = &held.transfer else {
             return Ok(());
-        }
-        let (took, spoiled) = (since.elapsed(), expected.is_none() && job.known.is_some());
+        };
+        let (took, spoiled) =
+            (since.elapsed(), expected.is_none() && job.known.is_some() && !held.whole);
         let done = match result {
             Ok(done) if !spoiled => done,
             Ok(_) | Err(LaneError::Sink(_)) => {
@@ -292,8 +311,8 @@ impl Engine {
                 let done = Box::new(file);
                 held.transfer = Transfer::Ready { number: job.transfer, basis, done, took };
             }
-            Done::Unchanged { known } => {
-                self.unchanged(job, &known)?;
+            Done::Unchanged { known, moving } => {
+                self.unchanged(job, &known, moving)?;
                 return Ok(());
             }
             Done::Gone => {
@@ -319,7 +338,7 @@ impl Engine {
     }
 
     /// The content of a known file turned out to be what the replica holds.
-    fn unchanged(&mut self, job: &Job, known: &Known) -> Result<(), EngineError> {
+    fn unchanged(&mut self, job: &Job, known: &Known, moving: bool) -> Result<(), EngineError> {
         if let Some(held) = self.holds.get_mut(&job.object) {
             held.transfer = Transfer::Ready {
                 number: TransferId(0),
@@ -328,7 +347,7 @@ impl Engine {
                     known: known.clone(),
                     shipped: 0,
                     started: known.read_at,
-                    moving: false,
+                    moving,
                 }),
                 took: Duration::ZERO,
             };
@@ -337,10 +356,43 @@ impl Engine {
         Ok(())
     }
 
+    /// Notes that content may have changed while it travels.
+    pub(super) fn touch_holds(&mut self, record: &Record) -> Result<(), EngineError> {
+        if self.holds.is_empty() {
+            return Ok(());
+        }
+        match record {
+            Record::Object { object, what } if what.content => {
+                if let Some(held) = self.holds.get_mut(object) {
+                    held.touched = true;
+                }
+            }
+            Record::Named { directory, name, what } if what.content => {
+                let known = self.index.entry(directory, name)?;
+                let place = (directory.clone(), name.clone());
+                for (object, held) in &mut self.holds {
+                    held.touched |=
+                        known.as_ref() == Some(object) || held.hold.entries.contains(&place);
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
     /// Forgets holds of objects that the replica does not have and that nothing
     /// leads to: they were dropped while they waited.
     pub(super) fn forget_dropped(&mut self) -> Result<(), EngineError> {
         let mut gone = Vec::new();
+        for held in self.holds.values_mut() {
+            // Entries of directories that were dropped lead nowhere.
+            let places = std::mem::take(&mut held.hold.entries);
+            for place in places {
+                if self.index.object(&place.0)?.is_some() {
+                    held.hold.entries.insert(place);
+                }
+            }
+        }
         for (object, held) in &self.holds {
             if held.hold.entries.is_empty() && self.index.object(object)?.is_none() {
                 gone.push(object.clone());
@@ -392,6 +444,8 @@ impl Engine {
             since: Timestamp::now(),
             due: Instant::now() + self.settings.settle.max(took * PATIENCE),
             transfer: Transfer::Waiting,
+            touched: false,
+            whole: false,
         };
         self.holds.insert(object, held);
     }
@@ -416,7 +470,8 @@ impl Engine {
             };
             if this == number {
                 held.transfer = Transfer::Waiting;
-                held.due = Instant::now();
+                held.due = Instant::now() + Duration::from_millis(100);
+                held.whole = true;
             }
         }
     }

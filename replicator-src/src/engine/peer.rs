@@ -9,7 +9,7 @@ use replicator_common::time::Timestamp;
 use replicator_common::wire::{DestinationMessage, Refusal, SourceMessage};
 
 use super::{Engine, EngineError};
-use crate::index::Index;
+use crate::index::{Index, View};
 use crate::session::{LinkEvent, Session};
 
 impl Engine {
@@ -102,6 +102,13 @@ impl Engine {
                 continue;
             }
             self.covered = self.covered.min(batch.covered);
+            // What a lost batch had brought is not there.
+            for held in self.holds.values_mut() {
+                held.floor = held.floor.min(batch.covered);
+            }
+            if let Some(gap) = &mut self.gap {
+                gap.floor = gap.floor.min(batch.covered);
+            }
             if let Some(gap) = batch.closed
                 && self.gap.is_none()
             {
@@ -121,7 +128,7 @@ impl Engine {
     pub(super) fn greet(&self) -> Result<(), EngineError> {
         let store = self.index.store();
         let acknowledged = store.mark()?.batch;
-        let pending = self.in_flight.back().map(|batch| batch.mark.batch);
+        let pending = store.pending()?.last().map(|delta| delta.mark.batch);
         self.shared.greeting(store.incarnation()?, store.peer()?, acknowledged, pending);
         Ok(())
     }
@@ -188,7 +195,10 @@ impl Engine {
                 counters.exact_batches += u64::from(done.exact);
             });
             for directory in &done.dropped {
-                self.members.remove_directory(directory);
+                // It may have come back meanwhile.
+                if self.index.object(directory)?.is_none() {
+                    self.members.remove_directory(directory);
+                }
             }
             merged = Some(done.mark);
         }

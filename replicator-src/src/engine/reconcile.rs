@@ -12,6 +12,7 @@ use std::collections::{HashMap, HashSet};
 
 use replicator_common::chunk::Chunk;
 use replicator_common::id::{BatchId, ObjectId, ReplicaHandle};
+use replicator_common::name::Name;
 use replicator_common::object::Kind;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
@@ -33,6 +34,9 @@ pub(super) struct Reconcile {
     /// Source directory of each replica directory that was adopted.
     directories: HashMap<ReplicaHandle, ObjectId>,
     adopted: HashSet<ObjectId>,
+    /// What each object of the replica was adopted as: with several names it
+    /// comes several times.
+    handles: HashMap<ReplicaHandle, ObjectId>,
     /// Chunks of a file whose list is not through.
     partial: Option<(ReplicaHandle, Vec<Chunk>)>,
     ops: Vec<Op>,
@@ -95,6 +99,9 @@ impl Engine {
             return Ok(());
         };
         let Some(content) = self.inventory_content(state, &item)? else { return Ok(()) };
+        if let Some(object) = state.handles.get(&item.handle).cloned() {
+            return Ok(second_name(state, object, directory, item.name));
+        }
         let found = match self.tree.lookup(&directory, &item.name)? {
             Lookup::Found(seen) if seen.stat.kind == item.state.kind => Some(seen.object),
             _ => None,
@@ -109,6 +116,7 @@ impl Engine {
         if item.state.kind == Kind::Directory && !object.is_foreign() {
             state.directories.insert(item.handle.clone(), object.clone());
         }
+        state.handles.insert(item.handle.clone(), object.clone());
         let place = (directory.clone(), item.name.clone());
         let known = inventoried(&item, content, self.next_batch, Some(place));
         state.ops.push(Op::Adopt {
@@ -190,13 +198,26 @@ impl Engine {
     }
 }
 
+/// Another name of an object that was adopted under its first: an entry that is
+/// in place. Where the source has something else under that name, the walk sees
+/// the difference.
+fn second_name(state: &mut Reconcile, object: ObjectId, directory: ObjectId, name: Name) {
+    state.ops.push(Op::Entry {
+        directory: directory.clone(),
+        name: name.clone(),
+        old: None,
+        new: Some(object.clone()),
+    });
+    state.delta.entries.push(EntryChange { directory, name, old: None, new: Some(object) });
+}
+
 /// What the index knows of an adopted object: its times of reading say that
 /// nothing is proven, so the walk looks at it.
 fn inventoried(
     item: &InventoryItem,
     content: Content,
     batch: BatchId,
-    entry: Option<(ObjectId, replicator_common::name::Name)>,
+    entry: Option<(ObjectId, Name)>,
 ) -> Known {
     Known {
         state: item.state.clone(),

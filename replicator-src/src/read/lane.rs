@@ -43,6 +43,8 @@ pub struct Job {
     pub resembles: Option<(ObjectId, Known)>,
     /// Number for the new chunk list.
     pub list: u64,
+    /// Send all of it, whatever the replica may hold.
+    pub whole: bool,
     /// Bytes of the file dealt with so far, for status.
     pub progress: Arc<AtomicU64>,
 }
@@ -67,6 +69,8 @@ pub enum Done {
     Unchanged {
         /// As the index will know it.
         known: Box<Known>,
+        /// It changed while it was read.
+        moving: bool,
     },
     /// The object is gone.
     Gone,
@@ -149,8 +153,8 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
         Some(basis) => match delta(fd, &before, basis, job, &mut out)? {
             Some(chunks) => chunks,
             None => {
-                let known = unchanged(fd, job, started)?;
-                return Ok(Done::Unchanged { known: Box::new(known) });
+                let (known, moving) = unchanged(fd, job, started, &before)?;
+                return Ok(Done::Unchanged { known: Box::new(known), moving });
             }
         },
     };
@@ -188,6 +192,9 @@ struct Basis {
 
 impl Basis {
     fn choose(store: &Store, job: &Job, size: u64) -> Result<Option<Self>, IndexError> {
+        if job.whole {
+            return Ok(None);
+        }
         let own = job.known.as_ref().map(|known| (&job.object, known, true));
         let other = job.resembles.as_ref().map(|(object, known)| (object, known, false));
         for (object, known, own) in own.into_iter().chain(other) {
@@ -204,13 +211,19 @@ impl Basis {
 }
 
 /// Attributes may have changed although content has not.
-fn unchanged(fd: BorrowedFd<'_>, job: &Job, started: Timestamp) -> Result<Known, LaneError> {
+fn unchanged(
+    fd: BorrowedFd<'_>,
+    job: &Job,
+    started: Timestamp,
+    before: &Stat,
+) -> Result<(Known, bool), LaneError> {
     let after = stat::of_fd(fd)?;
     let mut state = state_of(fd, &after)?;
     let known = job.known.clone().ok_or(Errno::STALE)?;
     // A size that changed meanwhile comes with an event of its own.
     state.size = known.state.size;
-    Ok(Known { state, ctime: after.ctime, read_at: started, ..known })
+    let moving = (before.ctime, before.size) != (after.ctime, after.size);
+    Ok((Known { state, ctime: after.ctime, read_at: started, ..known }, moving))
 }
 
 /// Sends the whole file as it is read; the chunk list comes of itself.

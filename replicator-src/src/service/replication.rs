@@ -400,6 +400,10 @@ impl DirectoryWatch for Joining {
     fn found(&self, id: &ObjectId) {
         self.members.add_directory(id.clone());
     }
+
+    fn linked(&self, id: &ObjectId) {
+        self.members.add_linked(id.clone());
+    }
 }
 
 mod path_bytes {

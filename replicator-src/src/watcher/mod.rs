@@ -159,4 +159,8 @@ pub trait DirectoryWatch: Send + Sync {
     /// Called with each directory that was found, before it is read: events of
     /// the directory itself count from now on. Watchers need not care.
     fn found(&self, _id: &ObjectId) {}
+
+    /// Called with each object that has several names, before it is read: some
+    /// of them may lie outside the source. Watchers need not care.
+    fn linked(&self, _id: &ObjectId) {}
 }
