@@ -13,6 +13,7 @@ use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
 use replicator_common::sys::{handle, stat};
+use replicator_common::time::Timestamp;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
@@ -107,6 +108,17 @@ impl Root {
     /// The pinned descriptor.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+
+    /// Device number of the root's file system, while it is mounted.
+    pub fn dev(&self) -> u64 {
+        self.dev
+    }
+
+    /// When the root directory was made, where the file system keeps that:
+    /// tells file systems apart whose roots have equal handles.
+    pub fn born(&self) -> Option<Timestamp> {
+        stat::of_fd(&self.fd).ok().and_then(|data| data.btime)
     }
 
     /// Whether objects can be opened by handle; else names lead to them.

@@ -305,7 +305,11 @@ impl Engine {
             known.version = draft.batch;
             ContentSource::Transferred { transfer: number }
         };
-        draft.outcomes.insert(object.clone(), Outcome::Ship { known, content });
+        let old = self.index.object(object)?;
+        let same = number.0 == 0 && old.is_some_and(|old| old.state == known.state);
+        let outcome =
+            if same { Outcome::Same { known } } else { Outcome::Ship { known, content } };
+        draft.outcomes.insert(object.clone(), outcome);
         draft.bytes += done.shipped;
         draft.placed.insert(object.clone(), Placed { number, file: *done, took });
         Ok(true)
@@ -379,8 +383,8 @@ impl Engine {
         for (object, placed) in std::mem::take(&mut draft.placed) {
             all.insert(object.clone());
             self.holds.remove(&object);
-            let put =
-                assembly.delta.objects.iter().any(|(id, known)| *id == object && known.is_some());
+            let put = placed.number.0 == 0
+                || assembly.delta.objects.iter().any(|(id, known)| *id == object && known.is_some());
             if !put {
                 if let (Some(session), true) = (&self.session, placed.number.0 != 0) {
                     abort(session, placed.number);

@@ -225,6 +225,14 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         if old != new || matches!(look, Look::Event(_)) {
             self.need_directory(directory)?;
         }
+        if let (Some(old), Look::Event(what)) = (&old, look)
+            && Some(old) != new.as_ref()
+            && (what.content || what.attributes)
+        {
+            // What changed under that name may have been the object that the
+            // replica still has there, now under another.
+            self.object(old.clone(), what)?;
+        }
         self.state.bindings.insert(place, Binding { old, new });
         Ok(())
     }
@@ -390,6 +398,11 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         directory: &ObjectId,
     ) -> Result<(), PlanError<V::Error, T::Error>> {
         if self.state.fresh.contains(directory) {
+            // It was needed when it was found; if it was read since, it is read
+            // again.
+            if let Some(need) = self.state.read.get(directory).cloned() {
+                self.state.need(directory.clone(), need);
+            }
             return Ok(());
         }
         let hint =

@@ -224,7 +224,10 @@ impl SourceService {
         self.check_state_outside(&path).map_err(refuse)?;
         for other in self.all().values() {
             let configuration = other.configuration();
-            if configuration.root == root.id {
+            // Root directories of two file systems may have equal handles.
+            let same = configuration.root == root.id
+                && Root::open(&configuration.path).is_ok_and(|other| other.dev() == root.dev());
+            if same {
                 return Err(ControlError::ReplicationAlreadyExists(format!(
                     "{} is the source of the replication configuration of {} already",
                     path.display(),
@@ -280,6 +283,7 @@ impl Control for SourceService {
             source: source.clone(),
             destination: enrolled.destination,
             path: root.path.clone(),
+            root_born: root.born(),
             root: root.id,
             address: token.address.clone(),
             fingerprint: token.fingerprint,

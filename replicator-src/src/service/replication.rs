@@ -50,6 +50,8 @@ pub(super) struct Configuration {
     /// this source.
     #[serde(with = "object_hex")]
     pub(super) root: ObjectId,
+    /// When it was made, where the file system keeps that.
+    pub(super) root_born: Option<Timestamp>,
     pub(super) address: String,
     pub(super) fingerprint: Fingerprint,
     pub(super) creation_time: Timestamp,
@@ -113,7 +115,7 @@ impl Replication {
     ) -> Result<(), ServiceError> {
         let configuration = self.configuration();
         let root = Arc::new(Root::open(&configuration.path)?);
-        if root.id != configuration.root {
+        if root.id != configuration.root || root.born() != configuration.root_born {
             return Err(ServiceError::Refused(format!(
                 "{} is not the directory that was replicated: another file system is mounted there, or none",
                 configuration.path.display()
