@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use replicator_common::id::{BatchId, ObjectId, Seq};
+use replicator_common::name::Name;
 use replicator_common::object::{Attributes, Kind};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{BatchHeader, ContentSource, Op, PLAN_OPS_MAX, SourceMessage};
@@ -330,6 +331,7 @@ impl Engine {
         let mut assembly = assemble(&draft.resolve, &draft.outcomes, &root, settings, index, tree)?;
         self.note_skipped(&draft);
         let placed = self.settle_placed(&mut draft, &assembly);
+        self.release_holds(&draft, &assembly.holds, &placed);
         let walking = gap.is_some();
         // What is left for the next batch is not in the replica yet.
         let behind = !self.dirty.is_empty() || !assembly.again.is_empty();
@@ -343,7 +345,6 @@ impl Engine {
         let closed =
             self.close_gap(draft.walked && draft.reached && assembly.again.is_empty())?;
         let holds = std::mem::take(&mut assembly.holds);
-        self.release_holds(&draft, &holds, &placed);
         self.take_holds(holds, floor, walking);
         if walking {
             let orphaned = std::mem::take(&mut assembly.orphaned);
@@ -382,7 +383,9 @@ impl Engine {
         let mut all = BTreeSet::new();
         for (object, placed) in std::mem::take(&mut draft.placed) {
             all.insert(object.clone());
-            self.holds.remove(&object);
+            if let Some(held) = self.holds.remove(&object) {
+                self.look_at_rest(&draft.resolve, held.hold.entries);
+            }
             let put = placed.number.0 == 0
                 || assembly.delta.objects.iter().any(|(id, known)| *id == object && known.is_some());
             if !put {
@@ -455,6 +458,7 @@ impl Engine {
             .collect();
         for object in looked {
             let Some(held) = self.holds.remove(&object) else { continue };
+            self.look_at_rest(&draft.resolve, held.hold.entries);
             match held.transfer {
                 Transfer::Ready { number, .. } if number.0 != 0 => {
                     if let Some(session) = &self.session {
@@ -464,6 +468,16 @@ impl Engine {
                 // Its lane finds the hold gone and drops what it did; the
                 // destination is told when it answers.
                 _ => {}
+            }
+        }
+    }
+
+    /// Entries that waited for an object which waits no more, and that this
+    /// batch has not looked at, are looked at in the next.
+    fn look_at_rest(&mut self, resolve: &Resolve, entries: BTreeSet<(ObjectId, Name)>) {
+        for (directory, name) in entries {
+            if !resolve.bindings.contains_key(&(directory.clone(), name.clone())) {
+                self.dirty.entry(directory, name, crate::watcher::What::default());
             }
         }
     }

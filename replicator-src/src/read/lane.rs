@@ -405,8 +405,14 @@ fn each_chunk(
         let reader = Positioned { fd, at: extent.offset, end: extent.offset + extent.length };
         for chunk in Chunker::new(reader, average) {
             let data = chunk.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-            each(data.chunk, Some(data.bytes))?;
             at += u64::from(data.chunk.length);
+            if data.bytes.iter().all(|byte| *byte == 0) {
+                // Preallocated blocks that were looked at count as data, though
+                // nothing was ever written there. Zeros need no room anyway.
+                each(Chunk { hash: HOLE, ..data.chunk }, None)?;
+                continue;
+            }
+            each(data.chunk, Some(data.bytes))?;
         }
     }
     Ok(())
