@@ -158,7 +158,12 @@ fn finish(directory: &Path, record: &Record) -> Result<(), FailoverError> {
     let path = &record.config.path;
     let root =
         place::open_directory_path(path).map_err(AreaError::system("open", path.display()))?;
+    // Removing our directory must not show in the replica's own times. (After
+    // an interruption in between it does.)
+    let before = stat::of_fd(&root).map_err(AreaError::system("stat", path.display()))?;
     remove_tree(root.as_fd(), &hidden_name(&record.config.source))?;
+    place::set_mtime(root.as_fd(), before.mtime)
+        .map_err(AreaError::system("set time of", path.display()))?;
     forget(directory)
 }
 

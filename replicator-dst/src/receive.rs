@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use quinn::{Connection, RecvStream, SendStream};
@@ -319,7 +319,9 @@ impl Shell {
             }
             SourceMessage::Report(report) => {
                 note_clock(&self.context.replica, &self.connection, report.time);
-                self.context.replica.shared().source = Some(report);
+                let mut shared = self.context.replica.shared();
+                shared.source = Some(report);
+                shared.heard = Some(Instant::now());
                 Ok(())
             }
             SourceMessage::RequestInventory => self.inventory().await,

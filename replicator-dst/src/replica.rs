@@ -3,6 +3,7 @@
 //! service; whoever writes to the replica is the applier or a stager, no one else.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -130,6 +131,8 @@ pub struct Shared {
     pub link: Link,
     /// The source's last word.
     pub source: Option<Box<SourceReport>>,
+    /// When that report arrived.
+    pub heard: Option<Instant>,
     /// What the operator asked for.
     pub desired: DesiredState,
 }
@@ -201,6 +204,7 @@ impl Replica {
             staged_bytes: 0,
             link,
             source: None,
+            heard: None,
             desired: config.desired,
             standing: standing.clone(),
         };

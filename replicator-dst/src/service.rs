@@ -94,6 +94,9 @@ impl Trust for Book {
     }
 }
 
+/// How long a source may be silent and still be asked: it reports every 500 ms.
+const SILENCE: Duration = Duration::from_secs(2);
+
 impl Book {
     fn grants(&self) -> MutexGuard<'_, Grants> {
         self.grants.lock().unwrap_or_else(PoisonError::into_inner)
@@ -369,6 +372,9 @@ impl Inner {
         {
             return Ok(self.enrolled(&running.replica.config));
         }
+        if redemption == Redemption::Again {
+            return Err(EnrolRefusal::Used);
+        }
         if self.running().contains_key(&request.source) || self.book.is_pinned(&peer) {
             return Err(EnrolRefusal::Unable(format!(
                 "{} is in a replication configuration here already",
@@ -458,7 +464,13 @@ impl Control for DestinationService {
         mode: DeletionMode,
     ) -> Result<FailoverReport, ControlError> {
         let running = self.inner.find(source)?;
-        let connected = running.replica.shared().link.connected;
+        // A dead peer's connection lives until its idle timeout; its reports end
+        // at once.
+        let connected = {
+            let shared = running.replica.shared();
+            let heard = shared.heard.is_some_and(|heard| heard.elapsed() < SILENCE);
+            shared.link.connected && heard
+        };
         match mode {
             DeletionMode::AllConfigurations if !connected => {
                 return Err(ControlError::Conflict(
