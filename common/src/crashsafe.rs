@@ -76,7 +76,7 @@ pub fn write<T: Serialize>(path: &Path, format: &Format, value: &T) -> Result<()
     replace(path, &text)
 }
 
-/// Reads what [`write`] wrote; `None` when there is no such file.
+/// Reads what [`write()`] wrote; `None` when there is no such file.
 pub fn read<T: DeserializeOwned>(
     path: &Path,
     format: &Format,
@@ -93,10 +93,8 @@ pub fn read<T: DeserializeOwned>(
         |reason: &str| StateFileError::Damaged { path: path.to_owned(), reason: reason.to_owned() };
     let end = text.iter().position(|b| *b == b'\n').ok_or_else(|| damaged("no header"))?;
     let (head, body) = (&text[..end], &text[end + 1..]);
-    let words: Vec<&str> = std::str::from_utf8(head)
-        .map_err(|_| damaged("header is not text"))?
-        .split(' ')
-        .collect();
+    let words: Vec<&str> =
+        std::str::from_utf8(head).map_err(|_| damaged("header is not text"))?.split(' ').collect();
     let ["replicator", name, version, _] = words[..] else {
         return Err(damaged("not a header of replicator"));
     };
@@ -105,11 +103,7 @@ pub fn read<T: DeserializeOwned>(
     }
     let found: u32 = version.parse().map_err(|_| damaged("version is not a number"))?;
     if found > format.version {
-        return Err(StateFileError::Newer {
-            path: path.to_owned(),
-            found,
-            known: format.version,
-        });
+        return Err(StateFileError::Newer { path: path.to_owned(), found, known: format.version });
     }
     let written = Format { name: format.name, version: found };
     if header(&written, body).trim_end().as_bytes() != head {

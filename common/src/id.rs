@@ -182,11 +182,7 @@ mod hex_array {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
     pub(super) fn serialize<S: Serializer>(value: &[u8; 16], s: S) -> Result<S::Ok, S::Error> {
-        if s.is_human_readable() {
-            hex::encode(value).serialize(s)
-        } else {
-            value.serialize(s)
-        }
+        if s.is_human_readable() { hex::encode(value).serialize(s) } else { value.serialize(s) }
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<[u8; 16], D::Error> {
@@ -203,7 +199,9 @@ mod hex_array {
 
 /// Why a text is not a valid identity.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{text:?} is not a file system id (expected fs- and 8 to 40 lower-case hexadecimal digits)")]
+#[error(
+    "{text:?} is not a file system id (expected fs- and 8 to 40 lower-case hexadecimal digits)"
+)]
 pub struct InvalidFileSystemId {
     /// What was given.
     pub text: String,
@@ -268,7 +266,9 @@ mod tests {
     #[test]
     fn file_system_id_accepts_only_efs_form() {
         assert!(FileSystemId::random().as_str().parse::<FileSystemId>().is_ok());
-        for bad in ["", "fs-", "fs-1234567", "fs-0123456G", "fs-0123456A", "xs-01234567", "fs-../../x"] {
+        for bad in
+            ["", "fs-", "fs-1234567", "fs-0123456G", "fs-0123456A", "xs-01234567", "fs-../../x"]
+        {
             assert!(bad.parse::<FileSystemId>().is_err(), "{bad}");
         }
     }

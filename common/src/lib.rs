@@ -8,16 +8,16 @@
 //! [`replicator-src`]: https://docs.rs/replicator-src
 //! [`replicator-dst`]: https://docs.rs/replicator-dst
 
-pub mod api;
 pub mod ancestry;
+pub mod api;
 pub mod chunk;
 pub mod codec;
 pub mod config;
 pub mod control;
 pub mod crashsafe;
 pub mod id;
-pub mod logging;
 pub mod lock;
+pub mod logging;
 pub mod name;
 pub mod net;
 pub mod object;

@@ -52,9 +52,7 @@ impl Timestamp {
 
     /// Without punctuation, for names of files: `20261121T081530Z`.
     pub fn to_compact(self) -> String {
-        self.format(time::macros::format_description!(
-            "[year][month][day]T[hour][minute][second]Z"
-        ))
+        self.format(time::macros::format_description!("[year][month][day]T[hour][minute][second]Z"))
     }
 
     fn format(self, format: &[time::format_description::BorrowedFormatItem<'_>]) -> String {

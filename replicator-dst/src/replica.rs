@@ -3,9 +3,9 @@
 //! service; whoever writes to the replica is the applier or a stager, no one else.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use replicator_common::crashsafe::{self, Format, StateFileError};
 use replicator_common::id::{BatchId, FileSystemId, Incarnation};

@@ -97,6 +97,23 @@ impl Trust for Book {
 /// How long a source may be silent and still be asked: it reports every 500 ms.
 const SILENCE: Duration = Duration::from_secs(2);
 
+/// Whether the source speaks after this call began.
+fn heard_from(replica: &Replica) -> bool {
+    let begin = Instant::now();
+    while begin.elapsed() < SILENCE {
+        let shared = replica.shared();
+        if !shared.link.connected {
+            return false;
+        }
+        if shared.heard.is_some_and(|heard| heard > begin) {
+            return true;
+        }
+        drop(shared);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    false
+}
+
 impl Book {
     fn grants(&self) -> MutexGuard<'_, Grants> {
         self.grants.lock().unwrap_or_else(PoisonError::into_inner)
@@ -466,11 +483,7 @@ impl Control for DestinationService {
         let running = self.inner.find(source)?;
         // A dead peer's connection lives until its idle timeout; its reports end
         // at once.
-        let connected = {
-            let shared = running.replica.shared();
-            let heard = shared.heard.is_some_and(|heard| heard.elapsed() < SILENCE);
-            shared.link.connected && heard
-        };
+        let connected = mode == DeletionMode::AllConfigurations && heard_from(&running.replica);
         match mode {
             DeletionMode::AllConfigurations if !connected => {
                 return Err(ControlError::Conflict(

@@ -2,7 +2,7 @@
 //! changed, and ships batches of present state to the destination.
 //!
 //! The data's way through the modules: [`watcher`] → [`journal`] → [`plan`] →
-//! [`read`] → [`ship`], driven by the one loop in [`engine`].
+//! [`read`] → [`session`], driven by the one loop in [`engine`].
 
 pub mod capture;
 pub mod engine;

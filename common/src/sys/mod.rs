@@ -6,8 +6,8 @@
 
 pub mod fanotify;
 pub mod handle;
-pub mod place;
 pub mod mount;
+pub mod place;
 pub mod stat;
 pub mod xattr;
 

@@ -308,8 +308,7 @@ impl Engine {
         };
         let old = self.index.object(object)?;
         let same = number.0 == 0 && old.is_some_and(|old| old.state == known.state);
-        let outcome =
-            if same { Outcome::Same { known } } else { Outcome::Ship { known, content } };
+        let outcome = if same { Outcome::Same { known } } else { Outcome::Ship { known, content } };
         draft.outcomes.insert(object.clone(), outcome);
         draft.bytes += done.shipped;
         draft.placed.insert(object.clone(), Placed { number, file: *done, took });
@@ -342,8 +341,7 @@ impl Engine {
         }
         let unreadable = std::mem::take(&mut draft.resolve.unreadable);
         self.retry_unreadable(unreadable, &mut assembly);
-        let closed =
-            self.close_gap(draft.walked && draft.reached && assembly.again.is_empty())?;
+        let closed = self.close_gap(draft.walked && draft.reached && assembly.again.is_empty())?;
         let holds = std::mem::take(&mut assembly.holds);
         self.take_holds(holds, floor, walking);
         if walking {
@@ -387,7 +385,11 @@ impl Engine {
                 self.look_at_rest(&draft.resolve, held.hold.entries);
             }
             let put = placed.number.0 == 0
-                || assembly.delta.objects.iter().any(|(id, known)| *id == object && known.is_some());
+                || assembly
+                    .delta
+                    .objects
+                    .iter()
+                    .any(|(id, known)| *id == object && known.is_some());
             if !put {
                 if let (Some(session), true) = (&self.session, placed.number.0 != 0) {
                     abort(session, placed.number);

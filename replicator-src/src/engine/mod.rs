@@ -9,10 +9,10 @@
 //! changes only here. Readers, lanes, the capture thread and the link work
 //! beside it and talk to it through its inbox.
 //!
-//! - [`build`]: how a batch comes about.
-//! - [`holds`]: what waits, and the transfers of large files.
-//! - [`peer`]: what the destination says.
-//! - [`reconcile`]: a replica that was not empty.
+//! - `build`: how a batch comes about.
+//! - `holds`: what waits, and the transfers of large files.
+//! - `peer`: what the destination says.
+//! - `reconcile`: a replica that was not empty.
 //! - [`state`]: what the loop shares with those who ask.
 
 mod build;

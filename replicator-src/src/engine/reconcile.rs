@@ -100,7 +100,8 @@ impl Engine {
         };
         let Some(content) = self.inventory_content(state, &item)? else { return Ok(()) };
         if let Some(object) = state.handles.get(&item.handle).cloned() {
-            return Ok(second_name(state, object, directory, item.name));
+            second_name(state, object, directory, item.name);
+            return Ok(());
         }
         let found = match self.tree.lookup(&directory, &item.name)? {
             Lookup::Found(seen) if seen.stat.kind == item.state.kind => Some(seen.object),

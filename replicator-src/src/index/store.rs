@@ -5,8 +5,8 @@
 //! parts and marks are [`codec::encode_record`]s:
 //! - `meta`: `version`, `incarnation`, `peer`, `reconciling`, `mark`, `next_list`
 //! - `objects`: object → [`Known`]
-//! - `entries`: [`pair_key`] of directory and name → object
-//! - `links`: [`pair_key`] of object and ([`pair_key`] of directory and name) →
+//! - `entries`: `pair_key` of directory and name → object
+//! - `links`: `pair_key` of object and (`pair_key` of directory and name) →
 //!   nothing
 //! - `chunks`: list number and segment, big endian → chunks
 //! - `orphans`: object → [`Orphan`]
@@ -111,7 +111,7 @@ fn link_key(object: &ObjectId, directory: &ObjectId, name: &Name) -> Vec<u8> {
     pair_key(object, &pair_key(directory, name.as_bytes()))
 }
 
-/// Takes a [`pair_key`] apart.
+/// Takes a `pair_key` apart.
 fn split_key(key: &[u8]) -> Option<(ObjectId, &[u8])> {
     let (length, rest) = key.split_first()?;
     let (first, second) = rest.split_at_checked(usize::from(*length))?;

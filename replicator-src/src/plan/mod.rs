@@ -6,7 +6,7 @@
 //!    [`Tree`]) and as the replica holds it (trait [`View`]), and says what
 //!    must be read.
 //! 3. The engine has it read.
-//! 4. [`assemble`] closes the batch over references and makes its operations
+//! 4. [`mod@assemble`] closes the batch over references and makes its operations
 //!    and its index delta.
 //!
 //! [`View`]: crate::index::View

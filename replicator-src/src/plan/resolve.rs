@@ -164,6 +164,8 @@ impl Resolve {
     }
 }
 
+type Failure<V, T> = PlanError<<V as View>::Error, <T as Tree>::Error>;
+
 struct Work<'a, V, T> {
     state: &'a mut Resolve,
     view: &'a V,
@@ -350,7 +352,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         &mut self,
         directory: &ObjectId,
         fresh: bool,
-    ) -> Result<Option<Vec<Name>>, PlanError<V::Error, T::Error>> {
+    ) -> Result<Option<Vec<Name>>, Failure<V, T>> {
         let Some(names) = self.tree.list(directory).map_err(PlanError::Tree)? else {
             return Ok(None);
         };

@@ -473,7 +473,7 @@ impl Run {
                 outcomes.insert(object, Outcome::Gone);
                 continue;
             };
-            if need.content && i.kind == Kind::File && large != 0 && n % large == 0 {
+            if need.content && i.kind == Kind::File && large != 0 && n.is_multiple_of(large) {
                 outcomes.insert(object, Outcome::Large { size: 1 });
                 continue;
             }

@@ -272,7 +272,7 @@ impl Control for SourceService {
         let creation_time = Timestamp::now();
         let source = FileSystemId::random();
         let enrolment = EnrolRequest {
-            secret: token.secret.clone(),
+            secret: token.secret,
             source: source.clone(),
             source_region: self.options.region.clone(),
             creation_time,
