@@ -9,7 +9,7 @@ use std::time::Duration;
 use crossbeam_channel::Sender;
 use replicator_common::net::frame::{Compression, FrameReader, FrameWriter, encode_frame};
 use replicator_common::net::identity::{Fingerprint, Identity};
-use replicator_common::net::quic;
+use replicator_common::net::{NetError, quic};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
     ALPN, DATA_STREAMS, DestinationHello, DestinationMessage, Refusal, SourceHello, SourceMessage,
@@ -152,7 +152,15 @@ impl Attempt<'_> {
         let connection =
             quic::dial(self.identity, &self.remote.address, self.remote.fingerprint, ALPN)
                 .await
-                .map_err(|error| plain(&error))?;
+                .map_err(|error| match error {
+                    // It was pinned when the configuration was made: the
+                    // destination has none any more.
+                    NetError::Refused { .. } => {
+                        let source_id = greeting.source.clone();
+                        (error.to_string(), Some(Refusal::NoConfiguration { source_id }))
+                    }
+                    other => plain(&other),
+                })?;
         let (send, receive) = connection.open_bi().await.map_err(|error| plain(&error))?;
         prefer(&send, 2);
         let mut writer = FrameWriter::new(send);
