@@ -84,6 +84,7 @@ impl Engine {
     /// error: what was dirty stays dirty.
     pub(super) fn build(&mut self) -> Result<(), EngineError> {
         self.last_build = Instant::now();
+        self.urgent = false;
         let Some(session) = self.session.take() else { return Ok(()) };
         let mut draft = self.begin()?;
         let result = self.fill(&mut draft, &session);

@@ -81,7 +81,7 @@ impl Default for Settings {
 
 /// What can be asked of a running engine.
 pub enum Command {
-    /// Look whether there is something to do.
+    /// Build a batch now, even an empty one: somebody waits for the watermark.
     Nudge,
     /// Walk the whole tree and compare.
     Rescan(String),
@@ -213,6 +213,8 @@ pub struct Engine {
     skipped: HashMap<(ObjectId, Name), Skip>,
     failing: Option<Sender<Result<FailoverReport, String>>>,
     stopping: bool,
+    /// Somebody waits for the watermark: the next heartbeat comes at once.
+    urgent: bool,
     /// Bytes put on the wire by this replication, all sessions.
     wired: Arc<AtomicU64>,
 }
@@ -287,6 +289,7 @@ impl Engine {
             skipped: HashMap::new(),
             failing: None,
             stopping: false,
+            urgent: false,
             wired: parts.wired,
         };
         engine.greet()?;
@@ -340,7 +343,10 @@ impl Engine {
         match event {
             Event::Link(event) => self.link(event),
             Event::Transfer(job, result) => self.transfer_done(&job, result),
-            Event::Command(Command::Nudge) => Ok(()),
+            Event::Command(Command::Nudge) => {
+                self.urgent = true;
+                Ok(())
+            }
             Event::Command(Command::Rescan(reason)) => self.open_gap(reason),
             Event::Command(Command::Delete(reply)) => {
                 self.ask_failover(reply);
@@ -387,7 +393,8 @@ impl Engine {
     }
 
     fn heartbeat_due(&self) -> bool {
-        self.last_build.elapsed() >= self.settings.heartbeat && self.in_flight.is_empty()
+        let due = self.urgent || self.last_build.elapsed() >= self.settings.heartbeat;
+        due && self.in_flight.is_empty()
     }
 
     /// From now on nothing that happened since `covered` is certain, until a
