@@ -440,6 +440,7 @@ impl Engine {
                         held.hold.entries.is_empty() && draft.resolve.listed.contains(*object)
                     }
                     // Attributes alone are not what it waits for.
+                    Some(Outcome::Ship { content: ContentSource::Packed { .. }, .. }) => true,
                     Some(Outcome::Ship { .. } | Outcome::Same { .. }) => {
                         draft.resolve.wants_content(object)
                     }

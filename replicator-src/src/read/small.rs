@@ -65,6 +65,15 @@ fn try_read(opener: &Opener, item: &Item, batch: BatchId, version: u32) -> Resul
         opener.open(&item.object, hint, OFlags::PATH | OFlags::CLOEXEC)?
     };
     let Some(fd) = fd else { return Ok(Outcome::Gone.into()) };
+    if let (Kind::File, false, Some(known)) = (item.need.kind, item.need.content, &item.known) {
+        let now = stat::of_fd(&fd)?;
+        if now.size != known.state.size || now.mtime != known.state.attributes.mtime {
+            // Content changed, whatever events told: the one that says so may
+            // have come under a name that leads elsewhere by now.
+            let need = Need { content: true, ..item.need.clone() };
+            return try_read(opener, &Item { need, ..item.clone() }, batch, version);
+        }
+    }
     let mut attempt = 0;
     loop {
         let read_at = Timestamp::now();
