@@ -136,13 +136,7 @@ impl Journal {
     /// so that numbers are not reused after the journal was emptied.
     pub fn open(path: &Path, floor: Seq) -> Result<Self, JournalError> {
         let store = |source| JournalError::Store { path: path.to_owned(), source };
-        let db = sled::Config::new()
-            .path(path)
-            .cache_capacity(CACHE_BYTES)
-            .flush_every_ms(None)
-            .mode(sled::Mode::HighThroughput)
-            .open()
-            .map_err(store)?;
+        let db = open_store(path).map_err(store)?;
         let meta = db.open_tree("meta").map_err(store)?;
         match meta.get("version").map_err(store)? {
             None => {
@@ -266,6 +260,30 @@ impl Journal {
 
     fn store(&self, source: sled::Error) -> JournalError {
         JournalError::Store { path: self.path.clone(), source }
+    }
+}
+
+/// Opens the store. sled lets its file lock go a moment after the last handle
+/// was dropped, so one that is taken is tried again for a while; that no other
+/// process has the journal, the state directory's lock says.
+fn open_store(path: &Path) -> Result<sled::Db, sled::Error> {
+    let mut tries = 100;
+    loop {
+        let opened = sled::Config::new()
+            .path(path)
+            .cache_capacity(CACHE_BYTES)
+            .flush_every_ms(None)
+            .mode(sled::Mode::HighThroughput)
+            .open();
+        match opened {
+            Err(sled::Error::Io(error))
+                if tries > 0 && error.to_string().contains("could not acquire lock") =>
+            {
+                tries -= 1;
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+            result => return result,
+        }
     }
 }
 
