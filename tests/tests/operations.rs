@@ -343,7 +343,7 @@ fn run_case(case: &Case, directory: &Path, pair: &Pair, daemon: &Daemon) -> Resu
     }
     // A batch follows what changes while it is read up to three times, and sends
     // what it read each time.
-    if shipped > case.limit * 3 {
+    if shipped > case.limit.saturating_mul(3) {
         let text = format!("{shipped} bytes shipped, at most {} are new", case.limit);
         return Err(Failure::Wrong(text));
     }
