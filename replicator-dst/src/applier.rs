@@ -457,8 +457,8 @@ impl Applier {
             return Ok(Vec::new());
         }
         let staged = self.stage_rest(batch)?;
-        let planned = self.plan(batch, &staged)?;
-        let steps = self.steps(batch, &planned)?;
+        let mut planned = self.plan(batch, &staged)?;
+        let steps = self.steps(batch, &mut planned)?;
         if self.replica.dies_at(Point::Staged) {
             return Err(SealError::Killed);
         }

@@ -63,13 +63,13 @@ impl Applier {
     pub(crate) fn steps(
         &mut self,
         batch: &WholeBatch,
-        planned: &Planned,
+        planned: &mut Planned,
     ) -> Result<Vec<Step>, SealError> {
         let mut steps = Vec::new();
         if !self.replica.abilities.handles {
             self.hints(&batch.ops, &mut steps)?;
         }
-        steps.extend(planned.steps.iter().cloned());
+        steps.append(&mut planned.steps);
         self.tree.learn(&steps);
         for object in &planned.touched {
             if let Some(fd) = self.tree.open(object, OFlags::PATH)? {

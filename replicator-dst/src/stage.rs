@@ -33,6 +33,8 @@ use crate::store::{Store, StoreError};
 
 /// The most transfers that one stream may have open.
 const OPEN_MAX: usize = 256;
+/// Mode of what is not the replica's yet.
+const PRIVATE: u32 = 0o600;
 
 /// Why something was not staged.
 #[derive(Debug, thiserror::Error)]
@@ -120,13 +122,12 @@ impl Stager {
         Name::new(text.as_bytes()).unwrap_or_else(|_| unreachable!("under 255 bytes, no slash"))
     }
 
-    fn create(&self, name: &Name) -> Result<OwnedFd, AreaError> {
+    fn create(&self, name: &Name, mode: u32) -> Result<OwnedFd, AreaError> {
         let directory = self.area.staging(self.shard);
-        match place::create_file(directory, name) {
+        match place::create_file_with(directory, name, mode) {
             // Of an attempt before this one, which failed half-way.
-            Err(Errno::EXIST) => {
-                place::unlink(directory, name).and_then(|()| place::create_file(directory, name))
-            }
+            Err(Errno::EXIST) => place::unlink(directory, name)
+                .and_then(|()| place::create_file_with(directory, name, mode)),
             result => result,
         }
         .map_err(AreaError::system("create", name))
@@ -150,7 +151,7 @@ impl Stager {
     ) -> Result<StagedFile, StageError> {
         check_packed(packed)?;
         let name = self.name("p", batch, &packed.object);
-        let file = self.create(&name)?;
+        let file = self.create(&name, packed.state.attributes.mode)?;
         let written = self.fill(&file, &name, packed);
         if written.is_err() {
             let _ = place::unlink(self.area.staging(self.shard), &name);
@@ -208,12 +209,12 @@ impl Stager {
         }
         let basis = self.basis(&begin)?;
         let name = self.name("t", begin.transfer, &begin.object);
-        let file = self.create(&name)?;
+        let file = self.create(&name, PRIVATE)?;
         let list = match begin.layout {
             Layout::Replace => None,
             Layout::Patch => {
                 let name = self.name("l", begin.transfer, &begin.object);
-                let out = BufWriter::new(File::from(self.create(&name)?));
+                let out = BufWriter::new(File::from(self.create(&name, PRIVATE)?));
                 let writer = PatchWriter::create(out).map_err(|e| io_failed(&e, &name))?;
                 Some((name, writer))
             }

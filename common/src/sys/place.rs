@@ -55,8 +55,19 @@ pub fn open_file(directory: BorrowedFd<'_>, name: &Name, flags: OFlags) -> Resul
 /// Makes a regular file, mode 0600, that did not exist, open for reading and
 /// writing.
 pub fn create_file(directory: BorrowedFd<'_>, name: &Name) -> Result<OwnedFd, Errno> {
+    create_file_with(directory, name, 0o600)
+}
+
+/// [`create_file`] with the permission bits of `mode`, less the process' umask:
+/// mostly saves setting them afterwards. Only for directories that nobody else
+/// can enter. The descriptor can write whatever the mode.
+pub fn create_file_with(
+    directory: BorrowedFd<'_>,
+    name: &Name,
+    mode: u32,
+) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::openat(directory, name.as_bytes(), flags, Mode::RUSR | Mode::WUSR)
+    rustix::fs::openat(directory, name.as_bytes(), flags, Mode::from_raw_mode(mode & 0o777))
 }
 
 /// A real descriptor from any descriptor of the object: what `O_PATH` lacks.
@@ -160,7 +171,12 @@ pub fn set_owner(fd: BorrowedFd<'_>, uid: u32, gid: u32) -> Result<(), Errno> {
 
 /// Sets permission bits (`07777`). Symbolic links have none: `EOPNOTSUPP`.
 pub fn set_mode(fd: BorrowedFd<'_>, mode: u32) -> Result<(), Errno> {
-    rustix::fs::chmod(proc_path(fd), Mode::from_raw_mode(mode & 0o7777))
+    let mode = Mode::from_raw_mode(mode & 0o7777);
+    match rustix::fs::fchmod(fd, mode) {
+        // `O_PATH`.
+        Err(Errno::BADF) => rustix::fs::chmod(proc_path(fd), mode),
+        result => result,
+    }
 }
 
 /// Sets the time of last modification; the time of last access stays.

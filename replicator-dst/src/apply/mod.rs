@@ -11,6 +11,7 @@
 //! are never reused, so a name that came later is never mistaken for one that
 //! was to go.
 
+mod arrivals;
 pub mod execute;
 #[cfg(test)]
 mod model;

@@ -339,6 +339,7 @@ impl<'a, O: Objects> Planner<'a, O> {
                 }
             }
         }
+        self.attach_arrivals()?;
         let mut directories = Vec::new();
         for handle in &handles {
             if self.is_directory(handle) {

@@ -89,7 +89,7 @@ impl<O: Objects> Planner<'_, O> {
     /// Directories in which names change or move, without a state of their own.
     pub(super) fn touched(&mut self) -> Result<(), PlanError<O::Error>> {
         let mut touched = BTreeSet::new();
-        let mut objects = BTreeSet::new();
+        let mut objects = std::mem::take(&mut self.parts.touched);
         for (slot, change) in &self.parts.slots {
             if let (Slot::Entry(entry), true) = (slot, change.before != change.after) {
                 objects.insert(entry.directory.clone());

@@ -9,6 +9,7 @@ use replicator_common::object::{Kind, ObjectState};
 use replicator_common::wire::{ContentSource, Op};
 
 use super::Place;
+use super::arrivals::{self, Arrived};
 use super::plan::{Arrival, PlanError, Staged, Violation};
 use crate::objects::{DEPTH_MAX, Entry, Known, Objects, Position};
 
@@ -75,6 +76,10 @@ pub(super) struct Parts<'a, O: Objects> {
     pub(super) restated: BTreeMap<ObjectId, Vec<Entry>>,
     pub(super) slots: BTreeMap<Slot, Change>,
     pub(super) inodes: BTreeMap<ReplicaHandle, Inode>,
+    /// New objects that need no planning beyond one rename.
+    pub(super) arrivals: Vec<Arrived>,
+    /// Directories that get arrivals.
+    pub(super) touched: BTreeSet<ObjectId>,
 }
 
 impl<'a, O: Objects> Parts<'a, O> {
@@ -101,11 +106,16 @@ impl<'a, O: Objects> Parts<'a, O> {
             restated: BTreeMap::new(),
             slots: BTreeMap::new(),
             inodes: BTreeMap::new(),
+            arrivals: Vec::new(),
+            touched: BTreeSet::new(),
         };
+        let (arrivals, ops) = arrivals::split(ops, staged);
         for op in ops {
             parts.sort(op, root)?;
         }
         parts.check(reserved)?;
+        parts.check_arrivals(&arrivals, reserved)?;
+        parts.arrivals = arrivals;
         parts.build_slots()?;
         Ok(parts)
     }

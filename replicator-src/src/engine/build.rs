@@ -257,7 +257,10 @@ impl Engine {
             if self.take_ready(draft, &object, &need)? {
                 continue;
             }
-            let known = self.index.object(&object).map_err(EngineError::from)?;
+            let known = match need.new {
+                true => None,
+                false => self.index.object(&object).map_err(EngineError::from)?,
+            };
             items.push(Item { object, need, known });
         }
         let report = self.pool.read(items, draft.batch, draft.version, &session.sink)?;

@@ -13,7 +13,8 @@ use super::view::View;
 /// One delta, arranged for look-up.
 struct Layer {
     delta: Arc<Delta>,
-    objects: HashMap<ObjectId, Option<Known>>,
+    /// Where each object stands in the delta.
+    objects: HashMap<ObjectId, usize>,
     entries: BTreeMap<(ObjectId, Name), Option<ObjectId>>,
     /// Entries that each object gained (true) or lost (false).
     links: HashMap<ObjectId, Vec<(bool, ObjectId, Name)>>,
@@ -34,7 +35,8 @@ impl Layer {
                 }
             }
         }
-        let objects = delta.objects.iter().cloned().collect();
+        let objects =
+            delta.objects.iter().enumerate().map(|(at, (o, _))| (o.clone(), at)).collect();
         Self { delta, objects, entries, links, acknowledged: false }
     }
 }
@@ -120,8 +122,8 @@ impl View for Index {
 
     fn object(&self, object: &ObjectId) -> Result<Option<Known>, IndexError> {
         for layer in self.layers.iter().rev() {
-            if let Some(known) = layer.objects.get(object) {
-                return Ok(known.clone());
+            if let Some(at) = layer.objects.get(object) {
+                return Ok(layer.delta.objects[*at].1.clone());
             }
         }
         self.snapshot.object(object)

@@ -255,7 +255,7 @@ impl Store {
             .div_ceil(PART_ITEMS)
             .max(1);
         for part in 0..parts {
-            let piece = Delta {
+            let piece = DeltaPart {
                 objects: slice(&delta.objects, part),
                 entries: slice(&delta.entries, part),
                 orphans: slice(&delta.orphans, part),
@@ -554,8 +554,19 @@ impl Snapshot {
     }
 }
 
-fn slice<T: Clone>(items: &[T], part: usize) -> Vec<T> {
-    items.iter().skip(part * PART_ITEMS).take(PART_ITEMS).cloned().collect()
+/// A part of a [`Delta`], written as if it were one.
+#[derive(Serialize)]
+struct DeltaPart<'a> {
+    objects: &'a [(ObjectId, Option<Known>)],
+    entries: &'a [EntryChange],
+    orphans: &'a [(ObjectId, Option<Orphan>)],
+    dead_lists: &'a [u64],
+    mark: Mark,
+}
+
+fn slice<T>(items: &[T], part: usize) -> &[T] {
+    let start = items.len().min(part * PART_ITEMS);
+    &items[start..items.len().min(start + PART_ITEMS)]
 }
 
 fn pending_key(batch: BatchId, part: u32) -> [u8; 12] {

@@ -138,13 +138,14 @@ pub fn assemble<V: View, T: Tree>(
         gained: HashMap::new(),
         lost: HashMap::new(),
         gone: HashSet::new(),
+        admitted: HashSet::new(),
     };
-    let admitted = work.admit()?;
-    work.bind(&admitted)?;
+    work.admitted = work.admit()?;
+    work.bind()?;
     work.unite_directories()?;
     work.detach()?;
     work.settle_orphans()?;
-    work.put_objects(&admitted)?;
+    work.put_objects()?;
     work.entry_ops()?;
     Ok(work.out)
 }
@@ -166,10 +167,16 @@ struct Work<'a, V: View, T: Tree> {
     lost: HashMap<ObjectId, BTreeSet<Place>>,
     /// Objects dropped or set aside.
     gone: HashSet<ObjectId>,
+    /// New objects that the replica gets: of them the index knows nothing, and
+    /// is not asked.
+    admitted: HashSet<ObjectId>,
 }
 
 impl<V: View, T: Tree> Work<'_, V, T> {
     fn known(&self, object: &ObjectId) -> Result<Option<Known>, Failure<V, T>> {
+        if self.admitted.contains(object) {
+            return Ok(None);
+        }
         self.view.object(object).map_err(PlanError::Index)
     }
 
@@ -209,11 +216,11 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     }
 
     /// Decides each entry: as it is on the source, or held.
-    fn bind(&mut self, admitted: &HashSet<ObjectId>) -> Result<(), Failure<V, T>> {
+    fn bind(&mut self) -> Result<(), Failure<V, T>> {
         let bindings = &self.resolve.bindings;
         for (place, binding) in bindings {
             let (directory, _) = place;
-            if self.resolve.fresh.contains(directory) && !admitted.contains(directory) {
+            if self.resolve.fresh.contains(directory) && !self.admitted.contains(directory) {
                 // The directory itself did not make it; what led to it is
                 // looked at again, and then it is listed anew.
                 continue;
@@ -222,7 +229,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
                 continue;
             }
             let new = match &binding.new {
-                Some(new) if self.known(new)?.is_none() && !admitted.contains(new) => {
+                Some(new) if !self.admitted.contains(new) && self.known(new)?.is_none() => {
                     self.hold(new, place);
                     match &binding.old {
                         Some(old) if !self.stays_under_held(old)? => None,
@@ -277,8 +284,11 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     fn unite_directories(&mut self) -> Result<(), Failure<V, T>> {
         let gained: Vec<ObjectId> = self.gained.keys().cloned().collect();
         for object in gained {
+            if !self.is_directory(&object)? {
+                continue;
+            }
             let links = self.links_after(&object)?;
-            if links.len() < 2 || !self.is_directory(&object)? {
+            if links.len() < 2 {
                 continue;
             }
             let kept = self.gained.get(&object).and_then(|places| places.first()).cloned();
@@ -317,7 +327,10 @@ impl<V: View, T: Tree> Work<'_, V, T> {
 
     /// The object's entries after the batch.
     fn links_after(&self, object: &ObjectId) -> Result<Vec<Place>, Failure<V, T>> {
-        let mut links = self.view.links(object).map_err(PlanError::Index)?;
+        let mut links = match self.admitted.contains(object) {
+            true => Vec::new(),
+            false => self.view.links(object).map_err(PlanError::Index)?,
+        };
         if let Some(lost) = self.lost.get(object) {
             links.retain(|place| !lost.contains(place));
         }
@@ -433,7 +446,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     }
 
     /// States of objects: those read, and those whose links changed.
-    fn put_objects(&mut self, admitted: &HashSet<ObjectId>) -> Result<(), Failure<V, T>> {
+    fn put_objects(&mut self) -> Result<(), Failure<V, T>> {
         let mut touched: BTreeSet<&ObjectId> = self.lost.keys().chain(self.gained.keys()).collect();
         touched.extend(self.outcomes.keys());
         let touched: Vec<ObjectId> = touched.into_iter().cloned().collect();
@@ -442,7 +455,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
                 continue;
             }
             let old = self.known(&object)?;
-            if old.is_none() && !admitted.contains(&object) {
+            if old.is_none() && !self.admitted.contains(&object) {
                 continue;
             }
             self.put_object(object, old)?;

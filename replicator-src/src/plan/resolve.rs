@@ -399,6 +399,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         &mut self,
         directory: &ObjectId,
     ) -> Result<(), PlanError<V::Error, T::Error>> {
+        if self.state.needs.contains_key(directory) {
+            return Ok(());
+        }
         if self.state.fresh.contains(directory) {
             // It was needed when it was found; if it was read since, it is read
             // again.

@@ -1,0 +1,190 @@
+//! Arrivals: what most of an initial sync, and of most batches, is made of.
+//!
+//! A new object that stands complete in staging, gets exactly one entry where
+//! there was none, and is named by nothing else in the batch, shares its slot
+//! and its inode with no other operation. Its whole plan is one rename, so it
+//! is kept out of the planner's maps, which cost more than the rename does.
+//!
+//! INVARIANT: an arrival depends on no other step but the existence of its
+//! directory, which is staged or in the replica before the first step is run;
+//! and no other step depends on an arrival. So it may stand anywhere among the
+//! steps that attach what is no directory.
+
+use std::collections::{HashMap, HashSet};
+
+use replicator_common::id::{ObjectId, ReplicaHandle};
+use replicator_common::name::Name;
+use replicator_common::object::Kind;
+use replicator_common::wire::Op;
+
+use super::plan::{Arrival, PlanError, Planner, Staged, Violation};
+use super::slots::{Fate, Parts};
+use super::{Place, Step, Within};
+use crate::objects::{Entry, Known, Objects, Position};
+
+/// One arrival.
+#[derive(Clone, Debug)]
+pub(super) struct Arrived {
+    pub(super) object: ObjectId,
+    pub(super) kind: Kind,
+    /// Where it gets its name.
+    pub(super) entry: Entry,
+    /// The staged object.
+    handle: ReplicaHandle,
+    /// Where it was staged.
+    place: Place,
+}
+
+/// How a batch uses an object.
+#[derive(Default)]
+struct Uses {
+    /// Complete puts of a new object, and entries where nothing was.
+    puts: u32,
+    entries: u32,
+    /// Anything else.
+    other: bool,
+}
+
+/// Takes the arrivals out of a batch; what is left is planned as ever.
+pub(super) fn split(ops: Vec<Op>, staged: &Staged) -> (Vec<Arrived>, Vec<Op>) {
+    let simple = simple(&ops, staged);
+    if simple.is_empty() {
+        return (Vec::new(), ops);
+    }
+    let mut arrivals = Vec::with_capacity(simple.len());
+    let mut rest = Vec::new();
+    for op in ops {
+        match op {
+            Op::Put { ref object, .. } if simple.contains(object) => {}
+            Op::Entry { directory, name, old: None, new: Some(object) }
+                if simple.contains(&object) =>
+            {
+                // A simple object has been found staged, see `complete`.
+                if let Some(Arrival::Whole { place, handle, state: Some(state) }) =
+                    staged.get(&object)
+                {
+                    let (handle, place) = (handle.clone(), place.clone());
+                    let entry = Entry { directory, name };
+                    arrivals.push(Arrived { object, kind: state.kind, entry, handle, place });
+                }
+            }
+            op => rest.push(op),
+        }
+    }
+    (arrivals, rest)
+}
+
+fn simple(ops: &[Op], staged: &Staged) -> HashSet<ObjectId> {
+    let mut uses: HashMap<&ObjectId, Uses> = HashMap::with_capacity(ops.len() / 2);
+    let mut places: HashSet<(&ObjectId, &Name)> = HashSet::with_capacity(ops.len() / 2);
+    for op in ops {
+        match op {
+            Op::Put { object, .. } => {
+                let complete = complete(op, staged);
+                let uses = uses.entry(object).or_default();
+                uses.puts += 1;
+                uses.other |= !complete;
+            }
+            Op::Entry { directory, name, old, new } => {
+                // A place named twice is a violation, which the planner tells.
+                let free = old.is_none() && places.insert((directory, name));
+                uses.entry(directory).or_default().other = true;
+                for object in [old, new].into_iter().flatten() {
+                    let uses = uses.entry(object).or_default();
+                    uses.entries += 1;
+                    uses.other |= !free;
+                }
+            }
+            Op::Drop { object }
+            | Op::Orphan { object }
+            | Op::SetAside { object }
+            | Op::Root { object }
+            | Op::Adopt { object, .. } => uses.entry(object).or_default().other = true,
+        }
+    }
+    let simple =
+        uses.iter().filter(|(_, uses)| (uses.puts, uses.entries, uses.other) == (1, 1, false));
+    simple.map(|(object, _)| (*object).clone()).collect()
+}
+
+/// Whether a put is of a new object, no directory, whose staged file needs
+/// nothing but its name.
+fn complete(put: &Op, staged: &Staged) -> bool {
+    let Op::Put { object, state, new: true, links: 1, .. } = put else { return false };
+    let arrived = staged.get(object);
+    matches!(arrived, Some(Arrival::Whole { state: Some(as_staged), .. }) if as_staged == state)
+        && state.kind != Kind::Directory
+}
+
+impl<O: Objects> Parts<'_, O> {
+    /// The same promises that [`Parts::check`] asks of the rest.
+    pub(super) fn check_arrivals(
+        &mut self,
+        arrivals: &[Arrived],
+        reserved: &Name,
+    ) -> Result<(), PlanError<O::Error>> {
+        let mut checked: Option<&ObjectId> = None;
+        for Arrived { object, entry, .. } in arrivals {
+            if self.objects.get(object).map_err(PlanError::Objects)?.is_some() {
+                return Err(Violation::NotNew { object: object.clone() }.into());
+            }
+            let directory = &entry.directory;
+            if checked != Some(directory) {
+                self.check_holder(directory)?;
+                checked = Some(directory);
+            }
+            if entry.name == *reserved && self.is_root(directory)? {
+                return Err(Violation::Reserved { name: entry.name.clone() }.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a directory may get an entry.
+    fn check_holder(&mut self, directory: &ObjectId) -> Result<(), PlanError<O::Error>> {
+        let object = directory.clone();
+        match self.kind(directory)? {
+            None => Err(Violation::Unknown { object }.into()),
+            Some(Kind::Directory) if self.fates.get(directory) == Some(&Fate::Drop) => {
+                Err(Violation::IntoDropped { object }.into())
+            }
+            Some(Kind::Directory) => Ok(()),
+            Some(_) => Err(Violation::NotDirectory { object }.into()),
+        }
+    }
+
+    fn is_root(&mut self, directory: &ObjectId) -> Result<bool, PlanError<O::Error>> {
+        Ok(self.known(directory)?.is_some_and(|known| known.position == Position::Root))
+    }
+}
+
+impl<O: Objects> Planner<'_, O> {
+    /// Attaches all arrivals, and notes their rows.
+    pub(super) fn attach_arrivals(&mut self) -> Result<(), PlanError<O::Error>> {
+        let arrivals = std::mem::take(&mut self.parts.arrivals);
+        self.out.steps.reserve(arrivals.len());
+        self.out.rows.reserve(arrivals.len());
+        let mut holder: Option<(ObjectId, ReplicaHandle)> = None;
+        for Arrived { object, kind, entry, handle, place } in arrivals {
+            let within = match &holder {
+                Some((directory, within)) if *directory == entry.directory => within.clone(),
+                _ => {
+                    let directory = entry.directory.clone();
+                    let Some(within) = self.parts.handle_after(&directory)? else {
+                        return Err(Violation::Unknown { object: directory }.into());
+                    };
+                    self.parts.touched.insert(directory.clone());
+                    holder = Some((directory, within.clone()));
+                    within
+                }
+            };
+            let to = Place { within: Within::Replica(within), name: entry.name.clone() };
+            let step = Step::Move { object: handle.clone(), from: place, to, over: None };
+            self.out.steps.push(step);
+            let (position, content) = (Position::Entry(entry), self.parts.batch);
+            let row = Known { handle: Some(handle), kind, position, links: 1, content };
+            self.out.rows.push((object, Some(row)));
+        }
+        Ok(())
+    }
+}
