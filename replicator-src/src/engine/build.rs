@@ -26,6 +26,8 @@ use crate::session::Session;
 /// Journal records that one batch absorbs at most (twice, when what it reads
 /// changes meanwhile).
 const RECORDS: usize = 8192;
+/// Objects that are looked for before those found are handed to the readers.
+const SLICE: usize = 1024;
 /// Entries that one batch looks at at most.
 const ENTRIES: usize = 50_000;
 /// How often a batch follows what changed while it was read, before it is
@@ -202,8 +204,7 @@ impl Engine {
     /// or patience ends.
     fn fill(&mut self, draft: &mut Draft, session: &Session) -> Result<(), Broken> {
         for round in 0..ROUNDS {
-            self.resolve(draft)?;
-            self.read(draft, session)?;
+            self.resolve_and_read(draft, session)?;
             if self.gap.is_some()
                 || !draft.reached
                 || draft.resolve.bindings.is_empty() && draft.resolve.read.is_empty()
@@ -234,24 +235,54 @@ impl Engine {
         Ok(())
     }
 
-    fn resolve(&mut self, draft: &mut Draft) -> Result<(), EngineError> {
-        let budget = Budget {
-            objects: self.settings.batch_objects,
+    /// Looks at what is dirty, and reads what differs while looking goes on.
+    fn resolve_and_read(&mut self, draft: &mut Draft, session: &Session) -> Result<(), Broken> {
+        let pool = self.pool.clone();
+        let mut reading = pool.begin(draft.batch, &session.sink);
+        let mut left = self.settings.batch_objects;
+        loop {
+            self.resolve(draft, left.min(SLICE))?;
+            let needs = draft.resolve.take_needs();
+            if needs.is_empty() {
+                break;
+            }
+            left = left.saturating_sub(needs.len());
+            let items = self.items(draft, needs)?;
+            draft.version += 1;
+            reading.add(items, draft.version)?;
+            if left == 0 || self.dirty.listings.is_empty() || draft.resolve.full(self.budget(left))
+            {
+                break;
+            }
+        }
+        let report = reading.end()?;
+        draft.packed += report.packed;
+        draft.bytes += report.bytes;
+        draft.outcomes.extend(report.outcomes);
+        Ok(())
+    }
+
+    fn budget(&self, objects: usize) -> Budget {
+        Budget {
+            objects,
             entries: ENTRIES,
             bytes: self.settings.batch_bytes,
             large: replicator_common::wire::PACK_MAX,
-        };
+        }
+    }
+
+    fn resolve(&mut self, draft: &mut Draft, objects: usize) -> Result<(), EngineError> {
+        let budget = self.budget(objects);
         let (index, tree) = (&self.index, &mut self.tree);
         Ok(draft.resolve.feed(&mut self.dirty, budget, index, tree)?)
     }
 
-    /// Reads what resolving asked for.
-    fn read(&mut self, draft: &mut Draft, session: &Session) -> Result<(), Broken> {
-        let needs = draft.resolve.take_needs();
-        if needs.is_empty() {
-            return Ok(());
-        }
-        draft.version += 1;
+    /// What is to be read of what resolving asked for.
+    fn items(
+        &mut self,
+        draft: &mut Draft,
+        needs: BTreeMap<ObjectId, Need>,
+    ) -> Result<Vec<Item>, EngineError> {
         let mut items = Vec::with_capacity(needs.len());
         for (object, need) in needs {
             if self.take_ready(draft, &object, &need)? {
@@ -259,15 +290,11 @@ impl Engine {
             }
             let known = match need.new {
                 true => None,
-                false => self.index.object(&object).map_err(EngineError::from)?,
+                false => self.index.object(&object)?,
             };
             items.push(Item { object, need, known });
         }
-        let report = self.pool.read(items, draft.batch, draft.version, &session.sink)?;
-        draft.packed += report.packed;
-        draft.bytes += report.bytes;
-        draft.outcomes.extend(report.outcomes);
-        Ok(())
+        Ok(items)
     }
 
     /// Uses a finished transfer for an object whose content is needed.

@@ -177,7 +177,7 @@ pub struct Engine {
     journal: Arc<Journal>,
     capture: Capture,
     members: Arc<Members>,
-    pool: Pool,
+    pool: Arc<Pool>,
     inbox: Receiver<Event>,
     /// For lanes to answer to.
     post: Sender<Event>,
@@ -263,7 +263,7 @@ impl Engine {
             journal: parts.journal,
             capture: parts.capture,
             members: parts.members,
-            pool: parts.pool,
+            pool: Arc::new(parts.pool),
             inbox: parts.inbox.1,
             post: parts.inbox.0,
             captured: parts.captured,

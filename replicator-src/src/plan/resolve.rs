@@ -101,11 +101,18 @@ impl Resolve {
         for (object, what) in objects {
             work.object(object, what)?;
         }
-        while !work.full(budget) {
+        while !work.state.full(budget) {
             let Some(listing) = dirty.listings.pop_front() else { break };
             work.listing(&listing, budget, dirty)?;
         }
         Ok(())
+    }
+
+    /// Whether the budget is used up; of objects, those not taken yet count.
+    pub fn full(&self, budget: Budget) -> bool {
+        self.needs.len() >= budget.objects
+            || self.bytes >= budget.bytes
+            || self.bindings.len() >= budget.entries
     }
 
     /// Begins with a root that the index does not know: the first batch.
@@ -174,12 +181,6 @@ struct Work<'a, V, T> {
 }
 
 impl<V: View, T: Tree> Work<'_, V, T> {
-    fn full(&self, budget: Budget) -> bool {
-        self.state.needs.len() >= budget.objects
-            || self.state.bytes >= budget.bytes
-            || self.state.bindings.len() >= budget.entries
-    }
-
     /// Looks at one entry.
     fn entry(
         &mut self,
@@ -337,7 +338,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             self.need_directory(directory)?;
         }
         for (done, name) in names.iter().enumerate() {
-            if self.full(budget) {
+            if self.state.full(budget) {
                 let rest = Some(names[done..].to_vec());
                 dirty.listings.push_front(Listing { rest, ..listing.clone() });
                 break;

@@ -33,11 +33,63 @@ pub struct Report {
 }
 
 struct SmallJob {
+    number: usize,
     items: Vec<Item>,
     batch: BatchId,
     version: u32,
     sink: Sink,
-    reply: Sender<Result<Report, SinkError>>,
+    reply: Sender<(usize, Result<Report, SinkError>)>,
+}
+
+/// Reading under way for one batch.
+pub struct Reading<'a> {
+    pool: &'a Pool,
+    batch: BatchId,
+    sink: Sink,
+    reply: Sender<(usize, Result<Report, SinkError>)>,
+    replies: Receiver<(usize, Result<Report, SinkError>)>,
+    jobs: usize,
+}
+
+impl Reading<'_> {
+    /// Hands objects to the readers; waits only while their queue is full.
+    /// `version` must grow whenever an object may be among them again.
+    pub fn add(&mut self, items: Vec<Item>, version: u32) -> Result<(), SinkError> {
+        let mut items = items.into_iter().peekable();
+        while items.peek().is_some() {
+            let part: Vec<Item> = items.by_ref().take(JOB_ITEMS).collect();
+            let (sink, reply) = (self.sink.clone(), self.reply.clone());
+            let (number, batch) = (self.jobs, self.batch);
+            let job = SmallJob { number, items: part, batch, version, sink, reply };
+            let queue = self.pool.small.as_ref().ok_or(SinkError::Closed)?;
+            queue.send(job).map_err(|_| SinkError::Closed)?;
+            self.jobs += 1;
+        }
+        Ok(())
+    }
+
+    /// Waits for the readers; all content is on its way when this returns.
+    /// An object that was handed in twice has two outcomes, the newer one last:
+    /// it alone is known to be of the time after the second look.
+    pub fn end(self) -> Result<Report, SinkError> {
+        let Self { reply, replies, jobs, .. } = self;
+        drop(reply);
+        let mut reports = Vec::with_capacity(jobs);
+        for (number, report) in replies {
+            reports.push((number, report?));
+        }
+        if reports.len() < jobs {
+            return Err(SinkError::Closed);
+        }
+        reports.sort_by_key(|(number, _)| *number);
+        let mut all = Report { outcomes: Vec::new(), packed: 0, bytes: 0 };
+        for (_, report) in reports {
+            all.outcomes.extend(report.outcomes);
+            all.packed += report.packed;
+            all.bytes += report.bytes;
+        }
+        Ok(all)
+    }
 }
 
 struct LargeJob {
@@ -78,32 +130,10 @@ impl Pool {
         Ok(Self { small: Some(small), large: Some(large), threads })
     }
 
-    /// Reads objects for a batch; their content is on its way when this returns.
-    pub fn read(
-        &self,
-        items: Vec<Item>,
-        batch: BatchId,
-        version: u32,
-        sink: &Sink,
-    ) -> Result<Report, SinkError> {
+    /// Begins to read for a batch; what is needed is handed in as it is found.
+    pub fn begin(&self, batch: BatchId, sink: &Sink) -> Reading<'_> {
         let (reply, replies) = unbounded();
-        let mut items = items.into_iter().peekable();
-        while items.peek().is_some() {
-            let part: Vec<Item> = items.by_ref().take(JOB_ITEMS).collect();
-            let (sink, reply) = (sink.clone(), reply.clone());
-            let job = SmallJob { items: part, batch, version, sink, reply };
-            let queue = self.small.as_ref().ok_or(SinkError::Closed)?;
-            queue.send(job).map_err(|_| SinkError::Closed)?;
-        }
-        drop(reply);
-        let mut all = Report { outcomes: Vec::new(), packed: 0, bytes: 0 };
-        for report in replies {
-            let report = report?;
-            all.outcomes.extend(report.outcomes);
-            all.packed += report.packed;
-            all.bytes += report.bytes;
-        }
-        Ok(all)
+        Reading { pool: self, batch, sink: sink.clone(), reply, replies, jobs: 0 }
     }
 
     /// Starts sending a large file; `reply` is called on the lane's thread.
@@ -137,7 +167,7 @@ fn read_small(jobs: &Receiver<SmallJob>, opener: &Opener) {
     for job in jobs {
         let result = read_job(&job, opener);
         // The engine stops listening when it gives a batch up.
-        let _ = job.reply.send(result);
+        let _ = job.reply.send((job.number, result));
     }
 }
 
