@@ -98,6 +98,10 @@ pub struct Applier {
     ran: Instant,
     /// The last sync failed: the steps in the log have to be done again.
     doubt: bool,
+    /// A sync failed since the session began. What the session had staged by
+    /// then may be lost, whatever later syncs say (trap 16: an error is told
+    /// once), so nothing of it is committed; the next session sends it again.
+    spoilt: bool,
     /// An object that the map knows is not in the replica: what the map says
     /// can no longer be trusted, and the source has to reconcile.
     distrust: bool,
@@ -171,6 +175,7 @@ impl Applier {
             needed: Vec::new(),
             ran: Instant::now(),
             doubt: false,
+            spoilt: false,
             distrust: false,
         })
     }
@@ -291,6 +296,7 @@ impl Applier {
         })?;
         // Of the session before; kept until now for a failover in between.
         wipe_staging(&replica.area)?;
+        self.spoilt = false;
         replica.shared().staged_bytes = 0;
         let lost = "an object was missing in the replica";
         let distrust = self.distrust.then_some(lost);
@@ -348,8 +354,10 @@ impl Applier {
         let start = Instant::now();
         let result = place::sync_file_system(self.replica.protection.root());
         metrics::histogram!("replicator_destination_sync_seconds").record(start.elapsed());
+        let result = if self.replica.dies_at(Point::Sync) { Err(Errno::IO) } else { result };
         result.map_err(|error| {
             self.doubt = true;
+            self.spoilt = true;
             SealError::Sync(error)
         })
     }
@@ -456,14 +464,14 @@ impl Applier {
             self.standing = next;
             return Ok(Vec::new());
         }
+        if self.spoilt {
+            return Err(SealError::Sync(Errno::IO));
+        }
         let staged = self.stage_rest(batch)?;
         let planned = self.plan(batch, &staged)?;
         let steps = self.steps(batch, &planned)?;
         if self.replica.dies_at(Point::Staged) {
             return Err(SealError::Killed);
-        }
-        if self.doubt {
-            self.redo_once()?;
         }
         self.sync()?;
         if self.replica.dies_at(Point::Synced) {

@@ -102,6 +102,8 @@ pub enum Point {
     Applied,
     /// Failover has done its n-th step.
     Failover(u8),
+    /// A sync ends. Not a death: it fails, as after an error of the disk.
+    Sync,
 }
 
 /// Says whether to die at a point, as `kill -9` would have it.

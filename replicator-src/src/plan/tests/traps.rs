@@ -263,17 +263,22 @@ fn trap_12_a_subtree_that_moved_out_does_not_take_what_had_left_it() {
     let c = make(&mut world, d, "c", Kind::Directory);
     let f = make(&mut world, c, "f", Kind::File);
     let g = make(&mut world, d, "g", Kind::File);
+    let h = make(&mut world, d, "h", Kind::File);
     let mut run = replicated(world);
+    rename(&mut run.world, (d, "h"), (ROOT, "h"));
+    // Of these renames only the part about the old name is lost.
+    run.cursor += 1;
+    run.absorb_all();
     rename(&mut run.world, (d, "c"), (ROOT, "c"));
     rename(&mut run.world, (ROOT, "d"), (OUTSIDE, "d"));
-    // Of the first rename only the part about the old name is lost.
     run.cursor += 1;
     run.absorb_all();
     for settled in [false, true, true] {
         run.step(0, 0, settled);
-        assert!(run.has(c) && run.has(f), "taken along");
+        assert!(run.has(c) && run.has(f) && run.has(h), "taken along");
     }
     assert_eq!((run.entry(ROOT, "c"), run.entry(c, "f")), (Some(c), Some(f)));
+    assert_eq!(run.entry(ROOT, "h"), Some(h));
     assert!(!run.has(d) && !run.has(g), "what moved out goes");
     run.finish();
 }
