@@ -35,8 +35,8 @@ async fn until(what: &str, mut done: impl FnMut() -> bool) {
 
 /// The destination's refusal, which must be the next that it says.
 async fn refusal(source: &mut FakeSource) -> String {
-    match source.next().await {
-        DestinationMessage::Refused(refusal) => refusal.to_string(),
+    match tokio::time::timeout(Duration::from_secs(10), source.next()).await {
+        Ok(DestinationMessage::Refused(refusal)) => refusal.to_string(),
         other => panic!("{other:?}"),
     }
 }
@@ -63,8 +63,9 @@ async fn trap_5_a_delta_of_another_version_of_its_basis_is_refused() {
     };
     for version in [0, 2, 3] {
         source.data.write(&begin(version, version)).await.unwrap();
-        match source.next().await {
-            DestinationMessage::TransferRefused { transfer, .. } => {
+        // What is taken is not answered, and reports never end.
+        match tokio::time::timeout(Duration::from_secs(10), source.next()).await {
+            Ok(DestinationMessage::TransferRefused { transfer, .. }) => {
                 assert_eq!(transfer.0, version);
             }
             other => panic!("basis {version}: {other:?}"),
