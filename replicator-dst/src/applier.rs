@@ -27,6 +27,7 @@ use crate::apply::{Place, Step};
 use crate::area::AreaError;
 use crate::attributes;
 use crate::failover::{self, FailoverError};
+use crate::mark::{self, Mark};
 use crate::replica::{Point, Replica, ReplicaError, renounce, wipe_staging};
 use crate::seal::{SealError, needed_by, staged_bytes};
 use crate::session::WholeBatch;
@@ -96,8 +97,14 @@ pub struct Applier {
     needed: Vec<Place>,
     /// When the last steps were run.
     ran: Instant,
+    /// The mark that was written to the replica, by this process.
+    marked: Option<BatchId>,
     /// The last sync failed: the steps in the log have to be done again.
     doubt: bool,
+    /// A sync failed since the session began. What the session had staged by
+    /// then may be lost, whatever later syncs say (trap 16: an error is told
+    /// once), so nothing of it is committed; the next session sends it again.
+    spoilt: bool,
     /// An object that the map knows is not in the replica: what the map says
     /// can no longer be trusted, and the source has to reconcile.
     distrust: bool,
@@ -170,7 +177,9 @@ impl Applier {
             uncovered: false,
             needed: Vec::new(),
             ran: Instant::now(),
+            marked: None,
             doubt: false,
+            spoilt: false,
             distrust: false,
         })
     }
@@ -193,10 +202,14 @@ impl Applier {
 
     fn redo_once(&mut self) -> Result<(), SealError> {
         let mut steps = Vec::new();
-        self.replica.store.each_logged(|_, part| steps.extend(part))?;
+        let mut last = BatchId(0);
+        self.replica.store.each_logged(|batch, part| {
+            last = batch;
+            steps.extend(part);
+        })?;
         if !steps.is_empty() {
             tracing::info!(steps = steps.len(), "redoing the last batch");
-            self.run_steps(&steps)?;
+            self.run_steps(last, &steps)?;
             self.uncovered = true;
         }
         self.doubt = false;
@@ -204,10 +217,16 @@ impl Applier {
         Ok(())
     }
 
-    fn run_steps(&mut self, steps: &[Step]) -> Result<(), SealError> {
+    /// Runs the steps of `batch`, whose commit is durable.
+    fn run_steps(&mut self, batch: BatchId, steps: &[Step]) -> Result<(), SealError> {
         if steps.is_empty() {
             return Ok(());
         }
+        // Before the first step: what a later look finds changed is marked.
+        let mark = Mark { incarnation: self.standing.incarnation, batch };
+        mark::write(self.replica.area.hidden(), &mark)
+            .map_err(AreaError::system("write", "the mark"))?;
+        self.marked = Some(batch);
         self.ran = Instant::now();
         let mut findings = Vec::new();
         self.tree.learn(steps);
@@ -291,6 +310,7 @@ impl Applier {
         })?;
         // Of the session before; kept until now for a failover in between.
         wipe_staging(&replica.area)?;
+        self.spoilt = false;
         replica.shared().staged_bytes = 0;
         let lost = "an object was missing in the replica";
         let distrust = self.distrust.then_some(lost);
@@ -298,6 +318,7 @@ impl Applier {
             tracing::warn!(reason, "source and destination do not fit together: reconciling");
             renounce(&replica.area, &replica.store, &mut self.standing, reason)?;
             self.distrust = false;
+            self.marked = None;
         }
         if self.standing.source_incarnation != Some(hello.incarnation) {
             self.standing.source_incarnation = Some(hello.incarnation);
@@ -334,7 +355,7 @@ impl Applier {
             return Ok(());
         }
         self.sync()?;
-        self.replica.store.forget(self.standing.applied)?;
+        self.replica.store.forget(self.standing.applied, self.marked)?;
         self.covered();
         Ok(())
     }
@@ -348,8 +369,10 @@ impl Applier {
         let start = Instant::now();
         let result = place::sync_file_system(self.replica.protection.root());
         metrics::histogram!("replicator_destination_sync_seconds").record(start.elapsed());
+        let result = if self.replica.dies_at(Point::Sync) { Err(Errno::IO) } else { result };
         result.map_err(|error| {
             self.doubt = true;
+            self.spoilt = true;
             SealError::Sync(error)
         })
     }
@@ -371,7 +394,7 @@ impl Applier {
             return Err(Ended::Killed);
         }
         let start = Instant::now();
-        while let Err(error) = self.run_steps(&steps) {
+        while let Err(error) = self.run_steps(id, &steps) {
             self.wait_after(&error)?;
         }
         metrics::histogram!("replicator_destination_apply_seconds").record(start.elapsed());
@@ -456,14 +479,14 @@ impl Applier {
             self.standing = next;
             return Ok(Vec::new());
         }
+        if self.spoilt {
+            return Err(SealError::Sync(Errno::IO));
+        }
         let staged = self.stage_rest(batch)?;
         let mut planned = self.plan(batch, &staged)?;
         let steps = self.steps(batch, &mut planned)?;
         if self.replica.dies_at(Point::Staged) {
             return Err(SealError::Killed);
-        }
-        if self.doubt {
-            self.redo_once()?;
         }
         self.sync()?;
         if self.replica.dies_at(Point::Synced) {
@@ -477,6 +500,7 @@ impl Applier {
             set_aside: &set_aside,
             // The sync above covered everything applied before it.
             covered: self.standing.applied,
+            marked: self.marked,
         };
         self.replica.store.commit(&mut standing, &commit)?;
         self.standing = standing;

@@ -168,6 +168,11 @@ impl Area {
         Ok(crashsafe::write(&self.incarnation_path(), &INCARNATION, incarnation)?)
     }
 
+    /// Our hidden directory.
+    pub fn hidden(&self) -> BorrowedFd<'_> {
+        self.hidden.as_fd()
+    }
+
     /// Removes the hidden directory with everything in it. Only for what is
     /// known to be of no more use to anybody.
     pub fn remove_hidden(&self) -> Result<(), AreaError> {

@@ -183,7 +183,7 @@ fn redo(replica: &Replica, tree: &mut Tree) -> Result<(), FailoverError> {
     place::sync_file_system(replica.protection.root()).map_err(AreaError::system("sync", "."))?;
     let mut standing = replica.store.standing()?;
     standing.applied = standing.committed;
-    replica.store.forget(standing.applied)?;
+    replica.store.forget(standing.applied, None)?;
     replica.store.set_standing(&standing)?;
     let needed: Vec<_> = steps.iter().flat_map(needed_by).collect();
     Stager::discard(&replica.area, &needed);

@@ -7,6 +7,7 @@ pub mod area;
 pub mod attributes;
 pub mod failover;
 pub mod locate;
+pub mod mark;
 pub mod objects;
 pub mod patch;
 pub mod readonly;

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::apply::Within;
 use crate::area::{Area, AreaError, hidden_name};
 use crate::locate::Locator;
+use crate::mark;
 use crate::readonly::{Protection, ReadOnlyError};
 use crate::store::{SetAsideItem, Standing, Store, StoreError};
 use crate::tree;
@@ -102,6 +103,8 @@ pub enum Point {
     Applied,
     /// Failover has done its n-th step.
     Failover(u8),
+    /// A sync ends. Not a death: it fails, as after an error of the disk.
+    Sync,
 }
 
 /// Says whether to die at a point, as `kill -9` would have it.
@@ -332,15 +335,39 @@ fn settle_incarnation(
 ) -> Result<(), ReplicaError> {
     let found = area.incarnation()?;
     if found == Some(standing.incarnation) {
-        return Ok(());
+        return settle_mark(area, store, standing);
     }
     let untouched = standing.committed == BatchId(0) && standing.objects == 0;
     if found.is_some() || !untouched {
         tracing::warn!("replica and state directory are not of one life: the map is given up");
+        disclaim(standing);
         renounce(area, store, standing, "the replica or the state directory was replaced")?;
     }
     area.set_incarnation(&standing.incarnation)?;
     Ok(())
+}
+
+/// What was claimed was claimed of another replica than this one. That it moves
+/// back is the smaller evil.
+fn disclaim(standing: &mut Standing) {
+    standing.watermark = Timestamp::NEVER;
+    standing.last_consistent = None;
+}
+
+/// They are of one life; and of one time?
+fn settle_mark(area: &Area, store: &Store, standing: &mut Standing) -> Result<(), ReplicaError> {
+    let found = mark::read(area.hidden()).map_err(AreaError::system("read", "the mark"))?;
+    let marked = store.marked()?;
+    match mark::set_back(found, standing.incarnation, standing.committed, marked) {
+        Some(reason) => {
+            tracing::warn!(reason, "the map is given up");
+            if reason == mark::REPLICA_SET_BACK {
+                disclaim(standing);
+            }
+            renounce(area, store, standing, reason)
+        }
+        None => Ok(()),
+    }
 }
 
 /// Begins a new incarnation: the replica keeps what it has, but what the map

@@ -5,7 +5,9 @@
 //! - `objects`: object id → [`Known`].
 //! - `log`: (batch, part) → [`Step`]s of a committed batch, in order.
 //! - `set_aside`: number → [`SetAsideItem`].
-//! - `meta`: `version` → the format's version, `standing` → [`Standing`].
+//! - `meta`: `version` → the format's version, `standing` → [`Standing`],
+//!   `marked` → the mark that is durable in the replica (see [`crate::mark`];
+//!   missing until there is one).
 //!
 //! Versions so far: 1.
 
@@ -150,6 +152,8 @@ pub struct Commit<'a> {
     /// Batches up to this one are applied and a later sync has covered them:
     /// their steps go.
     pub covered: BatchId,
+    /// The mark in the replica that the same sync has covered.
+    pub marked: Option<BatchId>,
 }
 
 /// The store.
@@ -280,6 +284,7 @@ impl Store {
         let mut next = standing.clone();
         self.write("commit a batch", Durability::Immediate, |transaction, store| {
             store.trim(transaction, commit.covered)?;
+            store.note_marked(transaction, commit.marked)?;
             store.log(transaction, next.committed, commit.steps)?;
             store.change_rows(transaction, &mut next, commit.rows)?;
             store.add_set_aside(transaction, commit.set_aside)?;
@@ -289,14 +294,38 @@ impl Store {
         Ok(())
     }
 
-    /// Forgets the steps of batches up to `covered`.
+    /// Forgets the steps of batches up to `covered`. `marked` is the mark in the
+    /// replica that the same sync has covered, where that is known.
     ///
     /// Durability: immediate, since staged files that the steps name are
     /// deleted next, and steps without their files could not be redone.
-    pub fn forget(&self, covered: BatchId) -> Result<(), StoreError> {
+    pub fn forget(&self, covered: BatchId, marked: Option<BatchId>) -> Result<(), StoreError> {
         self.write("trim the log", Durability::Immediate, |transaction, store| {
+            store.note_marked(transaction, marked)?;
             store.trim(transaction, covered)
         })
+    }
+
+    fn note_marked(
+        &self,
+        transaction: &redb::WriteTransaction,
+        marked: Option<BatchId>,
+    ) -> Result<(), StoreError> {
+        let Some(marked) = marked else { return Ok(()) };
+        let action = "note the mark";
+        let mut meta = transaction.open_table(META).map_err(|e| self.err(action)(e.into()))?;
+        let record = self.encode(&marked)?;
+        meta.insert("marked", record.as_slice()).map_err(|e| self.err(action)(e.into()))?;
+        Ok(())
+    }
+
+    /// The mark that is durable in the replica, as far as the store knows.
+    pub fn marked(&self) -> Result<Option<BatchId>, StoreError> {
+        let action = "read the mark";
+        let read = self.database.begin_read().map_err(|e| self.err(action)(e.into()))?;
+        let meta = read.open_table(META).map_err(|e| self.err(action)(e.into()))?;
+        let row = meta.get("marked").map_err(|e| self.err(action)(e.into()))?;
+        row.map(|row| self.decode(row.value())).transpose()
     }
 
     fn trim(
@@ -442,6 +471,9 @@ impl Store {
             transaction.delete_table(LOG).map_err(|e| store.err(action)(e.into()))?;
             transaction.open_table(OBJECTS).map_err(|e| store.err(action)(e.into()))?;
             transaction.open_table(LOG).map_err(|e| store.err(action)(e.into()))?;
+            let mut meta = transaction.open_table(META).map_err(|e| store.err(action)(e.into()))?;
+            meta.remove("marked").map_err(|e| store.err(action)(e.into()))?;
+            drop(meta);
             store.insert_standing(transaction, standing)
         })
     }
@@ -534,7 +566,9 @@ mod tests {
         let mut logged = Vec::new();
         store.each_logged(|_, part| logged.extend(part)).unwrap();
         assert_eq!(logged, steps);
-        store.forget(BatchId(1)).unwrap();
+        assert_eq!(store.marked().unwrap(), None);
+        store.forget(BatchId(1), Some(BatchId(1))).unwrap();
+        assert_eq!(store.marked().unwrap(), Some(BatchId(1)));
         store.each_logged(|_, _| panic!("trimmed")).unwrap();
     }
 }

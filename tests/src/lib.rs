@@ -11,10 +11,12 @@
 
 pub mod binary;
 pub mod compare;
+pub mod disk;
 pub mod hosts;
 pub mod mounts;
 pub mod process;
 pub mod scenario;
 pub mod serial;
 pub mod stamps;
+pub mod trace;
 pub mod workload;

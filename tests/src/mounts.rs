@@ -239,7 +239,8 @@ impl Mount {
         run(&mut mount());
     }
 
-    fn image(&self) -> PathBuf {
+    /// The file that it is mounted from.
+    pub fn image(&self) -> PathBuf {
         self.scratch.path().join("image")
     }
 }

@@ -57,7 +57,7 @@ fn small_files_do_not_queue_behind_a_large_one() {
 
 /// The large file's name moves to another object while its content travels.
 #[test]
-fn a_large_file_that_is_renamed_over_on_its_way() {
+fn trap_10_a_large_file_that_is_renamed_over_on_its_way() {
     let hosts = Hosts::enrolled();
     large_file_under_way(&hosts);
     fs::write(hosts.source().join("other"), "other").unwrap();

@@ -11,6 +11,7 @@
 //! 4. *Content and attributes.* Files, then directories, children before parents.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::convert::Infallible;
 
 use replicator_common::id::{BatchId, ObjectId, ReplicaHandle};
 use replicator_common::name::Name;
@@ -341,9 +342,10 @@ impl<'a, O: Objects> Planner<'a, O> {
         }
         self.attach_arrivals()?;
         let mut directories = Vec::new();
+        let mut depths = Depths::default();
         for handle in &handles {
             if self.is_directory(handle) {
-                let depth = self.attach_depth(handle)?;
+                let depth = self.attach_depth(handle, &mut depths);
                 directories.extend(self.routes[handle].enters.iter().map(|s| (depth, s.clone())));
             }
         }
@@ -356,17 +358,15 @@ impl<'a, O: Objects> Planner<'a, O> {
     }
 
     /// How many of the directories above are themselves attached by this batch.
-    fn attach_depth(&mut self, handle: &ReplicaHandle) -> Result<usize, PlanError<O::Error>> {
-        let Some(mut at) = self.inode(handle).map(|inode| inode.object.clone()) else {
-            return Ok(0);
-        };
-        let mut depth = 0;
+    fn attach_depth(&self, handle: &ReplicaHandle, depths: &mut Depths) -> usize {
+        let Some(inode) = self.inode(handle) else { return 0 };
+        let added = &self.parts.added;
         // Ends: the parts were checked to hold no loop.
-        while let Some(added) = self.parts.added.get(&at) {
-            at = added[0].directory.clone();
-            depth += 1;
+        let above = |at: &ObjectId| Ok(added.get(at).map(|added| added[0].directory.clone()));
+        let depth: Result<usize, Infallible> = depths.of(&inode.object, above);
+        match depth {
+            Ok(depth) => depth,
         }
-        Ok(depth)
     }
 
     /// Fills a slot, after whatever must leave it first. The chain of leavers
@@ -429,9 +429,10 @@ impl<'a, O: Objects> Planner<'a, O> {
             }
         }
         let mut steps = Vec::new();
+        let mut depths = Depths::default();
         for (object, leaves) in dying {
             for slot in leaves {
-                let depth = self.dying_depth(&slot)?;
+                let depth = self.dying_depth(&slot, &mut depths)?;
                 let vacated = self.parts.slots[&slot].after.is_some();
                 let at = if vacated { self.moving(&object) } else { self.place(&slot)? };
                 steps.push((depth, Step::RemoveDirectory { object: object.clone(), at }));
@@ -443,20 +444,24 @@ impl<'a, O: Objects> Planner<'a, O> {
     }
 
     /// How many dropped directories stand above a slot.
-    fn dying_depth(&mut self, slot: &Slot) -> Result<usize, PlanError<O::Error>> {
-        let mut depth = 0;
-        let mut at = match slot {
-            Slot::Entry(entry) => entry.directory.clone(),
-            Slot::Orphan(_) | Slot::Lost(_) => return Ok(0),
-        };
-        while self.parts.fates.get(&at) == Some(&Fate::Drop) && depth < crate::objects::DEPTH_MAX {
-            depth += 1;
-            match self.parts.known(&at)?.and_then(|known| known.position.entry().cloned()) {
-                Some(entry) => at = entry.directory,
-                None => break,
-            }
+    fn dying_depth(
+        &mut self,
+        slot: &Slot,
+        depths: &mut Depths,
+    ) -> Result<usize, PlanError<O::Error>> {
+        let Slot::Entry(entry) = slot else { return Ok(0) };
+        let parts = &mut self.parts;
+        let dropped =
+            |parts: &Parts<'_, O>, at: &ObjectId| parts.fates.get(at) == Some(&Fate::Drop);
+        if !dropped(parts, &entry.directory) {
+            return Ok(0);
         }
-        Ok(depth)
+        let depth: Result<usize, PlanError<O::Error>> = depths.of(&entry.directory, |at| {
+            let known = parts.known(at)?;
+            let above = known.and_then(|known| known.position.entry().cloned());
+            Ok(above.map(|entry| entry.directory).filter(|above| dropped(parts, above)))
+        });
+        Ok(depth? + 1)
     }
 
     // ------------------------------------------------------------- phase 4
@@ -464,6 +469,7 @@ impl<'a, O: Objects> Planner<'a, O> {
     fn contents(&mut self) -> Result<(), PlanError<O::Error>> {
         let puts: Vec<_> = self.parts.puts.iter().map(|(o, p)| (o.clone(), p.clone())).collect();
         let mut directories = Vec::new();
+        let mut depths = Depths::default();
         for (object, put) in puts {
             if self.parts.fates.get(&object) == Some(&Fate::Drop) {
                 continue;
@@ -490,7 +496,7 @@ impl<'a, O: Objects> Planner<'a, O> {
             let kind = put.state.kind;
             let step = Step::Attributes { object: handle, state: put.state };
             if kind == Kind::Directory {
-                directories.push((self.put_depth(&object)?, step));
+                directories.push((self.put_depth(&object, &mut depths)?, step));
             } else if !attributes_stand {
                 self.out.steps.push(step);
             }
@@ -503,15 +509,52 @@ impl<'a, O: Objects> Planner<'a, O> {
     /// How many of the directories above get attributes in this batch too. (A
     /// parent that becomes unsearchable would hide its children from an applier
     /// that goes by path.)
-    fn put_depth(&mut self, object: &ObjectId) -> Result<usize, PlanError<O::Error>> {
+    fn put_depth(
+        &mut self,
+        object: &ObjectId,
+        depths: &mut Depths,
+    ) -> Result<usize, PlanError<O::Error>> {
+        let parts = &mut self.parts;
+        depths.of(object, |at| {
+            Ok(parts.parent_after(at)?.filter(|parent| parts.puts.contains_key(parent)))
+        })
+    }
+}
+
+/// How far objects are from the end of a chain upwards. Remembered, so that a
+/// branch of many levels is followed once, not once a level.
+#[derive(Default)]
+struct Depths(HashMap<ObjectId, usize>);
+
+impl Depths {
+    /// How many steps `above` leads from `object`.
+    fn of<E>(
+        &mut self,
+        object: &ObjectId,
+        mut above: impl FnMut(&ObjectId) -> Result<Option<ObjectId>, E>,
+    ) -> Result<usize, E> {
+        let mut trail = vec![object.clone()];
         let mut depth = 0;
-        let mut at = object.clone();
-        while let Some(parent) = self.parts.parent_after(&at)? {
-            if !self.parts.puts.contains_key(&parent) || depth >= crate::objects::DEPTH_MAX {
+        while let Some(at) = trail.last() {
+            if let Some(known) = self.0.get(at) {
+                depth = *known;
+                trail.pop();
                 break;
             }
+            match above(at)? {
+                // Rows of the map that lead in a circle must not hang us.
+                Some(next) if trail.len() < crate::objects::DEPTH_MAX => trail.push(next),
+                _ => {
+                    if let Some(end) = trail.pop() {
+                        self.0.insert(end, 0);
+                    }
+                    break;
+                }
+            }
+        }
+        for at in trail.into_iter().rev() {
             depth += 1;
-            at = parent;
+            self.0.insert(at, depth);
         }
         Ok(depth)
     }

@@ -1,7 +1,7 @@
 //! From operations to slots: which replica object each place holds before and
 //! after the batch. Checks the source's promises on the way.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use replicator_common::id::{BatchId, ObjectId, ReplicaHandle};
 use replicator_common::name::Name;
@@ -308,15 +308,21 @@ impl<'a, O: Objects> Parts<'a, O> {
             .filter(|object| self.peek_kind(object) == Some(Kind::Directory))
             .cloned()
             .collect();
+        // What is known to lead to an end is not followed again: a branch of
+        // many new levels is walked once, not once a level.
+        let mut ends: HashSet<ObjectId> = HashSet::new();
         for object in moved {
-            let mut at = object.clone();
-            for depth in 0.. {
-                let Some(parent) = self.parent_after(&at)? else { break };
-                if parent == object || depth > DEPTH_MAX {
-                    return Err(Violation::Loop { object }.into());
+            let mut trail = HashSet::new();
+            let mut at = object;
+            while !ends.contains(&at) {
+                let parent = self.parent_after(&at)?;
+                if !trail.insert(at.clone()) || trail.len() > DEPTH_MAX {
+                    return Err(Violation::Loop { object: at }.into());
                 }
+                let Some(parent) = parent else { break };
                 at = parent;
             }
+            ends.extend(trail);
         }
         Ok(())
     }

@@ -16,6 +16,8 @@ use super::plan::{Arrival, Planned, Staged, plan};
 use super::{Place, Step, Within};
 use crate::objects::{Known, Objects, Position};
 
+mod deep;
+
 /// The source, as naive as can be: objects, entries, content.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Source {

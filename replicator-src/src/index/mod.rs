@@ -19,3 +19,6 @@ pub use known::{Content, Delta, EntryChange, Known, Mark, Orphan};
 pub use overlay::Index;
 pub use store::{IndexError, Store};
 pub use view::View;
+
+#[cfg(test)]
+mod tests;

@@ -23,6 +23,8 @@ use crate::index::{Content, Delta, Known, Orphan, View};
 use crate::journal::Record;
 use crate::watcher::What;
 
+mod traps;
+
 const ROOT: u32 = 1;
 
 fn id(inode: u32) -> ObjectId {

@@ -179,3 +179,39 @@ pub fn capability(permitted: u32) -> Vec<u8> {
     let words = [0x0200_0001, permitted, 0, 0, 0];
     words.into_iter().flat_map(u32::to_le_bytes).collect()
 }
+
+/// A shared mapping of a file's beginning, into which content can be stored at
+/// any time. Unmapped when dropped.
+#[derive(Debug)]
+pub struct Mapping {
+    address: *mut libc::c_void,
+    length: usize,
+}
+
+impl Mapping {
+    /// Maps the first `length` bytes, which the file must have.
+    pub fn new(file: &OwnedFd, length: usize) -> Result<Self, Errno> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let (start, fd) = (std::ptr::null_mut(), file.as_raw_fd());
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let address = unsafe { libc::mmap(start, length, protection, libc::MAP_SHARED, fd, 0) };
+        if address == libc::MAP_FAILED {
+            return Err(last_errno());
+        }
+        Ok(Self { address, length })
+    }
+
+    /// Stores `content` at `offset`, within the mapping.
+    pub fn store(&self, offset: usize, content: &[u8]) -> Result<(), Errno> {
+        assert!(offset + content.len() <= self.length);
+        store(self.address.wrapping_byte_add(offset), content)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new` with this length, and no reference into it
+        // exists.
+        unsafe { libc::munmap(self.address, self.length) };
+    }
+}

@@ -1,0 +1,162 @@
+//! Traps of the design that a scripted source can set.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use common::{Batch, FakeSource, ROOT, World, id, state};
+use replicator_common::control::{Control, DeletionMode};
+use replicator_common::id::{BatchId, TransferId};
+use replicator_common::object::Kind;
+use replicator_common::wire::{
+    ContentSource, DataFrame, DestinationMessage, Hash, Layout, Op, Piece, TransferBegin,
+};
+use replicator_dst::readonly::Protection;
+use replicator_dst::replica::Point;
+use replicator_dst::service::DestinationService;
+
+fn finish(world: &World, service: &DestinationService) {
+    service.delete(&world.source, DeletionMode::LocalConfigurationOnly).unwrap();
+}
+
+async fn until(what: &str, mut done: impl FnMut() -> bool) {
+    for _ in 0..400 {
+        if done() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("not in time: {what}");
+}
+
+/// The destination's refusal, which must be the next that it says.
+async fn refusal(source: &mut FakeSource) -> String {
+    match tokio::time::timeout(Duration::from_secs(10), source.next()).await {
+        Ok(DestinationMessage::Refused(refusal)) => refusal.to_string(),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A patch is of one version of the file alone: on another it makes neither.
+#[tokio::test(flavor = "multi_thread")]
+async fn trap_5_a_delta_of_another_version_of_its_basis_is_refused() {
+    let mut world = World::new();
+    let service = world.open(None).await;
+    world.enrol(&service, false).await;
+    let mut source = world.connect(&service, 0).await;
+    source.apply(1, &Batch::new().root().file(2, ROOT, "f", b"one")).await;
+    // A heartbeat: now the last batch is not the one that made the file.
+    source.apply(2, &Batch::new()).await;
+    let begin = |number, version| {
+        DataFrame::TransferBegin(TransferBegin {
+            transfer: TransferId(number),
+            object: id(2),
+            state: state(Kind::File, 0o600, 0),
+            layout: Layout::Patch,
+            basis: Some(id(2)),
+            basis_version: BatchId(version),
+        })
+    };
+    for version in [0, 2, 3] {
+        source.data.write(&begin(version, version)).await.unwrap();
+        // What is taken is not answered, and reports never end.
+        match tokio::time::timeout(Duration::from_secs(10), source.next()).await {
+            Ok(DestinationMessage::TransferRefused { transfer, .. }) => {
+                assert_eq!(transfer.0, version);
+            }
+            other => panic!("basis {version}: {other:?}"),
+        }
+    }
+    let transfer = TransferId(9);
+    source.data.write(&begin(9, 1)).await.unwrap();
+    let (bytes, hash) = (b"two".to_vec(), Hash::of(b"two"));
+    let pieces = vec![Piece::Data { hash, bytes }];
+    source.data.write(&DataFrame::TransferPieces { transfer, pieces }).await.unwrap();
+    let end = DataFrame::TransferEnd { transfer, state: state(Kind::File, 0o600, 3) };
+    source.data.write(&end).await.unwrap();
+    let put = Op::Put {
+        object: id(2),
+        state: state(Kind::File, 0o600, 3),
+        content: ContentSource::Transferred { transfer },
+        new: false,
+        links: 1,
+    };
+    source.apply(3, &Batch::new().op(put)).await;
+    assert_eq!(std::fs::read(world.replica.join("f")).unwrap(), b"two");
+    finish(&world, &service);
+}
+
+/// An error of writeback is told once. It came when the applier tidied up
+/// between batches; what the session had staged by then may be lost with it, so
+/// a batch that names it must not be acknowledged: it has to come again.
+#[tokio::test(flavor = "multi_thread")]
+async fn trap_16_what_was_staged_before_a_failed_sync_comes_again() {
+    let mut world = World::new();
+    let fails = Arc::new(AtomicBool::new(false));
+    let armed = fails.clone();
+    let hook = Arc::new(move |at| at == Point::Sync && armed.swap(false, Ordering::SeqCst));
+    let service = world.open(Some(hook)).await;
+    world.enrol(&service, false).await;
+    let mut source = world.connect(&service, 0).await;
+    source.apply(1, &Batch::new().root().file(2, ROOT, "a", b"alpha")).await;
+    fails.store(true, Ordering::SeqCst);
+    let second = Batch::new().directory(ROOT).file(3, ROOT, "b", b"beta");
+    source.packs(2, &second.packs).await;
+    let staging = world.replica.join(format!(".replicator-{}/staging/0", world.source));
+    until("staged", || std::fs::read_dir(&staging).is_ok_and(|names| names.count() == 1)).await;
+    until("an error is told, once", || !fails.load(Ordering::SeqCst)).await;
+    source.plan(2, &second.ops).await;
+    source.commit(2, &second).await;
+    let reason = refusal(&mut source).await;
+    assert!(reason.contains("synced"), "{reason}");
+    assert!(!world.replica.join("b").exists());
+    drop(source);
+
+    let mut source = world.connect(&service, 1).await;
+    assert_eq!(source.hello.as_ref().unwrap().committed, BatchId(1));
+    assert_eq!(std::fs::read_dir(&staging).unwrap().count(), 0, "in doubt, hence of no use");
+    source.apply(2, &second).await;
+    assert_eq!(std::fs::read(world.replica.join("b")).unwrap(), b"beta");
+    let status = service.list().remove(0).destination.unwrap();
+    assert!(status.last_error.is_some_and(|error| error.error.contains("synced")), "it is said");
+    finish(&world, &service);
+}
+
+/// The same while a batch is sealed.
+#[tokio::test(flavor = "multi_thread")]
+async fn trap_16_a_batch_whose_sync_fails_is_given_back() {
+    let mut world = World::new();
+    let fails = Arc::new(AtomicBool::new(false));
+    let armed = fails.clone();
+    let hook = Arc::new(move |at| at == Point::Sync && armed.swap(false, Ordering::SeqCst));
+    let service = world.open(Some(hook)).await;
+    world.enrol(&service, false).await;
+    let mut source = world.connect(&service, 0).await;
+    source.apply(1, &Batch::new().root().file(2, ROOT, "a", b"alpha")).await;
+    fails.store(true, Ordering::SeqCst);
+    let second = Batch::new().directory(ROOT).file(3, ROOT, "b", b"beta");
+    source.send(2, &second).await;
+    let reason = refusal(&mut source).await;
+    assert!(reason.contains("synced"), "{reason}");
+    drop(source);
+    let mut source = world.connect(&service, 1).await;
+    source.apply(2, &second).await;
+    assert_eq!(std::fs::read(world.replica.join("b")).unwrap(), b"beta");
+    finish(&world, &service);
+}
+
+/// `O_PATH` descriptors hear of no errors: the one that is synced is real.
+#[test]
+fn trap_16_the_descriptor_that_is_synced_is_real() {
+    let world = World::new();
+    std::fs::create_dir(&world.replica).unwrap();
+    let protection = Protection::establish(&world.replica).unwrap();
+    let flags = rustix::fs::fcntl_getfl(protection.root()).unwrap();
+    assert!(!flags.contains(rustix::fs::OFlags::PATH), "{flags:?}");
+    rustix::fs::syncfs(protection.root()).unwrap();
+    protection.release().unwrap();
+}

@@ -1,0 +1,50 @@
+use super::*;
+use replicator_common::id::{BatchId, ObjectId};
+use replicator_common::name::Name;
+use std::path::Path;
+use std::sync::Arc;
+
+fn id(n: u8) -> ObjectId {
+    ObjectId::new(1, &[n]).unwrap()
+}
+
+fn name() -> Name {
+    Name::new(b"f").unwrap()
+}
+
+/// What a power cut would leave of the store: the file as it stands, without
+/// what closing it would add.
+fn cut(path: &Path, number: u64) -> Arc<Store> {
+    let copy = path.with_extension(number.to_string());
+    std::fs::copy(path, &copy).unwrap();
+    Arc::new(Store::open(&copy).unwrap())
+}
+
+fn delta(batch: u64, old: Option<u8>, new: Option<u8>) -> Delta {
+    let change = EntryChange { directory: id(1), name: name(), old: old.map(id), new: new.map(id) };
+    let mark = Mark { batch: BatchId(batch), ..Mark::default() };
+    Delta { entries: vec![change], mark, ..Delta::default() }
+}
+
+/// The replica has batch 2, whose acknowledgement is lost, and the source dies:
+/// after the restart the index knows of it, and what the destination says of
+/// its last batch decides. Else a change back would look like no change.
+#[test]
+fn trap_5_a_batch_whose_acknowledgement_was_lost_is_known_after_a_crash() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("index.redb");
+    let mut index = Index::new(Arc::new(Store::open(&path).unwrap())).unwrap();
+    index.prepare(delta(1, None, Some(7))).unwrap();
+    index.acknowledge(BatchId(1));
+    index.prepare(delta(2, Some(7), Some(8))).unwrap();
+    for (committed, expected) in [(1, 7), (2, 8)] {
+        let store = cut(&path, committed);
+        let pending: Vec<u64> = store.pending().unwrap().iter().map(|d| d.mark.batch.0).collect();
+        assert_eq!(pending, [2], "durable before its COMMIT is sent");
+        let mut index = Index::new(store).unwrap();
+        index.settle(BatchId(committed)).unwrap();
+        assert_eq!(index.entry(&id(1), &name()).unwrap(), Some(id(expected)));
+        assert_eq!(index.store().mark().unwrap().batch, BatchId(committed));
+        assert!(index.store().pending().unwrap().is_empty());
+    }
+}
