@@ -58,7 +58,8 @@ pub enum DesiredState {
 pub enum WatcherKind {
     /// A fanotify mark on the whole file system.
     Fanotify,
-    /// An inotify watch on each directory.
+    /// A watch on each directory: a fanotify mark where the kernel gives one to
+    /// users without privilege (since Linux 5.17), else an inotify watch.
     Inotify,
     /// A periodic walk.
     Scan,

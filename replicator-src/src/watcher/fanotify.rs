@@ -30,6 +30,8 @@ const ENTRIES: u64 = bits::CREATE | bits::DELETE;
 /// A rename in two halves, where it cannot be had as one event.
 const MOVES: u64 = bits::MOVED_FROM | bits::MOVED_TO;
 const CONTENT: u64 = bits::MODIFY | bits::CLOSE_WRITE;
+/// What must be told, in full detail.
+pub(super) const CHANGES: u64 = ENTRIES | CONTENT | bits::RENAME | bits::ATTRIB | bits::ONDIR;
 
 /// See the module.
 #[derive(Debug)]
@@ -185,7 +187,7 @@ fn btrfs_top(root: &Root) -> Result<OwnedFd, Errno> {
 }
 
 /// What may have changed, by one event. Names are hints, handles are the truth.
-fn translate(event: Event, changes: &mut Vec<Change>) {
+pub(super) fn translate(event: Event, changes: &mut Vec<Change>) {
     if event.is_overflow() {
         changes.push(Change::Gap { reason: "event queue overflow".to_owned() });
         return;

@@ -2,7 +2,8 @@
 //!
 //! Watches are added by the walk, before it lists a directory. Events carry a
 //! directory and a name, never an object: what the name refers to is looked up
-//! later, when it may refer to something else.
+//! later, when it may refer to something else. So this is what is left where
+//! the kernel gives no fanotify marks on directories (see [`super::marks`]).
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
@@ -12,7 +13,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use ::inotify::{EventMask, Events, Inotify as Queue, WatchMask, Watches};
+use ::inotify::{EventMask, Events, Inotify as Queue, WatchDescriptor, WatchMask, Watches};
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::status::{WatcherKind, WatcherReport};
@@ -61,6 +62,7 @@ impl Inotify {
             state: Mutex::new(State {
                 watches: queue.watches(),
                 watched: HashMap::new(),
+                descriptors: HashMap::new(),
                 unwatched: HashSet::new(),
                 last_error: None,
             }),
@@ -150,9 +152,9 @@ impl Watcher for Inotify {
         let mut report = self.report.clone();
         report.kind = WatcherKind::Inotify;
         report.doubts.push(
-            "a write is not seen when it goes through a name outside the source, or through a \
-             file that was opened under a name which is unlinked since (another hard link, \
-             O_TMPFILE)"
+            "a write is not seen when it goes through a name outside the source, through a file \
+             that was opened under a name which is unlinked since (another hard link, O_TMPFILE), \
+             or through a hard link that is gone again before it could be looked at"
                 .to_owned(),
         );
         let state = self.directories.state();
@@ -178,6 +180,8 @@ struct State {
     /// By watch descriptor. Held up to date under one lock with the adding of
     /// watches, so that no event is read whose directory is not known.
     watched: HashMap<i32, ObjectId>,
+    /// The same by directory, for taking watches away.
+    descriptors: HashMap<ObjectId, WatchDescriptor>,
     /// Directories whose changes are not seen.
     unwatched: HashSet<ObjectId>,
     /// Why the last of them could not be watched.
@@ -194,8 +198,10 @@ impl State {
             let descriptor = event.wd.get_watch_descriptor_id();
             translate(event.mask, self.watched.get(&descriptor), event.name, changes);
             // The last event of a watch; its directory is gone.
-            if event.mask.contains(EventMask::IGNORED) {
-                self.watched.remove(&descriptor);
+            if event.mask.contains(EventMask::IGNORED)
+                && let Some(id) = self.watched.remove(&descriptor)
+            {
+                self.descriptors.remove(&id);
             }
         }
         length
@@ -230,12 +236,23 @@ impl DirectoryWatch for Directories {
         match state.watches.add(proc_path(directory), mask) {
             Ok(descriptor) => {
                 state.watched.insert(descriptor.get_watch_descriptor_id(), id.clone());
+                state.descriptors.insert(id.clone(), descriptor);
                 state.unwatched.remove(id);
             }
             Err(error) => {
                 state.unwatched.insert(id.clone());
                 state.last_error = Some(describe(&error));
             }
+        }
+    }
+
+    fn forget(&self, id: &ObjectId) {
+        let mut state = self.state();
+        state.unwatched.remove(id);
+        if let Some(descriptor) = state.descriptors.remove(id) {
+            state.watched.remove(&descriptor.get_watch_descriptor_id());
+            // An error means that the directory died, and its watch with it.
+            let _ = state.watches.remove(descriptor);
         }
     }
 }

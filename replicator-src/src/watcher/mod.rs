@@ -7,6 +7,7 @@
 mod choose;
 mod fanotify;
 mod inotify;
+mod marks;
 mod root;
 mod scan;
 #[cfg(test)]
@@ -155,6 +156,11 @@ pub trait DirectoryWatch: Send + Sync {
     /// a watch. An error makes the directory's changes invisible; the watcher
     /// counts it and says so in its report.
     fn before_listing(&self, directory: BorrowedFd<'_>, id: &ObjectId);
+
+    /// Called with each directory that is no longer part of the source: it
+    /// needs no watch any more. Should it come back, it is listed anew.
+    /// Watchers need not care.
+    fn forget(&self, _id: &ObjectId) {}
 
     /// Called with each directory that was found, before it is read: events of
     /// the directory itself count from now on. Watchers need not care.
