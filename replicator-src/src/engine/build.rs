@@ -533,7 +533,9 @@ impl Engine {
         for object in assembly.linked {
             self.members.add_linked(object);
         }
-        let Assembly { ops, delta, dropped, .. } = assembly;
+        let Assembly { ops, delta, .. } = assembly;
+        let gone = delta.objects.iter().filter(|(_, known)| known.is_none());
+        let dropped = gone.map(|(object, _)| object.clone()).collect();
         let progress = progress_of(&delta, draft.resolve.equal);
         let objects = ops.iter().filter(|op| matches!(op, Op::Put { .. })).count() as u64;
         let input = draft.input;
