@@ -86,7 +86,8 @@ pub struct WatcherReport {
     pub reason: String,
     /// What this choice cannot see or promise, in words; empty when nothing.
     pub doubts: Vec<String>,
-    /// Directories watched, where that has a cost (inotify).
+    /// Directories, and files with several names, that are watched one by one,
+    /// where that has a cost (inotify).
     pub watches: Option<u64>,
 }
 

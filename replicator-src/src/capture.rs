@@ -27,7 +27,7 @@ const READ_WAIT: Duration = Duration::from_secs(1);
 /// known happened before the listing or reading that sees its effect.
 #[derive(Default)]
 pub struct Members {
-    /// Everything on the file system is ours.
+    /// Everything that the watcher tells of may be ours.
     all: AtomicBool,
     directories: RwLock<HashSet<ObjectId>>,
     /// Objects with names (or open descriptors) that may lie outside.
@@ -35,7 +35,7 @@ pub struct Members {
 }
 
 impl Members {
-    /// Everything on the file system belongs to the source.
+    /// Everything that the watcher tells of may concern the source.
     pub fn everything(&self) {
         self.all.store(true, Ordering::Release);
     }
@@ -47,9 +47,9 @@ impl Members {
         }
     }
 
-    /// Whether the object is known as ours.
+    /// Whether the object may be known as ours.
     pub fn knows(&self, id: &ObjectId) -> bool {
-        self.has_directory(id) || self.has_linked(id)
+        self.all.load(Ordering::Acquire) || self.has_directory(id) || self.has_linked(id)
     }
 
     /// An object is no longer part of the source.

@@ -376,7 +376,7 @@ impl Tree for SourceTree {
                 self.opener.places.learn(&object, directory, name);
             }
         } else if stat.nlink > 1 {
-            self.watch.linked(&object);
+            self.watch.linked(fd.as_fd(), name, &object);
         }
         Ok(Lookup::Found(Seen { object, stat }))
     }

@@ -112,22 +112,35 @@ impl Group {
             .map_err(errno)
     }
 
-    /// Takes a mark of [`Self::mark_directory`] away; `mask` as it was given.
+    /// Marks an object itself, by a descriptor (`O_PATH` will do): what is done
+    /// to it under whatever name. Else as [`Self::mark_directory`].
     ///
     /// # Errors
-    /// `ENOENT` when there is none.
-    pub fn unmark_directory(&self, directory: BorrowedFd<'_>, mask: u64) -> Result<(), Errno> {
-        let flags = libc::FAN_MARK_REMOVE | libc::FAN_MARK_ONLYDIR;
-        low_level::fanotify_mark(self.fd.as_raw_fd(), flags, mask, directory.as_raw_fd(), ".")
+    /// Those of [`Self::mark_directory`].
+    pub fn mark_object(&self, object: BorrowedFd<'_>, mask: u64) -> Result<(), Errno> {
+        let path = proc_path(object);
+        let here = libc::AT_FDCWD;
+        low_level::fanotify_mark(self.fd.as_raw_fd(), libc::FAN_MARK_ADD, mask, here, &path)
             .map_err(errno)
     }
 
-    /// Takes all marks on directories away. `directory` is any that can be
-    /// opened.
+    /// Takes the mark of a directory or an object away; `mask` as it was given.
+    ///
+    /// # Errors
+    /// `ENOENT` when there is none.
+    pub fn unmark_object(&self, object: BorrowedFd<'_>, mask: u64) -> Result<(), Errno> {
+        let path = proc_path(object);
+        let here = libc::AT_FDCWD;
+        low_level::fanotify_mark(self.fd.as_raw_fd(), libc::FAN_MARK_REMOVE, mask, here, &path)
+            .map_err(errno)
+    }
+
+    /// Takes all marks on directories and objects away. `directory` is any that
+    /// can be opened.
     ///
     /// # Errors
     /// None in practice.
-    pub fn unmark_directories(&self, directory: BorrowedFd<'_>) -> Result<(), Errno> {
+    pub fn unmark_all(&self, directory: BorrowedFd<'_>) -> Result<(), Errno> {
         let flags = libc::FAN_MARK_FLUSH;
         low_level::fanotify_mark(self.fd.as_raw_fd(), flags, 0, directory.as_raw_fd(), ".")
             .map_err(errno)

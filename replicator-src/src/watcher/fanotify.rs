@@ -29,7 +29,7 @@ const BUFFER: usize = 256 << 10;
 const ENTRIES: u64 = bits::CREATE | bits::DELETE;
 /// A rename in two halves, where it cannot be had as one event.
 const MOVES: u64 = bits::MOVED_FROM | bits::MOVED_TO;
-const CONTENT: u64 = bits::MODIFY | bits::CLOSE_WRITE;
+pub(super) const CONTENT: u64 = bits::MODIFY | bits::CLOSE_WRITE;
 /// What must be told, in full detail.
 pub(super) const CHANGES: u64 = ENTRIES | CONTENT | bits::RENAME | bits::ATTRIB | bits::ONDIR;
 

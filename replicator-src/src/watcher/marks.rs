@@ -6,7 +6,8 @@
 //! file that gets a second name, is changed through it and loses it again
 //! before anybody looks was changed under a name that leads nowhere.
 //!
-//! Marks are added by the walk, before it lists a directory.
+//! Marks are added by the walk, before it lists a directory. A file that has
+//! several names gets a mark of its own, for some of them may be outside.
 
 use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -15,13 +16,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use replicator_common::id::ObjectId;
+use replicator_common::name::Name;
 use replicator_common::status::{WatcherKind, WatcherReport};
 use replicator_common::sys::fanotify::{self, Detail, Event, Group, Queue, bits};
-use replicator_common::sys::handle;
-use rustix::fs::OFlags;
+use replicator_common::sys::{handle, stat};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use super::fanotify::{CHANGES, translate};
+use super::fanotify::{CHANGES, CONTENT, translate};
 use super::root::Root;
 use super::waker::{Bell, failed};
 use super::{Change, DirectoryWatch, Waker, WatchError, Watcher};
@@ -34,6 +36,8 @@ const BUFFER: usize = 256 << 10;
 
 /// Of a directory and its entries. `DELETE_SELF` is the last of a mark.
 const MASK: u64 = CHANGES | bits::EVENT_ON_CHILD | bits::DELETE_SELF;
+/// Of a file with several names.
+const LINKED: u64 = CONTENT | bits::ATTRIB | bits::DELETE_SELF;
 
 /// See the module.
 pub(super) struct Marks {
@@ -153,19 +157,21 @@ impl Watcher for Marks {
         let mut report = self.report.clone();
         report.kind = WatcherKind::Inotify;
         report.doubts.push(
-            "a write is not seen when it goes through a name outside the source, through a file \
-             that was opened outside of it (O_TMPFILE), or through one opened by handle"
+            "a write is not seen when it goes through a name outside the source that is newer \
+             than the last look at the file, or through a file that was opened by handle or, \
+             before it had a name, outside the source (O_TMPFILE)"
                 .to_owned(),
         );
         let state = self.directories.state();
         if let (missing @ 1.., Some(error)) = (state.unmarked.len(), state.last_error) {
             report.doubts.push(format!(
-                "{missing} directories could not be watched ({}); they are walked every {} s",
+                "{missing} directories or files with several names could not be watched ({}); the \
+                 source is walked every {} s",
                 describe(error),
                 self.rescan.as_secs_f64()
             ));
         }
-        report.watches = Some(state.marked.len() as u64);
+        report.watches = Some((state.marked.len() + state.linked.len()) as u64);
         report
     }
 }
@@ -181,12 +187,14 @@ struct Directories {
 struct State {
     /// Directories with a mark.
     marked: HashSet<ObjectId>,
-    /// Directories whose changes are not seen.
+    /// Files with several names that have a mark of their own.
+    linked: HashSet<ObjectId>,
+    /// Directories and such files whose changes are not seen.
     unmarked: HashSet<ObjectId>,
     /// Why the last of them could not be marked.
     last_error: Option<Errno>,
-    /// Directories that left the source keep marks that could not be taken
-    /// away: without privilege nothing leads to them any more.
+    /// What left the source keeps marks that could not be taken away: without
+    /// privilege nothing leads to it any more.
     strays: bool,
 }
 
@@ -196,11 +204,13 @@ impl Directories {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A directory was removed, and its mark with it.
+    /// What had a mark was removed, and its mark with it.
     fn gone(&self, event: &Event) {
         let place = event.place.as_ref().map(|place| &place.directory);
         if let Some(id) = event.target.as_ref().or(place) {
-            self.state().marked.remove(id);
+            let mut state = self.state();
+            state.marked.remove(id);
+            state.linked.remove(id);
         }
     }
 
@@ -211,22 +221,44 @@ impl Directories {
     fn begin_walk(&self, state: &mut State) {
         state.unmarked.clear();
         state.last_error = None;
-        if state.strays && self.group.unmark_directories(self.root.fd()).is_ok() {
+        if state.strays && self.group.unmark_all(self.root.fd()).is_ok() {
             state.marked.clear();
+            state.linked.clear();
             state.strays = false;
         }
     }
 
-    fn unmark(&self, id: &ObjectId) -> Result<(), Errno> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        match handle::open(self.root.fd(), id, flags) {
-            Ok(directory) => match self.group.unmark_directory(directory.as_fd(), MASK) {
-                Err(Errno::NOENT) => Ok(()),
-                result => result,
-            },
-            Err(Errno::STALE) => Ok(()),
-            Err(error) => Err(error),
+    /// What is dead keeps its mark for as long as a program has something open
+    /// in it: that may have a name elsewhere.
+    fn unmark(&self, id: &ObjectId, mask: u64) -> Result<(), Errno> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let object = match handle::open(self.root.fd(), id, flags) {
+            Ok(object) => object,
+            Err(Errno::STALE) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        if stat::of_fd(&object)?.nlink == 0 {
+            return Ok(());
         }
+        match self.group.unmark_object(object.as_fd(), mask) {
+            Err(Errno::NOENT) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// `NOENT` when the name leads elsewhere by now.
+    fn mark_linked(
+        &self,
+        directory: BorrowedFd<'_>,
+        name: &Name,
+        id: &ObjectId,
+    ) -> Result<(), Errno> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let object = rustix::fs::openat(directory, name.as_bytes(), flags, Mode::empty())?;
+        if handle::of_fd(object.as_fd())? != *id {
+            return Err(Errno::NOENT);
+        }
+        self.group.mark_object(object.as_fd(), LINKED)
     }
 }
 
@@ -248,12 +280,31 @@ impl DirectoryWatch for Directories {
         }
     }
 
+    fn linked(&self, directory: BorrowedFd<'_>, name: &Name, id: &ObjectId) {
+        let mut state = self.state();
+        if state.linked.contains(id) {
+            return;
+        }
+        match self.mark_linked(directory, name, id) {
+            Ok(()) => {
+                state.linked.insert(id.clone());
+                state.unmarked.remove(id);
+            }
+            // It is looked at again, for its name changed.
+            Err(Errno::NOENT | Errno::NOTDIR) => {}
+            Err(error) => {
+                state.unmarked.insert(id.clone());
+                state.last_error = Some(error);
+            }
+        }
+    }
+
     fn forget(&self, id: &ObjectId) {
         let mut state = self.state();
         state.unmarked.remove(id);
-        if state.marked.remove(id) && self.unmark(id).is_err() {
-            state.strays = true;
-        }
+        let directory = state.marked.remove(id) && self.unmark(id, MASK).is_err();
+        let linked = state.linked.remove(id) && self.unmark(id, LINKED).is_err();
+        state.strays |= directory || linked;
     }
 }
 

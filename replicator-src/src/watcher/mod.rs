@@ -157,9 +157,9 @@ pub trait DirectoryWatch: Send + Sync {
     /// counts it and says so in its report.
     fn before_listing(&self, directory: BorrowedFd<'_>, id: &ObjectId);
 
-    /// Called with each directory that is no longer part of the source: it
-    /// needs no watch any more. Should it come back, it is listed anew.
-    /// Watchers need not care.
+    /// Called with each directory or object that is no longer part of the
+    /// source: it needs no watch any more. Should it come back, it is listed or
+    /// looked at anew. Watchers need not care.
     fn forget(&self, _id: &ObjectId) {}
 
     /// Called with each directory that was found, before it is read: events of
@@ -167,6 +167,7 @@ pub trait DirectoryWatch: Send + Sync {
     fn found(&self, _id: &ObjectId) {}
 
     /// Called with each object that has several names, before it is read: some
-    /// of them may lie outside the source. Watchers need not care.
-    fn linked(&self, _id: &ObjectId) {}
+    /// of them may lie outside the source. `name` in `directory` is the one by
+    /// which it was found. Watchers need not care.
+    fn linked(&self, _directory: BorrowedFd<'_>, _name: &Name, _id: &ObjectId) {}
 }

@@ -246,6 +246,40 @@ fn trap_2_inotify_tells_the_object_behind_a_dead_name() {
     });
 }
 
+#[test]
+fn trap_2_inotify_sees_a_file_of_several_names_through_those_outside() {
+    on_each(|path| {
+        let (source, outside) = (&path.join("source"), &path.join("outside"));
+        fs::create_dir(source).unwrap();
+        let name = &source.join("f");
+        fs::write(name, "x").unwrap();
+        fs::hard_link(name, outside).unwrap();
+        let mut watched = Watched::open(source, WatcherChoice::Inotify);
+        let (known, directory) = (know(name), open_directory(source));
+        let watch = watched.watcher.directories();
+        watch.linked(directory.as_fd(), &known.name, &known.id);
+        watch.linked(directory.as_fd(), &known.name, &known.id);
+        assert_eq!(watched.watcher.report().watches, Some(2));
+        watched.during(|_| fs::write(outside, "y").unwrap()).content(&known);
+        // A further name, and a write through that.
+        let further = &path.join("further");
+        watched.during(|_| fs::hard_link(name, further).unwrap()).attributes(&known);
+        watched.during(|_| fs::write(further, "z").unwrap()).content(&known);
+        // It left the source.
+        fs::remove_file(name).unwrap();
+        watched.drain();
+        watch.forget(&known.id);
+        watched.during(|_| fs::write(outside, "outside").unwrap()).nothing();
+        // One that dies takes its watch along.
+        fs::hard_link(outside, name).unwrap();
+        watch.linked(directory.as_fd(), &known.name, &known.id);
+        [name, outside, further].into_iter().for_each(|name| fs::remove_file(name).unwrap());
+        watched.drain();
+        assert_eq!(watched.watcher.report().watches, Some(1));
+        assert!(watched.watcher.proves());
+    });
+}
+
 /// What only handles can tell.
 fn by_handle(watched: &mut Watched) {
     let base = watched.path.clone();
