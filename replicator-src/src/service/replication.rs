@@ -150,6 +150,10 @@ impl Replication {
         let inbox = unbounded();
         let wired = Arc::new(AtomicU64::new(0));
         let reason = if mark.watermark.is_some() { "restart" } else { "initial sync" };
+        let reason = match journal.damage() {
+            Some(damage) => format!("{reason}, and {damage}"),
+            None => reason.to_owned(),
+        };
         let engine = Engine::new(
             Parts {
                 settings: engine::Settings {
@@ -170,7 +174,7 @@ impl Replication {
                 shared: self.shared.clone(),
                 wired: wired.clone(),
             },
-            reason,
+            &reason,
         )?;
         let link = self.start_link(identity, runtime, wired, inbox.0.clone());
         let shared = self.shared.clone();
