@@ -491,6 +491,9 @@ impl Engine {
         places: Vec<((ObjectId, replicator_common::name::Name), String)>,
         assembly: &mut Assembly,
     ) {
+        for (object, error) in self.tree.take_doubts() {
+            self.shared.unreadable(self.path_of(&object), &error);
+        }
         let troubles = self.tree.take_troubles();
         for (directory, error) in troubles {
             self.shared.unreadable(self.path_of(&directory), &error);
