@@ -13,7 +13,7 @@ use replicator_common::status::WatcherReport;
 use replicator_common::time::Timestamp;
 
 use crate::journal::{Journal, JournalError, Record};
-use crate::watcher::{Change, DirectoryWatch, Waker, WatchError, Watcher};
+use crate::watcher::{Change, DirectoryWatch, Waker, WatchError, Watcher, What};
 
 /// How long one read of the watcher waits; only bounds how stale its report
 /// can get, barriers and stops wake it.
@@ -89,6 +89,30 @@ impl Members {
         }
     }
 
+    /// Whether a rename led into the source.
+    fn is_from_outside(&self, from: Option<&ObjectId>) -> bool {
+        let ours = |from| self.all.load(Ordering::Acquire) || self.has_directory(from);
+        !from.is_some_and(ours)
+    }
+
+    /// The record of a change that concerns the source, when it needs one.
+    fn record(&self, change: Change) -> Option<Record> {
+        Some(match change {
+            Change::Entry { directory, name } => Record::Entry { directory, name },
+            Change::Object { object, what, via: _ } => Record::Object { object, what },
+            Change::Named { directory, name, what } => Record::Named { directory, name, what },
+            // What it was outside is not known: all of it may differ. Of a
+            // directory, what is below was told for as long as it was ours, and
+            // is looked at as new after that.
+            Change::Arrived { object, from, to: _ } if self.is_from_outside(from.as_ref()) => {
+                let what = What { content: true, attributes: true };
+                Record::Object { object, what }
+            }
+            Change::Arrived { .. } => return None,
+            Change::Gap { reason } => Record::Gap { reason },
+        })
+    }
+
     /// Whether a change may concern the source. An object that was reached
     /// through a foreign directory, or through none, counts when it is known
     /// to have names outside; a change of attributes is always let through
@@ -102,6 +126,7 @@ impl Members {
             Change::Entry { directory, .. } | Change::Named { directory, .. } => {
                 self.has_directory(directory)
             }
+            Change::Arrived { to, .. } => self.has_directory(to),
             Change::Object { object, via, .. } => {
                 via.as_ref().is_none_or(|via| self.has_directory(via))
                     || self.has_directory(object)
@@ -364,7 +389,7 @@ impl Thread {
             self.recent.note(&change);
             self.members.keep(&change, &self.recent);
             if self.members.concerns(&change, &self.recent) {
-                records.push(change.into());
+                records.extend(self.members.record(change));
             }
         }
         if records.is_empty() {
@@ -389,7 +414,6 @@ impl Thread {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::watcher::What;
 
     fn id(number: u64) -> ObjectId {
         ObjectId::new(1, &number.to_be_bytes()).unwrap()
@@ -440,6 +464,21 @@ mod tests {
         assert!(sieve.passes(&change(10, Some(OURS), true)));
         sieve.churn();
         assert!(sieve.passes(&change(10, Some(FOREIGN), true)), "written where it was opened");
+    }
+
+    #[test]
+    fn trap_3_what_comes_from_outside_may_differ_in_all() {
+        let sieve = Sieve::new();
+        let from = |from: Option<u64>| Change::Arrived {
+            object: id(10),
+            from: from.map(id),
+            to: id(OURS),
+        };
+        let what = What { content: true, attributes: true };
+        let all = Some(Record::Object { object: id(10), what });
+        assert_eq!(sieve.members.record(from(Some(FOREIGN))), all);
+        assert_eq!(sieve.members.record(from(None)), all);
+        assert_eq!(sieve.members.record(from(Some(OURS))), None);
     }
 
     #[test]

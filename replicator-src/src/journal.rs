@@ -25,7 +25,7 @@ use replicator_common::name::Name;
 use replicator_common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::watcher::{Change, What};
+use crate::watcher::What;
 
 /// The newest format that this program writes and reads.
 const VERSION: u32 = 1;
@@ -44,21 +44,21 @@ const CACHE_BYTES: u64 = 16 << 20;
 /// One record of the journal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Record {
-    /// See [`Change::Entry`].
+    /// See [`crate::watcher::Change::Entry`].
     Entry {
         /// The directory.
         directory: ObjectId,
         /// The name.
         name: Name,
     },
-    /// See [`Change::Object`].
+    /// See [`crate::watcher::Change::Object`].
     Object {
         /// The object.
         object: ObjectId,
         /// What may have changed.
         what: What,
     },
-    /// See [`Change::Named`].
+    /// See [`crate::watcher::Change::Named`].
     Named {
         /// The directory.
         directory: ObjectId,
@@ -78,17 +78,6 @@ pub enum Record {
         /// The moment at which the drain began.
         time: Timestamp,
     },
-}
-
-impl From<Change> for Record {
-    fn from(change: Change) -> Self {
-        match change {
-            Change::Entry { directory, name } => Self::Entry { directory, name },
-            Change::Object { object, what, via: _ } => Self::Object { object, what },
-            Change::Named { directory, name, what } => Self::Named { directory, name, what },
-            Change::Gap { reason } => Self::Gap { reason },
-        }
-    }
 }
 
 /// Why the journal cannot be used.

@@ -199,7 +199,8 @@ pub(super) fn translate(event: Event, changes: &mut Vec<Change>) {
     }
     let before = changes.len();
     let what = What {
-        content: event.is(CONTENT | bits::CREATE),
+        // Halves of a rename do not tell where it comes from (trap 3).
+        content: event.is(CONTENT | bits::CREATE | bits::MOVED_TO),
         // The size and the times change with the content, the number of links
         // with the entries.
         attributes: true,
@@ -209,6 +210,11 @@ pub(super) fn translate(event: Event, changes: &mut Vec<Change>) {
     }
     push_entry(event.old.as_ref(), changes);
     push_entry(event.new.as_ref(), changes);
+    if let (Some(object), Some(new)) = (&event.target, &event.new) {
+        let from = event.old.as_ref().map(|old| old.directory.clone());
+        let (object, to) = (object.clone(), new.directory.clone());
+        changes.push(Change::Arrived { object, from, to });
+    }
     push_object(event.target, event.place.or(event.new), what, changes);
     if changes.len() == before {
         // The kernel never does this; if it did, a change would be lost.

@@ -5,7 +5,7 @@
 //! later, when it may refer to something else. So this is what is left where
 //! the kernel gives no fanotify marks on directories (see [`super::marks`]).
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::OsStr;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -30,6 +30,9 @@ const NAME: &str = "inotify";
 const BUFFER: usize = 256 << 10;
 /// `sizeof(struct inotify_event)`; names are padded with NULs to a multiple.
 const EVENT_LEN: usize = 16;
+/// Renames of which the second half may still be to come: it follows the first
+/// within one system call.
+const LEFT: usize = 256;
 
 /// See the module.
 pub(super) struct Inotify {
@@ -63,6 +66,7 @@ impl Inotify {
                 watches: queue.watches(),
                 watched: HashMap::new(),
                 descriptors: HashMap::new(),
+                left: VecDeque::new(),
                 unwatched: HashSet::new(),
                 last_error: None,
             }),
@@ -182,6 +186,9 @@ struct State {
     watched: HashMap<i32, ObjectId>,
     /// The same by directory, for taking watches away.
     descriptors: HashMap<ObjectId, WatchDescriptor>,
+    /// Cookies of the last renames out of a watched directory. A rename into
+    /// one without the first half comes from outside.
+    left: VecDeque<u32>,
     /// Directories whose changes are not seen.
     unwatched: HashSet<ObjectId>,
     /// Why the last of them could not be watched.
@@ -196,7 +203,15 @@ impl State {
             length += EVENT_LEN
                 + event.name.map_or(0, |name| (name.len() + 1).next_multiple_of(EVENT_LEN));
             let descriptor = event.wd.get_watch_descriptor_id();
-            translate(event.mask, self.watched.get(&descriptor), event.name, changes);
+            if event.mask.contains(EventMask::MOVED_FROM) {
+                self.left.push_back(event.cookie);
+                if self.left.len() > LEFT {
+                    self.left.pop_front();
+                }
+            }
+            let arrived =
+                event.mask.contains(EventMask::MOVED_TO) && !self.left.contains(&event.cookie);
+            translate(event.mask, self.watched.get(&descriptor), event.name, arrived, changes);
             // The last event of a watch; its directory is gone.
             if event.mask.contains(EventMask::IGNORED)
                 && let Some(id) = self.watched.remove(&descriptor)
@@ -265,11 +280,13 @@ fn describe(error: &std::io::Error) -> String {
 }
 
 /// What may have changed, by one event. `directory` is `None` for a watch that
-/// is not known: the queue as a whole, or one that has ended.
+/// is not known: the queue as a whole, or one that has ended. `arrived` says
+/// that a rename led here from outside, so that all may differ (trap 3).
 fn translate(
     mask: EventMask,
     directory: Option<&ObjectId>,
     name: Option<&OsStr>,
+    arrived: bool,
     changes: &mut Vec<Change>,
 ) {
     let gap = |reason: &str| Change::Gap { reason: reason.to_owned() };
@@ -282,7 +299,8 @@ fn translate(
         return;
     };
     let what = What {
-        content: mask.intersects(EventMask::CREATE | EventMask::MODIFY | EventMask::CLOSE_WRITE),
+        content: arrived
+            || mask.intersects(EventMask::CREATE | EventMask::MODIFY | EventMask::CLOSE_WRITE),
         attributes: true,
     };
     let entries =

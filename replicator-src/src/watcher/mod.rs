@@ -64,6 +64,17 @@ pub enum Change {
         /// What may have changed.
         what: What,
     },
+    /// A rename gave an object a name in a directory. When it comes from
+    /// outside the source, what was done to it there was not told, or dropped
+    /// (trap 3).
+    Arrived {
+        /// The object.
+        object: ObjectId,
+        /// The directory that it was in; `None` for one that is not watched.
+        from: Option<ObjectId>,
+        /// The directory that it is in.
+        to: ObjectId,
+    },
     /// Changes may have been lost; all that happened since the last complete
     /// drain is in doubt.
     Gap {

@@ -167,6 +167,46 @@ fn trap_3_a_directory_that_left_is_not_watched_until_it_is_listed_again() {
     });
 }
 
+/// A file that leaves, changes and returns: whoever sees no event of the change
+/// must say that all may differ.
+#[test]
+fn trap_3_a_file_that_comes_from_outside_is_told() {
+    on("tmpfs", |path| {
+        let source = path.join("source");
+        fs::create_dir(&source).unwrap();
+        fs::create_dir(source.join("d")).unwrap();
+        let (inside, outside, deeper) =
+            (source.join("f"), path.join("outside"), source.join("d/f"));
+        for mut watched in Watched::each_directory(&source) {
+            watched.walk();
+            fs::write(&inside, "x").unwrap();
+            let object = know(&inside).id;
+            let told = |seen: &Seen, place: &Path| {
+                let arrived = |change: &Change| matches!(change, Change::Arrived { from: None, object: o, .. } if *o == object);
+                let named = |change: &Change| {
+                    let place = know(place);
+                    matches!(change, Change::Named { name, what, .. } if *name == place.name && what.content)
+                };
+                seen.0.iter().any(|change| arrived(change) || named(change))
+            };
+            let seen = watched.during(|_| fs::rename(&inside, &outside).unwrap());
+            assert!(!seen.0.is_empty());
+            fs::write(&outside, "y").unwrap();
+            let seen = watched.during(|_| fs::rename(&outside, &inside).unwrap());
+            assert!(told(&seen, &inside), "{seen:?}");
+            let seen = watched.during(|_| fs::rename(&inside, &deeper).unwrap());
+            assert!(!told(&seen, &deeper), "it was inside all the time: {seen:?}");
+            fs::remove_file(&deeper).unwrap();
+        }
+        let mut watched = Watched::open(&source, WatcherChoice::Fanotify);
+        fs::write(&outside, "x").unwrap();
+        let seen = watched.during(|_| fs::rename(&outside, &inside).unwrap());
+        let object = know(&inside).id;
+        let (from, to) = (Some(know(&source).directory), know(&inside).directory);
+        assert!(seen.0.contains(&Change::Arrived { object, from, to }), "{seen:?}");
+    });
+}
+
 /// Without privilege nothing leads to a directory that left: its mark stays
 /// until the next walk renews all of them.
 #[test]
