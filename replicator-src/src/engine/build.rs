@@ -289,6 +289,10 @@ impl Engine {
                 HoldReason::Unreadable { .. } => 0,
             };
             draft.outcomes.insert(object.clone(), Outcome::Large { size });
+            // An event told so, perhaps by a name that the hold does not know.
+            // A walk asks for all that differs from the index, whatever events
+            // told; then change times have to do.
+            held.touched |= self.gap.is_none();
             return Ok(true);
         }
         if !matches!(held.transfer, Transfer::Ready { .. }) {
