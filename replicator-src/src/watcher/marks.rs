@@ -38,6 +38,8 @@ const BUFFER: usize = 256 << 10;
 const MASK: u64 = CHANGES | bits::EVENT_ON_CHILD | bits::DELETE_SELF;
 /// Of a file with several names.
 const LINKED: u64 = CONTENT | bits::ATTRIB | bits::DELETE_SELF;
+/// The part of a user's marks that such files may have: directories come first.
+const LINKED_SHARE: usize = 4;
 
 /// See the module.
 pub(super) struct Marks {
@@ -71,7 +73,8 @@ impl Marks {
             .map_err(|error| unsupported("no group", error))?;
         group.mark_directory(root.fd(), MASK).map_err(|error| unsupported("no mark", error))?;
         let marked = HashSet::from([root.id().clone()]);
-        let state = Mutex::new(State { marked, ..State::default() });
+        let linked_most = marks_allowed() / LINKED_SHARE;
+        let state = Mutex::new(State { marked, linked_most, ..State::default() });
         Ok(Self {
             directories: Arc::new(Directories { group, root, state }),
             bell: Bell::new(NAME)?,
@@ -165,10 +168,15 @@ impl Watcher for Marks {
         let state = self.directories.state();
         if let (missing @ 1.., Some(error)) = (state.unmarked.len(), state.last_error) {
             report.doubts.push(format!(
-                "{missing} directories or files with several names could not be watched ({}); the \
-                 source is walked every {} s",
+                "{missing} directories could not be watched ({}); they are walked every {} s",
                 describe(error),
                 self.rescan.as_secs_f64()
+            ));
+        }
+        if let missing @ 1.. = state.crowded.len() {
+            report.doubts.push(format!(
+                "{missing} files with several names have no watch of their own: a write is not \
+                 seen when it goes through a name outside the source"
             ));
         }
         report.watches = Some((state.marked.len() + state.linked.len()) as u64);
@@ -189,7 +197,11 @@ struct State {
     marked: HashSet<ObjectId>,
     /// Files with several names that have a mark of their own.
     linked: HashSet<ObjectId>,
-    /// Directories and such files whose changes are not seen.
+    /// Most of them.
+    linked_most: usize,
+    /// Such files without a mark: one more doubt, but not a reason to walk.
+    crowded: HashSet<ObjectId>,
+    /// Directories whose changes are not seen.
     unmarked: HashSet<ObjectId>,
     /// Why the last of them could not be marked.
     last_error: Option<Errno>,
@@ -220,6 +232,7 @@ impl Directories {
     /// rid of strays: what goes unseen until then, the walk finds.
     fn begin_walk(&self, state: &mut State) {
         state.unmarked.clear();
+        state.crowded.clear();
         state.last_error = None;
         if state.strays && self.group.unmark_all(self.root.fd()).is_ok() {
             state.marked.clear();
@@ -285,27 +298,33 @@ impl DirectoryWatch for Directories {
         if state.linked.contains(id) {
             return;
         }
-        match self.mark_linked(directory, name, id) {
-            Ok(()) => {
+        let room = state.linked.len() < state.linked_most;
+        match room.then(|| self.mark_linked(directory, name, id)) {
+            Some(Ok(())) => {
                 state.linked.insert(id.clone());
-                state.unmarked.remove(id);
+                state.crowded.remove(id);
             }
             // It is looked at again, for its name changed.
-            Err(Errno::NOENT | Errno::NOTDIR) => {}
-            Err(error) => {
-                state.unmarked.insert(id.clone());
-                state.last_error = Some(error);
-            }
+            Some(Err(Errno::NOENT | Errno::NOTDIR)) => {}
+            Some(Err(_)) | None => drop(state.crowded.insert(id.clone())),
         }
     }
 
     fn forget(&self, id: &ObjectId) {
         let mut state = self.state();
         state.unmarked.remove(id);
+        state.crowded.remove(id);
         let directory = state.marked.remove(id) && self.unmark(id, MASK).is_err();
         let linked = state.linked.remove(id) && self.unmark(id, LINKED).is_err();
         state.strays |= directory || linked;
     }
+}
+
+/// How many marks the user may have, over all processes; the kernel's least
+/// where it does not say.
+fn marks_allowed() -> usize {
+    let text = std::fs::read_to_string("/proc/sys/fs/fanotify/max_user_marks");
+    text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(8192)
 }
 
 fn describe(error: Errno) -> String {
