@@ -48,7 +48,8 @@ pub enum WatcherChoice {
     Auto,
     /// fanotify or an error.
     Fanotify,
-    /// inotify or an error.
+    /// A watch on each directory, or an error; see
+    /// [`WatcherKind::Inotify`](crate::status::WatcherKind::Inotify).
     Inotify,
     /// A periodic walk.
     Scan,

@@ -58,7 +58,8 @@ pub enum DesiredState {
 pub enum WatcherKind {
     /// A fanotify mark on the whole file system.
     Fanotify,
-    /// An inotify watch on each directory.
+    /// A watch on each directory: a fanotify mark where the kernel gives one to
+    /// users without privilege (since Linux 5.17), else an inotify watch.
     Inotify,
     /// A periodic walk.
     Scan,
@@ -85,7 +86,8 @@ pub struct WatcherReport {
     pub reason: String,
     /// What this choice cannot see or promise, in words; empty when nothing.
     pub doubts: Vec<String>,
-    /// Directories watched, where that has a cost (inotify).
+    /// Directories, and files with several names, that are watched one by one,
+    /// where that has a cost (inotify).
     pub watches: Option<u64>,
 }
 

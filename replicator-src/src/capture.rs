@@ -13,7 +13,7 @@ use replicator_common::status::WatcherReport;
 use replicator_common::time::Timestamp;
 
 use crate::journal::{Journal, JournalError, Record};
-use crate::watcher::{Change, DirectoryWatch, Waker, WatchError, Watcher};
+use crate::watcher::{Change, DirectoryWatch, Waker, WatchError, Watcher, What};
 
 /// How long one read of the watcher waits; only bounds how stale its report
 /// can get, barriers and stops wake it.
@@ -27,7 +27,7 @@ const READ_WAIT: Duration = Duration::from_secs(1);
 /// known happened before the listing or reading that sees its effect.
 #[derive(Default)]
 pub struct Members {
-    /// Everything on the file system is ours.
+    /// Everything that the watcher tells of may be ours.
     all: AtomicBool,
     directories: RwLock<HashSet<ObjectId>>,
     /// Objects with names (or open descriptors) that may lie outside.
@@ -35,7 +35,7 @@ pub struct Members {
 }
 
 impl Members {
-    /// Everything on the file system belongs to the source.
+    /// Everything that the watcher tells of may concern the source.
     pub fn everything(&self) {
         self.all.store(true, Ordering::Release);
     }
@@ -47,9 +47,15 @@ impl Members {
         }
     }
 
-    /// A directory is no longer part of the source.
-    pub fn remove_directory(&self, id: &ObjectId) {
+    /// Whether the object may be known as ours.
+    pub fn knows(&self, id: &ObjectId) -> bool {
+        self.all.load(Ordering::Acquire) || self.has_directory(id) || self.has_linked(id)
+    }
+
+    /// An object is no longer part of the source.
+    pub fn remove(&self, id: &ObjectId) {
         self.directories.write().unwrap_or_else(PoisonError::into_inner).remove(id);
+        self.linked.write().unwrap_or_else(PoisonError::into_inner).remove(id);
     }
 
     /// An object can be reached by names that the tree does not show.
@@ -61,6 +67,50 @@ impl Members {
 
     fn has_directory(&self, id: &ObjectId) -> bool {
         self.directories.read().unwrap_or_else(PoisonError::into_inner).contains(id)
+    }
+
+    fn has_linked(&self, id: &ObjectId) -> bool {
+        self.linked.read().unwrap_or_else(PoisonError::into_inner).contains(id)
+    }
+
+    /// Keeps for good what [`Recent`] would forget: an object that got a name
+    /// while nothing said where, and is now seen to have one in the source. It
+    /// may have been opened elsewhere (O_TMPFILE), and the kernel goes on
+    /// telling where it was opened, not where it stands.
+    fn keep(&self, change: &Change, recent: &Recent) {
+        // A removed name has its object told twice in the same way; what is
+        // being removed need not be kept.
+        if let Change::Object { object, via: Some(via), what } = change
+            && what.content
+            && recent.contains(object)
+            && self.has_directory(via)
+        {
+            self.add_linked(object.clone());
+        }
+    }
+
+    /// Whether a rename led into the source.
+    fn is_from_outside(&self, from: Option<&ObjectId>) -> bool {
+        let ours = |from| self.all.load(Ordering::Acquire) || self.has_directory(from);
+        !from.is_some_and(ours)
+    }
+
+    /// The record of a change that concerns the source, when it needs one.
+    fn record(&self, change: Change) -> Option<Record> {
+        Some(match change {
+            Change::Entry { directory, name } => Record::Entry { directory, name },
+            Change::Object { object, what, via: _ } => Record::Object { object, what },
+            Change::Named { directory, name, what } => Record::Named { directory, name, what },
+            // What it was outside is not known: all of it may differ. Of a
+            // directory, what is below was told for as long as it was ours, and
+            // is looked at as new after that.
+            Change::Arrived { object, from, to: _ } if self.is_from_outside(from.as_ref()) => {
+                let what = What { content: true, attributes: true };
+                Record::Object { object, what }
+            }
+            Change::Arrived { .. } => return None,
+            Change::Gap { reason } => Record::Gap { reason },
+        })
     }
 
     /// Whether a change may concern the source. An object that was reached
@@ -76,11 +126,12 @@ impl Members {
             Change::Entry { directory, .. } | Change::Named { directory, .. } => {
                 self.has_directory(directory)
             }
+            Change::Arrived { to, .. } => self.has_directory(to),
             Change::Object { object, via, .. } => {
                 via.as_ref().is_none_or(|via| self.has_directory(via))
                     || self.has_directory(object)
                     || recent.contains(object)
-                    || self.linked.read().unwrap_or_else(PoisonError::into_inner).contains(object)
+                    || self.has_linked(object)
             }
         }
     }
@@ -88,7 +139,8 @@ impl Members {
 
 /// Objects whose attributes changed lately without a word where: a hard link
 /// to one of ours may just have been made outside. Bridges the moment until
-/// the engine has looked and says so by [`Members::add_linked`].
+/// the engine has looked and says so by [`Members::add_linked`], or until the
+/// event of the new name says so ([`Members::keep`]).
 #[derive(Default)]
 struct Recent {
     order: VecDeque<ObjectId>,
@@ -335,8 +387,9 @@ impl Thread {
         let mut records: Vec<Record> = Vec::with_capacity(changes.len());
         for change in changes.drain(..) {
             self.recent.note(&change);
+            self.members.keep(&change, &self.recent);
             if self.members.concerns(&change, &self.recent) {
-                records.push(change.into());
+                records.extend(self.members.record(change));
             }
         }
         if records.is_empty() {
@@ -355,5 +408,87 @@ impl Thread {
         *self.rescan_every.lock().unwrap_or_else(PoisonError::into_inner) =
             self.watcher.rescan_every();
         self.proves.store(self.watcher.proves(), Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(number: u64) -> ObjectId {
+        ObjectId::new(1, &number.to_be_bytes()).unwrap()
+    }
+
+    fn change(object: u64, via: Option<u64>, content: bool) -> Change {
+        let what = What { content, attributes: true };
+        Change::Object { object: id(object), via: via.map(id), what }
+    }
+
+    /// One of ours, one that is not.
+    const OURS: u64 = 1;
+    const FOREIGN: u64 = 2;
+
+    struct Sieve {
+        members: Members,
+        recent: Recent,
+    }
+
+    impl Sieve {
+        fn new() -> Self {
+            let members = Members::default();
+            members.add_directory(id(OURS));
+            Self { members, recent: Recent::default() }
+        }
+
+        /// What the capture thread does with each change.
+        fn passes(&mut self, change: &Change) -> bool {
+            self.recent.note(change);
+            self.members.keep(change, &self.recent);
+            self.members.concerns(change, &self.recent)
+        }
+
+        /// Names are removed all over the file system.
+        fn churn(&mut self) {
+            for number in 0..2 * Recent::MOST as u64 {
+                self.passes(&change(1000 + number, None, false));
+            }
+        }
+    }
+
+    #[test]
+    fn trap_2_a_nameless_file_made_outside_and_linked_in_is_not_forgotten() {
+        let mut sieve = Sieve::new();
+        assert!(!sieve.passes(&change(10, Some(FOREIGN), true)), "still outside");
+        // linkat(2): the number of links, then the entry.
+        assert!(sieve.passes(&change(10, None, false)));
+        assert!(sieve.passes(&change(10, Some(OURS), true)));
+        sieve.churn();
+        assert!(sieve.passes(&change(10, Some(FOREIGN), true)), "written where it was opened");
+    }
+
+    #[test]
+    fn trap_3_what_comes_from_outside_may_differ_in_all() {
+        let sieve = Sieve::new();
+        let from = |from: Option<u64>| Change::Arrived {
+            object: id(10),
+            from: from.map(id),
+            to: id(OURS),
+        };
+        let what = What { content: true, attributes: true };
+        let all = Some(Record::Object { object: id(10), what });
+        assert_eq!(sieve.members.record(from(Some(FOREIGN))), all);
+        assert_eq!(sieve.members.record(from(None)), all);
+        assert_eq!(sieve.members.record(from(Some(OURS))), None);
+    }
+
+    #[test]
+    fn what_is_removed_is_not_kept() {
+        let mut sieve = Sieve::new();
+        // unlink(2): the number of links, then the entry.
+        assert!(sieve.passes(&change(10, None, false)));
+        assert!(sieve.passes(&change(10, Some(OURS), false)));
+        assert!(!sieve.members.knows(&id(10)), "or every removed file would stay in memory");
+        sieve.churn();
+        assert!(!sieve.passes(&change(10, Some(FOREIGN), true)));
     }
 }

@@ -9,6 +9,12 @@
 //! Tree `records`: key = sequence number, 8 bytes big endian; value =
 //! [`codec::encode_record`] of [`Record`]. Tree `meta`: `version` → 4 bytes
 //! little endian. Versions: 1, the first.
+//!
+//! # Damage
+//! What is lost here is a gap, which a walk closes; so damage never ends a
+//! replication. A record that cannot be read is given as [`Record::Gap`]. A
+//! store that cannot be opened because it is corrupt is set aside beside the
+//! new one, as `journal.corrupt-<time>`, for whoever wants to know why.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,7 +25,7 @@ use replicator_common::name::Name;
 use replicator_common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::watcher::{Change, What};
+use crate::watcher::What;
 
 /// The newest format that this program writes and reads.
 const VERSION: u32 = 1;
@@ -38,21 +44,21 @@ const CACHE_BYTES: u64 = 16 << 20;
 /// One record of the journal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Record {
-    /// See [`Change::Entry`].
+    /// See [`crate::watcher::Change::Entry`].
     Entry {
         /// The directory.
         directory: ObjectId,
         /// The name.
         name: Name,
     },
-    /// See [`Change::Object`].
+    /// See [`crate::watcher::Change::Object`].
     Object {
         /// The object.
         object: ObjectId,
         /// What may have changed.
         what: What,
     },
-    /// See [`Change::Named`].
+    /// See [`crate::watcher::Change::Named`].
     Named {
         /// The directory.
         directory: ObjectId,
@@ -74,17 +80,6 @@ pub enum Record {
     },
 }
 
-impl From<Change> for Record {
-    fn from(change: Change) -> Self {
-        match change {
-            Change::Entry { directory, name } => Self::Entry { directory, name },
-            Change::Object { object, what, via: _ } => Self::Object { object, what },
-            Change::Named { directory, name, what } => Self::Named { directory, name, what },
-            Change::Gap { reason } => Self::Gap { reason },
-        }
-    }
-}
-
 /// Why the journal cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
@@ -96,7 +91,7 @@ pub enum JournalError {
         /// What the store said.
         source: sled::Error,
     },
-    /// A record cannot be read.
+    /// A record cannot be encoded.
     #[error("journal {}: record {seq}: {source}", path.display())]
     Record {
         /// The journal's directory.
@@ -119,6 +114,8 @@ pub enum JournalError {
 /// The open journal, shared by the capture thread (append) and the engine
 /// (read, trim).
 pub struct Journal {
+    /// What was wrong with the journal that was set aside for this one.
+    damage: Option<String>,
     db: sled::Db,
     records: sled::Tree,
     path: PathBuf,
@@ -135,6 +132,18 @@ impl Journal {
     /// highest sequence number that was ever used as far as the index knows,
     /// so that numbers are not reused after the journal was emptied.
     pub fn open(path: &Path, floor: Seq) -> Result<Self, JournalError> {
+        let error = match Self::open_as_it_is(path, floor) {
+            Err(JournalError::Store { source, .. }) if is_corrupt(&source) => source,
+            result => return result,
+        };
+        let aside = set_aside(path)?;
+        let damage = format!("the journal was corrupt ({error})");
+        tracing::warn!(%error, aside = %aside.display(), "the journal is corrupt; a new one begins");
+        let new = Self::open_as_it_is(path, floor)?;
+        Ok(Self { damage: Some(damage), ..new })
+    }
+
+    fn open_as_it_is(path: &Path, floor: Seq) -> Result<Self, JournalError> {
         let store = |source| JournalError::Store { path: path.to_owned(), source };
         let db = open_store(path).map_err(store)?;
         let meta = db.open_tree("meta").map_err(store)?;
@@ -143,7 +152,8 @@ impl Journal {
                 meta.insert("version", &VERSION.to_le_bytes()).map_err(store)?;
             }
             Some(bytes) => {
-                let found = bytes.as_ref().try_into().map_or(u32::MAX, u32::from_le_bytes);
+                let found = bytes.as_ref().try_into().map(u32::from_le_bytes);
+                let found = found.map_err(|_| store(corruption()))?;
                 if found > VERSION {
                     return Err(JournalError::Newer { path: path.to_owned(), found });
                 }
@@ -152,10 +162,15 @@ impl Journal {
         let records = db.open_tree("records").map_err(store)?;
         let ends = (records.first().map_err(store)?, records.last().map_err(store)?);
         let (trimmed, last) = match ends {
-            (Some((first, _)), Some((last, _))) => (seq_of(&first).0 - 1, seq_of(&last).0),
+            (Some((first, _)), Some((last, _))) => {
+                let ends = seq_of(&first).zip(seq_of(&last));
+                let (first, last) = ends.ok_or_else(|| store(corruption()))?;
+                (first.0 - 1, last.0)
+            }
             _ => (floor.0, floor.0),
         };
         Ok(Self {
+            damage: None,
             db,
             records,
             path: path.to_owned(),
@@ -163,6 +178,12 @@ impl Journal {
             trimmed: AtomicU64::new(trimmed),
             flushed: AtomicU64::new(last),
         })
+    }
+
+    /// What was wrong with the journal that was found and set aside: what it
+    /// held is lost, a gap.
+    pub fn damage(&self) -> Option<&str> {
+        self.damage.as_deref()
     }
 
     /// Appends records in order and returns the number of the last one.
@@ -203,17 +224,19 @@ impl Journal {
         Ok(Seq(last))
     }
 
-    /// Up to `most` records after `after`, in order.
+    /// Up to `most` records after `after`, in order. One that cannot be read is
+    /// a gap.
     pub fn read(&self, after: Seq, most: usize) -> Result<Vec<(Seq, Record)>, JournalError> {
         let mut found = Vec::new();
         for row in self.records.range((after.0 + 1).to_be_bytes()..).take(most) {
             let (key, value) = row.map_err(|e| self.store(e))?;
-            let seq = seq_of(&key);
-            let record = codec::decode_record(&value).map_err(|source| JournalError::Record {
-                path: self.path.clone(),
-                seq,
-                source,
-            })?;
+            let seq = seq_of(&key).ok_or_else(|| self.store(corruption()))?;
+            let record = codec::decode_record(&value).unwrap_or_else(|error| {
+                tracing::warn!(%seq, %error, "a record of the journal cannot be read");
+                Record::Gap {
+                    reason: format!("record {seq} of the journal cannot be read: {error}"),
+                }
+            });
             found.push((seq, record));
         }
         Ok(found)
@@ -276,9 +299,7 @@ fn open_store(path: &Path) -> Result<sled::Db, sled::Error> {
             .mode(sled::Mode::HighThroughput)
             .open();
         match opened {
-            Err(sled::Error::Io(error))
-                if tries > 0 && error.to_string().contains("could not acquire lock") =>
-            {
+            Err(sled::Error::Io(error)) if tries > 0 && is_locked(&error) => {
                 tries -= 1;
                 std::thread::sleep(std::time::Duration::from_millis(20));
             }
@@ -287,8 +308,51 @@ fn open_store(path: &Path) -> Result<sled::Db, sled::Error> {
     }
 }
 
-fn seq_of(key: &[u8]) -> Seq {
-    Seq(key.try_into().map_or(0, u64::from_be_bytes))
+/// Moves a corrupt store out of the way.
+fn set_aside(path: &Path) -> Result<PathBuf, JournalError> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".corrupt-{}", Timestamp::now().to_compact()));
+    let aside = path.with_file_name(name);
+    // Not made durable: should the old one stand here again after a crash, it
+    // is set aside again.
+    std::fs::rename(path, &aside)
+        .map_err(|error| JournalError::Store { path: path.to_owned(), source: error.into() })?;
+    Ok(aside)
+}
+
+/// Whether the store's files are damaged, as against unreadable for now (no
+/// permission, a failing or full disk).
+fn is_corrupt(error: &sled::Error) -> bool {
+    match error {
+        sled::Error::Corruption { .. }
+        | sled::Error::Unsupported(_)
+        | sled::Error::ReportableBug(_)
+        | sled::Error::CollectionNotFound(_) => true,
+        sled::Error::Io(error) => {
+            matches!(
+                error.kind(),
+                std::io::ErrorKind::InvalidData
+                    | std::io::ErrorKind::InvalidInput
+                    | std::io::ErrorKind::UnexpectedEof
+                    | std::io::ErrorKind::Other
+            ) && error.raw_os_error().is_none()
+                && !is_locked(error)
+        }
+    }
+}
+
+fn is_locked(error: &std::io::Error) -> bool {
+    error.to_string().contains("could not acquire lock")
+}
+
+/// For what the store gives back and this program never wrote.
+fn corruption() -> sled::Error {
+    sled::Error::Corruption { at: None, bt: () }
+}
+
+/// Numbers begin at 1.
+fn seq_of(key: &[u8]) -> Option<Seq> {
+    key.try_into().ok().map(u64::from_be_bytes).filter(|seq| *seq > 0).map(Seq)
 }
 
 #[cfg(test)]
@@ -327,5 +391,79 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let journal = Journal::open(&directory.path().join("journal"), Seq(77)).unwrap();
         assert_eq!(journal.append(&[entry(1)]).unwrap(), Seq(78));
+    }
+
+    fn all(journal: &Journal) -> Vec<Record> {
+        journal.read(Seq(0), 10_000).unwrap().into_iter().map(|(_, record)| record).collect()
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_read_is_a_gap() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&directory.path().join("journal"), Seq(0)).unwrap();
+        journal.append(&[entry(1), entry(2), entry(3)]).unwrap();
+        journal.records.insert(2u64.to_be_bytes(), &b"\xff\xff not a record"[..]).unwrap();
+        let found = all(&journal);
+        assert_eq!((&found[0], &found[2]), (&entry(1), &entry(3)));
+        assert!(matches!(&found[1], Record::Gap { reason } if reason.contains('2')), "{found:?}");
+    }
+
+    /// Each way to damage the files, and the journal opens all the same: with
+    /// its records, or anew with the damage said and the old files kept.
+    #[test]
+    fn a_corrupt_store_is_set_aside_and_said() {
+        type Damage = fn(&Path);
+        let damages: [(&str, Damage); 6] = [
+            ("garbage for db", |path| std::fs::write(path.join("db"), [0x5a; 300_000]).unwrap()),
+            ("garbage for conf", |path| std::fs::write(path.join("conf"), [0x5a; 64]).unwrap()),
+            ("empty conf", |path| std::fs::write(path.join("conf"), "").unwrap()),
+            ("db cut", |path| truncate(&path.join("db"), 1000)),
+            ("db with a hole", |path| overwrite(&path.join("db"), 4096, &[0xa5; 20_000])),
+            ("version of three bytes", |path| {
+                let db = open_store(path).unwrap();
+                db.open_tree("meta").unwrap().insert("version", &[1, 0, 0][..]).unwrap();
+                db.flush().unwrap();
+            }),
+        ];
+        let mut set_aside = 0;
+        for (what, damage) in damages {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("journal");
+            {
+                let journal = Journal::open(&path, Seq(0)).unwrap();
+                let records: Vec<_> = (0..3000).map(entry).collect();
+                journal.append(&records).unwrap();
+                journal.flush().unwrap();
+            }
+            damage(&path);
+            let journal = Journal::open(&path, Seq(5000)).unwrap_or_else(|e| panic!("{what}: {e}"));
+            let kept = std::fs::read_dir(directory.path()).unwrap().count() - 1;
+            assert_eq!(kept, usize::from(journal.damage().is_some()), "{what}");
+            set_aside += kept;
+            // A store that lost its tail by itself looks whole to sled; a start
+            // is a gap in any case.
+            assert_eq!(journal.append(&[entry(7)]).unwrap(), Seq(5001), "{what}");
+            assert_eq!(all(&journal).last(), Some(&entry(7)), "{what}");
+        }
+        assert!(set_aside >= 2, "the damage was none: {set_aside}");
+    }
+
+    #[test]
+    fn a_store_that_cannot_be_reached_is_not_taken_for_corrupt() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        std::fs::write(&path, "in the way").unwrap();
+        assert!(Journal::open(&path, Seq(0)).is_err());
+        assert_eq!(std::fs::read(&path).unwrap(), b"in the way");
+    }
+
+    fn truncate(path: &Path, length: u64) {
+        std::fs::File::options().write(true).open(path).unwrap().set_len(length).unwrap();
+    }
+
+    fn overwrite(path: &Path, offset: u64, bytes: &[u8]) {
+        use std::os::unix::fs::FileExt;
+        let file = std::fs::File::options().write(true).open(path).unwrap();
+        file.write_all_at(bytes, offset).unwrap();
     }
 }

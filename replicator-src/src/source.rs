@@ -278,12 +278,15 @@ pub struct SourceTree {
     open: HashMap<ObjectId, Arc<OwnedFd>>,
     /// Directories that could not be listed since the last look, with the error.
     troubles: Vec<(ObjectId, String)>,
+    /// Objects whose fate could not be told since the last look, with the error.
+    doubts: Vec<(ObjectId, String)>,
 }
 
 impl SourceTree {
     /// Over a source; `watch` is told of each directory before it is listed.
     pub fn new(opener: Opener, filter: Filter, watch: Arc<dyn DirectoryWatch>) -> Self {
-        Self { opener, filter, watch, open: HashMap::new(), troubles: Vec::new() }
+        let (open, troubles, doubts) = (HashMap::new(), Vec::new(), Vec::new());
+        Self { opener, filter, watch, open, troubles, doubts }
     }
 
     /// Opens what it needs.
@@ -311,6 +314,20 @@ impl SourceTree {
     /// Directories that could not be listed since the last call, with the error.
     pub fn take_troubles(&mut self) -> Vec<(ObjectId, String)> {
         std::mem::take(&mut self.troubles)
+    }
+
+    /// Objects without a name whose fate could not be told since the last call,
+    /// with the error.
+    pub fn take_doubts(&mut self) -> Vec<(ObjectId, String)> {
+        std::mem::take(&mut self.doubts)
+    }
+
+    fn try_fate(&self, object: &ObjectId) -> Result<Fate, Errno> {
+        let Some(fd) = self.opener.open(object, None, OFlags::PATH)? else {
+            return Ok(Fate::Dead);
+        };
+        let nlink = stat::of_fd(&fd)?.nlink;
+        Ok(if nlink == 0 { Fate::Dead } else { Fate::Alive })
     }
 
     /// A directory that cannot be listed is passed over (what the replica has
@@ -376,7 +393,7 @@ impl Tree for SourceTree {
                 self.opener.places.learn(&object, directory, name);
             }
         } else if stat.nlink > 1 {
-            self.watch.linked(&object);
+            self.watch.linked(fd.as_fd(), name, &object);
         }
         Ok(Lookup::Found(Seen { object, stat }))
     }
@@ -415,12 +432,46 @@ impl Tree for SourceTree {
             // an orphan until every event has been seen.
             return Ok(Fate::Alive);
         }
-        let fd = self
-            .opener
-            .open(object, None, OFlags::PATH)
-            .map_err(SourceError::call("open", object))?;
-        let Some(fd) = fd else { return Ok(Fate::Dead) };
-        let data = stat::of_fd(&fd).map_err(SourceError::call("stat", object))?;
-        Ok(if data.nlink == 0 { Fate::Dead } else { Fate::Alive })
+        self.try_fate(object).or_else(|error| {
+            // One object that cannot be looked at must not stop the rest. As
+            // long as nobody knows, it is not dead: it is asked for again, and
+            // waits as an orphan until every event of a new name has been seen.
+            self.doubts.push((object.clone(), error.to_string()));
+            Ok(Fate::Alive)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct NoWatch;
+
+    impl DirectoryWatch for NoWatch {
+        fn before_listing(&self, _directory: BorrowedFd<'_>, _id: &ObjectId) {}
+    }
+
+    #[test]
+    fn an_object_that_cannot_be_looked_at_is_not_dead_and_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = Root::open(directory.path()).unwrap();
+        assert!(root.by_handle(), "this test opens by handle and needs root");
+        let opener = Opener::new(Arc::new(root), Arc::default());
+        let mut tree = SourceTree::new(opener, Filter::default(), Arc::new(NoWatch));
+        // Not a handle of the kernel's: EINVAL stands for EIO and EACCES.
+        let object = ObjectId::new(ObjectId::TAG_INODE, &[7; 24]).unwrap();
+        assert_eq!(tree.fate(&object).unwrap(), Fate::Alive);
+        let doubts = tree.take_doubts();
+        assert!(matches!(&doubts[..], [(named, _)] if *named == object), "{doubts:?}");
+        assert_eq!(tree.take_doubts(), []);
+
+        let name = Name::new(b"file").unwrap();
+        std::fs::write(directory.path().join("file"), "").unwrap();
+        let file = handle::identify_entry(tree.opener.root().fd(), &name).unwrap();
+        assert_eq!(tree.fate(&file).unwrap(), Fate::Alive);
+        std::fs::remove_file(directory.path().join("file")).unwrap();
+        assert_eq!(tree.fate(&file).unwrap(), Fate::Dead);
+        assert_eq!(tree.take_doubts(), []);
     }
 }

@@ -26,12 +26,12 @@ pub const WATCHERS: [&str; 3] = ["fanotify", "inotify", "scan"];
 /// Operations (see [`crate::workload::op::NAMES`]) of which a watcher cannot
 /// see everything, as it says among its doubts.
 ///
-/// inotify tells of a write by the name that the file was opened under. A write
-/// through a name outside of the source, through one that was unlinked since,
-/// or to a file made without a name stays unseen until the next walk.
+/// A watch on each directory does not tell of a write through a name outside of
+/// the source that was made just now, or through a file that was made outside
+/// without a name; it stays unseen until the next walk.
 pub fn unseen_by(watcher: &str) -> &'static [&'static str] {
     match watcher {
-        "inotify" => &["OutsideLink", "HoldOpen", "TmpFile"],
+        "inotify" => &["OutsideLink", "TmpFile"],
         _ => &[],
     }
 }

@@ -40,8 +40,10 @@ pub struct SourceConfig {
     /// How long a large file must be left alone before it is shipped, unless
     /// it is never left alone. 0 ms to 60 s, default 500 ms.
     pub settle: Interval<0, 60_000>,
-    /// How often the `scan` watcher walks the source; the other watchers do
-    /// not use it. 1 s to 7 d, default 60 s.
+    /// How often the source is walked where events alone do not suffice: by
+    /// the `scan` watcher, and by the others on a file system that also changes
+    /// without events, or while `inotify` has no watch on some directory. 1 s
+    /// to 7 d, default 60 s.
     pub rescan_interval: Interval<1000, 604_800_000>,
     /// The most content bytes of small files in one batch, which bounds what
     /// is staged for it. 1 MiB to 4 GiB, default 64 MiB.

@@ -27,9 +27,10 @@ const HANDLE_INVALID: i32 = 0xff;
 pub mod bits {
     pub use libc::{
         FAN_ATTRIB as ATTRIB, FAN_CLOSE_WRITE as CLOSE_WRITE, FAN_CREATE as CREATE,
-        FAN_DELETE as DELETE, FAN_FS_ERROR as FS_ERROR, FAN_MODIFY as MODIFY,
-        FAN_MOVED_FROM as MOVED_FROM, FAN_MOVED_TO as MOVED_TO, FAN_ONDIR as ONDIR,
-        FAN_Q_OVERFLOW as Q_OVERFLOW, FAN_RENAME as RENAME,
+        FAN_DELETE as DELETE, FAN_DELETE_SELF as DELETE_SELF, FAN_EVENT_ON_CHILD as EVENT_ON_CHILD,
+        FAN_FS_ERROR as FS_ERROR, FAN_MODIFY as MODIFY, FAN_MOVED_FROM as MOVED_FROM,
+        FAN_MOVED_TO as MOVED_TO, FAN_ONDIR as ONDIR, FAN_Q_OVERFLOW as Q_OVERFLOW,
+        FAN_RENAME as RENAME,
     };
 }
 
@@ -64,9 +65,9 @@ impl Group {
     /// A group without marks, not blocking.
     ///
     /// # Errors
-    /// `EPERM` without `CAP_SYS_ADMIN`, `EINVAL` where the kernel is too old
-    /// for `detail`, `ENOSYS` where it has no fanotify, `EMFILE` when the user
-    /// has too many groups.
+    /// `EPERM` without `CAP_SYS_ADMIN` (for a limited queue only before Linux
+    /// 5.13), `EINVAL` where the kernel is too old for `detail`, `ENOSYS` where
+    /// it has no fanotify, `EMFILE` when the user has too many groups.
     pub fn new(detail: Detail, queue: Queue) -> Result<Self, Errno> {
         let detail = match detail {
             Detail::Target => libc::FAN_REPORT_DFID_NAME_TARGET,
@@ -94,6 +95,54 @@ impl Group {
     pub fn mark_file_system(&self, directory: BorrowedFd<'_>, mask: u64) -> Result<(), Errno> {
         let flags = libc::FAN_MARK_ADD | libc::FAN_MARK_FILESYSTEM | libc::FAN_MARK_ONLYDIR;
         low_level::fanotify_mark(self.fd.as_raw_fd(), flags, mask, directory.as_raw_fd(), ".")
+            .map_err(errno)
+    }
+
+    /// Marks one directory: `mask` ([`bits`]) of events of it and of its
+    /// entries. Needs no privilege (since Linux 5.13), only the right to read
+    /// the directory. The mark follows the directory, and dies with it.
+    ///
+    /// # Errors
+    /// `ENOSPC` when the user has too many marks (`fs.fanotify.max_user_marks`),
+    /// `EXDEV`, `EOPNOTSUPP` or `ENODEV` where the file system has no usable
+    /// handles or id, `EACCES` where the directory may not be read.
+    pub fn mark_directory(&self, directory: BorrowedFd<'_>, mask: u64) -> Result<(), Errno> {
+        let flags = libc::FAN_MARK_ADD | libc::FAN_MARK_ONLYDIR;
+        low_level::fanotify_mark(self.fd.as_raw_fd(), flags, mask, directory.as_raw_fd(), ".")
+            .map_err(errno)
+    }
+
+    /// Marks an object itself, by a descriptor (`O_PATH` will do): what is done
+    /// to it under whatever name. Else as [`Self::mark_directory`].
+    ///
+    /// # Errors
+    /// Those of [`Self::mark_directory`].
+    pub fn mark_object(&self, object: BorrowedFd<'_>, mask: u64) -> Result<(), Errno> {
+        let path = proc_path(object);
+        let here = libc::AT_FDCWD;
+        low_level::fanotify_mark(self.fd.as_raw_fd(), libc::FAN_MARK_ADD, mask, here, &path)
+            .map_err(errno)
+    }
+
+    /// Takes the mark of a directory or an object away; `mask` as it was given.
+    ///
+    /// # Errors
+    /// `ENOENT` when there is none.
+    pub fn unmark_object(&self, object: BorrowedFd<'_>, mask: u64) -> Result<(), Errno> {
+        let path = proc_path(object);
+        let here = libc::AT_FDCWD;
+        low_level::fanotify_mark(self.fd.as_raw_fd(), libc::FAN_MARK_REMOVE, mask, here, &path)
+            .map_err(errno)
+    }
+
+    /// Takes all marks on directories and objects away. `directory` is any that
+    /// can be opened.
+    ///
+    /// # Errors
+    /// None in practice.
+    pub fn unmark_all(&self, directory: BorrowedFd<'_>) -> Result<(), Errno> {
+        let flags = libc::FAN_MARK_FLUSH;
+        low_level::fanotify_mark(self.fd.as_raw_fd(), flags, 0, directory.as_raw_fd(), ".")
             .map_err(errno)
     }
 

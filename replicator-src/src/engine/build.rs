@@ -319,6 +319,10 @@ impl Engine {
                 HoldReason::Unreadable { .. } => 0,
             };
             draft.outcomes.insert(object.clone(), Outcome::Large { size });
+            // An event told so, perhaps by a name that the hold does not know.
+            // A walk asks for all that differs from the index, whatever events
+            // told; then change times have to do.
+            held.touched |= self.gap.is_none();
             return Ok(true);
         }
         if !matches!(held.transfer, Transfer::Ready { .. }) {
@@ -521,6 +525,9 @@ impl Engine {
         places: Vec<((ObjectId, replicator_common::name::Name), String)>,
         assembly: &mut Assembly,
     ) {
+        for (object, error) in self.tree.take_doubts() {
+            self.shared.unreadable(self.path_of(&object), &error);
+        }
         let troubles = self.tree.take_troubles();
         for (directory, error) in troubles {
             self.shared.unreadable(self.path_of(&directory), &error);
@@ -563,7 +570,9 @@ impl Engine {
         for object in assembly.linked {
             self.members.add_linked(object);
         }
-        let Assembly { ops, delta, dropped, .. } = assembly;
+        let Assembly { ops, delta, .. } = assembly;
+        let gone = delta.objects.iter().filter(|(_, known)| known.is_none());
+        let dropped = gone.map(|(object, _)| object.clone()).collect();
         let progress = progress_of(&delta, draft.resolve.equal);
         let objects = ops.iter().filter(|op| matches!(op, Op::Put { .. })).count() as u64;
         let input = draft.input;

@@ -156,7 +156,7 @@ struct InFlight {
     input: Dirty,
     /// The gap that it closed.
     closed: Option<Gap>,
-    /// Directories that it drops.
+    /// Objects that it drops.
     dropped: Vec<ObjectId>,
     /// Objects and bytes of regular content in it, for progress.
     progress: (u64, u64),

@@ -194,10 +194,14 @@ impl Engine {
                 counters.batches += 1;
                 counters.exact_batches += u64::from(done.exact);
             });
-            for directory in &done.dropped {
+            for object in &done.dropped {
                 // It may have come back meanwhile.
-                if self.index.object(directory)?.is_none() {
-                    self.members.remove_directory(directory);
+                if self.members.knows(object)
+                    && !self.holds.contains_key(object)
+                    && self.index.object(object)?.is_none()
+                {
+                    self.members.remove(object);
+                    self.capture.directories().forget(object);
                 }
             }
             merged = Some(done.mark);

@@ -113,8 +113,6 @@ pub struct Assembly {
     pub orphaned: Vec<ObjectId>,
     /// Objects that have names outside the tree, or may have.
     pub linked: Vec<ObjectId>,
-    /// Directories that this batch drops.
-    pub dropped: Vec<ObjectId>,
 }
 
 /// Assembles a batch from what was resolved and read.
@@ -396,7 +394,6 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             if known.state.kind != Kind::Directory {
                 return Ok(());
             }
-            self.out.dropped.push(object.clone());
         }
         // An object that the replica never had just does not come to be; an
         // entry of it elsewhere is dirty on its own account.

@@ -228,13 +228,17 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         if old != new || matches!(look, Look::Event(_)) {
             self.need_directory(directory)?;
         }
-        if let (Some(old), Look::Event(what)) = (&old, look)
+        if let (Some(old), Look::Event(mut what)) = (&old, look)
             && Some(old) != new.as_ref()
-            && (what.content || what.attributes)
         {
             // What changed under that name may have been the object that the
-            // replica still has there, now under another.
-            self.object(old.clone(), what)?;
+            // replica still has there, now under another. Where events tell
+            // names only, the one that says so may come when the name is
+            // forgotten; so what keeps other names is looked at now.
+            what.attributes |= self.has_other_names(old)?;
+            if what.content || what.attributes {
+                self.object(old.clone(), what)?;
+            }
         }
         self.state.bindings.insert(place, Binding { old, new });
         Ok(())
@@ -421,6 +425,13 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     fn is_known_directory(&self, object: &ObjectId) -> Result<bool, PlanError<V::Error, T::Error>> {
         let known = self.view.object(object).map_err(PlanError::Index)?;
         Ok(known.is_some_and(|known| known.state.kind == Kind::Directory))
+    }
+
+    fn has_other_names(&self, object: &ObjectId) -> Result<bool, Failure<V, T>> {
+        let known = self.view.object(object).map_err(PlanError::Index)?;
+        Ok(known.is_some_and(|known| {
+            known.state.kind != Kind::Directory && known.links.max(known.nlink) > 1
+        }))
     }
 
     fn known_entry(

@@ -14,7 +14,9 @@ use replicator_common::name::Name;
 use replicator_common::net::frame::Compression;
 use replicator_common::net::identity::{Fingerprint, Identity};
 use replicator_common::object::Kind;
-use replicator_common::status::{DesiredState, FailoverReport, ReplicationStatus, Status};
+use replicator_common::status::{
+    DesiredState, FailoverReport, ReplicationStatus, Status, WatcherKind,
+};
 use replicator_common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -128,7 +130,11 @@ impl Replication {
         let members = Arc::new(Members::default());
         let settings = watcher::Settings { rescan_interval: options.rescan_interval };
         let watcher = watcher::open(root.fd(), &root.path, configuration.watcher, &settings)?;
-        load_members(&root, &store, &members)?;
+        if root.is_file_system_root() || watcher.report().kind != WatcherKind::Fanotify {
+            members.everything();
+        } else {
+            load_members(&root, &store, &members)?;
+        }
         let (captured, announced) = bounded(1);
         let start = |what| move |source| ServiceError::Start { what, source };
         let capture = Capture::start(watcher, journal.clone(), members.clone(), captured)
@@ -144,6 +150,10 @@ impl Replication {
         let inbox = unbounded();
         let wired = Arc::new(AtomicU64::new(0));
         let reason = if mark.watermark.is_some() { "restart" } else { "initial sync" };
+        let reason = match journal.damage() {
+            Some(damage) => format!("{reason}, and {damage}"),
+            None => reason.to_owned(),
+        };
         let engine = Engine::new(
             Parts {
                 settings: engine::Settings {
@@ -164,7 +174,7 @@ impl Replication {
                 shared: self.shared.clone(),
                 wired: wired.clone(),
             },
-            reason,
+            &reason,
         )?;
         let link = self.start_link(identity, runtime, wired, inbox.0.clone());
         let shared = self.shared.clone();
@@ -370,12 +380,11 @@ impl Replication {
 }
 
 /// The capture thread must know which directories are ours before the first
-/// event: those of the index now, others as they are listed.
+/// event: those of the index now, others as they are listed. Only where a mark
+/// tells of the whole file system, and the source is a part of that; a watch on
+/// each directory tells of what is or was ours, also of files that are open
+/// under names in directories that are gone.
 fn load_members(root: &Root, store: &Store, members: &Members) -> Result<(), ServiceError> {
-    if root.is_file_system_root() {
-        members.everything();
-        return Ok(());
-    }
     members.add_directory(root.id.clone());
     store.snapshot()?.each_object(|object, known| {
         if known.state.kind == Kind::Directory {
@@ -403,8 +412,9 @@ impl DirectoryWatch for Joining {
         self.members.add_directory(id.clone());
     }
 
-    fn linked(&self, id: &ObjectId) {
+    fn linked(&self, directory: std::os::fd::BorrowedFd<'_>, name: &Name, id: &ObjectId) {
         self.members.add_linked(id.clone());
+        self.inner.linked(directory, name, id);
     }
 }
 

@@ -10,6 +10,7 @@ use replicator_common::sys::mount::{self, CapabilitySet};
 
 use super::fanotify::Fanotify;
 use super::inotify::Inotify;
+use super::marks::Marks;
 use super::scan::Scan;
 use super::waker::failed;
 use super::{WatchError, Watcher};
@@ -111,9 +112,19 @@ impl Opener<'_> {
         Fanotify::new(self.source, self.path, rescan, report).map(boxed)
     }
 
+    /// A watch on each directory: one that tells of objects where the kernel
+    /// allows that, else one that tells of names.
     fn inotify(&self, reason: String) -> Result<Box<dyn Watcher>, WatchError> {
-        let report = self.report(WatcherKind::Inotify, reason);
         let rescan = self.settings.rescan_interval;
+        let marks = format!("{reason}; a fanotify mark on each directory");
+        let report = self.report(WatcherKind::Inotify, marks);
+        let why = match Marks::new(self.source, self.path, rescan, self.blind(), report) {
+            Ok(watcher) => return Ok(boxed(watcher)),
+            Err(WatchError::Unsupported { reason, .. }) => reason,
+            Err(error) => return Err(error),
+        };
+        let watches = format!("{reason}; no fanotify marks on directories ({why})");
+        let report = self.report(WatcherKind::Inotify, watches);
         Inotify::new(self.source, self.path, rescan, self.blind(), report).map(boxed)
     }
 

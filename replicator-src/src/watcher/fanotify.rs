@@ -29,7 +29,9 @@ const BUFFER: usize = 256 << 10;
 const ENTRIES: u64 = bits::CREATE | bits::DELETE;
 /// A rename in two halves, where it cannot be had as one event.
 const MOVES: u64 = bits::MOVED_FROM | bits::MOVED_TO;
-const CONTENT: u64 = bits::MODIFY | bits::CLOSE_WRITE;
+pub(super) const CONTENT: u64 = bits::MODIFY | bits::CLOSE_WRITE;
+/// What must be told, in full detail.
+pub(super) const CHANGES: u64 = ENTRIES | CONTENT | bits::RENAME | bits::ATTRIB | bits::ONDIR;
 
 /// See the module.
 #[derive(Debug)]
@@ -185,7 +187,7 @@ fn btrfs_top(root: &Root) -> Result<OwnedFd, Errno> {
 }
 
 /// What may have changed, by one event. Names are hints, handles are the truth.
-fn translate(event: Event, changes: &mut Vec<Change>) {
+pub(super) fn translate(event: Event, changes: &mut Vec<Change>) {
     if event.is_overflow() {
         changes.push(Change::Gap { reason: "event queue overflow".to_owned() });
         return;
@@ -197,7 +199,8 @@ fn translate(event: Event, changes: &mut Vec<Change>) {
     }
     let before = changes.len();
     let what = What {
-        content: event.is(CONTENT | bits::CREATE),
+        // Halves of a rename do not tell where it comes from (trap 3).
+        content: event.is(CONTENT | bits::CREATE | bits::MOVED_TO),
         // The size and the times change with the content, the number of links
         // with the entries.
         attributes: true,
@@ -207,6 +210,11 @@ fn translate(event: Event, changes: &mut Vec<Change>) {
     }
     push_entry(event.old.as_ref(), changes);
     push_entry(event.new.as_ref(), changes);
+    if let (Some(object), Some(new)) = (&event.target, &event.new) {
+        let from = event.old.as_ref().map(|old| old.directory.clone());
+        let (object, to) = (object.clone(), new.directory.clone());
+        changes.push(Change::Arrived { object, from, to });
+    }
     push_object(event.target, event.place.or(event.new), what, changes);
     if changes.len() == before {
         // The kernel never does this; if it did, a change would be lost.

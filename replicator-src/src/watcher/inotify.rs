@@ -2,9 +2,10 @@
 //!
 //! Watches are added by the walk, before it lists a directory. Events carry a
 //! directory and a name, never an object: what the name refers to is looked up
-//! later, when it may refer to something else.
+//! later, when it may refer to something else. So this is what is left where
+//! the kernel gives no fanotify marks on directories (see [`super::marks`]).
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::OsStr;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,7 +13,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use ::inotify::{EventMask, Events, Inotify as Queue, WatchMask, Watches};
+use ::inotify::{EventMask, Events, Inotify as Queue, WatchDescriptor, WatchMask, Watches};
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::status::{WatcherKind, WatcherReport};
@@ -29,6 +30,9 @@ const NAME: &str = "inotify";
 const BUFFER: usize = 256 << 10;
 /// `sizeof(struct inotify_event)`; names are padded with NULs to a multiple.
 const EVENT_LEN: usize = 16;
+/// Renames of which the second half may still be to come: it follows the first
+/// within one system call.
+const LEFT: usize = 256;
 
 /// See the module.
 pub(super) struct Inotify {
@@ -61,6 +65,8 @@ impl Inotify {
             state: Mutex::new(State {
                 watches: queue.watches(),
                 watched: HashMap::new(),
+                descriptors: HashMap::new(),
+                left: VecDeque::new(),
                 unwatched: HashSet::new(),
                 last_error: None,
             }),
@@ -150,9 +156,9 @@ impl Watcher for Inotify {
         let mut report = self.report.clone();
         report.kind = WatcherKind::Inotify;
         report.doubts.push(
-            "a write is not seen when it goes through a name outside the source, or through a \
-             file that was opened under a name which is unlinked since (another hard link, \
-             O_TMPFILE)"
+            "a write is not seen when it goes through a name outside the source, through a file \
+             that was opened under a name which is unlinked since (another hard link, O_TMPFILE), \
+             or through a hard link that is gone again before it could be looked at"
                 .to_owned(),
         );
         let state = self.directories.state();
@@ -178,6 +184,11 @@ struct State {
     /// By watch descriptor. Held up to date under one lock with the adding of
     /// watches, so that no event is read whose directory is not known.
     watched: HashMap<i32, ObjectId>,
+    /// The same by directory, for taking watches away.
+    descriptors: HashMap<ObjectId, WatchDescriptor>,
+    /// Cookies of the last renames out of a watched directory. A rename into
+    /// one without the first half comes from outside.
+    left: VecDeque<u32>,
     /// Directories whose changes are not seen.
     unwatched: HashSet<ObjectId>,
     /// Why the last of them could not be watched.
@@ -192,10 +203,20 @@ impl State {
             length += EVENT_LEN
                 + event.name.map_or(0, |name| (name.len() + 1).next_multiple_of(EVENT_LEN));
             let descriptor = event.wd.get_watch_descriptor_id();
-            translate(event.mask, self.watched.get(&descriptor), event.name, changes);
+            if event.mask.contains(EventMask::MOVED_FROM) {
+                self.left.push_back(event.cookie);
+                if self.left.len() > LEFT {
+                    self.left.pop_front();
+                }
+            }
+            let arrived =
+                event.mask.contains(EventMask::MOVED_TO) && !self.left.contains(&event.cookie);
+            translate(event.mask, self.watched.get(&descriptor), event.name, arrived, changes);
             // The last event of a watch; its directory is gone.
-            if event.mask.contains(EventMask::IGNORED) {
-                self.watched.remove(&descriptor);
+            if event.mask.contains(EventMask::IGNORED)
+                && let Some(id) = self.watched.remove(&descriptor)
+            {
+                self.descriptors.remove(&id);
             }
         }
         length
@@ -230,12 +251,23 @@ impl DirectoryWatch for Directories {
         match state.watches.add(proc_path(directory), mask) {
             Ok(descriptor) => {
                 state.watched.insert(descriptor.get_watch_descriptor_id(), id.clone());
+                state.descriptors.insert(id.clone(), descriptor);
                 state.unwatched.remove(id);
             }
             Err(error) => {
                 state.unwatched.insert(id.clone());
                 state.last_error = Some(describe(&error));
             }
+        }
+    }
+
+    fn forget(&self, id: &ObjectId) {
+        let mut state = self.state();
+        state.unwatched.remove(id);
+        if let Some(descriptor) = state.descriptors.remove(id) {
+            state.watched.remove(&descriptor.get_watch_descriptor_id());
+            // An error means that the directory died, and its watch with it.
+            let _ = state.watches.remove(descriptor);
         }
     }
 }
@@ -248,11 +280,13 @@ fn describe(error: &std::io::Error) -> String {
 }
 
 /// What may have changed, by one event. `directory` is `None` for a watch that
-/// is not known: the queue as a whole, or one that has ended.
+/// is not known: the queue as a whole, or one that has ended. `arrived` says
+/// that a rename led here from outside, so that all may differ (trap 3).
 fn translate(
     mask: EventMask,
     directory: Option<&ObjectId>,
     name: Option<&OsStr>,
+    arrived: bool,
     changes: &mut Vec<Change>,
 ) {
     let gap = |reason: &str| Change::Gap { reason: reason.to_owned() };
@@ -265,7 +299,8 @@ fn translate(
         return;
     };
     let what = What {
-        content: mask.intersects(EventMask::CREATE | EventMask::MODIFY | EventMask::CLOSE_WRITE),
+        content: arrived
+            || mask.intersects(EventMask::CREATE | EventMask::MODIFY | EventMask::CLOSE_WRITE),
         attributes: true,
     };
     let entries =

@@ -7,6 +7,7 @@
 mod choose;
 mod fanotify;
 mod inotify;
+mod marks;
 mod root;
 mod scan;
 #[cfg(test)]
@@ -62,6 +63,17 @@ pub enum Change {
         name: Name,
         /// What may have changed.
         what: What,
+    },
+    /// A rename gave an object a name in a directory. When it comes from
+    /// outside the source, what was done to it there was not told, or dropped
+    /// (trap 3).
+    Arrived {
+        /// The object.
+        object: ObjectId,
+        /// The directory that it was in; `None` for one that is not watched.
+        from: Option<ObjectId>,
+        /// The directory that it is in.
+        to: ObjectId,
     },
     /// Changes may have been lost; all that happened since the last complete
     /// drain is in doubt.
@@ -156,11 +168,17 @@ pub trait DirectoryWatch: Send + Sync {
     /// counts it and says so in its report.
     fn before_listing(&self, directory: BorrowedFd<'_>, id: &ObjectId);
 
+    /// Called with each directory or object that is no longer part of the
+    /// source: it needs no watch any more. Should it come back, it is listed or
+    /// looked at anew. Watchers need not care.
+    fn forget(&self, _id: &ObjectId) {}
+
     /// Called with each directory that was found, before it is read: events of
     /// the directory itself count from now on. Watchers need not care.
     fn found(&self, _id: &ObjectId) {}
 
     /// Called with each object that has several names, before it is read: some
-    /// of them may lie outside the source. Watchers need not care.
-    fn linked(&self, _id: &ObjectId) {}
+    /// of them may lie outside the source. `name` in `directory` is the one by
+    /// which it was found. Watchers need not care.
+    fn linked(&self, _directory: BorrowedFd<'_>, _name: &Name, _id: &ObjectId) {}
 }

@@ -36,8 +36,13 @@ pub fn descend(root: BorrowedFd<'_>, path: &[Vec<u8>], make: bool) -> Result<Own
 
 /// Writes a whole file that is one of `directory`'s entries.
 pub fn write_file(directory: BorrowedFd<'_>, name: &[u8], content: &[u8]) -> io::Result<()> {
-    let flags =
-        OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    // Without NONBLOCK, a FIFO that took the name would block for ever.
+    let flags = OFlags::WRONLY
+        | OFlags::CREATE
+        | OFlags::TRUNC
+        | OFlags::NOFOLLOW
+        | OFlags::NONBLOCK
+        | OFlags::CLOEXEC;
     let file = rustix::fs::openat(directory, name, flags, Mode::from_raw_mode(0o644))?;
     io::Write::write_all(&mut File::from(file), content)
 }

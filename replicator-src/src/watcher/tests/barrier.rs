@@ -32,11 +32,11 @@ fn write_files(directory: &Path, done: &AtomicUsize, stop: &AtomicBool) {
 
 /// While threads write without a pause: each drain gives every change that was
 /// complete before it began.
-fn holds_under_load(path: &Path, choice: WatcherChoice) {
+fn holds_under_load(path: &Path, open: fn(&Path) -> Watched) {
     let directories: Vec<_> = (0..WRITERS).map(|n| path.join(format!("dir{n}"))).collect();
     directories.iter().for_each(|directory| fs::create_dir(directory).unwrap());
     let ids: Vec<ObjectId> = directories.iter().map(|directory| id(directory)).collect();
-    let mut watched = Watched::open(path, choice);
+    let mut watched = open(path);
     watched.walk();
     let done: Arc<Vec<AtomicUsize>> = Arc::new((0..WRITERS).map(|_| AtomicUsize::new(0)).collect());
     let stop = Arc::new(AtomicBool::new(false));
@@ -81,12 +81,17 @@ fn number(name: &Name) -> usize {
 
 #[test]
 fn fanotify_drain_gives_all_that_was_complete() {
-    on_each(|path| holds_under_load(path, WatcherChoice::Fanotify));
+    on_each(|path| holds_under_load(path, |path| Watched::open(path, WatcherChoice::Fanotify)));
 }
 
 #[test]
 fn inotify_drain_gives_all_that_was_complete() {
-    on_each(|path| holds_under_load(path, WatcherChoice::Inotify));
+    on_each(|path| holds_under_load(path, |path| Watched::open(path, WatcherChoice::Inotify)));
+}
+
+#[test]
+fn inotify_by_names_drain_gives_all_that_was_complete() {
+    on_each(|path| holds_under_load(path, Watched::names));
 }
 
 #[test]

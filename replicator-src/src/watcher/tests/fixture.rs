@@ -16,6 +16,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags};
 
 use crate::watcher::fanotify::Fanotify;
+use crate::watcher::inotify::Inotify;
 use crate::watcher::root::Root;
 use crate::watcher::{Change, Settings, Watcher, What, open};
 
@@ -99,17 +100,25 @@ impl Watched {
         Self { watcher, path: path.to_owned() }
     }
 
+    /// inotify(7) itself, which `open` takes only where it must.
+    pub(super) fn names(path: &Path) -> Self {
+        let interval = Duration::from_secs(5);
+        let root = open_directory(path);
+        let watcher = Inotify::new(root.as_fd(), path, interval, false, empty_report()).unwrap();
+        Self { watcher: Box::new(watcher), path: path.to_owned() }
+    }
+
+    /// The two watchers with a watch on each directory: one that tells of
+    /// objects, one that tells of names.
+    pub(super) fn each_directory(path: &Path) -> [Self; 2] {
+        [Self::open(path, WatcherChoice::Inotify), Self::names(path)]
+    }
+
     /// fanotify with something other than what `open` would take.
     pub(super) fn fanotify(path: &Path, detail: Detail, queue: Queue) -> Self {
         let root = Root::new("fanotify", open_directory(path).as_fd(), path).unwrap();
         let group = Group::new(detail, queue).unwrap();
-        let report = WatcherReport {
-            kind: WatcherKind::Fanotify,
-            reason: String::new(),
-            doubts: Vec::new(),
-            watches: None,
-        };
-        let watcher = Fanotify::with_group(group, detail, root, None, report).unwrap();
+        let watcher = Fanotify::with_group(group, detail, root, None, empty_report()).unwrap();
         Self { watcher: Box::new(watcher), path: path.to_owned() }
     }
 
@@ -131,6 +140,15 @@ impl Watched {
         let seen = self.drain();
         assert!(!seen.0.iter().any(|change| matches!(change, Change::Gap { .. })), "{seen:?}");
         seen
+    }
+}
+
+fn empty_report() -> WatcherReport {
+    WatcherReport {
+        kind: WatcherKind::Scan,
+        reason: String::new(),
+        doubts: Vec::new(),
+        watches: None,
     }
 }
 

@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use replicator_common::control::WatcherChoice;
 use replicator_common::name::Name;
@@ -194,16 +195,94 @@ fn fanotify_of_older_kernels_sees_every_operation() {
     });
 }
 
+/// Runs in a fresh directory, so that a second watcher finds nothing there.
+fn sees_every_operation_by_directory(mut watched: Watched) {
+    watched.walk();
+    every_operation(&mut watched);
+    assert!(watched.watcher.proves() && watched.watcher.rescan_every().is_none());
+    // The root, d, one and two; the directory renamed with its content was
+    // made after the walk.
+    assert_eq!(watched.watcher.report().watches, Some(4));
+}
+
 #[test]
 fn inotify_sees_every_operation() {
     on_each(|path| {
+        let (marks, names) = (path.join("marks"), path.join("names"));
+        fs::create_dir(&marks).unwrap();
+        fs::create_dir(&names).unwrap();
+        sees_every_operation_by_directory(Watched::open(&marks, WatcherChoice::Inotify));
+        sees_every_operation_by_directory(Watched::names(&names));
+    });
+}
+
+/// What a watch on each directory tells by the object where it can: names that
+/// lead nowhere, or elsewhere, by the time anybody looks.
+#[test]
+fn trap_2_inotify_tells_the_object_behind_a_dead_name() {
+    on_each(|path| {
         let mut watched = Watched::open(path, WatcherChoice::Inotify);
-        every_operation(&mut watched);
-        assert!(watched.watcher.proves() && watched.watcher.rescan_every().is_none());
-        // The root, d, one and two; the directory renamed with its content was
-        // made after the walk. ext4 has lost+found.
-        let beside = u64::from(path.join("lost+found").exists());
-        assert_eq!(watched.watcher.report().watches, Some(4 + beside));
+        let report = watched.watcher.report();
+        assert!(report.reason.contains("fanotify mark on each directory"), "{report:?}");
+        let (a, b) = (&path.join("a"), &path.join("b"));
+        fs::write(a, "x").unwrap();
+        let object = id(a);
+        // A second name that comes, is written through, and goes.
+        let seen = watched.during(|_| {
+            fs::hard_link(a, b).unwrap();
+            fs::write(b, "y").unwrap();
+            fs::remove_file(b).unwrap();
+        });
+        assert!(seen.has_object(&object, |what| what.content), "{seen:?}");
+        // The same, replaced by another file.
+        fs::hard_link(a, b).unwrap();
+        fs::write(path.join("temporary"), "").unwrap();
+        let mode = fs::Permissions::from_mode(0o751);
+        let seen = watched.during(|_| {
+            fs::set_permissions(b, mode).unwrap();
+            fs::rename(path.join("temporary"), b).unwrap();
+        });
+        assert!(seen.has_object(&object, |what| what.attributes), "{seen:?}");
+        dead_names(&mut watched);
+    });
+}
+
+#[test]
+fn trap_2_inotify_sees_a_file_of_several_names_through_those_outside() {
+    on_each(|path| {
+        let (source, outside) = (&path.join("source"), &path.join("outside"));
+        fs::create_dir(source).unwrap();
+        let name = &source.join("f");
+        fs::write(name, "x").unwrap();
+        fs::hard_link(name, outside).unwrap();
+        let mut watched = Watched::open(source, WatcherChoice::Inotify);
+        let (known, directory) = (know(name), open_directory(source));
+        let watch = watched.watcher.directories();
+        watch.linked(directory.as_fd(), &known.name, &known.id);
+        watch.linked(directory.as_fd(), &known.name, &known.id);
+        assert_eq!(watched.watcher.report().watches, Some(2));
+        watched.during(|_| fs::write(outside, "y").unwrap()).content(&known);
+        // A further name, and a write through that.
+        let further = &path.join("further");
+        watched.during(|_| fs::hard_link(name, further).unwrap()).attributes(&known);
+        watched.during(|_| fs::write(further, "z").unwrap()).content(&known);
+        // It left the source.
+        fs::remove_file(name).unwrap();
+        watched.drain();
+        watch.forget(&known.id);
+        watched.during(|_| fs::write(outside, "outside").unwrap()).nothing();
+        // One that dies takes its watch along.
+        fs::hard_link(outside, name).unwrap();
+        watch.linked(directory.as_fd(), &known.name, &known.id);
+        [name, outside, further].into_iter().for_each(|name| fs::remove_file(name).unwrap());
+        // btrfs lets go of a file in its own time.
+        let end = Instant::now() + Duration::from_secs(60);
+        while watched.watcher.report().watches != Some(1) {
+            assert!(Instant::now() < end, "{:?}", watched.watcher.report());
+            std::thread::sleep(Duration::from_millis(20));
+            watched.drain();
+        }
+        assert!(watched.watcher.proves());
     });
 }
 
@@ -222,13 +301,6 @@ fn by_handle(watched: &mut Watched) {
     fs::write(base.join("temporary"), "").unwrap();
     let seen = watched.during(|_| fs::rename(base.join("temporary"), a).unwrap());
     assert!(seen.has_object(&object, |what| what.attributes));
-    // Opened under a name that is then unlinked, while another lives.
-    let c = &base.join("c");
-    fs::hard_link(b, c).unwrap();
-    let mut file = fs::OpenOptions::new().append(true).open(c).unwrap();
-    fs::remove_file(c).unwrap();
-    let seen = watched.during(|_| file.write_all(b"more").unwrap());
-    assert!(seen.has_object(&object, |what| what.content));
     // Opened by handle, without a name.
     let root = open_directory(&base);
     let seen = watched.during(|_| {
@@ -236,6 +308,20 @@ fn by_handle(watched: &mut Watched) {
         rustix::io::write(&file, b"y").unwrap();
     });
     assert!(seen.has_object(&object, |what| what.content));
+    dead_names(watched);
+}
+
+/// Writes under names that are no entries.
+fn dead_names(watched: &mut Watched) {
+    let base = watched.path.clone();
+    // Opened under a name that is then unlinked, while another lives.
+    let (live, dead) = (&base.join("live"), &base.join("dead"));
+    fs::write(live, "x").unwrap();
+    fs::hard_link(live, dead).unwrap();
+    let mut file = fs::OpenOptions::new().append(true).open(dead).unwrap();
+    fs::remove_file(dead).unwrap();
+    let seen = watched.during(|_| file.write_all(b"more").unwrap());
+    assert!(seen.has_object(&id(live), |what| what.content));
     // O_TMPFILE: later writes still come under its first name.
     let flags = OFlags::TMPFILE | OFlags::RDWR;
     let file = rustix::fs::open(&base, flags, Mode::RUSR | Mode::WUSR).unwrap();

@@ -62,12 +62,16 @@ fn fanotify_as_opened_does_not_overflow() {
 fn inotify_overflow_is_a_gap() {
     on("tmpfs", |path| {
         let mut watched = Watched::open(path, WatcherChoice::Inotify);
+        overflows(&mut watched, limit("/proc/sys/fs/fanotify/max_queued_events"));
+    });
+    on("tmpfs", |path| {
+        let mut watched = Watched::names(path);
         overflows(&mut watched, limit("/proc/sys/fs/inotify/max_queued_events"));
     });
 }
 
 #[test]
-fn a_silent_mark() {
+fn trap_13_a_silent_mark() {
     on("tmpfs", |path| {
         let group = Group::new(Detail::Target, Queue::Unlimited).unwrap();
         let root = open_directory(path);
@@ -81,7 +85,7 @@ fn a_silent_mark() {
 }
 
 #[test]
-fn the_root_is_pinned_and_its_path_is_checked() {
+fn trap_13_the_root_is_pinned_and_its_path_is_checked() {
     on("tmpfs", |path| {
         for choice in [WatcherChoice::Fanotify, WatcherChoice::Inotify, WatcherChoice::Scan] {
             let mut watched = Watched::open(path, choice);
@@ -99,55 +103,159 @@ fn the_root_is_pinned_and_its_path_is_checked() {
 #[test]
 fn a_directory_that_cannot_be_watched_is_in_doubt_until_it_can() {
     on("tmpfs", |path| {
-        let watched = Watched::open(path, WatcherChoice::Inotify);
-        let doubts = watched.watcher.report().doubts.len();
         let file = path.join("not a directory");
         fs::write(&file, "").unwrap();
         let file = fs::File::open(file).unwrap();
         let id = handle::identify(file.as_fd()).unwrap();
-        watched.watcher.directories().before_listing(file.as_fd(), &id);
-        assert!(!watched.watcher.proves());
-        assert_eq!(watched.watcher.rescan_every(), Some(Duration::from_secs(5)));
-        assert_eq!(watched.watcher.report().doubts.len(), doubts + 1);
-        watched.walk();
-        assert!(watched.watcher.proves());
-        assert_eq!(watched.watcher.report().doubts.len(), doubts);
+        for watched in Watched::each_directory(path) {
+            let doubts = watched.watcher.report().doubts.len();
+            watched.watcher.directories().before_listing(file.as_fd(), &id);
+            assert!(!watched.watcher.proves());
+            assert_eq!(watched.watcher.rescan_every(), Some(Duration::from_secs(5)));
+            assert_eq!(watched.watcher.report().doubts.len(), doubts + 1);
+            watched.walk();
+            assert!(watched.watcher.proves());
+            assert_eq!(watched.watcher.report().doubts.len(), doubts);
+        }
     });
 }
 
 #[test]
 fn inotify_forgets_directories_that_are_gone() {
     on("tmpfs", |path| {
-        let mut watched = Watched::open(path, WatcherChoice::Inotify);
-        fs::create_dir_all(path.join("a/b/c")).unwrap();
-        watched.walk();
-        assert_eq!(watched.watcher.report().watches, Some(4));
-        // A watch follows its directory.
-        fs::rename(path.join("a/b"), path.join("moved")).unwrap();
-        let file = path.join("moved/c/f");
-        watched.during(|_| fs::write(&file, "").unwrap()).entry(&know(&file));
-        fs::remove_dir_all(path.join("moved")).unwrap();
-        watched.drain();
-        assert_eq!(watched.watcher.report().watches, Some(2));
+        for mut watched in Watched::each_directory(path) {
+            fs::create_dir_all(path.join("a/b/c")).unwrap();
+            watched.walk();
+            assert_eq!(watched.watcher.report().watches, Some(4));
+            // A watch follows its directory.
+            fs::rename(path.join("a/b"), path.join("moved")).unwrap();
+            let file = path.join("moved/c/f");
+            watched.during(|_| fs::write(&file, "").unwrap()).entry(&know(&file));
+            fs::remove_dir_all(path.join("moved")).unwrap();
+            watched.drain();
+            assert_eq!(watched.watcher.report().watches, Some(2));
+        }
     });
 }
 
 #[test]
-fn a_new_directory_that_is_filled_at_once_is_seen_by_watching_before_listing() {
+fn trap_3_a_directory_that_left_is_not_watched_until_it_is_listed_again() {
     on("tmpfs", |path| {
-        let mut watched = Watched::open(path, WatcherChoice::Inotify);
-        let directory = path.join("new");
-        let seen = watched.during(|_| {
-            fs::create_dir(&directory).unwrap();
-            fs::write(directory.join("early"), "").unwrap();
-        });
-        seen.entry(&know(&directory));
-        let fd = open_directory(&directory);
-        let id = handle::identify(fd.as_fd()).unwrap();
-        watched.watcher.directories().before_listing(fd.as_fd(), &id);
-        // `early` is found by listing, what comes later by the watch.
-        let late = directory.join("late");
-        watched.during(|_| fs::write(&late, "").unwrap()).entry(&know(&late));
+        for (number, kind) in ["marks", "names"].into_iter().enumerate() {
+            let source = path.join(kind);
+            fs::create_dir_all(source.join("d")).unwrap();
+            let mut watched = match number {
+                0 => Watched::open(&source, WatcherChoice::Inotify),
+                _ => Watched::names(&source),
+            };
+            watched.walk();
+            let (inside, outside) = (source.join("d"), path.join(format!("away-{kind}")));
+            let id = know(&inside).id;
+            fs::rename(&inside, &outside).unwrap();
+            watched.drain();
+            watched.watcher.directories().forget(&id);
+            watched.during(|_| fs::write(outside.join("f"), "").unwrap()).nothing();
+            assert_eq!(watched.watcher.report().watches, Some(1));
+            fs::rename(&outside, &inside).unwrap();
+            watched.walk();
+            let file = inside.join("f");
+            watched.during(|_| fs::write(&file, "x").unwrap()).content(&know(&file));
+            // One that is gone is forgotten without a word.
+            fs::remove_dir_all(&inside).unwrap();
+            watched.watcher.directories().forget(&id);
+        }
+    });
+}
+
+/// A file that leaves, changes and returns: whoever sees no event of the change
+/// must say that all may differ.
+#[test]
+fn trap_3_a_file_that_comes_from_outside_is_told() {
+    on("tmpfs", |path| {
+        let source = path.join("source");
+        fs::create_dir(&source).unwrap();
+        fs::create_dir(source.join("d")).unwrap();
+        let (inside, outside, deeper) =
+            (source.join("f"), path.join("outside"), source.join("d/f"));
+        for mut watched in Watched::each_directory(&source) {
+            watched.walk();
+            fs::write(&inside, "x").unwrap();
+            let object = know(&inside).id;
+            let told = |seen: &Seen, place: &Path| {
+                let arrived = |change: &Change| matches!(change, Change::Arrived { from: None, object: o, .. } if *o == object);
+                let named = |change: &Change| {
+                    let place = know(place);
+                    matches!(change, Change::Named { name, what, .. } if *name == place.name && what.content)
+                };
+                seen.0.iter().any(|change| arrived(change) || named(change))
+            };
+            let seen = watched.during(|_| fs::rename(&inside, &outside).unwrap());
+            assert!(!seen.0.is_empty());
+            fs::write(&outside, "y").unwrap();
+            let seen = watched.during(|_| fs::rename(&outside, &inside).unwrap());
+            assert!(told(&seen, &inside), "{seen:?}");
+            let seen = watched.during(|_| fs::rename(&inside, &deeper).unwrap());
+            assert!(!told(&seen, &deeper), "it was inside all the time: {seen:?}");
+            fs::remove_file(&deeper).unwrap();
+        }
+        let mut watched = Watched::open(&source, WatcherChoice::Fanotify);
+        fs::write(&outside, "x").unwrap();
+        let seen = watched.during(|_| fs::rename(&outside, &inside).unwrap());
+        let object = know(&inside).id;
+        let (from, to) = (Some(know(&source).directory), know(&inside).directory);
+        assert!(seen.0.contains(&Change::Arrived { object, from, to }), "{seen:?}");
+    });
+}
+
+/// Without privilege nothing leads to a directory that left: its mark stays
+/// until the next walk renews all of them.
+#[test]
+fn trap_3_marks_of_directories_that_left_go_with_the_next_walk() {
+    on("tmpfs", |path| {
+        let source = path.join("source");
+        fs::create_dir_all(source.join("d")).unwrap();
+        let mut watched = Watched::open(&source, WatcherChoice::Inotify);
+        watched.walk();
+        let (inside, outside) = (source.join("d"), path.join("away"));
+        let id = know(&inside).id;
+        fs::rename(&inside, &outside).unwrap();
+        without_privilege();
+        watched.watcher.directories().forget(&id);
+        watched.drain();
+        let seen = watched.during(|_| fs::write(outside.join("f"), "").unwrap());
+        assert!(!seen.0.is_empty(), "this test is of a mark that stayed");
+        watched.walk();
+        watched.during(|_| fs::write(outside.join("f"), "x").unwrap()).nothing();
+        let file = source.join("f");
+        watched.during(|_| fs::write(&file, "x").unwrap()).content(&know(&file));
+    });
+}
+
+/// Takes every capability from this thread.
+fn without_privilege() {
+    let none = rustix::thread::CapabilitySet::empty();
+    let sets =
+        rustix::thread::CapabilitySets { effective: none, permitted: none, inheritable: none };
+    rustix::thread::set_capabilities(None, sets).unwrap();
+}
+
+#[test]
+fn trap_4_a_new_directory_that_is_filled_at_once_is_seen_by_watching_before_listing() {
+    on("tmpfs", |path| {
+        for (number, mut watched) in Watched::each_directory(path).into_iter().enumerate() {
+            let directory = path.join(format!("new-{number}"));
+            let seen = watched.during(|_| {
+                fs::create_dir(&directory).unwrap();
+                fs::write(directory.join("early"), "").unwrap();
+            });
+            seen.entry(&know(&directory));
+            let fd = open_directory(&directory);
+            let id = handle::identify(fd.as_fd()).unwrap();
+            watched.watcher.directories().before_listing(fd.as_fd(), &id);
+            // `early` is found by listing, what comes later by the watch.
+            let late = directory.join("late");
+            watched.during(|_| fs::write(&late, "").unwrap()).entry(&know(&late));
+        }
     });
 }
 
@@ -184,15 +292,13 @@ fn a_file_system_that_changes_without_events_is_walked() {
 #[test]
 fn without_privilege_auto_takes_inotify_and_fanotify_is_refused() {
     on("ext4", |path| {
-        let none = rustix::thread::CapabilitySet::empty();
-        let sets =
-            rustix::thread::CapabilitySets { effective: none, permitted: none, inheritable: none };
-        rustix::thread::set_capabilities(None, sets).unwrap();
+        without_privilege();
         let settings = Settings { rescan_interval: Duration::from_secs(5) };
         let root = open_directory(path);
         let report = open(root.as_fd(), path, WatcherChoice::Auto, &settings).unwrap().report();
         assert_eq!(report.kind.as_str(), "inotify");
         assert!(report.reason.contains("CAP_SYS_ADMIN"), "{}", report.reason);
+        assert!(report.reason.contains("mark on each directory"), "{}", report.reason);
         let refused = open(root.as_fd(), path, WatcherChoice::Fanotify, &settings);
         assert!(matches!(refused, Err(WatchError::Unsupported { watcher: "fanotify", .. })));
     });
