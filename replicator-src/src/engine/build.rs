@@ -71,6 +71,8 @@ pub(super) struct Ready {
     pub(super) objects: u64,
     /// What was covered before it.
     pub(super) covered: Timestamp,
+    /// Every change before this moment is in the replica after it.
+    pub(super) reached: Timestamp,
 }
 
 struct Placed {
@@ -186,6 +188,9 @@ impl Engine {
         for (seq, record) in records {
             match record {
                 Record::Gap { reason } => self.open_gap(reason.clone())?,
+                // One of a process before this proves nothing: the restart is
+                // a gap, and its moments are of another clock.
+                Record::Barrier { .. } if *seq <= self.inherited => {}
                 Record::Barrier { time } => draft.time = draft.time.max(*time),
                 other => {
                     self.touch_holds(other)?;
@@ -321,7 +326,7 @@ impl Engine {
         let gap = self.gap.clone();
         let floor = gap.as_ref().map_or(self.covered, |gap| gap.floor);
         let settings = Settings {
-            now: Timestamp::now(),
+            now: self.clock.now(),
             floor,
             outside_before: (gap.is_none() && draft.reached)
                 .then(|| draft.time.offset(-(OUTSIDE_AFTER.as_nanos() as i64))),
@@ -369,7 +374,7 @@ impl Engine {
             self.shared.end_progress();
             return Ok(Some(gap));
         };
-        let now = Timestamp::now();
+        let now = self.clock.now();
         self.gap =
             Some(Gap { reason: reason.clone(), walk_started: now, again: None, ..gap.clone() });
         self.start_walk()?;
@@ -527,7 +532,7 @@ impl Engine {
         closed: Option<Gap>,
     ) -> Result<(), EngineError> {
         let covered = self.covered;
-        let header = self.header(&draft, &assembly, closed.as_ref());
+        let (header, reached) = self.header(&draft, &assembly, closed.as_ref());
         let changed = replaced_content(&assembly.delta, draft.batch);
         self.spoil(&changed);
         for object in assembly.linked {
@@ -547,6 +552,7 @@ impl Engine {
             progress,
             objects,
             covered,
+            reached,
         })
     }
 
@@ -554,8 +560,7 @@ impl Engine {
     ///
     /// INVARIANT (trap 5): the order of these two.
     pub(super) fn send_batch(&mut self, ready: Ready) -> Result<(), EngineError> {
-        let Ready { ops, mut delta, header, input, closed, dropped, progress, objects, covered } =
-            ready;
+        let Ready { ops, mut delta, header, input, closed, dropped, progress, .. } = ready;
         let batch = self.next_batch;
         let mark = Mark {
             batch,
@@ -564,7 +569,7 @@ impl Engine {
             consistent: header.exact.or(self.totals.consistent),
             bytes_changed: self.totals.bytes_changed + header.bytes_changed,
             bytes_shipped: self.totals.bytes_shipped + header.bytes_shipped,
-            objects_shipped: self.totals.objects_shipped + objects,
+            objects_shipped: self.totals.objects_shipped + ready.objects,
             exact_batches: self.totals.exact_batches + u64::from(header.exact.is_some()),
         };
         delta.mark = mark;
@@ -585,7 +590,8 @@ impl Engine {
             committed_at: Instant::now(),
             exact: header.exact.is_some(),
             durable: false,
-            covered,
+            covered: ready.covered,
+            reached: ready.reached,
         });
         let sent = match &self.session {
             Some(session) => send_plan(session, batch, ops, header),
@@ -598,7 +604,13 @@ impl Engine {
         Ok(())
     }
 
-    fn header(&mut self, draft: &Draft, assembly: &Assembly, closed: Option<&Gap>) -> BatchHeader {
+    /// What the batch says of itself, and the internal moment that it reaches.
+    fn header(
+        &mut self,
+        draft: &Draft,
+        assembly: &Assembly,
+        closed: Option<&Gap>,
+    ) -> (BatchHeader, Timestamp) {
         let base = match (&self.gap, closed) {
             (Some(gap), _) => gap.floor,
             // Where only a walk proves anything, it proves it for the moment
@@ -610,12 +622,14 @@ impl Engine {
         self.covered = self.covered.max(base);
         let waiting = self.holds.values().map(|held| held.floor);
         let orphans = self.orphan_floor(assembly);
-        let watermark = waiting.chain(orphans).fold(base, Timestamp::min).max(self.claimed);
+        let reached = waiting.chain(orphans).fold(base, Timestamp::min);
+        // When the clock was set back, the claim stays until it has passed.
+        let watermark = self.clock.wall(reached).max(self.claimed);
         let quiet = self.holds.is_empty() && assembly.orphans == 0 && self.gap.is_none();
         let exact =
             (draft.exact && quiet && self.capture.proves() && closed.is_none_or(|_| draft.exact))
-                .then_some(draft.time);
-        BatchHeader {
+                .then(|| self.clock.wall(draft.time));
+        let header = BatchHeader {
             seq: draft.seq,
             watermark,
             exact,
@@ -624,7 +638,8 @@ impl Engine {
             complete: watermark > Timestamp::NEVER,
             bytes_changed: draft.bytes,
             bytes_shipped: draft.bytes,
-        }
+        };
+        (header, reached)
     }
 
     /// Where orphans that are left hold the watermark.

@@ -110,7 +110,7 @@ impl Engine {
                     if matches!(held.transfer, Transfer::Waiting) {
                         // Changed again: settle anew, but not for ever.
                         let bound = Duration::from_nanos(
-                            Timestamp::now().since(held.since).as_nanos() as u64,
+                            self.clock.now().since(held.since).as_nanos() as u64,
                         );
                         if bound < self.settings.settle * 4 {
                             held.due = held.due.max(now + delay);
@@ -118,7 +118,7 @@ impl Engine {
                     }
                 }
                 None => {
-                    let since = Timestamp::now();
+                    let since = self.clock.now();
                     let transfer = Transfer::Waiting;
                     let due = now + delay;
                     let (touched, whole) = (false, false);
@@ -209,6 +209,7 @@ impl Engine {
             list,
             whole,
             progress: progress.clone(),
+            clock: self.clock.clone(),
         };
         let (Some(session), Some(held)) = (&self.session, self.holds.get_mut(&object)) else {
             return Ok(());
@@ -311,8 +312,8 @@ impl Engine {
                 let done = Box::new(file);
                 held.transfer = Transfer::Ready { number: job.transfer, basis, done, took };
             }
-            Done::Unchanged { known, moving } => {
-                self.unchanged(job, &known, moving)?;
+            Done::Unchanged { known, started, moving } => {
+                self.unchanged(job, &known, started, moving)?;
                 return Ok(());
             }
             Done::Gone => {
@@ -338,17 +339,18 @@ impl Engine {
     }
 
     /// The content of a known file turned out to be what the replica holds.
-    fn unchanged(&mut self, job: &Job, known: &Known, moving: bool) -> Result<(), EngineError> {
+    fn unchanged(
+        &mut self,
+        job: &Job,
+        known: &Known,
+        started: Timestamp,
+        moving: bool,
+    ) -> Result<(), EngineError> {
         if let Some(held) = self.holds.get_mut(&job.object) {
             held.transfer = Transfer::Ready {
                 number: TransferId(0),
                 basis: None,
-                done: Box::new(ReadyFile {
-                    known: known.clone(),
-                    shipped: 0,
-                    started: known.read_at,
-                    moving,
-                }),
+                done: Box::new(ReadyFile { known: known.clone(), shipped: 0, started, moving }),
                 took: Duration::ZERO,
             };
         }
@@ -441,7 +443,7 @@ impl Engine {
         let held = Held {
             hold,
             floor: file.started,
-            since: Timestamp::now(),
+            since: self.clock.now(),
             due: Instant::now() + self.settings.settle.max(took * PATIENCE),
             transfer: Transfer::Waiting,
             touched: false,

@@ -34,6 +34,7 @@ use replicator_common::status::{DesiredState, FailoverReport};
 use replicator_common::time::Timestamp;
 
 use crate::capture::{Capture, CaptureError, Members};
+use crate::clock::Clock;
 use crate::index::{Index, IndexError, Mark, View};
 use crate::journal::{Journal, JournalError};
 use crate::plan::{Dirty, Listing, PlanError, Skip};
@@ -166,9 +167,14 @@ struct InFlight {
     durable: bool,
     /// What was covered before it: holds again when it is lost.
     covered: Timestamp,
+    /// Every change before this moment is in the replica after it.
+    reached: Timestamp,
 }
 
 /// Everything of one running replication, source side.
+///
+/// Its `Timestamp`s are internal moments (see [`crate::clock`]), but for
+/// `claimed`, which was told to others.
 pub struct Engine {
     settings: Settings,
     opener: Opener,
@@ -183,11 +189,14 @@ pub struct Engine {
     post: Sender<Event>,
     captured: Receiver<()>,
     shared: Arc<Shared>,
+    clock: Arc<Clock>,
     session: Option<Session>,
     /// What is dirty and not in a batch yet.
     dirty: Dirty,
     /// The journal is absorbed up to here.
     cursor: Seq,
+    /// Records up to here are of a process before this.
+    inherited: Seq,
     /// The last barrier that was read ahead of the next batch: every change
     /// before it is in a batch or dirty.
     seen: Timestamp,
@@ -260,6 +269,7 @@ impl Engine {
             tree: parts.tree,
             index: parts.index,
             cursor: parts.journal.trimmed(),
+            inherited: parts.journal.last(),
             journal: parts.journal,
             capture: parts.capture,
             members: parts.members,
@@ -267,6 +277,7 @@ impl Engine {
             inbox: parts.inbox.1,
             post: parts.inbox.0,
             captured: parts.captured,
+            clock: parts.shared.clock(),
             shared: parts.shared,
             session: None,
             dirty: Dirty::default(),
@@ -292,9 +303,18 @@ impl Engine {
             urgent: false,
             wired: parts.wired,
         };
+        engine.begin_clock()?;
         engine.greet()?;
         engine.open_gap(reason.to_owned())?;
         Ok(engine)
+    }
+
+    /// Moments of this process come after those that the last one left.
+    fn begin_clock(&self) -> Result<(), EngineError> {
+        let orphans = self.index.orphans()?.into_iter();
+        let left = orphans.map(|(_, orphan)| orphan.since.max(orphan.floor));
+        self.clock.begin_after(left.fold(self.claimed, Timestamp::max));
+        Ok(())
     }
 
     /// The loop. Returns when it is told to stop.
@@ -403,7 +423,7 @@ impl Engine {
         tracing::info!(reason, "gap: the source must be walked");
         metrics::counter!("replicator_source_gaps_total").increment(1);
         self.shared.count(|counters| counters.gaps += 1);
-        let now = Timestamp::now();
+        let now = self.clock.now();
         match &mut self.gap {
             Some(gap) => gap.again = Some(reason),
             None => {

@@ -97,6 +97,7 @@ impl Engine {
         self.index.settle(committed)?;
         for batch in std::mem::take(&mut self.in_flight) {
             if batch.mark.batch <= committed {
+                self.shared.reached(batch.reached);
                 self.journal.trim(batch.mark.seq)?;
                 self.shared.progressed(batch.progress);
                 continue;
@@ -184,7 +185,7 @@ impl Engine {
     /// INVARIANT (acknowledged means durable): only here, and in settling, is
     /// the journal trimmed.
     fn applied(&mut self, batch: BatchId) -> Result<(), EngineError> {
-        let mut merged = None;
+        let (mut merged, mut reached) = (None, Timestamp::NEVER);
         while self.in_flight.front().is_some_and(|waiting| waiting.mark.batch <= batch) {
             let Some(done) = self.in_flight.pop_front() else { break };
             metrics::histogram!("replicator_source_batch_seconds")
@@ -201,10 +202,12 @@ impl Engine {
                 }
             }
             merged = Some(done.mark);
+            reached = reached.max(done.reached);
         }
         let Some(mark) = merged else { return Ok(()) };
         self.index.acknowledge(batch);
         self.journal.trim(mark.seq)?;
+        self.shared.reached(reached);
         self.shared.acknowledged(&mark);
         self.shared.greeting_acknowledged(mark.batch);
         Ok(())

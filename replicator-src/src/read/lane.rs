@@ -22,6 +22,7 @@ use rustix::io::Errno;
 use super::extents;
 use super::sink::{Sink, SinkError};
 use super::small::{read_full, state_of};
+use crate::clock::Clock;
 use crate::index::{Content, IndexError, Known, Store};
 use crate::source::Opener;
 
@@ -47,6 +48,8 @@ pub struct Job {
     pub whole: bool,
     /// Bytes of the file dealt with so far, for status.
     pub progress: Arc<AtomicU64>,
+    /// Tells when reading began.
+    pub clock: Arc<Clock>,
 }
 
 /// How a transfer ended.
@@ -60,7 +63,7 @@ pub enum Done {
         basis: Option<(ObjectId, BatchId)>,
         /// Content bytes sent.
         shipped: u64,
-        /// When reading began.
+        /// When reading began (see [`crate::clock`]).
         started: Timestamp,
         /// It changed while it was read.
         moving: bool,
@@ -69,6 +72,8 @@ pub enum Done {
     Unchanged {
         /// As the index will know it.
         known: Box<Known>,
+        /// When reading began.
+        started: Timestamp,
         /// It changed while it was read.
         moving: bool,
     },
@@ -137,7 +142,9 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
         return Ok(Done::Gone);
     };
     let fd = fd.as_fd();
-    let started = Timestamp::now();
+    let started = job.clock.now();
+    // To be compared with change times, which are the wall clock's.
+    let read_at = job.clock.wall(started);
     let before = stat::of_fd(fd)?;
     if before.nlink == 0 {
         return Ok(Done::Gone);
@@ -153,8 +160,8 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
         Some(basis) => match delta(fd, &before, basis, job, &mut out)? {
             Some(chunks) => chunks,
             None => {
-                let (known, moving) = unchanged(fd, job, started, &before)?;
-                return Ok(Done::Unchanged { known: Box::new(known), moving });
+                let (known, moving) = unchanged(fd, job, read_at, &before)?;
+                return Ok(Done::Unchanged { known: Box::new(known), started, moving });
             }
         },
     };
@@ -167,7 +174,7 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     let known = Known {
         state,
         ctime: after.ctime,
-        read_at: started,
+        read_at,
         version: BatchId(0),
         content,
         entry: None,
@@ -214,7 +221,7 @@ impl Basis {
 fn unchanged(
     fd: BorrowedFd<'_>,
     job: &Job,
-    started: Timestamp,
+    read_at: Timestamp,
     before: &Stat,
 ) -> Result<(Known, bool), LaneError> {
     let after = stat::of_fd(fd)?;
@@ -223,7 +230,7 @@ fn unchanged(
     // A size that changed meanwhile comes with an event of its own.
     state.size = known.state.size;
     let moving = (before.ctime, before.size) != (after.ctime, after.size);
-    Ok((Known { state, ctime: after.ctime, read_at: started, ..known }, moving))
+    Ok((Known { state, ctime: after.ctime, read_at, ..known }, moving))
 }
 
 /// Sends the whole file as it is read; the chunk list comes of itself.

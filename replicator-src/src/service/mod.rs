@@ -19,6 +19,7 @@ use replicator_common::net::token::Token;
 use replicator_common::status::{DesiredState, FailoverReport, Status};
 use replicator_common::time::Timestamp;
 
+use crate::clock::Wall;
 use crate::engine::{self, EngineError};
 use crate::index::IndexError;
 use crate::journal::JournalError;
@@ -46,6 +47,8 @@ pub struct SourceOptions {
     pub rescan_interval: Duration,
     /// Content bytes of small files in one batch, at most.
     pub max_batch_bytes: u64,
+    /// Where the wall clock is read: tests set it back.
+    pub wall: Wall,
 }
 
 impl SourceOptions {
@@ -59,6 +62,7 @@ impl SourceOptions {
             settle: engine.settle,
             rescan_interval: Duration::from_secs(60),
             max_batch_bytes: engine.batch_bytes,
+            wall: Wall::default(),
         }
     }
 }
@@ -157,7 +161,7 @@ impl SourceService {
                 continue;
             };
             let id = configuration.source.clone();
-            let replication = Replication::open(path, configuration)?;
+            let replication = Replication::open(path, configuration, &self.options.wall)?;
             if let Err(error) = self.start(&replication) {
                 tracing::error!(source = %id, %error, "cannot start the replication");
                 replication.failed(error.to_string());
@@ -295,7 +299,8 @@ impl Control for SourceService {
         let internal = |error: ServiceError| ControlError::Internal(error.to_string());
         let directory = self.replications_dir().join(source.as_str());
         configuration.save(&directory).map_err(internal)?;
-        let replication = Replication::open(directory, configuration).map_err(internal)?;
+        let replication =
+            Replication::open(directory, configuration, &self.options.wall).map_err(internal)?;
         if let Err(error) = self.start(&replication) {
             tracing::error!(%source, %error, "cannot start the replication");
             replication.failed(error.to_string());
@@ -331,9 +336,10 @@ impl Control for SourceService {
     }
 
     fn wait(&self, source: &FileSystemId, timeout: Duration) -> Result<Timestamp, ControlError> {
-        let asked = Timestamp::now();
         let begun = Instant::now();
         let replication = self.get(source)?;
+        // Before the engine is told, so that the barrier comes after.
+        let asked = replication.shared().clock().now();
         replication.nudge_for_wait();
         match replication.shared().wait(asked, timeout) {
             Some(Ok(watermark)) => Ok(watermark),

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{ServiceError, SourceOptions, census};
 use crate::capture::{Capture, Members};
+use crate::clock::{Clock, Wall};
 use crate::engine::state::Shared;
 use crate::engine::{self, Command, Engine, Event, Parts};
 use crate::index::{Index, Store};
@@ -91,12 +92,14 @@ impl Replication {
     pub(super) fn open(
         directory: PathBuf,
         configuration: Configuration,
+        wall: &Wall,
     ) -> Result<Arc<Self>, ServiceError> {
         let shared = Arc::new(Shared::new(
             configuration.source.clone(),
             configuration.path.display().to_string(),
             configuration.desired,
             &Default::default(),
+            Arc::new(Clock::new(wall.clone())),
         ));
         Ok(Arc::new(Self {
             directory,
@@ -131,8 +134,14 @@ impl Replication {
         load_members(&root, &store, &members)?;
         let (captured, announced) = bounded(1);
         let start = |what| move |source| ServiceError::Start { what, source };
-        let capture = Capture::start(watcher, journal.clone(), members.clone(), captured)
-            .map_err(start("the capture thread"))?;
+        let capture = Capture::start(
+            watcher,
+            journal.clone(),
+            members.clone(),
+            captured,
+            self.shared.clock(),
+        )
+        .map_err(start("the capture thread"))?;
         let opener = Opener::new(root.clone(), Arc::<Places>::default());
         let watch = Arc::new(Joining { members: members.clone(), inner: capture.directories() });
         let filter = Filter {
