@@ -392,6 +392,10 @@ pub struct Status {
     pub source_file_system_id: FileSystemId,
     /// The replica's file system.
     pub destination_file_system_id: FileSystemId,
+    /// The region that the source says it is in.
+    pub source_file_system_region: String,
+    /// The region that the destination says it is in.
+    pub destination_file_system_region: String,
     /// When the configuration was made.
     pub creation_time: Timestamp,
     /// EFS's word for the whole.

@@ -280,8 +280,9 @@ impl Replica {
         self.protection.enforcement()
     }
 
-    /// The whole, with the source's half from its last report.
-    pub fn status(&self, now: Timestamp) -> Status {
+    /// The whole, with the source's half from its last report; this side is in
+    /// `region`.
+    pub fn status(&self, now: Timestamp, region: &str) -> Status {
         let destination = self.report(now);
         let shared = self.shared();
         let failing = self.failing_over.load(Ordering::Acquire);
@@ -301,6 +302,8 @@ impl Replica {
         Status {
             source_file_system_id: self.config.source.clone(),
             destination_file_system_id: self.config.destination.clone(),
+            source_file_system_region: self.config.source_region.clone(),
+            destination_file_system_region: region.to_owned(),
             creation_time: self.config.creation_time,
             status,
             status_message: message,

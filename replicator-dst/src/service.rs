@@ -1,6 +1,6 @@
 //! The destination as a service: tokens, enrolment, sessions, control.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use quinn::{Connection, Endpoint};
+use replicator_common::config::is_region;
 use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode};
 use replicator_common::crashsafe::{self, StateFileError};
 use replicator_common::id::FileSystemId;
@@ -24,12 +25,12 @@ use replicator_common::net::tls::Trust;
 use replicator_common::net::token::{Secret, Token};
 use replicator_common::status::{DesiredState, FailoverReport, Status};
 use replicator_common::time::Timestamp;
-use replicator_common::wire::DestinationMessage;
+use replicator_common::wire::{DestinationMessage, Refusal};
 use tokio::sync::mpsc;
 
 use crate::applier::{self, Job};
 use crate::failover::{self, FailoverError};
-use crate::receive::{self, SessionContext};
+use crate::receive::{self, Greeting, SessionContext};
 use crate::replica::{Config, Hook, Replica, ReplicaError, ReplicaOptions};
 use crate::state::{self, Grant, Grants, Lock, StateError};
 use crate::suitable::{self, Unsuitable};
@@ -80,7 +81,8 @@ impl From<StateFileError> for ServiceError {
 
 /// Who is let in.
 struct Book {
-    pins: RwLock<HashMap<Fingerprint, FileSystemId>>,
+    /// A source's daemon has one certificate for all its file systems.
+    pins: RwLock<HashMap<Fingerprint, BTreeSet<FileSystemId>>>,
     grants: Mutex<Grants>,
 }
 
@@ -119,8 +121,23 @@ impl Book {
         self.grants.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn source_of(&self, peer: &Fingerprint) -> Option<FileSystemId> {
-        self.pins.read().unwrap_or_else(PoisonError::into_inner).get(peer).cloned()
+    fn pin(&self, config: &Config) {
+        let mut pins = self.pins.write().unwrap_or_else(PoisonError::into_inner);
+        pins.entry(config.peer).or_default().insert(config.source.clone());
+    }
+
+    fn unpin(&self, source: &FileSystemId) {
+        let mut pins = self.pins.write().unwrap_or_else(PoisonError::into_inner);
+        pins.retain(|_, sources| {
+            sources.remove(source);
+            !sources.is_empty()
+        });
+    }
+
+    /// Whether a file system is the peer's own.
+    fn may_speak_for(&self, peer: &Fingerprint, source: &FileSystemId) -> bool {
+        let pins = self.pins.read().unwrap_or_else(PoisonError::into_inner);
+        pins.get(peer).is_some_and(|sources| sources.contains(source))
     }
 }
 
@@ -192,7 +209,7 @@ impl DestinationService {
                 failover::open_and_run(&directory, config).map_err(Box::new)?;
                 continue;
             }
-            pin(&book, &config);
+            book.pin(&config);
             let source = config.source.clone();
             running.insert(source, start(&directory, config, replicas.clone())?);
         }
@@ -261,11 +278,6 @@ impl DestinationService {
     }
 }
 
-fn pin(book: &Book, config: &Config) {
-    let mut pins = book.pins.write().unwrap_or_else(PoisonError::into_inner);
-    pins.insert(config.peer, config.source.clone());
-}
-
 fn start(
     directory: &Path,
     config: Config,
@@ -323,12 +335,31 @@ impl Inner {
     }
 
     async fn serve(self: Arc<Self>, connection: Connection, peer: &Fingerprint) {
-        let Some(running) =
-            self.book.source_of(peer).and_then(|source| self.running().get(&source).cloned())
-        else {
-            connection.close(CLOSE_DONE, b"no such configuration");
-            return;
+        let error = match receive::hear(connection.clone()).await {
+            Ok(greeting) => match self.choose(&greeting, peer) {
+                Ok(running) => return self.run_session(connection, greeting, running).await,
+                Err(refusal) => greeting.refuse(refusal).await,
+            },
+            Err(error) => error,
         };
+        tracing::info!(reason = %error, "no session");
+        receive::close(&connection, &error);
+    }
+
+    /// The configuration that a greeting is for.
+    fn choose(&self, greeting: &Greeting, peer: &Fingerprint) -> Result<Arc<Running>, Refusal> {
+        let source_id = greeting.hello.source.clone();
+        let mine = self.book.may_speak_for(peer, &source_id);
+        let running = self.running().get(&source_id).filter(|_| mine).cloned();
+        running.ok_or(Refusal::NoConfiguration { source_id })
+    }
+
+    async fn run_session(
+        self: Arc<Self>,
+        connection: Connection,
+        greeting: Greeting,
+        running: Arc<Running>,
+    ) {
         let (say, last_word) = mpsc::unbounded_channel();
         // A new session of the same, authenticated peer replaces the old one:
         // the old one may hang on a connection that is long dead.
@@ -353,7 +384,7 @@ impl Inner {
             fail_over: Arc::new(fail_over),
             last_word,
         };
-        let error = receive::run(connection, context).await;
+        let error = receive::run(greeting, context).await;
         tracing::info!(%source, reason = %error, "session ended");
     }
 
@@ -381,6 +412,12 @@ impl Inner {
         let mut grants = self.book.grants();
         let mut next = grants.clone();
         let redemption = next.tokens.redeem(&request.secret, peer, Timestamp::now())?;
+        if !is_region(&request.source_region) {
+            return Err(EnrolRefusal::Unable(format!(
+                "{:?} is not a region",
+                request.source_region
+            )));
+        }
         let secret = Fingerprint::of(&request.secret.0);
         let grant = next.grants.iter().find(|grant| grant.secret == secret).cloned();
         let grant = grant.ok_or(EnrolRefusal::WrongSecret)?;
@@ -392,7 +429,7 @@ impl Inner {
         if redemption == Redemption::Again {
             return Err(EnrolRefusal::Used);
         }
-        if self.running().contains_key(&request.source) || self.book.is_pinned(&peer) {
+        if self.running().contains_key(&request.source) {
             return Err(EnrolRefusal::Unable(format!(
                 "{} is in a replication configuration here already",
                 request.source
@@ -424,7 +461,7 @@ impl Inner {
         next.write(&self.options.state_dir).map_err(|error| unable(&error))?;
         *grants = next;
         drop(grants);
-        pin(&self.book, &config);
+        self.book.pin(&config);
         self.running().insert(config.source.clone(), running);
         tracing::info!(source = %config.source, path = %config.path.display(), "enrolled");
         Ok(self.enrolled(&config))
@@ -453,8 +490,7 @@ impl Inner {
         running.jobs.send(Job::Failover { reply }).map_err(|_| FailoverError::NoApplier)?;
         let report = answer.recv().map_err(|_| FailoverError::NoApplier)??;
         self.running().remove(source);
-        let mut pins = self.book.pins.write().unwrap_or_else(PoisonError::into_inner);
-        pins.retain(|_, pinned| pinned != source);
+        self.book.unpin(source);
         tracing::info!(%source, "failed over");
         Ok(report)
     }
@@ -469,8 +505,13 @@ impl Control for DestinationService {
 
     fn list(&self) -> Vec<Status> {
         let now = Timestamp::now();
-        let mut all: Vec<_> =
-            self.inner.running().values().map(|running| running.replica.status(now)).collect();
+        let region = &self.inner.options.region;
+        let mut all: Vec<_> = self
+            .inner
+            .running()
+            .values()
+            .map(|running| running.replica.status(now, region))
+            .collect();
         all.sort_by_key(|status| status.creation_time);
         all
     }
@@ -523,7 +564,7 @@ impl Control for DestinationService {
         if desired == DesiredState::Paused {
             running.close_session("paused at the destination");
         }
-        Ok(running.replica.status(Timestamp::now()))
+        Ok(running.replica.status(Timestamp::now(), &self.inner.options.region))
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use replicator_common::ancestry;
+use replicator_common::config::is_region;
 use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode};
 use replicator_common::crashsafe::{self, Format, StateFileError};
 use replicator_common::id::FileSystemId;
@@ -161,7 +162,7 @@ impl SourceService {
                 continue;
             };
             let id = configuration.source.clone();
-            let replication = Replication::open(path, configuration, &self.options.wall)?;
+            let replication = Replication::open(path, configuration, &self.options)?;
             if let Err(error) = self.start(&replication) {
                 tracing::error!(source = %id, %error, "cannot start the replication");
                 replication.failed(error.to_string());
@@ -286,6 +287,7 @@ impl Control for SourceService {
         let configuration = Configuration {
             source: source.clone(),
             destination: enrolled.destination,
+            destination_region: Some(enrolled.region).filter(|region| is_region(region)),
             path: root.path.clone(),
             root_born: root.born(),
             root: root.id,
@@ -300,7 +302,7 @@ impl Control for SourceService {
         let directory = self.replications_dir().join(source.as_str());
         configuration.save(&directory).map_err(internal)?;
         let replication =
-            Replication::open(directory, configuration, &self.options.wall).map_err(internal)?;
+            Replication::open(directory, configuration, &self.options).map_err(internal)?;
         if let Err(error) = self.start(&replication) {
             tracing::error!(%source, %error, "cannot start the replication");
             replication.failed(error.to_string());

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{ServiceError, SourceOptions, census};
 use crate::capture::{Capture, Members};
-use crate::clock::{Clock, Wall};
+use crate::clock::Clock;
 use crate::engine::state::Shared;
 use crate::engine::{self, Command, Engine, Event, Parts};
 use crate::index::{Index, Store};
@@ -45,6 +45,10 @@ const PATHS: usize = 1000;
 pub(super) struct Configuration {
     pub(super) source: FileSystemId,
     pub(super) destination: FileSystemId,
+    /// What the destination says its region is; not known of configurations
+    /// that were made before it was kept.
+    #[serde(default)]
+    pub(super) destination_region: Option<String>,
     #[serde(with = "path_bytes")]
     pub(super) path: PathBuf,
     /// The root directory's id: another directory under the same path is not
@@ -76,6 +80,8 @@ impl Configuration {
 /// One replication, running or not.
 pub(super) struct Replication {
     directory: PathBuf,
+    /// This side's.
+    region: String,
     configuration: Mutex<Configuration>,
     shared: Arc<Shared>,
     running: Mutex<Option<Running>>,
@@ -92,17 +98,18 @@ impl Replication {
     pub(super) fn open(
         directory: PathBuf,
         configuration: Configuration,
-        wall: &Wall,
+        options: &SourceOptions,
     ) -> Result<Arc<Self>, ServiceError> {
         let shared = Arc::new(Shared::new(
             configuration.source.clone(),
             configuration.path.display().to_string(),
             configuration.desired,
             &Default::default(),
-            Arc::new(Clock::new(wall.clone())),
+            Arc::new(Clock::new(options.wall.clone())),
         ));
         Ok(Arc::new(Self {
             directory,
+            region: options.region.clone(),
             configuration: Mutex::new(configuration),
             shared,
             running: Mutex::default(),
@@ -369,6 +376,10 @@ impl Replication {
         Status {
             source_file_system_id: configuration.source,
             destination_file_system_id: configuration.destination,
+            destination_file_system_region: configuration
+                .destination_region
+                .unwrap_or_else(|| self.region.clone()),
+            source_file_system_region: self.region.clone(),
             creation_time: configuration.creation_time,
             status: self.shared.failure().map_or(source.status, |_| ReplicationStatus::Error),
             status_message: source.message.clone(),
