@@ -180,7 +180,7 @@ impl World {
         let request = EnrolRequest {
             secret: token.secret,
             source: self.source.clone(),
-            source_region: "there".to_owned(),
+            source_region: "xx-there-2".to_owned(),
             creation_time: Timestamp::now(),
             devices: false,
         };

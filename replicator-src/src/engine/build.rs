@@ -1,7 +1,7 @@
 //! How a batch comes about: barrier, absorb, resolve, read, look again,
 //! assemble, make durable, commit.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -50,7 +50,8 @@ struct Draft {
     reached: bool,
     version: u32,
     packed: u64,
-    bytes: u64,
+    /// New content bytes of the large files that it places.
+    fresh: u64,
     /// Large files that this batch places.
     placed: BTreeMap<ObjectId, Placed>,
     exact: bool,
@@ -130,7 +131,7 @@ impl Engine {
             reached: false,
             version: 0,
             packed: 0,
-            bytes: 0,
+            fresh: 0,
             placed: BTreeMap::new(),
             exact: false,
             walked: self.dirty.listings.is_empty(),
@@ -267,7 +268,6 @@ impl Engine {
         }
         let report = self.pool.read(items, draft.batch, draft.version, &session.sink)?;
         draft.packed += report.packed;
-        draft.bytes += report.bytes;
         draft.outcomes.extend(report.outcomes);
         Ok(())
     }
@@ -316,7 +316,6 @@ impl Engine {
         let same = number.0 == 0 && old.is_some_and(|old| old.state == known.state);
         let outcome = if same { Outcome::Same { known } } else { Outcome::Ship { known, content } };
         draft.outcomes.insert(object.clone(), outcome);
-        draft.bytes += done.shipped;
         draft.placed.insert(object.clone(), Placed { number, file: *done, took });
         Ok(true)
     }
@@ -334,7 +333,7 @@ impl Engine {
         let root = self.opener.root().id.clone();
         let (index, tree) = (&self.index, &mut self.tree);
         let mut assembly = assemble(&draft.resolve, &draft.outcomes, &root, settings, index, tree)?;
-        self.note_skipped(&draft);
+        self.note_skipped(&draft, &assembly.dropped);
         let placed = self.settle_placed(&mut draft, &assembly);
         self.release_holds(&draft, &assembly.holds, &placed);
         let walking = gap.is_some();
@@ -402,6 +401,7 @@ impl Engine {
                 }
                 continue;
             }
+            draft.fresh += placed.file.fresh;
             if placed.file.moving {
                 self.hold_again(object, &placed.file, placed.took);
                 draft.exact = false;
@@ -516,11 +516,19 @@ impl Engine {
         }
     }
 
-    fn note_skipped(&mut self, draft: &Draft) {
+    /// Counts what is passed over now: of what was looked at, and not of what
+    /// lies in directories that are `dropped`.
+    fn note_skipped(&mut self, draft: &Draft, dropped: &[ObjectId]) {
+        if !self.skipped.is_empty() {
+            for place in draft.resolve.bindings.keys() {
+                self.skipped.remove(place);
+            }
+            let dropped: HashSet<&ObjectId> = dropped.iter().collect();
+            self.skipped.retain(|(directory, _), _| !dropped.contains(directory));
+        }
         for (place, skip) in &draft.resolve.skipped {
-            match skip {
-                Some(skip) => drop(self.skipped.insert(place.clone(), *skip)),
-                None => drop(self.skipped.remove(place)),
+            if let Some(skip) = skip {
+                self.skipped.insert(place.clone(), *skip);
             }
         }
     }
@@ -636,10 +644,18 @@ impl Engine {
             packed: draft.packed,
             ops: assembly.ops.len() as u64,
             complete: watermark > Timestamp::NEVER,
-            bytes_changed: draft.bytes,
-            bytes_shipped: draft.bytes,
+            bytes_changed: draft.fresh + packed_content(&assembly.delta, draft.batch),
+            // Not of this batch alone: what travels for later ones, and what
+            // was sent in vain, is counted when it is sent.
+            bytes_shipped: self.shipped().saturating_sub(self.totals.bytes_shipped),
         };
         (header, reached)
+    }
+
+    /// Content bytes shipped since the configuration was made.
+    fn shipped(&self) -> u64 {
+        let all = self.shipped_before + i128::from(self.wired.content());
+        u64::try_from(all).unwrap_or(0)
     }
 
     /// Where orphans that are left hold the watermark.
@@ -714,6 +730,15 @@ fn replaced_content(delta: &Delta, batch: BatchId) -> BTreeSet<ObjectId> {
         .filter(|(_, known)| known.as_ref().is_none_or(|known| known.version == batch))
         .map(|(object, _)| object.clone())
         .collect()
+}
+
+/// Content bytes of the small files whose content changes with the batch.
+fn packed_content(delta: &Delta, batch: BatchId) -> u64 {
+    let fresh = delta.objects.iter().filter_map(|(_, known)| known.as_ref());
+    fresh
+        .filter(|known| known.version == batch && matches!(known.content, Content::Whole(_)))
+        .map(|known| known.state.size)
+        .sum()
 }
 
 fn progress_of(delta: &Delta, equal: (u64, u64)) -> (u64, u64) {

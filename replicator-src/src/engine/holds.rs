@@ -70,7 +70,8 @@ pub(super) enum Transfer {
 /// A large file whose content is at the destination.
 pub(super) struct ReadyFile {
     pub(super) known: Known,
-    pub(super) shipped: u64,
+    /// Content bytes that the replica's version did not have.
+    pub(super) fresh: u64,
     pub(super) started: Timestamp,
     pub(super) moving: bool,
 }
@@ -307,8 +308,8 @@ impl Engine {
             Err(LaneError::Read(error)) => Done::Unreadable(error.to_string()),
         };
         match done {
-            Done::Sent { known, basis, shipped, started, moving } => {
-                let file = ReadyFile { known: *known, shipped, started, moving };
+            Done::Sent { known, basis, fresh, started, moving } => {
+                let file = ReadyFile { known: *known, fresh, started, moving };
                 let done = Box::new(file);
                 held.transfer = Transfer::Ready { number: job.transfer, basis, done, took };
             }
@@ -350,7 +351,7 @@ impl Engine {
             held.transfer = Transfer::Ready {
                 number: TransferId(0),
                 basis: None,
-                done: Box::new(ReadyFile { known: known.clone(), shipped: 0, started, moving }),
+                done: Box::new(ReadyFile { known: known.clone(), fresh: 0, started, moving }),
                 took: Duration::ZERO,
             };
         }

@@ -24,7 +24,6 @@ pub mod state;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, select};
@@ -40,7 +39,7 @@ use crate::journal::{Journal, JournalError};
 use crate::plan::{Dirty, Listing, PlanError, Skip};
 use crate::read::lane::{Done, Job, LaneError};
 use crate::read::pool::Pool;
-use crate::read::sink::SinkError;
+use crate::read::sink::{SinkError, Wired};
 use crate::session::{LinkEvent, Session};
 use crate::source::{Opener, SourceError, SourceTree};
 use holds::Held;
@@ -225,7 +224,10 @@ pub struct Engine {
     /// Somebody waits for the watermark: the next heartbeat comes at once.
     urgent: bool,
     /// Bytes put on the wire by this replication, all sessions.
-    wired: Arc<AtomicU64>,
+    wired: Arc<Wired>,
+    /// Content bytes shipped by processes before this, less what this one had
+    /// shipped when the count was begun anew.
+    shipped_before: i128,
 }
 
 /// What an engine is made of.
@@ -253,7 +255,7 @@ pub struct Parts {
     /// What is shared with those who ask.
     pub shared: Arc<Shared>,
     /// Counts the bytes put on the wire.
-    pub wired: Arc<AtomicU64>,
+    pub wired: Arc<Wired>,
 }
 
 impl Engine {
@@ -302,6 +304,7 @@ impl Engine {
             stopping: false,
             urgent: false,
             wired: parts.wired,
+            shipped_before: i128::from(mark.bytes_shipped),
         };
         engine.begin_clock()?;
         engine.greet()?;

@@ -78,6 +78,7 @@ impl Engine {
         self.seen = Timestamp::NEVER;
         self.claimed = Timestamp::NEVER;
         self.totals = self.index.store().mark()?;
+        self.shipped_before = -i128::from(self.wired.content());
         self.next_batch = BatchId(1);
         self.gap = None;
         self.skipped.clear();
@@ -95,9 +96,10 @@ impl Engine {
     /// Batches up to `committed` took effect; later ones are built anew.
     fn settle(&mut self, committed: BatchId) -> Result<(), EngineError> {
         self.index.settle(committed)?;
+        let mut reached = Timestamp::NEVER;
         for batch in std::mem::take(&mut self.in_flight) {
             if batch.mark.batch <= committed {
-                self.shared.reached(batch.reached);
+                reached = reached.max(batch.reached);
                 self.journal.trim(batch.mark.seq)?;
                 self.shared.progressed(batch.progress);
                 continue;
@@ -121,7 +123,7 @@ impl Engine {
         self.totals = self.index.store().mark()?;
         self.claimed = self.totals.watermark.unwrap_or(Timestamp::NEVER);
         let mark = self.totals;
-        self.shared.acknowledged(&mark);
+        self.shared.acknowledged(&mark, reached);
         self.greet()
     }
 
@@ -207,8 +209,7 @@ impl Engine {
         let Some(mark) = merged else { return Ok(()) };
         self.index.acknowledge(batch);
         self.journal.trim(mark.seq)?;
-        self.shared.reached(reached);
-        self.shared.acknowledged(&mark);
+        self.shared.acknowledged(&mark, reached);
         self.shared.greeting_acknowledged(mark.batch);
         Ok(())
     }

@@ -66,7 +66,7 @@ impl Engine {
             blocked_by: self.blockers(),
             round_trip: self.session.as_ref().map(crate::session::Session::round_trip),
             events: self.capture.events(),
-            wired: self.shared_wired(),
+            wired: self.wired.frames(),
             walking: self.gap.is_some(),
             in_flight: !self.in_flight.is_empty(),
         }
@@ -167,9 +167,5 @@ impl Engine {
         }
         parts.reverse();
         parts.join("/")
-    }
-
-    fn shared_wired(&self) -> u64 {
-        self.wired.load(std::sync::atomic::Ordering::Relaxed)
     }
 }

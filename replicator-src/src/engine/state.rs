@@ -214,20 +214,15 @@ impl Shared {
         self.lock().destination = Some((report, Timestamp::now()));
     }
 
-    /// Every change before this internal moment is in the replica.
-    pub fn reached(&self, moment: Timestamp) {
-        let mut inner = self.lock();
-        inner.reached = inner.reached.max(moment);
-        self.moved.notify_all();
-    }
-
-    /// Batches up to the mark's are in the replica.
-    pub fn acknowledged(&self, mark: &Mark) {
+    /// Batches up to the mark's are in the replica, and with them every change
+    /// before the internal moment `reached`.
+    pub fn acknowledged(&self, mark: &Mark, reached: Timestamp) {
         let mut inner = self.lock();
         let inner = &mut *inner;
         inner.report.watermark =
             inner.report.watermark.max(mark.watermark.unwrap_or(Timestamp::NEVER));
         inner.complete = mark.watermark.is_some();
+        inner.reached = inner.reached.max(reached);
         if mark.batch == BatchId(0) {
             inner.report.watermark = Timestamp::NEVER;
         }

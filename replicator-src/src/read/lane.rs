@@ -61,8 +61,8 @@ pub enum Done {
         known: Box<Known>,
         /// The object whose content it was built from.
         basis: Option<(ObjectId, BatchId)>,
-        /// Content bytes sent.
-        shipped: u64,
+        /// Content bytes that the replica's version did not have.
+        fresh: u64,
         /// When reading began (see [`crate::clock`]).
         started: Timestamp,
         /// It changed while it was read.
@@ -169,6 +169,9 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     let mut state = state_of(fd, &after)?;
     state.size = chunks.iter().map(|chunk| u64::from(chunk.length)).sum();
     out.end(&state)?;
+    // What is sent whole all the same may be known to the replica.
+    let old = if job.whole { Basis::resembling(store, job, before.size)? } else { None };
+    let fresh = old.map_or(out.literal, |old| literal_bytes(&plan_runs(&chunks, &old.chunks)));
     store.put_chunks(job.list, &chunks)?;
     let content = Content::Chunks { average, list: job.list, digest: digest(&chunks) };
     let known = Known {
@@ -183,8 +186,7 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     };
     let moving = (before.ctime, before.size) != (after.ctime, after.size);
     let basis = basis.map(|basis| (basis.object, basis.version));
-    let shipped = out.shipped;
-    Ok(Done::Sent { known: Box::new(known), basis, shipped, started, moving })
+    Ok(Done::Sent { known: Box::new(known), basis, fresh, started, moving })
 }
 
 /// What content is built from.
@@ -199,9 +201,11 @@ struct Basis {
 
 impl Basis {
     fn choose(store: &Store, job: &Job, size: u64) -> Result<Option<Self>, IndexError> {
-        if job.whole {
-            return Ok(None);
-        }
+        if job.whole { Ok(None) } else { Self::resembling(store, job, size) }
+    }
+
+    /// What the replica has of the object, or of one that resembles it.
+    fn resembling(store: &Store, job: &Job, size: u64) -> Result<Option<Self>, IndexError> {
         let own = job.known.as_ref().map(|known| (&job.object, known, true));
         let other = job.resembles.as_ref().map(|(object, known)| (object, known, false));
         for (object, known, own) in own.into_iter().chain(other) {
@@ -308,6 +312,16 @@ fn patches(runs: &[Run]) -> bool {
         };
     }
     kept * 2 >= at
+}
+
+/// Bytes that the basis does not have.
+fn literal_bytes(runs: &[Run]) -> u64 {
+    runs.iter()
+        .map(|run| match *run {
+            Run::Data { length, .. } => length,
+            Run::Copy { .. } | Run::Hole { .. } => 0,
+        })
+        .sum()
 }
 
 /// Which runs of the file the basis has, and where.
@@ -458,7 +472,8 @@ struct Out<'a> {
     transfer: TransferId,
     pieces: Vec<Piece>,
     bytes: usize,
-    shipped: u64,
+    /// Bytes of data pieces so far.
+    literal: u64,
     progress: &'a AtomicU64,
 }
 
@@ -470,7 +485,7 @@ impl<'a> Out<'a> {
             transfer: job.transfer,
             pieces: Vec::new(),
             bytes: 0,
-            shipped: 0,
+            literal: 0,
             progress: &job.progress,
         }
     }
@@ -483,7 +498,7 @@ impl<'a> Out<'a> {
         self.progress.fetch_add(piece.length(), Ordering::Relaxed);
         if let Piece::Data { bytes, .. } = &piece {
             self.bytes += bytes.len();
-            self.shipped += bytes.len() as u64;
+            self.literal += bytes.len() as u64;
         }
         self.pieces.push(piece);
         // A piece is at most a quarter of this, so a frame stays in its limit.

@@ -28,8 +28,6 @@ pub struct Report {
     pub outcomes: Vec<(ObjectId, Outcome)>,
     /// Objects packed and sent.
     pub packed: u64,
-    /// Content bytes sent.
-    pub bytes: u64,
 }
 
 struct SmallJob {
@@ -96,12 +94,11 @@ impl Pool {
             queue.send(job).map_err(|_| SinkError::Closed)?;
         }
         drop(reply);
-        let mut all = Report { outcomes: Vec::new(), packed: 0, bytes: 0 };
+        let mut all = Report { outcomes: Vec::new(), packed: 0 };
         for report in replies {
             let report = report?;
             all.outcomes.extend(report.outcomes);
             all.packed += report.packed;
-            all.bytes += report.bytes;
         }
         Ok(all)
     }
@@ -142,7 +139,7 @@ fn read_small(jobs: &Receiver<SmallJob>, opener: &Opener) {
 }
 
 fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
-    let mut report = Report { outcomes: Vec::new(), packed: 0, bytes: 0 };
+    let mut report = Report { outcomes: Vec::new(), packed: 0 };
     let (mut pack, mut filled) = (Vec::new(), 0);
     let flush = |pack: &mut Vec<_>| {
         let objects = std::mem::take(pack);
@@ -153,7 +150,6 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
         report.outcomes.push((item.object.clone(), reading.outcome));
         if let Some(packed) = reading.packed {
             report.packed += 1;
-            report.bytes += reading.bytes;
             // 512: an object's attributes and frame overhead, roughly.
             filled += reading.bytes + 512;
             pack.push(packed);

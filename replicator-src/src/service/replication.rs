@@ -1,7 +1,7 @@
 //! One replication: its configuration on disk, its engine and link.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -26,6 +26,7 @@ use crate::engine::{self, Command, Engine, Event, Parts};
 use crate::index::{Index, Store};
 use crate::journal::Journal;
 use crate::read::pool::Pool;
+use crate::read::sink::Wired;
 use crate::session::{self, Remote};
 use crate::source::{Filter, Opener, Places, Root, SourceTree};
 use crate::watcher::{self, DirectoryWatch};
@@ -133,7 +134,7 @@ impl Replication {
         }
         let store = Arc::new(Store::open(&self.directory.join("index.redb"))?);
         let mark = store.mark()?;
-        self.shared.acknowledged(&mark);
+        self.shared.acknowledged(&mark, Timestamp::NEVER);
         let journal = Arc::new(Journal::open(&self.directory.join("journal"), mark.seq)?);
         let members = Arc::new(Members::default());
         let settings = watcher::Settings { rescan_interval: options.rescan_interval };
@@ -158,7 +159,7 @@ impl Replication {
         let tree = SourceTree::new(opener.clone(), filter, watch);
         let pool = Pool::start(&opener, &store, READERS, LANES).map_err(start("readers"))?;
         let inbox = unbounded();
-        let wired = Arc::new(AtomicU64::new(0));
+        let wired = Arc::<Wired>::default();
         let reason = if mark.watermark.is_some() { "restart" } else { "initial sync" };
         let engine = Engine::new(
             Parts {
@@ -202,7 +203,7 @@ impl Replication {
         &self,
         identity: &Identity,
         runtime: &tokio::runtime::Handle,
-        wired: Arc<AtomicU64>,
+        wired: Arc<Wired>,
         post: Sender<Event>,
     ) -> tokio::task::JoinHandle<()> {
         let configuration = self.configuration();
