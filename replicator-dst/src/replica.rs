@@ -125,6 +125,8 @@ pub struct Shared {
     pub durable: BatchId,
     /// Why batches cannot be applied now.
     pub stalled: Option<String>,
+    /// Why the last attempt to fail over did not succeed.
+    pub failover_error: Option<String>,
     /// Staged content of batches that are not applied.
     pub staged_bytes: u64,
     /// The connection.
@@ -201,6 +203,7 @@ impl Replica {
         let shared = Shared {
             durable: standing.committed,
             stalled: None,
+            failover_error: None,
             staged_bytes: 0,
             link,
             source: None,
@@ -287,7 +290,7 @@ impl Replica {
         let shared = self.shared();
         let failing = self.failing_over.load(Ordering::Acquire);
         let (status, message) = if failing {
-            (ReplicationStatus::Deleting, None)
+            (ReplicationStatus::Deleting, shared.failover_error.clone())
         } else if let Some(reason) = &shared.stalled {
             (ReplicationStatus::Error, Some(reason.clone()))
         } else if shared.desired == DesiredState::Paused {

@@ -488,7 +488,11 @@ impl Inner {
         }
         let (reply, answer) = crossbeam_channel::bounded(1);
         running.jobs.send(Job::Failover { reply }).map_err(|_| FailoverError::NoApplier)?;
-        let report = answer.recv().map_err(|_| FailoverError::NoApplier)??;
+        let report = answer.recv().map_err(|_| FailoverError::NoApplier)?.inspect_err(|error| {
+            let error = format!("failover did not succeed and is to be asked for again: {error}");
+            replica.shared().failover_error = Some(error.clone());
+            replica.note_error(error);
+        })?;
         self.running().remove(source);
         self.book.unpin(source);
         tracing::info!(%source, "failed over");

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
 
 use replicator_common::status::{Counters, Skipped};
 use replicator_tests::mounts::FileSystem::Ext4;
@@ -98,4 +99,33 @@ fn what_is_passed_over_no_more_is_not_counted() {
     fs::remove_dir_all(root.join("sub")).unwrap();
     fs::remove_file(root.join("renamed")).unwrap();
     counted(&mut daemon, "none are left", 0, 0, 0);
+}
+
+/// How often the engine's thread gave up the processor so far.
+fn switches(daemon: &Daemon) -> u64 {
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.id())).unwrap();
+    let engine = tasks
+        .map(|task| task.unwrap().path())
+        .find(|task| fs::read_to_string(task.join("comm")).unwrap().trim() == "engine")
+        .expect("the engine has a thread");
+    let status = fs::read_to_string(engine.join("status")).unwrap();
+    let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    count.unwrap().trim().parse().unwrap()
+}
+
+#[test]
+fn a_paused_source_sleeps() {
+    let pair = Pair::alone(Layout::Two(Ext4, Ext4));
+    let daemon = pair.start_enabled("fanotify");
+    daemon.wait(patience());
+    daemon.request("POST", "/replicator/v1/pause", Some(serde_json::json!({}))).unwrap();
+    // A large file waits for its turn meanwhile.
+    fs::write(pair.source().join("large"), content::incompressible(1, 1 << 20)).unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    let before = switches(&daemon);
+    std::thread::sleep(Duration::from_secs(3));
+    let switches = switches(&daemon) - before;
+    assert!(switches < 300, "{switches} times in 3 s");
+    daemon.request("POST", "/replicator/v1/resume", Some(serde_json::json!({}))).unwrap();
+    pair.settle(&daemon, &"resumed");
 }

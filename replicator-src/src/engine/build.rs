@@ -11,7 +11,7 @@ use replicator_common::object::{Attributes, Kind};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{BatchHeader, ContentSource, Op, PLAN_OPS_MAX, SourceMessage};
 
-use super::holds::{ReadyFile, Transfer, abort};
+use super::holds::{ReadyFile, Transfer};
 use super::{Engine, EngineError, Gap, InFlight, ended};
 use crate::index::{Content, Delta, Mark, View};
 use crate::journal::Record;
@@ -396,9 +396,7 @@ impl Engine {
                     .iter()
                     .any(|(id, known)| *id == object && known.is_some());
             if !put {
-                if let (Some(session), true) = (&self.session, placed.number.0 != 0) {
-                    abort(session, placed.number);
-                }
+                self.discard_file(placed.number, &placed.file);
                 continue;
             }
             draft.fresh += placed.file.fresh;
@@ -468,16 +466,7 @@ impl Engine {
         for object in looked {
             let Some(held) = self.holds.remove(&object) else { continue };
             self.look_at_rest(&draft.resolve, held.hold.entries);
-            match held.transfer {
-                Transfer::Ready { number, .. } if number.0 != 0 => {
-                    if let Some(session) = &self.session {
-                        abort(session, number);
-                    }
-                }
-                // Its lane finds the hold gone and drops what it did; the
-                // destination is told when it answers.
-                _ => {}
-            }
+            self.discard(held.transfer);
         }
     }
 
@@ -581,6 +570,7 @@ impl Engine {
             exact_batches: self.totals.exact_batches + u64::from(header.exact.is_some()),
         };
         delta.mark = mark;
+        delta.dead_lists.append(&mut self.dead_lists);
         metrics::histogram!("replicator_source_batch_operations").record(ops.len() as f64);
         self.index.prepare(delta)?;
         // From here on the destination may have it, whatever becomes of the
@@ -680,6 +670,7 @@ impl Engine {
     fn give_up(&mut self, draft: Draft) {
         self.dirty.merge(draft.input);
         for (object, placed) in draft.placed {
+            self.discard_file(placed.number, &placed.file);
             if let Some(held) = self.holds.get_mut(&object) {
                 held.transfer = Transfer::Waiting;
                 held.due = Instant::now();

@@ -79,14 +79,18 @@ impl Default for Settings {
     }
 }
 
+/// Where the answer to a failover goes.
+pub type FailoverReply = Sender<Result<FailoverReport, String>>;
+
 /// What can be asked of a running engine.
 pub enum Command {
     /// Build a batch now, even an empty one: somebody waits for the watermark.
     Nudge,
     /// Walk the whole tree and compare.
     Rescan(String),
-    /// Ask the destination to fail over, and answer with what it says.
-    Delete(Sender<Result<FailoverReport, String>>),
+    /// Ask the destination to fail over, and answer with what it says within
+    /// this time. After it, replication goes on.
+    Delete(FailoverReply, Duration),
     /// End the loop.
     Stop,
 }
@@ -211,6 +215,8 @@ pub struct Engine {
     next_batch: BatchId,
     next_transfer: TransferId,
     lists: std::ops::Range<u64>,
+    /// Chunk lists of transfers that were not placed: go with the next batch.
+    dead_lists: Vec<u64>,
     /// The watermark that batches claimed so far.
     claimed: Timestamp,
     last_build: Instant,
@@ -219,7 +225,9 @@ pub struct Engine {
     last_walk: Instant,
     totals: Mark,
     skipped: HashMap<(ObjectId, Name), Skip>,
-    failing: Option<Sender<Result<FailoverReport, String>>>,
+    /// Who waits for the destination to fail over, and until when; nothing is
+    /// shipped meanwhile.
+    failing: Option<(FailoverReply, Instant)>,
     stopping: bool,
     /// Somebody waits for the watermark: the next heartbeat comes at once.
     urgent: bool,
@@ -293,6 +301,7 @@ impl Engine {
             next_batch: mark.batch.next(),
             next_transfer: TransferId(1),
             lists: 0..0,
+            dead_lists: Vec::new(),
             claimed,
             last_build: now,
             last_report: now,
@@ -357,7 +366,9 @@ impl Engine {
     /// How long nothing needs doing unless something happens.
     fn patience(&self) -> Duration {
         let heartbeat = self.settings.heartbeat.saturating_sub(self.last_build.elapsed());
-        let idle = self.session.is_none() || self.in_flight.len() >= IN_FLIGHT;
+        // While nothing may be built, or an acknowledgement is due first, the
+        // heartbeat's time comes and goes without anything to do.
+        let idle = !self.is_ready() || !self.in_flight.is_empty();
         let pulse = if idle { REFRESH } else { heartbeat.min(REFRESH) };
         self.next_hold().map_or(pulse, |due| pulse.min(due)).max(Duration::from_millis(1))
     }
@@ -371,8 +382,8 @@ impl Engine {
                 Ok(())
             }
             Event::Command(Command::Rescan(reason)) => self.open_gap(reason),
-            Event::Command(Command::Delete(reply)) => {
-                self.ask_failover(reply);
+            Event::Command(Command::Delete(reply, patience)) => {
+                self.ask_failover(reply, patience);
                 Ok(())
             }
             Event::Command(Command::Stop) => {
@@ -393,6 +404,7 @@ impl Engine {
         {
             self.open_gap("periodic walk".to_owned())?;
         }
+        self.give_up_failover();
         self.due_holds();
         self.start_transfers()?;
         if self.in_flight.is_empty() {
@@ -402,12 +414,16 @@ impl Engine {
     }
 
     fn may_build(&self) -> bool {
-        let ready = self.session.is_some()
+        self.is_ready() && (!self.dirty.is_empty() || self.walk_ended() || self.heartbeat_due())
+    }
+
+    /// Whether a batch could be built, if there is reason to.
+    fn is_ready(&self) -> bool {
+        self.session.is_some()
             && self.reconcile.as_ref().is_none_or(reconcile::Reconcile::is_complete)
             && self.in_flight.len() < IN_FLIGHT
             && self.failing.is_none()
-            && self.shared.desired() == DesiredState::Enabled;
-        ready && (!self.dirty.is_empty() || self.walk_ended() || self.heartbeat_due())
+            && self.shared.desired() == DesiredState::Enabled
     }
 
     /// The walk is through; one more batch closes the gap.

@@ -1,14 +1,12 @@
 //! What the destination says, and what a session's begin and end mean.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::Sender;
 use replicator_common::id::BatchId;
-use replicator_common::status::FailoverReport;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{DestinationMessage, Refusal, SourceMessage};
 
-use super::{Engine, EngineError};
+use super::{Engine, EngineError, FailoverReply};
 use crate::index::{Index, View};
 use crate::session::{LinkEvent, Session};
 
@@ -151,7 +149,7 @@ impl Engine {
             if self.reconcile.as_ref().is_some_and(|reconcile| !reconcile.is_complete()) {
                 self.reconcile = None;
             }
-            if let Some(reply) = self.failing.take() {
+            if let Some((reply, _)) = self.failing.take() {
                 let _ = reply.send(Err(format!("the destination went away: {reason}")));
             }
         }
@@ -172,7 +170,7 @@ impl Engine {
                 self.transfer_refused(transfer, &reason);
             }
             DestinationMessage::FailedOver { report } => {
-                if let Some(reply) = self.failing.take() {
+                if let Some((reply, _)) = self.failing.take() {
                     // Whoever asked may have given up waiting.
                     let _ = reply.send(Ok(*report));
                 }
@@ -215,17 +213,25 @@ impl Engine {
     }
 
     /// Passes the operator's wish to fail over on.
-    pub(super) fn ask_failover(&mut self, reply: Sender<Result<FailoverReport, String>>) {
+    pub(super) fn ask_failover(&mut self, reply: FailoverReply, patience: Duration) {
         let sent = match &self.session {
             Some(session) => session.send(&SourceMessage::Delete).map_err(|e| e.to_string()),
             None => Err("the destination cannot be reached".to_owned()),
         };
         match sent {
             Ok(()) => {
-                self.failing = Some(reply);
-                self.last_build = Instant::now();
+                self.failing = Some((reply, Instant::now() + patience));
             }
             Err(error) => drop(reply.send(Err(error))),
+        }
+    }
+
+    /// A destination that has not failed over in time is replicated to further:
+    /// if it does so after all, it ends the session, and says why.
+    pub(super) fn give_up_failover(&mut self) {
+        if let Some((reply, _)) = self.failing.take_if(|(_, until)| Instant::now() >= *until) {
+            tracing::warn!("the destination did not fail over in time; replication goes on");
+            let _ = reply.send(Err("the destination does not answer".to_owned()));
         }
     }
 }

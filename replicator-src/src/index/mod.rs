@@ -13,6 +13,8 @@
 pub mod known;
 pub mod overlay;
 pub mod store;
+#[cfg(test)]
+mod tests;
 pub mod view;
 
 pub use known::{Content, Delta, EntryChange, Known, Mark, Orphan};

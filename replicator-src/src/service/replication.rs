@@ -38,6 +38,8 @@ const FORMAT: Format = Format { name: "source-replication", version: 1 };
 const READERS: usize = 2;
 /// Threads that send large files.
 const LANES: usize = 1;
+/// How much longer than the engine we wait for the engine's answer.
+const ANSWER: Duration = Duration::from_secs(5);
 /// Paths that a failover report names.
 const PATHS: usize = 1000;
 
@@ -247,10 +249,10 @@ impl Replication {
         let (reply, answer) = bounded(1);
         let post = self.running().as_ref().map(|running| running.post.clone());
         let post = post.ok_or_else(|| format!("the replication does not run{hint}"))?;
-        post.send(Event::Command(Command::Delete(reply)))
+        post.send(Event::Command(Command::Delete(reply, timeout)))
             .map_err(|_| format!("the replication does not run{hint}"))?;
         let mut report = answer
-            .recv_timeout(timeout)
+            .recv_timeout(timeout + ANSWER)
             .map_err(|_| format!("the destination does not answer{hint}"))?
             .map_err(|reason| format!("{reason}{hint}"))?;
         let (records, paths) = self.unreplicated();
