@@ -5,6 +5,8 @@ pub mod applier;
 pub mod apply;
 pub mod area;
 pub mod attributes;
+mod book;
+mod broken;
 pub mod failover;
 pub mod locate;
 pub mod objects;
