@@ -261,9 +261,14 @@ pub struct Counters {
     pub exact_batches: u64,
     /// Objects whose state travelled.
     pub objects_shipped: u64,
-    /// Content bytes that changed on the source.
+    /// Content bytes that changed, as a user would count them: of a small file
+    /// its length each time its content changed, of a large one the bytes of
+    /// chunks that the version before did not have. Before compression, and
+    /// once a batch, however often it was read.
     pub bytes_changed: u64,
-    /// Content bytes that travelled.
+    /// Content bytes that travelled: compressed, and with all that was sent
+    /// again or in vain. Divided by [`Self::bytes_changed`], what a changed byte
+    /// costs.
     pub bytes_shipped: u64,
     /// Bytes on the wire, all frames, after compression, before QUIC.
     pub bytes_wired: u64,
@@ -394,6 +399,10 @@ pub struct Status {
     pub source_file_system_id: FileSystemId,
     /// The replica's file system.
     pub destination_file_system_id: FileSystemId,
+    /// The region that the source says it is in.
+    pub source_file_system_region: String,
+    /// The region that the destination says it is in.
+    pub destination_file_system_region: String,
     /// When the configuration was made.
     pub creation_time: Timestamp,
     /// EFS's word for the whole.

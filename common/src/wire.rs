@@ -151,9 +151,10 @@ pub struct BatchHeader {
     pub ops: u64,
     /// The initial sync is through with this batch.
     pub complete: bool,
-    /// Content bytes that changed on the source, as far as known.
+    /// Content bytes that change with this batch (see
+    /// [`Counters`](crate::status::Counters)).
     pub bytes_changed: u64,
-    /// Content bytes that travelled for this batch.
+    /// Content bytes that travelled since the batch before, for whichever batch.
     pub bytes_shipped: u64,
 }
 

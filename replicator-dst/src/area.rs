@@ -16,6 +16,8 @@ use replicator_common::sys::{handle, place, proc_path, xattr};
 use replicator_common::time::Timestamp;
 use rustix::io::Errno;
 
+use crate::access;
+
 /// Directories that staging is spread over.
 pub const SHARDS: u8 = 8;
 const INCARNATION: Format = Format { name: "incarnation", version: 1 };
@@ -181,7 +183,7 @@ impl Area {
 }
 
 fn directory(parent: BorrowedFd<'_>, name: &Name) -> Result<OwnedFd, AreaError> {
-    match place::make_directory(parent, name) {
+    match access::with(&[parent], || place::make_directory(parent, name)) {
         Ok(()) | Err(Errno::EXIST) => {}
         Err(error) => return Err(AreaError::system("create", name)(error)),
     }
@@ -197,7 +199,7 @@ fn directory(parent: BorrowedFd<'_>, name: &Name) -> Result<OwnedFd, AreaError> 
 /// Removes a name and all below it, never following links, with descriptors
 /// for one path at a time. It is no error when nothing is there.
 pub fn remove_tree(parent: BorrowedFd<'_>, name: &Name) -> Result<(), AreaError> {
-    match place::unlink(parent, name) {
+    match access::with(&[parent], || place::unlink(parent, name)) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
         Err(Errno::ISDIR | Errno::PERM) => {}
         Err(error) => return Err(AreaError::system("remove", name)(error)),
@@ -207,5 +209,6 @@ pub fn remove_tree(parent: BorrowedFd<'_>, name: &Name) -> Result<(), AreaError>
     for (child, _) in names {
         remove_tree(directory.as_fd(), &child)?;
     }
-    place::remove_directory(parent, name).map_err(AreaError::system("remove", name))
+    access::with(&[parent], || place::remove_directory(parent, name))
+        .map_err(AreaError::system("remove", name))
 }

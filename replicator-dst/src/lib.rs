@@ -1,10 +1,13 @@
 //! The destination: receives batches, makes them durable, applies each as a
 //! whole to a replica that nobody else can write to, and fails over.
 
+mod access;
 pub mod applier;
 pub mod apply;
 pub mod area;
 pub mod attributes;
+mod book;
+mod broken;
 pub mod failover;
 pub mod locate;
 pub mod mark;

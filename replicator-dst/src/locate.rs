@@ -8,6 +8,7 @@ use replicator_common::sys::{handle, place};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
+use crate::access;
 use crate::apply::Place;
 use crate::area::{Area, AreaError};
 use crate::objects::{Known, Objects, Position, path_of};
@@ -46,7 +47,7 @@ impl Locator {
                     if flags.contains(OFlags::PATH) {
                         Ok(fd)
                     } else {
-                        place::reopen(fd.as_fd(), flags)
+                        access::with(&[fd.as_fd()], || place::reopen(fd.as_fd(), flags))
                     }
                 }
                 Ok(_) => Err(Errno::STALE),
@@ -76,7 +77,7 @@ impl Locator {
             Err(error) => return Ok(Err(Errno::from_io_error(&error).unwrap_or(Errno::IO))),
         };
         for name in names {
-            match place::open_path(at.as_fd(), &name) {
+            match access::with(&[at.as_fd()], || place::open_path(at.as_fd(), &name)) {
                 Ok(next) => at = next,
                 Err(error) => return Ok(Err(error)),
             }

@@ -115,11 +115,7 @@ fn serve(path: &Path) -> anyhow::Result<()> {
         warn!(api = %config.api, "other hosts may reach the API, which asks for no password");
     }
     let daemon = Daemon::open(&config)?;
-    let options = ApiOptions {
-        region: config.region.clone(),
-        hosts: config.api_hosts.clone(),
-        ..ApiOptions::default()
-    };
+    let options = ApiOptions { hosts: config.api_hosts.clone(), ..ApiOptions::default() };
     let api = Api::new(daemon.control(), options).with_tokens(daemon.tokens());
     let server = bound.serve(api)?;
     info!(

@@ -96,18 +96,50 @@ struct Shell {
     plan_parts: u64,
 }
 
+/// A connection whose source has said who it is.
+pub struct Greeting {
+    /// What it said.
+    pub hello: SourceHello,
+    connection: Connection,
+    reader: FrameReader<RecvStream>,
+    writer: FrameWriter<SendStream>,
+}
+
+/// Waits for the source's first words.
+pub async fn hear(connection: Connection) -> Result<Greeting, SessionError> {
+    let (send, receive) = tokio::time::timeout(HELLO, connection.accept_bi())
+        .await
+        .map_err(|_| SessionError::Silent)??;
+    let mut reader = FrameReader::new(receive);
+    let mut writer = FrameWriter::new(send);
+    let first =
+        tokio::time::timeout(HELLO, reader.read()).await.map_err(|_| SessionError::Silent)?;
+    match first? {
+        Some(SourceMessage::Hello(hello)) => Ok(Greeting { hello, connection, reader, writer }),
+        Some(_) => {
+            let refusal = Refusal::Protocol("the first message is not a hello".to_owned());
+            Err(refuse(&mut writer, refusal).await)
+        }
+        None => Err(SessionError::Closed),
+    }
+}
+
+impl Greeting {
+    /// Says why there will be no session.
+    pub async fn refuse(mut self, refusal: Refusal) -> SessionError {
+        refuse(&mut self.writer, refusal).await
+    }
+}
+
 /// Runs a session to its end. The connection is closed by then.
-pub async fn run(connection: Connection, context: SessionContext) -> SessionError {
+pub async fn run(greeting: Greeting, context: SessionContext) -> SessionError {
     let replica = context.replica.clone();
-    let error = match session(connection.clone(), context).await {
+    let connection = greeting.connection.clone();
+    let error = match session(greeting, context).await {
         Ok(()) => SessionError::Closed,
         Err(error) => error,
     };
-    let code = match &error {
-        SessionError::Refused(Refusal::Protocol(_)) => replicator_common::net::quic::CLOSE_PROTOCOL,
-        _ => replicator_common::net::quic::CLOSE_DONE,
-    };
-    connection.close(code, error.to_string().as_bytes());
+    close(&connection, &error);
     let mut shared = replica.shared();
     shared.link.connected = false;
     shared.link.since = Timestamp::now();
@@ -116,29 +148,20 @@ pub async fn run(connection: Connection, context: SessionContext) -> SessionErro
     error
 }
 
-async fn session(connection: Connection, context: SessionContext) -> Result<(), SessionError> {
-    let (send, receive) = tokio::time::timeout(HELLO, connection.accept_bi())
-        .await
-        .map_err(|_| SessionError::Silent)??;
-    let mut reader = FrameReader::new(receive);
-    let mut writer = FrameWriter::new(send);
-    let first =
-        tokio::time::timeout(HELLO, reader.read()).await.map_err(|_| SessionError::Silent)?;
-    let hello = match first? {
-        Some(SourceMessage::Hello(hello)) => hello,
-        Some(_) => {
-            let refusal = Refusal::Protocol("the first message is not a hello".to_owned());
-            return refuse(&mut writer, refusal).await;
-        }
-        None => return Err(SessionError::Closed),
+/// Ends a connection, and says why.
+pub fn close(connection: &Connection, error: &SessionError) {
+    let code = match error {
+        SessionError::Refused(Refusal::Protocol(_)) => replicator_common::net::quic::CLOSE_PROTOCOL,
+        _ => replicator_common::net::quic::CLOSE_DONE,
     };
-    if hello.source != context.replica.config.source {
-        let refusal = Refusal::NoConfiguration { source_id: hello.source };
-        return refuse(&mut writer, refusal).await;
-    }
+    connection.close(code, error.to_string().as_bytes());
+}
+
+async fn session(greeting: Greeting, context: SessionContext) -> Result<(), SessionError> {
+    let Greeting { hello, connection, reader, mut writer } = greeting;
     let standing = match begin(&context, &hello).await? {
         Ok(standing) => standing,
-        Err(refusal) => return refuse(&mut writer, refusal).await,
+        Err(refusal) => return Err(refuse(&mut writer, refusal).await),
     };
     tracing::info!(
         source = %hello.source,
@@ -170,14 +193,13 @@ async fn session(connection: Connection, context: SessionContext) -> Result<(), 
     result
 }
 
-async fn refuse(
-    writer: &mut FrameWriter<SendStream>,
-    refusal: Refusal,
-) -> Result<(), SessionError> {
-    writer.write(&DestinationMessage::Refused(refusal.clone())).await?;
+async fn refuse(writer: &mut FrameWriter<SendStream>, refusal: Refusal) -> SessionError {
+    if let Err(error) = writer.write(&DestinationMessage::Refused(refusal.clone())).await {
+        return error.into();
+    }
     let _ = writer.get_mut().finish();
     let _ = tokio::time::timeout(RETRY, writer.get_mut().stopped()).await;
-    Err(SessionError::Refused(refusal))
+    SessionError::Refused(refusal)
 }
 
 async fn begin(

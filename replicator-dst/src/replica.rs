@@ -128,6 +128,8 @@ pub struct Shared {
     pub durable: BatchId,
     /// Why batches cannot be applied now.
     pub stalled: Option<String>,
+    /// Why the last attempt to fail over did not succeed.
+    pub failover_error: Option<String>,
     /// Staged content of batches that are not applied.
     pub staged_bytes: u64,
     /// The connection.
@@ -204,6 +206,7 @@ impl Replica {
         let shared = Shared {
             durable: standing.committed,
             stalled: None,
+            failover_error: None,
             staged_bytes: 0,
             link,
             source: None,
@@ -283,13 +286,14 @@ impl Replica {
         self.protection.enforcement()
     }
 
-    /// The whole, with the source's half from its last report.
-    pub fn status(&self, now: Timestamp) -> Status {
+    /// The whole, with the source's half from its last report; this side is in
+    /// `region`.
+    pub fn status(&self, now: Timestamp, region: &str) -> Status {
         let destination = self.report(now);
         let shared = self.shared();
         let failing = self.failing_over.load(Ordering::Acquire);
         let (status, message) = if failing {
-            (ReplicationStatus::Deleting, None)
+            (ReplicationStatus::Deleting, shared.failover_error.clone())
         } else if let Some(reason) = &shared.stalled {
             (ReplicationStatus::Error, Some(reason.clone()))
         } else if shared.desired == DesiredState::Paused {
@@ -304,6 +308,8 @@ impl Replica {
         Status {
             source_file_system_id: self.config.source.clone(),
             destination_file_system_id: self.config.destination.clone(),
+            source_file_system_region: self.config.source_region.clone(),
+            destination_file_system_region: region.to_owned(),
             creation_time: self.config.creation_time,
             status,
             status_message: message,

@@ -5,12 +5,13 @@ use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use quinn::{Connection, Endpoint};
+use replicator_common::config::is_region;
 use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode};
 use replicator_common::crashsafe::{self, StateFileError};
 use replicator_common::id::FileSystemId;
@@ -20,16 +21,17 @@ use replicator_common::net::enrol::{
 };
 use replicator_common::net::identity::{Fingerprint, Identity, IdentityError};
 use replicator_common::net::quic::{self, Admission, CLOSE_DONE};
-use replicator_common::net::tls::Trust;
 use replicator_common::net::token::{Secret, Token};
 use replicator_common::status::{DesiredState, FailoverReport, Status};
 use replicator_common::time::Timestamp;
-use replicator_common::wire::DestinationMessage;
+use replicator_common::wire::{DestinationMessage, Refusal};
 use tokio::sync::mpsc;
 
 use crate::applier::{self, Job};
+use crate::book::Book;
+use crate::broken::Broken;
 use crate::failover::{self, FailoverError};
-use crate::receive::{self, SessionContext};
+use crate::receive::{self, Greeting, SessionContext};
 use crate::replica::{Config, Hook, Replica, ReplicaError, ReplicaOptions};
 use crate::state::{self, Grant, Grants, Lock, StateError};
 use crate::suitable::{self, Unsuitable};
@@ -78,22 +80,6 @@ impl From<StateFileError> for ServiceError {
     }
 }
 
-/// Who is let in.
-struct Book {
-    pins: RwLock<HashMap<Fingerprint, FileSystemId>>,
-    grants: Mutex<Grants>,
-}
-
-impl Trust for Book {
-    fn is_pinned(&self, fingerprint: &Fingerprint) -> bool {
-        self.pins.read().unwrap_or_else(PoisonError::into_inner).contains_key(fingerprint)
-    }
-
-    fn enrolment_open(&self) -> bool {
-        self.grants().tokens.open(Timestamp::now())
-    }
-}
-
 /// How long a source may be silent and still be asked: it reports every 500 ms.
 const SILENCE: Duration = Duration::from_secs(2);
 
@@ -112,16 +98,6 @@ fn heard_from(replica: &Replica) -> bool {
         std::thread::sleep(Duration::from_millis(20));
     }
     false
-}
-
-impl Book {
-    fn grants(&self) -> MutexGuard<'_, Grants> {
-        self.grants.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn source_of(&self, peer: &Fingerprint) -> Option<FileSystemId> {
-        self.pins.read().unwrap_or_else(PoisonError::into_inner).get(peer).cloned()
-    }
 }
 
 /// One configuration that runs.
@@ -156,6 +132,10 @@ struct Inner {
     endpoint: Endpoint,
     book: Arc<Book>,
     running: Mutex<HashMap<FileSystemId, Arc<Running>>>,
+    /// Those that cannot be opened now. None is among the running ones too.
+    broken: Mutex<HashMap<FileSystemId, Broken>>,
+    /// Held while one of them is tried again.
+    reviving: Mutex<()>,
     _lock: Lock,
 }
 
@@ -167,8 +147,9 @@ pub struct DestinationService {
 
 impl DestinationService {
     /// Opens the state directory, ends failovers that were interrupted, brings
-    /// every replica to a state between batches, and listens. To be called
-    /// within a tokio runtime.
+    /// every replica to a state between batches, and listens. A replica that
+    /// cannot be opened does not keep the others from it: its status is ERROR
+    /// and says why. To be called within a tokio runtime.
     pub fn open(options: DestinationOptions) -> Result<Self, ServiceError> {
         let replicas = ReplicaOptions { by_path: false, hook: options.hook.clone() };
         Self::open_with(options, replicas)
@@ -183,23 +164,31 @@ impl DestinationService {
         let identity_dir = options.state_dir.join("identity");
         crashsafe::create_directory(&identity_dir)?;
         let identity = Identity::load_or_create(&identity_dir)?;
-        let grants = Mutex::new(Grants::read(&options.state_dir)?);
-        let book = Arc::new(Book { pins: RwLock::default(), grants });
-        let mut running = HashMap::new();
+        let book = Arc::new(Book::new(Grants::read(&options.state_dir)?));
+        let (mut running, mut broken) = (HashMap::new(), HashMap::new());
         for (directory, config) in state::replicas(&options.state_dir)? {
-            if failover::begun(&directory) {
-                tracing::warn!(source = %config.source, "ending an interrupted failover");
-                failover::open_and_run(&directory, config).map_err(Box::new)?;
-                continue;
-            }
-            pin(&book, &config);
             let source = config.source.clone();
-            running.insert(source, start(&directory, config, replicas.clone())?);
+            book.pin(&config);
+            match start_or_end(&directory, config.clone(), replicas.clone()) {
+                Ok(Some(one)) => drop(running.insert(source, one)),
+                Ok(None) => book.unpin(&source),
+                Err(error) => {
+                    drop(broken.insert(source, Broken::new(directory, config, &error)));
+                }
+            }
         }
         let endpoint = quic::listen(options.listen, &identity, book.clone())?;
-        let running = Mutex::new(running);
-        let inner =
-            Arc::new(Inner { options, replicas, identity, endpoint, book, running, _lock: lock });
+        let inner = Arc::new(Inner {
+            options,
+            replicas,
+            identity,
+            endpoint,
+            book,
+            running: Mutex::new(running),
+            broken: Mutex::new(broken),
+            reviving: Mutex::default(),
+            _lock: lock,
+        });
         tokio::spawn(accept_loop(Arc::downgrade(&inner), inner.endpoint.clone()));
         Ok(Self { inner })
     }
@@ -261,9 +250,18 @@ impl DestinationService {
     }
 }
 
-fn pin(book: &Book, config: &Config) {
-    let mut pins = book.pins.write().unwrap_or_else(PoisonError::into_inner);
-    pins.insert(config.peer, config.source.clone());
+/// Starts a replica; `None` when its failover had begun and is ended now.
+fn start_or_end(
+    directory: &Path,
+    config: Config,
+    options: ReplicaOptions,
+) -> Result<Option<Arc<Running>>, ServiceError> {
+    if failover::begun(directory) {
+        tracing::warn!(source = %config.source, "ending an interrupted failover");
+        failover::open_and_run(directory, config).map_err(Box::new)?;
+        return Ok(None);
+    }
+    start(directory, config, options).map(Some)
 }
 
 fn start(
@@ -307,7 +305,34 @@ impl Inner {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn broken(&self) -> MutexGuard<'_, HashMap<FileSystemId, Broken>> {
+        self.broken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tries to open a replica that could not be opened: what stood in the way
+    /// may be gone.
+    fn revive(&self, source: &FileSystemId) -> Result<(), String> {
+        let _one = self.reviving.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(broken) = self.broken().get(source).cloned() else { return Ok(()) };
+        let Broken { directory, config, .. } = broken;
+        match start_or_end(&directory, config.clone(), self.replicas.clone()) {
+            Ok(Some(running)) => {
+                tracing::info!(%source, "the replica can be opened again");
+                self.running().insert(source.clone(), running);
+            }
+            Ok(None) => self.book.unpin(source),
+            Err(error) => {
+                let reason = error.to_string();
+                self.broken().insert(source.clone(), Broken::new(directory, config, &error));
+                return Err(reason);
+            }
+        }
+        self.broken().remove(source);
+        Ok(())
+    }
+
     fn find(&self, source: &FileSystemId) -> Result<Arc<Running>, ControlError> {
+        self.revive(source).map_err(ControlError::Conflict)?;
         self.running()
             .get(source)
             .cloned()
@@ -316,19 +341,51 @@ impl Inner {
 
     /// Whether a directory may become a replica here.
     fn check(&self, path: &Path, reconcile: bool) -> Result<(), ServiceError> {
-        let others: Vec<_> =
+        let mut others: Vec<_> =
             self.running().values().map(|running| running.replica.config.path.clone()).collect();
+        others.extend(self.broken().values().map(|broken| broken.config.path.clone()));
         suitable::check(path, &self.options.state_dir, &others, reconcile)?;
         Ok(())
     }
 
     async fn serve(self: Arc<Self>, connection: Connection, peer: &Fingerprint) {
-        let Some(running) =
-            self.book.source_of(peer).and_then(|source| self.running().get(&source).cloned())
-        else {
-            connection.close(CLOSE_DONE, b"no such configuration");
-            return;
+        let error = match receive::hear(connection.clone()).await {
+            Ok(greeting) => match self.clone().choose(&greeting, peer).await {
+                Ok(running) => return self.run_session(connection, greeting, running).await,
+                Err(refusal) => greeting.refuse(refusal).await,
+            },
+            Err(error) => error,
         };
+        tracing::info!(reason = %error, "no session");
+        receive::close(&connection, &error);
+    }
+
+    /// The configuration that a greeting is for.
+    async fn choose(
+        self: Arc<Self>,
+        greeting: &Greeting,
+        peer: &Fingerprint,
+    ) -> Result<Arc<Running>, Refusal> {
+        let source_id = greeting.hello.source.clone();
+        if !self.book.may_speak_for(peer, &source_id) {
+            return Err(Refusal::NoConfiguration { source_id });
+        }
+        if self.broken().contains_key(&source_id) {
+            let (inner, id) = (self.clone(), source_id.clone());
+            let revived = tokio::task::spawn_blocking(move || inner.revive(&id)).await;
+            let failed = |_| Err("the destination failed".to_owned());
+            revived.unwrap_or_else(failed).map_err(Refusal::Unable)?;
+        }
+        let running = self.running().get(&source_id).cloned();
+        running.ok_or(Refusal::NoConfiguration { source_id })
+    }
+
+    async fn run_session(
+        self: Arc<Self>,
+        connection: Connection,
+        greeting: Greeting,
+        running: Arc<Running>,
+    ) {
         let (say, last_word) = mpsc::unbounded_channel();
         // A new session of the same, authenticated peer replaces the old one:
         // the old one may hang on a connection that is long dead.
@@ -353,7 +410,7 @@ impl Inner {
             fail_over: Arc::new(fail_over),
             last_word,
         };
-        let error = receive::run(connection, context).await;
+        let error = receive::run(greeting, context).await;
         tracing::info!(%source, reason = %error, "session ended");
     }
 
@@ -381,6 +438,12 @@ impl Inner {
         let mut grants = self.book.grants();
         let mut next = grants.clone();
         let redemption = next.tokens.redeem(&request.secret, peer, Timestamp::now())?;
+        if !is_region(&request.source_region) {
+            return Err(EnrolRefusal::Unable(format!(
+                "{:?} is not a region",
+                request.source_region
+            )));
+        }
         let secret = Fingerprint::of(&request.secret.0);
         let grant = next.grants.iter().find(|grant| grant.secret == secret).cloned();
         let grant = grant.ok_or(EnrolRefusal::WrongSecret)?;
@@ -392,7 +455,9 @@ impl Inner {
         if redemption == Redemption::Again {
             return Err(EnrolRefusal::Used);
         }
-        if self.running().contains_key(&request.source) || self.book.is_pinned(&peer) {
+        let known = self.running().contains_key(&request.source)
+            || self.broken().contains_key(&request.source);
+        if known {
             return Err(EnrolRefusal::Unable(format!(
                 "{} is in a replication configuration here already",
                 request.source
@@ -424,7 +489,7 @@ impl Inner {
         next.write(&self.options.state_dir).map_err(|error| unable(&error))?;
         *grants = next;
         drop(grants);
-        pin(&self.book, &config);
+        self.book.pin(&config);
         self.running().insert(config.source.clone(), running);
         tracing::info!(source = %config.source, path = %config.path.display(), "enrolled");
         Ok(self.enrolled(&config))
@@ -451,10 +516,13 @@ impl Inner {
         }
         let (reply, answer) = crossbeam_channel::bounded(1);
         running.jobs.send(Job::Failover { reply }).map_err(|_| FailoverError::NoApplier)?;
-        let report = answer.recv().map_err(|_| FailoverError::NoApplier)??;
+        let report = answer.recv().map_err(|_| FailoverError::NoApplier)?.inspect_err(|error| {
+            let error = format!("failover did not succeed and is to be asked for again: {error}");
+            replica.shared().failover_error = Some(error.clone());
+            replica.note_error(error);
+        })?;
         self.running().remove(source);
-        let mut pins = self.book.pins.write().unwrap_or_else(PoisonError::into_inner);
-        pins.retain(|_, pinned| pinned != source);
+        self.book.unpin(source);
         tracing::info!(%source, "failed over");
         Ok(report)
     }
@@ -469,8 +537,14 @@ impl Control for DestinationService {
 
     fn list(&self) -> Vec<Status> {
         let now = Timestamp::now();
-        let mut all: Vec<_> =
-            self.inner.running().values().map(|running| running.replica.status(now)).collect();
+        let region = &self.inner.options.region;
+        let mut all: Vec<_> = self
+            .inner
+            .running()
+            .values()
+            .map(|running| running.replica.status(now, region))
+            .collect();
+        all.extend(self.inner.broken().values().map(|broken| broken.status(now, region)));
         all.sort_by_key(|status| status.creation_time);
         all
     }
@@ -523,7 +597,7 @@ impl Control for DestinationService {
         if desired == DesiredState::Paused {
             running.close_session("paused at the destination");
         }
-        Ok(running.replica.status(Timestamp::now()))
+        Ok(running.replica.status(Timestamp::now(), &self.inner.options.region))
     }
 }
 

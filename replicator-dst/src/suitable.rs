@@ -81,7 +81,12 @@ pub fn check(
 ) -> Result<(), Unsuitable> {
     overlap(path, state, "the state directory")?;
     for other in others {
-        overlap(path, other, "a replica")?;
+        match overlap(path, other, "a replica") {
+            // One whose directory is gone stands in nobody's way but its own.
+            Err(Unsuitable::System { .. } | Unsuitable::NotDirectory { .. })
+                if open(path).is_ok() && !related(path, other) => {}
+            result => result?,
+        }
     }
     match first_name(path)? {
         Some(example) if !reconcile => Err(Unsuitable::NotEmpty { path: path.to_owned(), example }),
@@ -99,6 +104,11 @@ fn first_name(path: &Path) -> Result<Option<String>, Unsuitable> {
     let names = place::list(directory.as_fd()).map_err(|e| failed("list", path)(e.into()))?;
     let counts = |name: &_| !is_file_systems_own(directory.as_fd(), name);
     Ok(names.into_iter().map(|(name, _)| name).find(counts).map(|name| name.to_string()))
+}
+
+/// Whether one path names the other or something below it.
+fn related(a: &Path, b: &Path) -> bool {
+    a.starts_with(b) || b.starts_with(a)
 }
 
 /// By what the paths lead to, not by their text: mounts and links do not

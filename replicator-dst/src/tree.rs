@@ -22,6 +22,7 @@ use replicator_common::time::Timestamp;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
+use crate::access;
 use crate::apply::{Outcome, Place, ReplicaTree, Step, Within};
 use crate::area::{Area, AreaError};
 use crate::attributes::{self, Origin};
@@ -112,7 +113,7 @@ impl Tree {
         if flags.contains(OFlags::PATH) {
             return Ok(Some(found));
         }
-        place::reopen(found.as_fd(), flags)
+        access::with(&[found.as_fd()], || place::reopen(found.as_fd(), flags))
             .map(Some)
             .map_err(AreaError::system("open object", object))
     }
@@ -128,7 +129,9 @@ impl Tree {
         }
         for place in self.hints.get(object).cloned().unwrap_or_default() {
             let Some(directory) = self.directory_at(&place.within, depth + 1)? else { continue };
-            let opened = gone(place::open_path((*directory).as_fd(), &place.name))
+            let directory = (*directory).as_fd();
+            let open = || place::open_path(directory, &place.name);
+            let opened = gone(access::with(&[directory], open))
                 .map_err(AreaError::system("open", &place.name))?;
             if let Some(fd) = opened
                 && handle::identify(fd.as_fd()).as_ref() == Ok(object)
@@ -240,7 +243,8 @@ impl ReplicaTree for Tree {
             return Ok(None);
         }
         let Some(directory) = self.directory(&place.within)? else { return Ok(None) };
-        gone(handle::identify_entry((*directory).as_fd(), &place.name))
+        let directory = (*directory).as_fd();
+        gone(access::with(&[directory], || handle::identify_entry(directory, &place.name)))
             .map_err(AreaError::system("look up", &place.name))
     }
 
@@ -251,9 +255,10 @@ impl ReplicaTree for Tree {
             return Ok(Outcome::Missing);
         };
         let (source, target) = ((*source).as_fd(), (*target).as_fd());
-        let result = if replace {
-            place::rename(source, &from.name, target, &to.name)
-        } else {
+        let action = || {
+            if replace {
+                return place::rename(source, &from.name, target, &to.name);
+            }
             match place::rename_no_replace(source, &from.name, target, &to.name) {
                 // RACE: none. Where the file system cannot promise not to
                 // replace, we are still the only one who writes.
@@ -267,6 +272,12 @@ impl ReplicaTree for Tree {
                 result => result,
             }
         };
+        let result = match access::with(&[source, target], action) {
+            // A directory that changes its parent is written to itself.
+            Err(Errno::ACCESS) => access::with(&[source], || place::open_path(source, &from.name))
+                .and_then(|moved| access::with(&[source, target, moved.as_fd()], action)),
+            result => result,
+        };
         outcome(result)
             .map_err(AreaError::system("rename", format!("{} to {}", from.name, to.name)))
     }
@@ -274,19 +285,22 @@ impl ReplicaTree for Tree {
     fn link(&mut self, object: &ReplicaHandle, to: &Place) -> Result<Outcome, AreaError> {
         let Some(target) = self.directory(&to.within)? else { return Ok(Outcome::Missing) };
         let Some(fd) = self.open(object, OFlags::PATH)? else { return Ok(Outcome::Missing) };
-        outcome(place::link(fd.as_fd(), (*target).as_fd(), &to.name))
+        let target = (*target).as_fd();
+        outcome(access::with(&[target], || place::link(fd.as_fd(), target, &to.name)))
             .map_err(AreaError::system("link", &to.name))
     }
 
     fn unlink(&mut self, at: &Place) -> Result<Outcome, AreaError> {
         let Some(directory) = self.directory(&at.within)? else { return Ok(Outcome::Missing) };
-        outcome(place::unlink((*directory).as_fd(), &at.name))
+        let directory = (*directory).as_fd();
+        outcome(access::with(&[directory], || place::unlink(directory, &at.name)))
             .map_err(AreaError::system("unlink", &at.name))
     }
 
     fn remove_directory(&mut self, at: &Place) -> Result<Outcome, AreaError> {
         let Some(directory) = self.directory(&at.within)? else { return Ok(Outcome::Missing) };
-        outcome(place::remove_directory((*directory).as_fd(), &at.name))
+        let directory = (*directory).as_fd();
+        outcome(access::with(&[directory], || place::remove_directory(directory, &at.name)))
             .map_err(AreaError::system("remove directory", &at.name))
     }
 

@@ -12,6 +12,7 @@ use replicator_common::id::{ObjectId, Seq};
 use replicator_common::status::WatcherReport;
 use replicator_common::time::Timestamp;
 
+use crate::clock::Clock;
 use crate::journal::{Journal, JournalError, Record};
 use crate::watcher::{Change, DirectoryWatch, Waker, WatchError, Watcher, What};
 
@@ -172,7 +173,7 @@ impl Recent {
 pub struct Barrier {
     /// Number of the barrier's record.
     pub seq: Seq,
-    /// The moment at which the drain began.
+    /// The moment at which the drain began (see [`crate::clock`]).
     pub time: Timestamp,
 }
 
@@ -216,6 +217,7 @@ impl Capture {
         journal: Arc<Journal>,
         members: Arc<Members>,
         captured: Sender<()>,
+        clock: Arc<Clock>,
     ) -> std::io::Result<Self> {
         let (requests, barriers) = unbounded();
         let (flush, flushes) = bounded(1);
@@ -262,6 +264,7 @@ impl Capture {
                 rescan_every,
                 proves,
                 recent,
+                clock,
             };
             if let Err(error) = thread.run(&barriers, &stop) {
                 tracing::error!(%error, "capture stopped");
@@ -337,6 +340,7 @@ struct Thread {
     rescan_every: Arc<Mutex<Option<Duration>>>,
     proves: Arc<AtomicBool>,
     recent: Recent,
+    clock: Arc<Clock>,
 }
 
 impl Thread {
@@ -367,7 +371,7 @@ impl Thread {
     }
 
     fn barrier(&mut self, changes: &mut Vec<Change>) -> Result<Barrier, CaptureError> {
-        let time = Timestamp::now();
+        let time = self.clock.now();
         // A mark that died leaves a queue that is merely empty (trap 13).
         self.watcher.alive()?;
         self.watcher.drain(changes)?;

@@ -75,7 +75,8 @@ pub enum Record {
     /// The event queue was drained: every change whose system call returned
     /// before `time` stands before this record.
     Barrier {
-        /// The moment at which the drain began.
+        /// The moment at which the drain began: an internal one (see
+        /// [`crate::clock`]) of the process that drew the barrier.
         time: Timestamp,
     },
 }

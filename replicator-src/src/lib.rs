@@ -5,6 +5,7 @@
 //! [`read`] → [`session`], driven by the one loop in [`engine`].
 
 pub mod capture;
+pub mod clock;
 pub mod engine;
 pub mod index;
 pub mod journal;

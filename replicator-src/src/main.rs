@@ -79,7 +79,6 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     }
     let service = SourceService::open(daemon::options(&config))?;
     let options = ApiOptions {
-        region: config.region.clone(),
         hosts: config.api_hosts.clone(),
         watcher: config.watcher,
         devices: config.devices,

@@ -3,7 +3,6 @@
 //! what they mean beyond the two hellos.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
@@ -17,7 +16,7 @@ use replicator_common::wire::{
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use crate::read::sink::{Sink, SinkError};
+use crate::read::sink::{Sink, SinkError, Wired};
 
 /// First and longest pause between attempts to connect.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
@@ -73,14 +72,14 @@ pub struct Session {
     pub clock_offset: i64,
     connection: quinn::Connection,
     control: mpsc::Sender<Vec<u8>>,
-    wired: Arc<AtomicU64>,
+    wired: Arc<Wired>,
 }
 
 impl Session {
     /// Queues a control message; blocks while the network is slower than we are.
     pub fn send(&self, message: &SourceMessage) -> Result<(), SinkError> {
         let frame = encode_frame(message, Compression::Auto)?;
-        self.wired.fetch_add(frame.len() as u64, Ordering::Relaxed);
+        self.wired.frame(frame.len());
         self.control.blocking_send(frame).map_err(|_| SinkError::Closed)
     }
 
@@ -107,7 +106,7 @@ pub async fn run(
     identity: Identity,
     remote: Remote,
     hello: impl Fn() -> Option<SourceHello> + Send + 'static,
-    wired: Arc<AtomicU64>,
+    wired: Arc<Wired>,
     compression: Compression,
     events: Sender<LinkEvent>,
 ) {
@@ -146,7 +145,7 @@ impl Attempt<'_> {
     async fn open(
         &self,
         greeting: SourceHello,
-        wired: &Arc<AtomicU64>,
+        wired: &Arc<Wired>,
     ) -> Result<(Session, Pump), Failure> {
         let plain = |error: &dyn std::fmt::Display| (error.to_string(), None);
         let connection =

@@ -50,6 +50,14 @@ impl Side {
         }
     }
 
+    /// Another one on each, so that answers cannot mix them up.
+    pub fn region(self) -> &'static str {
+        match self {
+            Self::Source => "xx-source-1",
+            Self::Destination => "xx-replica-2",
+        }
+    }
+
     fn program(self) -> &'static Path {
         match self {
             Self::Source => binary::replicator_src(),
@@ -217,13 +225,15 @@ impl Hosts {
 
     fn write_config(&self, side: Side) -> PathBuf {
         let (path, state) = (self.config(side), self.scratch.path().join(side.name()));
+        let region = side.region();
         let addresses = match side {
             Side::Source => String::new(),
             Side::Destination => {
                 format!("listen = \"[::]:{LISTEN}\"\nadvertise = \"{}:{LISTEN}\"\n", side.address())
             }
         };
-        fs::write(&path, format!("state_dir = {state:?}\n{addresses}")).unwrap();
+        fs::write(&path, format!("state_dir = {state:?}\nregion = {region:?}\n{addresses}"))
+            .unwrap();
         path
     }
 
@@ -238,9 +248,15 @@ impl Hosts {
     /// A new token for the replica.
     #[track_caller]
     pub fn token(&self, more: &[&str]) -> String {
+        self.token_for(self.replica(), more)
+    }
+
+    /// A new token for a directory on the destination.
+    #[track_caller]
+    pub fn token_for(&self, replica: &Path, more: &[&str]) -> String {
         let mut command = self.network.inside(Side::Destination, binary::replicator_dst());
         command.args(["token", "--config"]).arg(self.config(Side::Destination));
-        command.arg("--replica").arg(self.replica()).args(more);
+        command.arg("--replica").arg(replica).args(more);
         let ended = run_to_end(command, Duration::from_secs(30)).success();
         let token = ended.stdout.trim_end();
         assert!(!token.contains(char::is_whitespace), "a token is one line: {ended:#?}");

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use replicator_common::api::{Api, ApiOptions, server};
-use replicator_common::config::{DEFAULT_REGION, LogFormat};
+use replicator_common::config::LogFormat;
 use replicator_common::control::{Control, CreateRequest, DeletionMode};
 use replicator_common::id::FileSystemId;
 use replicator_common::logging;
@@ -69,7 +69,6 @@ fn replicate(
 ) -> anyhow::Result<()> {
     let control: Arc<dyn Control> = Arc::new(Both::new(services.source(), services.destination()));
     let options = ApiOptions {
-        region: DEFAULT_REGION.to_owned(),
         watcher: arguments.watcher.into(),
         devices: arguments.devices,
         ..ApiOptions::default()

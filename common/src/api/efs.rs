@@ -76,19 +76,20 @@ pub struct Replications {
 
 impl Configuration {
     /// A configuration as EFS spells it.
-    pub fn new(status: &Status, region: &str) -> Self {
+    pub fn new(status: &Status) -> Self {
         let source = status.source_file_system_id.as_str();
+        let region = &status.source_file_system_region;
         let arn = format!("arn:aws:elasticfilesystem:{region}:{OWNER_ID}:file-system/{source}");
         Self {
             source_file_system_id: source.to_owned(),
-            source_file_system_region: region.to_owned(),
+            source_file_system_region: region.clone(),
             source_file_system_arn: arn.clone(),
             original_source_file_system_arn: arn,
             creation_time: seconds(status.creation_time),
             destinations: vec![Destination {
                 status: status.status,
                 file_system_id: status.destination_file_system_id.to_string(),
-                region: region.to_owned(),
+                region: status.destination_file_system_region.clone(),
                 last_replicated_timestamp: last_replicated(status).map(seconds),
                 owner_id: OWNER_ID.to_owned(),
                 status_message: status.status_message.clone(),
@@ -141,11 +142,7 @@ impl CreateBody {
 }
 
 /// One page of configurations, as the query asks for it.
-pub(super) fn describe(
-    mut all: Vec<Status>,
-    query: &Query,
-    region: &str,
-) -> Result<Replications, ApiError> {
+pub(super) fn describe(mut all: Vec<Status>, query: &Query) -> Result<Replications, ApiError> {
     let wanted = query.get("FileSystemId").map(file_system_id).transpose()?;
     let page = page_size(query.get("MaxResults"))?;
     let after = query.get("NextToken").map(Cursor::read).transpose()?;
@@ -161,7 +158,7 @@ pub(super) fn describe(
     let chosen: Vec<&Status> = rest.by_ref().take(page).collect();
     let more = rest.next().is_some();
     Ok(Replications {
-        replications: chosen.iter().map(|status| Configuration::new(status, region)).collect(),
+        replications: chosen.iter().map(|status| Configuration::new(status)).collect(),
         next_token: chosen.last().filter(|_| more).map(|status| Cursor::of(status).write()),
     })
 }

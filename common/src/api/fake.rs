@@ -31,6 +31,8 @@ pub(super) fn status(number: u64) -> Status {
     Status {
         source_file_system_id: id(number),
         destination_file_system_id: id(number + 0x1000),
+        source_file_system_region: "xx-here-1".to_owned(),
+        destination_file_system_region: "xx-there-2".to_owned(),
         creation_time: Timestamp(1_795_248_930_250_123_456 + number as i64),
         status: ReplicationStatus::Enabling,
         status_message: None,

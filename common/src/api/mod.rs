@@ -49,8 +49,6 @@ pub trait TokenIssuer: Send + Sync + 'static {
 /// What the API needs to know beside what it controls.
 #[derive(Clone, Debug)]
 pub struct ApiOptions {
-    /// The region that answers in EFS's form name.
-    pub region: String,
     /// Names, beside `localhost` and addresses, under which clients may call;
     /// lower case.
     pub hosts: Vec<String>,
@@ -62,12 +60,7 @@ pub struct ApiOptions {
 
 impl Default for ApiOptions {
     fn default() -> Self {
-        Self {
-            region: crate::config::DEFAULT_REGION.to_owned(),
-            hosts: Vec::new(),
-            watcher: WatcherChoice::Auto,
-            devices: false,
-        }
+        Self { hosts: Vec::new(), watcher: WatcherChoice::Auto, devices: false }
     }
 }
 

@@ -40,7 +40,7 @@ impl Api {
         match route(method, target)? {
             Operation::CreateReplication { source } => self.efs_create(&source, body),
             Operation::DescribeReplications(query) => {
-                Answer::json(&efs::describe(self.control.list(), &query, &self.options.region)?)
+                Answer::json(&efs::describe(self.control.list(), &query)?)
             }
             Operation::DeleteReplication { source, query } => self.efs_delete(&source, &query),
             Operation::Own(Own::Health) => Answer::json(&health(&self.control.list())),
@@ -107,7 +107,7 @@ impl Api {
             )));
         }
         let status = self.control.create(&request)?;
-        Answer::json(&efs::Configuration::new(&status, &self.options.region))
+        Answer::json(&efs::Configuration::new(&status))
     }
 
     fn efs_delete(&self, source: &str, query: &Query) -> Result<Answer, ApiError> {

@@ -36,18 +36,18 @@ fn class(answer: (u16, Value)) -> (u16, String) {
 fn describe_has_efs_shape() {
     let fake = Arc::new(Fake::with([1]));
     fake.change(1, |status| status.status_message = Some("initial sync".to_owned()));
-    let arn = "arn:aws:elasticfilesystem:xx-local:000000000000:file-system/fs-00000000000000001";
+    let arn = "arn:aws:elasticfilesystem:xx-here-1:000000000000:file-system/fs-00000000000000001";
     let mut expected = json!({
         "Replications": [{
             "SourceFileSystemId": "fs-00000000000000001",
-            "SourceFileSystemRegion": "xx-local",
+            "SourceFileSystemRegion": "xx-here-1",
             "SourceFileSystemArn": arn,
             "OriginalSourceFileSystemArn": arn,
             "CreationTime": 1795248930.250123,
             "Destinations": [{
                 "Status": "ENABLING",
                 "FileSystemId": "fs-00000000000001001",
-                "Region": "xx-local",
+                "Region": "xx-there-2",
                 "OwnerId": "000000000000",
                 "StatusMessage": "initial sync",
             }],

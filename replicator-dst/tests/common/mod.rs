@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::{Connection, RecvStream, SendStream};
+use replicator_common::control::Control;
 use replicator_common::id::{BatchId, FileSystemId, Incarnation, ObjectId, Seq};
 use replicator_common::name::Name;
 use replicator_common::net::enrol::{self, EnrolRequest, Enrolled};
@@ -16,10 +17,11 @@ use replicator_common::net::identity::Identity;
 use replicator_common::net::quic;
 use replicator_common::net::token::Token;
 use replicator_common::object::{Attributes, Kind, ObjectState};
+use replicator_common::status::{ReplicationStatus, Status};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
     ALPN, BatchHeader, ContentSource, DataFrame, DestinationHello, DestinationMessage, Extent,
-    Hash, Op, PackedObject, SourceHello, SourceMessage,
+    Hash, Op, PackedObject, Refusal, SourceHello, SourceMessage,
 };
 use replicator_dst::replica::{Hook, ReplicaOptions};
 use replicator_dst::service::{DestinationOptions, DestinationService};
@@ -157,6 +159,22 @@ impl World {
 
     /// Opens the service; waits for an earlier one of this process to be gone.
     pub async fn open(&self, hook: Option<Hook>) -> DestinationService {
+        for _ in 0..200 {
+            let service = self.open_once(hook.clone()).await;
+            // The one before may still hold a store.
+            let broken = |status: &Status| status.status == ReplicationStatus::Error;
+            if !service.list().iter().any(broken) {
+                return service;
+            }
+            service.shutdown().await;
+            drop(service);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("a replica cannot be opened")
+    }
+
+    /// The same, whatever becomes of its replicas.
+    pub async fn open_once(&self, hook: Option<Hook>) -> DestinationService {
         let options = DestinationOptions {
             state_dir: self.state.clone(),
             listen: "127.0.0.1:0".parse().unwrap(),
@@ -180,7 +198,7 @@ impl World {
         let request = EnrolRequest {
             secret: token.secret,
             source: self.source.clone(),
-            source_region: "there".to_owned(),
+            source_region: "xx-there-2".to_owned(),
             creation_time: Timestamp::now(),
             devices: false,
         };
@@ -190,6 +208,14 @@ impl World {
     }
 
     pub async fn connect(&self, service: &DestinationService, last: u64) -> FakeSource {
+        self.try_connect(service, last).await.unwrap_or_else(|refusal| panic!("{refusal}"))
+    }
+
+    pub async fn try_connect(
+        &self,
+        service: &DestinationService,
+        last: u64,
+    ) -> Result<FakeSource, Refusal> {
         let (address, token) = (service.local_address().unwrap(), self.token.as_ref().unwrap());
         let fingerprint = token.fingerprint;
         let connection =
@@ -214,9 +240,10 @@ impl World {
         source.writer.write(&SourceMessage::Hello(hello)).await.unwrap();
         match source.next().await {
             DestinationMessage::Hello(hello) => source.hello = Some(hello),
+            DestinationMessage::Refused(refusal) => return Err(refusal),
             other => panic!("{other:?}"),
         }
-        source
+        Ok(source)
     }
 
     /// The replica as text: path → kind, mode, links, content.

@@ -1,7 +1,7 @@
 //! How a batch comes about: barrier, absorb, resolve, read, look again,
 //! assemble, make durable, commit.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use replicator_common::object::{Attributes, Kind};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{BatchHeader, ContentSource, Op, PLAN_OPS_MAX, SourceMessage};
 
-use super::holds::{ReadyFile, Transfer, abort};
+use super::holds::{ReadyFile, Transfer};
 use super::{Engine, EngineError, Gap, InFlight, ended};
 use crate::index::{Content, Delta, Mark, View};
 use crate::journal::Record;
@@ -52,7 +52,8 @@ struct Draft {
     reached: bool,
     version: u32,
     packed: u64,
-    bytes: u64,
+    /// New content bytes of the large files that it places.
+    fresh: u64,
     /// Large files that this batch places.
     placed: BTreeMap<ObjectId, Placed>,
     exact: bool,
@@ -73,6 +74,8 @@ pub(super) struct Ready {
     pub(super) objects: u64,
     /// What was covered before it.
     pub(super) covered: Timestamp,
+    /// Every change before this moment is in the replica after it.
+    pub(super) reached: Timestamp,
 }
 
 struct Placed {
@@ -130,7 +133,7 @@ impl Engine {
             reached: false,
             version: 0,
             packed: 0,
-            bytes: 0,
+            fresh: 0,
             placed: BTreeMap::new(),
             exact: false,
             walked: self.dirty.listings.is_empty(),
@@ -188,6 +191,9 @@ impl Engine {
         for (seq, record) in records {
             match record {
                 Record::Gap { reason } => self.open_gap(reason.clone())?,
+                // One of a process before this proves nothing: the restart is
+                // a gap, and its moments are of another clock.
+                Record::Barrier { .. } if *seq <= self.inherited => {}
                 Record::Barrier { time } => draft.time = draft.time.max(*time),
                 other => {
                     self.touch_holds(other)?;
@@ -257,7 +263,6 @@ impl Engine {
         }
         let report = reading.end()?;
         draft.packed += report.packed;
-        draft.bytes += report.bytes;
         draft.outcomes.extend(report.outcomes);
         Ok(())
     }
@@ -345,7 +350,6 @@ impl Engine {
         let same = number.0 == 0 && old.is_some_and(|old| old.state == known.state);
         let outcome = if same { Outcome::Same { known } } else { Outcome::Ship { known, content } };
         draft.outcomes.insert(object.clone(), outcome);
-        draft.bytes += done.shipped;
         draft.placed.insert(object.clone(), Placed { number, file: *done, took });
         Ok(true)
     }
@@ -355,7 +359,7 @@ impl Engine {
         let gap = self.gap.clone();
         let floor = gap.as_ref().map_or(self.covered, |gap| gap.floor);
         let settings = Settings {
-            now: Timestamp::now(),
+            now: self.clock.now(),
             floor,
             outside_before: (gap.is_none() && draft.reached)
                 .then(|| draft.time.offset(-(OUTSIDE_AFTER.as_nanos() as i64))),
@@ -363,7 +367,7 @@ impl Engine {
         let root = self.opener.root().id.clone();
         let (index, tree) = (&self.index, &mut self.tree);
         let mut assembly = assemble(&draft.resolve, &draft.outcomes, &root, settings, index, tree)?;
-        self.note_skipped(&draft);
+        self.note_skipped(&draft, &dropped_by(&assembly.delta));
         let placed = self.settle_placed(&mut draft, &assembly);
         self.release_holds(&draft, &assembly.holds, &placed);
         let walking = gap.is_some();
@@ -403,7 +407,7 @@ impl Engine {
             self.shared.end_progress();
             return Ok(Some(gap));
         };
-        let now = Timestamp::now();
+        let now = self.clock.now();
         self.gap =
             Some(Gap { reason: reason.clone(), walk_started: now, again: None, ..gap.clone() });
         self.start_walk()?;
@@ -426,11 +430,10 @@ impl Engine {
                     .iter()
                     .any(|(id, known)| *id == object && known.is_some());
             if !put {
-                if let (Some(session), true) = (&self.session, placed.number.0 != 0) {
-                    abort(session, placed.number);
-                }
+                self.discard_file(placed.number, &placed.file);
                 continue;
             }
+            draft.fresh += placed.file.fresh;
             if placed.file.moving {
                 self.hold_again(object, &placed.file, placed.took);
                 draft.exact = false;
@@ -497,16 +500,7 @@ impl Engine {
         for object in looked {
             let Some(held) = self.holds.remove(&object) else { continue };
             self.look_at_rest(&draft.resolve, held.hold.entries);
-            match held.transfer {
-                Transfer::Ready { number, .. } if number.0 != 0 => {
-                    if let Some(session) = &self.session {
-                        abort(session, number);
-                    }
-                }
-                // Its lane finds the hold gone and drops what it did; the
-                // destination is told when it answers.
-                _ => {}
-            }
+            self.discard(held.transfer);
         }
     }
 
@@ -548,11 +542,19 @@ impl Engine {
         }
     }
 
-    fn note_skipped(&mut self, draft: &Draft) {
+    /// Counts what is passed over now: of what was looked at, and not of what
+    /// lies in directories that are `dropped`.
+    fn note_skipped(&mut self, draft: &Draft, dropped: &[ObjectId]) {
+        if !self.skipped.is_empty() {
+            for place in draft.resolve.bindings.keys() {
+                self.skipped.remove(place);
+            }
+            let dropped: HashSet<&ObjectId> = dropped.iter().collect();
+            self.skipped.retain(|(directory, _), _| !dropped.contains(directory));
+        }
         for (place, skip) in &draft.resolve.skipped {
-            match skip {
-                Some(skip) => drop(self.skipped.insert(place.clone(), *skip)),
-                None => drop(self.skipped.remove(place)),
+            if let Some(skip) = skip {
+                self.skipped.insert(place.clone(), *skip);
             }
         }
     }
@@ -564,15 +566,14 @@ impl Engine {
         closed: Option<Gap>,
     ) -> Result<(), EngineError> {
         let covered = self.covered;
-        let header = self.header(&draft, &assembly, closed.as_ref());
+        let (header, reached) = self.header(&draft, &assembly, closed.as_ref());
         let changed = replaced_content(&assembly.delta, draft.batch);
         self.spoil(&changed);
         for object in assembly.linked {
             self.members.add_linked(object);
         }
         let Assembly { ops, delta, .. } = assembly;
-        let gone = delta.objects.iter().filter(|(_, known)| known.is_none());
-        let dropped = gone.map(|(object, _)| object.clone()).collect();
+        let dropped = dropped_by(&delta);
         let progress = progress_of(&delta, draft.resolve.equal);
         let objects = ops.iter().filter(|op| matches!(op, Op::Put { .. })).count() as u64;
         let input = draft.input;
@@ -586,6 +587,7 @@ impl Engine {
             progress,
             objects,
             covered,
+            reached,
         })
     }
 
@@ -593,8 +595,7 @@ impl Engine {
     ///
     /// INVARIANT (trap 5): the order of these two.
     pub(super) fn send_batch(&mut self, ready: Ready) -> Result<(), EngineError> {
-        let Ready { ops, mut delta, header, input, closed, dropped, progress, objects, covered } =
-            ready;
+        let Ready { ops, mut delta, header, input, closed, dropped, progress, .. } = ready;
         let batch = self.next_batch;
         let mark = Mark {
             batch,
@@ -603,10 +604,11 @@ impl Engine {
             consistent: header.exact.or(self.totals.consistent),
             bytes_changed: self.totals.bytes_changed + header.bytes_changed,
             bytes_shipped: self.totals.bytes_shipped + header.bytes_shipped,
-            objects_shipped: self.totals.objects_shipped + objects,
+            objects_shipped: self.totals.objects_shipped + ready.objects,
             exact_batches: self.totals.exact_batches + u64::from(header.exact.is_some()),
         };
         delta.mark = mark;
+        delta.dead_lists.append(&mut self.dead_lists);
         metrics::histogram!("replicator_source_batch_operations").record(ops.len() as f64);
         self.index.prepare(delta)?;
         // From here on the destination may have it, whatever becomes of the
@@ -624,7 +626,8 @@ impl Engine {
             committed_at: Instant::now(),
             exact: header.exact.is_some(),
             durable: false,
-            covered,
+            covered: ready.covered,
+            reached: ready.reached,
         });
         let sent = match &self.session {
             Some(session) => send_plan(session, batch, ops, header),
@@ -637,7 +640,13 @@ impl Engine {
         Ok(())
     }
 
-    fn header(&mut self, draft: &Draft, assembly: &Assembly, closed: Option<&Gap>) -> BatchHeader {
+    /// What the batch says of itself, and the internal moment that it reaches.
+    fn header(
+        &mut self,
+        draft: &Draft,
+        assembly: &Assembly,
+        closed: Option<&Gap>,
+    ) -> (BatchHeader, Timestamp) {
         let base = match (&self.gap, closed) {
             (Some(gap), _) => gap.floor,
             // Where only a walk proves anything, it proves it for the moment
@@ -649,21 +658,32 @@ impl Engine {
         self.covered = self.covered.max(base);
         let waiting = self.holds.values().map(|held| held.floor);
         let orphans = self.orphan_floor(assembly);
-        let watermark = waiting.chain(orphans).fold(base, Timestamp::min).max(self.claimed);
+        let reached = waiting.chain(orphans).fold(base, Timestamp::min);
+        // When the clock was set back, the claim stays until it has passed.
+        let watermark = self.clock.wall(reached).max(self.claimed);
         let quiet = self.holds.is_empty() && assembly.orphans == 0 && self.gap.is_none();
         let exact =
             (draft.exact && quiet && self.capture.proves() && closed.is_none_or(|_| draft.exact))
-                .then_some(draft.time);
-        BatchHeader {
+                .then(|| self.clock.wall(draft.time));
+        let header = BatchHeader {
             seq: draft.seq,
             watermark,
             exact,
             packed: draft.packed,
             ops: assembly.ops.len() as u64,
             complete: watermark > Timestamp::NEVER,
-            bytes_changed: draft.bytes,
-            bytes_shipped: draft.bytes,
-        }
+            bytes_changed: draft.fresh + packed_content(&assembly.delta, draft.batch),
+            // Not of this batch alone: what travels for later ones, and what
+            // was sent in vain, is counted when it is sent.
+            bytes_shipped: self.shipped().saturating_sub(self.totals.bytes_shipped),
+        };
+        (header, reached)
+    }
+
+    /// Content bytes shipped since the configuration was made.
+    fn shipped(&self) -> u64 {
+        let all = self.shipped_before + i128::from(self.wired.content());
+        u64::try_from(all).unwrap_or(0)
     }
 
     /// Where orphans that are left hold the watermark.
@@ -688,6 +708,7 @@ impl Engine {
     fn give_up(&mut self, draft: Draft) {
         self.dirty.merge(draft.input);
         for (object, placed) in draft.placed {
+            self.discard_file(placed.number, &placed.file);
             if let Some(held) = self.holds.get_mut(&object) {
                 held.transfer = Transfer::Waiting;
                 held.due = Instant::now();
@@ -730,6 +751,12 @@ fn send_plan(
     session.send(&SourceMessage::Commit { batch, header })
 }
 
+/// Objects that go with the batch.
+fn dropped_by(delta: &Delta) -> Vec<ObjectId> {
+    let gone = delta.objects.iter().filter(|(_, known)| known.is_none());
+    gone.map(|(object, _)| object.clone()).collect()
+}
+
 /// Objects whose content in the replica changes with the batch, or that go.
 fn replaced_content(delta: &Delta, batch: BatchId) -> BTreeSet<ObjectId> {
     delta
@@ -738,6 +765,15 @@ fn replaced_content(delta: &Delta, batch: BatchId) -> BTreeSet<ObjectId> {
         .filter(|(_, known)| known.as_ref().is_none_or(|known| known.version == batch))
         .map(|(object, _)| object.clone())
         .collect()
+}
+
+/// Content bytes of the small files whose content changes with the batch.
+fn packed_content(delta: &Delta, batch: BatchId) -> u64 {
+    let fresh = delta.objects.iter().filter_map(|(_, known)| known.as_ref());
+    fresh
+        .filter(|known| known.version == batch && matches!(known.content, Content::Whole(_)))
+        .map(|known| known.state.size)
+        .sum()
 }
 
 fn progress_of(delta: &Delta, equal: (u64, u64)) -> (u64, u64) {

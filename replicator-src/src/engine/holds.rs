@@ -70,7 +70,8 @@ pub(super) enum Transfer {
 /// A large file whose content is at the destination.
 pub(super) struct ReadyFile {
     pub(super) known: Known,
-    pub(super) shipped: u64,
+    /// Content bytes that the replica's version did not have.
+    pub(super) fresh: u64,
     pub(super) started: Timestamp,
     pub(super) moving: bool,
 }
@@ -79,12 +80,22 @@ impl Engine {
     /// How long until a hold needs attention.
     pub(super) fn next_hold(&self) -> Option<Duration> {
         let now = Instant::now();
+        let transfers = self.may_transfer();
         self.holds
             .values()
-            .filter(|held| matches!(held.transfer, Transfer::Waiting))
+            .filter(|held| match held.hold.reason {
+                HoldReason::Large { .. } => transfers && matches!(held.transfer, Transfer::Waiting),
+                HoldReason::Unreadable { .. } => true,
+            })
             .map(|held| held.due.saturating_duration_since(now))
             .min()
-            .filter(|_| self.running.len() < TRANSFERS)
+    }
+
+    /// Whether one more transfer may begin now.
+    fn may_transfer(&self) -> bool {
+        self.session.is_some()
+            && self.running.len() < TRANSFERS
+            && self.shared.desired() == DesiredState::Enabled
     }
 
     /// Takes the holds that a batch left, or renewed.
@@ -110,7 +121,7 @@ impl Engine {
                     if matches!(held.transfer, Transfer::Waiting) {
                         // Changed again: settle anew, but not for ever.
                         let bound = Duration::from_nanos(
-                            Timestamp::now().since(held.since).as_nanos() as u64,
+                            self.clock.now().since(held.since).as_nanos() as u64,
                         );
                         if bound < self.settings.settle * 4 {
                             held.due = held.due.max(now + delay);
@@ -118,7 +129,7 @@ impl Engine {
                     }
                 }
                 None => {
-                    let since = Timestamp::now();
+                    let since = self.clock.now();
                     let transfer = Transfer::Waiting;
                     let due = now + delay;
                     let (touched, whole) = (false, false);
@@ -168,8 +179,7 @@ impl Engine {
     /// Starts transfers of large files that are due, a few at a time.
     pub(super) fn start_transfers(&mut self) -> Result<(), EngineError> {
         let now = Instant::now();
-        let wanted = self.shared.desired() == DesiredState::Enabled;
-        while wanted && self.session.is_some() && self.running.len() < TRANSFERS {
+        while self.may_transfer() {
             let due = self.holds.iter().find(|(_, held)| {
                 matches!(held.hold.reason, HoldReason::Large { .. })
                     && matches!(held.transfer, Transfer::Waiting)
@@ -209,6 +219,7 @@ impl Engine {
             list,
             whole,
             progress: progress.clone(),
+            clock: self.clock.clone(),
         };
         let (Some(session), Some(held)) = (&self.session, self.holds.get_mut(&object)) else {
             return Ok(());
@@ -284,10 +295,8 @@ impl Engine {
             matches!(&held.transfer, Transfer::Running { number, .. } if *number == job.transfer)
         });
         let Some(held) = awaited else {
-            // Nobody waits for it any more: the destination must not keep it.
-            if let (Ok(Done::Sent { .. }), Some(session)) = (&result, &self.session) {
-                abort(session, job.transfer);
-            }
+            // Nobody waits for it any more.
+            self.discard_sent(job, &result);
             return Ok(());
         };
         let Transfer::Running { since, basis: expected, .. } = &held.transfer else {
@@ -295,9 +304,15 @@ impl Engine {
         };
         let (took, spoiled) =
             (since.elapsed(), expected.is_none() && job.known.is_some() && !held.whole);
+        if spoiled {
+            held.transfer = Transfer::Waiting;
+            held.due = Instant::now();
+            self.discard_sent(job, &result);
+            return Ok(());
+        }
         let done = match result {
-            Ok(done) if !spoiled => done,
-            Ok(_) | Err(LaneError::Sink(_)) => {
+            Ok(done) => done,
+            Err(LaneError::Sink(_)) => {
                 held.transfer = Transfer::Waiting;
                 held.due = Instant::now();
                 return Ok(());
@@ -306,13 +321,13 @@ impl Engine {
             Err(LaneError::Read(error)) => Done::Unreadable(error.to_string()),
         };
         match done {
-            Done::Sent { known, basis, shipped, started, moving } => {
-                let file = ReadyFile { known: *known, shipped, started, moving };
+            Done::Sent { known, basis, fresh, started, moving } => {
+                let file = ReadyFile { known: *known, fresh, started, moving };
                 let done = Box::new(file);
                 held.transfer = Transfer::Ready { number: job.transfer, basis, done, took };
             }
-            Done::Unchanged { known, moving } => {
-                self.unchanged(job, &known, moving)?;
+            Done::Unchanged { known, started, moving } => {
+                self.unchanged(job, &known, started, moving)?;
                 return Ok(());
             }
             Done::Gone => {
@@ -338,17 +353,18 @@ impl Engine {
     }
 
     /// The content of a known file turned out to be what the replica holds.
-    fn unchanged(&mut self, job: &Job, known: &Known, moving: bool) -> Result<(), EngineError> {
+    fn unchanged(
+        &mut self,
+        job: &Job,
+        known: &Known,
+        started: Timestamp,
+        moving: bool,
+    ) -> Result<(), EngineError> {
         if let Some(held) = self.holds.get_mut(&job.object) {
             held.transfer = Transfer::Ready {
                 number: TransferId(0),
                 basis: None,
-                done: Box::new(ReadyFile {
-                    known: known.clone(),
-                    shipped: 0,
-                    started: known.read_at,
-                    moving,
-                }),
+                done: Box::new(ReadyFile { known: known.clone(), fresh: 0, started, moving }),
                 took: Duration::ZERO,
             };
         }
@@ -399,11 +415,8 @@ impl Engine {
             }
         }
         for object in gone {
-            let held = self.holds.remove(&object);
-            if let (Some(Held { transfer: Transfer::Ready { number, .. }, .. }), Some(session)) =
-                (held, &self.session)
-            {
-                abort(session, number);
+            if let Some(held) = self.holds.remove(&object) {
+                self.discard(held.transfer);
             }
         }
         Ok(())
@@ -413,6 +426,7 @@ impl Engine {
     /// transfers that build on it are started again (the destination would
     /// refuse them).
     pub(super) fn spoil(&mut self, changed: &BTreeSet<ObjectId>) {
+        let mut void = Vec::new();
         for (object, held) in &mut self.holds {
             let spoiled = match &held.transfer {
                 Transfer::Running { basis: Some(basis), .. }
@@ -424,12 +438,42 @@ impl Engine {
             if !spoiled {
                 continue;
             }
-            if let (Transfer::Ready { number, .. }, Some(session)) = (&held.transfer, &self.session)
-            {
-                abort(session, *number);
-            }
-            held.transfer = Transfer::Waiting;
+            void.push(std::mem::replace(&mut held.transfer, Transfer::Waiting));
             held.due = Instant::now();
+        }
+        void.into_iter().for_each(|transfer| self.discard(transfer));
+    }
+
+    /// What was sent is not placed: neither the destination nor the index keeps
+    /// anything of it. (A lane that still runs finds its hold gone or renewed.)
+    pub(super) fn discard(&mut self, transfer: Transfer) {
+        if let Transfer::Ready { number, done, .. } = transfer {
+            self.discard_file(number, &done);
+        }
+    }
+
+    /// The same of a file that was about to be placed.
+    pub(super) fn discard_file(&mut self, number: TransferId, file: &ReadyFile) {
+        // Nothing was sent of a file that turned out to be as it was; its chunk
+        // list is the one in use.
+        if number.0 == 0 {
+            return;
+        }
+        if let Some(session) = &self.session {
+            abort(session, number);
+        }
+        if let Content::Chunks { list, .. } = file.known.content {
+            self.dead_lists.push(list);
+        }
+    }
+
+    /// The same of a transfer that has just ended.
+    fn discard_sent(&mut self, job: &Job, result: &Result<Done, LaneError>) {
+        if let Ok(Done::Sent { .. }) = result {
+            if let Some(session) = &self.session {
+                abort(session, job.transfer);
+            }
+            self.dead_lists.push(job.list);
         }
     }
 
@@ -441,7 +485,7 @@ impl Engine {
         let held = Held {
             hold,
             floor: file.started,
-            since: Timestamp::now(),
+            since: self.clock.now(),
             due: Instant::now() + self.settings.settle.max(took * PATIENCE),
             transfer: Transfer::Waiting,
             touched: false,
@@ -453,27 +497,31 @@ impl Engine {
     /// All transfers are void: the session is gone.
     pub(super) fn reset_transfers(&mut self) {
         self.running.clear();
+        let mut void = Vec::new();
         for held in self.holds.values_mut() {
-            held.transfer = Transfer::Waiting;
+            void.push(std::mem::replace(&mut held.transfer, Transfer::Waiting));
             held.due = Instant::now();
         }
+        void.into_iter().for_each(|transfer| self.discard(transfer));
     }
 
     /// The destination could not build a transfer from its basis.
     pub(super) fn transfer_refused(&mut self, number: TransferId, reason: &str) {
         tracing::warn!(%number, reason, "the destination refused a transfer; it is sent again");
         self.running.remove(&number);
+        let mut void = Vec::new();
         for held in self.holds.values_mut() {
             let this = match &held.transfer {
                 Transfer::Running { number: n, .. } | Transfer::Ready { number: n, .. } => *n,
                 Transfer::Waiting => continue,
             };
             if this == number {
-                held.transfer = Transfer::Waiting;
+                void.push(std::mem::replace(&mut held.transfer, Transfer::Waiting));
                 held.due = Instant::now() + Duration::from_millis(100);
                 held.whole = true;
             }
         }
+        void.into_iter().for_each(|transfer| self.discard(transfer));
     }
 }
 

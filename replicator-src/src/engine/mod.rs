@@ -24,7 +24,6 @@ pub mod state;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, select};
@@ -34,12 +33,13 @@ use replicator_common::status::{DesiredState, FailoverReport};
 use replicator_common::time::Timestamp;
 
 use crate::capture::{Capture, CaptureError, Members};
+use crate::clock::Clock;
 use crate::index::{Index, IndexError, Mark, View};
 use crate::journal::{Journal, JournalError};
 use crate::plan::{Dirty, Listing, PlanError, Skip};
 use crate::read::lane::{Done, Job, LaneError};
 use crate::read::pool::Pool;
-use crate::read::sink::SinkError;
+use crate::read::sink::{SinkError, Wired};
 use crate::session::{LinkEvent, Session};
 use crate::source::{Opener, SourceError, SourceTree};
 use holds::Held;
@@ -79,14 +79,18 @@ impl Default for Settings {
     }
 }
 
+/// Where the answer to a failover goes.
+pub type FailoverReply = Sender<Result<FailoverReport, String>>;
+
 /// What can be asked of a running engine.
 pub enum Command {
     /// Build a batch now, even an empty one: somebody waits for the watermark.
     Nudge,
     /// Walk the whole tree and compare.
     Rescan(String),
-    /// Ask the destination to fail over, and answer with what it says.
-    Delete(Sender<Result<FailoverReport, String>>),
+    /// Ask the destination to fail over, and answer with what it says within
+    /// this time. After it, replication goes on.
+    Delete(FailoverReply, Duration),
     /// End the loop.
     Stop,
 }
@@ -166,9 +170,14 @@ struct InFlight {
     durable: bool,
     /// What was covered before it: holds again when it is lost.
     covered: Timestamp,
+    /// Every change before this moment is in the replica after it.
+    reached: Timestamp,
 }
 
 /// Everything of one running replication, source side.
+///
+/// Its `Timestamp`s are internal moments (see [`crate::clock`]), but for
+/// `claimed`, which was told to others.
 pub struct Engine {
     settings: Settings,
     opener: Opener,
@@ -183,11 +192,14 @@ pub struct Engine {
     post: Sender<Event>,
     captured: Receiver<()>,
     shared: Arc<Shared>,
+    clock: Arc<Clock>,
     session: Option<Session>,
     /// What is dirty and not in a batch yet.
     dirty: Dirty,
     /// The journal is absorbed up to here.
     cursor: Seq,
+    /// Records up to here are of a process before this.
+    inherited: Seq,
     /// The last barrier that was read ahead of the next batch: every change
     /// before it is in a batch or dirty.
     seen: Timestamp,
@@ -203,6 +215,8 @@ pub struct Engine {
     next_batch: BatchId,
     next_transfer: TransferId,
     lists: std::ops::Range<u64>,
+    /// Chunk lists of transfers that were not placed: go with the next batch.
+    dead_lists: Vec<u64>,
     /// The watermark that batches claimed so far.
     claimed: Timestamp,
     last_build: Instant,
@@ -211,12 +225,17 @@ pub struct Engine {
     last_walk: Instant,
     totals: Mark,
     skipped: HashMap<(ObjectId, Name), Skip>,
-    failing: Option<Sender<Result<FailoverReport, String>>>,
+    /// Who waits for the destination to fail over, and until when; nothing is
+    /// shipped meanwhile.
+    failing: Option<(FailoverReply, Instant)>,
     stopping: bool,
     /// Somebody waits for the watermark: the next heartbeat comes at once.
     urgent: bool,
     /// Bytes put on the wire by this replication, all sessions.
-    wired: Arc<AtomicU64>,
+    wired: Arc<Wired>,
+    /// Content bytes shipped by processes before this, less what this one had
+    /// shipped when the count was begun anew.
+    shipped_before: i128,
 }
 
 /// What an engine is made of.
@@ -244,7 +263,7 @@ pub struct Parts {
     /// What is shared with those who ask.
     pub shared: Arc<Shared>,
     /// Counts the bytes put on the wire.
-    pub wired: Arc<AtomicU64>,
+    pub wired: Arc<Wired>,
 }
 
 impl Engine {
@@ -260,6 +279,7 @@ impl Engine {
             tree: parts.tree,
             index: parts.index,
             cursor: parts.journal.trimmed(),
+            inherited: parts.journal.last(),
             journal: parts.journal,
             capture: parts.capture,
             members: parts.members,
@@ -267,6 +287,7 @@ impl Engine {
             inbox: parts.inbox.1,
             post: parts.inbox.0,
             captured: parts.captured,
+            clock: parts.shared.clock(),
             shared: parts.shared,
             session: None,
             dirty: Dirty::default(),
@@ -280,6 +301,7 @@ impl Engine {
             next_batch: mark.batch.next(),
             next_transfer: TransferId(1),
             lists: 0..0,
+            dead_lists: Vec::new(),
             claimed,
             last_build: now,
             last_report: now,
@@ -291,10 +313,20 @@ impl Engine {
             stopping: false,
             urgent: false,
             wired: parts.wired,
+            shipped_before: i128::from(mark.bytes_shipped),
         };
+        engine.begin_clock()?;
         engine.greet()?;
         engine.open_gap(reason.to_owned())?;
         Ok(engine)
+    }
+
+    /// Moments of this process come after those that the last one left.
+    fn begin_clock(&self) -> Result<(), EngineError> {
+        let orphans = self.index.orphans()?.into_iter();
+        let left = orphans.map(|(_, orphan)| orphan.since.max(orphan.floor));
+        self.clock.begin_after(left.fold(self.claimed, Timestamp::max));
+        Ok(())
     }
 
     /// The loop. Returns when it is told to stop.
@@ -334,7 +366,9 @@ impl Engine {
     /// How long nothing needs doing unless something happens.
     fn patience(&self) -> Duration {
         let heartbeat = self.settings.heartbeat.saturating_sub(self.last_build.elapsed());
-        let idle = self.session.is_none() || self.in_flight.len() >= IN_FLIGHT;
+        // While nothing may be built, or an acknowledgement is due first, the
+        // heartbeat's time comes and goes without anything to do.
+        let idle = !self.is_ready() || !self.in_flight.is_empty();
         let pulse = if idle { REFRESH } else { heartbeat.min(REFRESH) };
         self.next_hold().map_or(pulse, |due| pulse.min(due)).max(Duration::from_millis(1))
     }
@@ -348,8 +382,8 @@ impl Engine {
                 Ok(())
             }
             Event::Command(Command::Rescan(reason)) => self.open_gap(reason),
-            Event::Command(Command::Delete(reply)) => {
-                self.ask_failover(reply);
+            Event::Command(Command::Delete(reply, patience)) => {
+                self.ask_failover(reply, patience);
                 Ok(())
             }
             Event::Command(Command::Stop) => {
@@ -370,6 +404,7 @@ impl Engine {
         {
             self.open_gap("periodic walk".to_owned())?;
         }
+        self.give_up_failover();
         self.due_holds();
         self.start_transfers()?;
         if self.in_flight.is_empty() {
@@ -379,12 +414,16 @@ impl Engine {
     }
 
     fn may_build(&self) -> bool {
-        let ready = self.session.is_some()
+        self.is_ready() && (!self.dirty.is_empty() || self.walk_ended() || self.heartbeat_due())
+    }
+
+    /// Whether a batch could be built, if there is reason to.
+    fn is_ready(&self) -> bool {
+        self.session.is_some()
             && self.reconcile.as_ref().is_none_or(reconcile::Reconcile::is_complete)
             && self.in_flight.len() < IN_FLIGHT
             && self.failing.is_none()
-            && self.shared.desired() == DesiredState::Enabled;
-        ready && (!self.dirty.is_empty() || self.walk_ended() || self.heartbeat_due())
+            && self.shared.desired() == DesiredState::Enabled
     }
 
     /// The walk is through; one more batch closes the gap.
@@ -403,7 +442,7 @@ impl Engine {
         tracing::info!(reason, "gap: the source must be walked");
         metrics::counter!("replicator_source_gaps_total").increment(1);
         self.shared.count(|counters| counters.gaps += 1);
-        let now = Timestamp::now();
+        let now = self.clock.now();
         match &mut self.gap {
             Some(gap) => gap.again = Some(reason),
             None => {

@@ -1,14 +1,12 @@
 //! What the destination says, and what a session's begin and end mean.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::Sender;
 use replicator_common::id::BatchId;
-use replicator_common::status::FailoverReport;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{DestinationMessage, Refusal, SourceMessage};
 
-use super::{Engine, EngineError};
+use super::{Engine, EngineError, FailoverReply};
 use crate::index::{Index, View};
 use crate::session::{LinkEvent, Session};
 
@@ -78,6 +76,7 @@ impl Engine {
         self.seen = Timestamp::NEVER;
         self.claimed = Timestamp::NEVER;
         self.totals = self.index.store().mark()?;
+        self.shipped_before = -i128::from(self.wired.content());
         self.next_batch = BatchId(1);
         self.gap = None;
         self.skipped.clear();
@@ -95,8 +94,10 @@ impl Engine {
     /// Batches up to `committed` took effect; later ones are built anew.
     fn settle(&mut self, committed: BatchId) -> Result<(), EngineError> {
         self.index.settle(committed)?;
+        let mut reached = Timestamp::NEVER;
         for batch in std::mem::take(&mut self.in_flight) {
             if batch.mark.batch <= committed {
+                reached = reached.max(batch.reached);
                 self.journal.trim(batch.mark.seq)?;
                 self.shared.progressed(batch.progress);
                 continue;
@@ -120,7 +121,7 @@ impl Engine {
         self.totals = self.index.store().mark()?;
         self.claimed = self.totals.watermark.unwrap_or(Timestamp::NEVER);
         let mark = self.totals;
-        self.shared.acknowledged(&mark);
+        self.shared.acknowledged(&mark, reached);
         self.greet()
     }
 
@@ -148,7 +149,7 @@ impl Engine {
             if self.reconcile.as_ref().is_some_and(|reconcile| !reconcile.is_complete()) {
                 self.reconcile = None;
             }
-            if let Some(reply) = self.failing.take() {
+            if let Some((reply, _)) = self.failing.take() {
                 let _ = reply.send(Err(format!("the destination went away: {reason}")));
             }
         }
@@ -169,7 +170,7 @@ impl Engine {
                 self.transfer_refused(transfer, &reason);
             }
             DestinationMessage::FailedOver { report } => {
-                if let Some(reply) = self.failing.take() {
+                if let Some((reply, _)) = self.failing.take() {
                     // Whoever asked may have given up waiting.
                     let _ = reply.send(Ok(*report));
                 }
@@ -184,7 +185,7 @@ impl Engine {
     /// INVARIANT (acknowledged means durable): only here, and in settling, is
     /// the journal trimmed.
     fn applied(&mut self, batch: BatchId) -> Result<(), EngineError> {
-        let mut merged = None;
+        let (mut merged, mut reached) = (None, Timestamp::NEVER);
         while self.in_flight.front().is_some_and(|waiting| waiting.mark.batch <= batch) {
             let Some(done) = self.in_flight.pop_front() else { break };
             metrics::histogram!("replicator_source_batch_seconds")
@@ -205,27 +206,36 @@ impl Engine {
                 }
             }
             merged = Some(done.mark);
+            reached = reached.max(done.reached);
         }
         let Some(mark) = merged else { return Ok(()) };
         self.index.acknowledge(batch);
         self.journal.trim(mark.seq)?;
-        self.shared.acknowledged(&mark);
+        self.shared.acknowledged(&mark, reached);
         self.shared.greeting_acknowledged(mark.batch);
         Ok(())
     }
 
     /// Passes the operator's wish to fail over on.
-    pub(super) fn ask_failover(&mut self, reply: Sender<Result<FailoverReport, String>>) {
+    pub(super) fn ask_failover(&mut self, reply: FailoverReply, patience: Duration) {
         let sent = match &self.session {
             Some(session) => session.send(&SourceMessage::Delete).map_err(|e| e.to_string()),
             None => Err("the destination cannot be reached".to_owned()),
         };
         match sent {
             Ok(()) => {
-                self.failing = Some(reply);
-                self.last_build = Instant::now();
+                self.failing = Some((reply, Instant::now() + patience));
             }
             Err(error) => drop(reply.send(Err(error))),
+        }
+    }
+
+    /// A destination that has not failed over in time is replicated to further:
+    /// if it does so after all, it ends the session, and says why.
+    pub(super) fn give_up_failover(&mut self) {
+        if let Some((reply, _)) = self.failing.take_if(|(_, until)| Instant::now() >= *until) {
+            tracing::warn!("the destination did not fail over in time; replication goes on");
+            let _ = reply.send(Err("the destination does not answer".to_owned()));
         }
     }
 }

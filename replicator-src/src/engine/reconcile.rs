@@ -195,6 +195,7 @@ impl Engine {
             progress: (0, 0),
             objects: 0,
             covered: Timestamp::NEVER,
+            reached: Timestamp::NEVER,
         })
     }
 }

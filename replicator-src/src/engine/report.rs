@@ -66,7 +66,7 @@ impl Engine {
             blocked_by: self.blockers(),
             round_trip: self.session.as_ref().map(crate::session::Session::round_trip),
             events: self.capture.events(),
-            wired: self.shared_wired(),
+            wired: self.wired.frames(),
             walking: self.gap.is_some(),
             in_flight: !self.in_flight.is_empty(),
         }
@@ -75,7 +75,7 @@ impl Engine {
     /// Ages of the oldest change that has not passed each stage, from the times
     /// of barriers: what is covered by none younger waits at least since then.
     fn lag(&self) -> StageLag {
-        let now = Timestamp::now();
+        let now = self.clock.now();
         let waiting = self.cursor < self.journal.last() || !self.dirty.is_empty();
         let age = |since: Timestamp| now.since(since).as_secs_f64();
         let oldest = |pending: bool| match self.in_flight.iter().find(|b| !(pending && b.durable)) {
@@ -97,7 +97,12 @@ impl Engine {
         let mut blockers = Vec::new();
         if let Some(gap) = &self.gap {
             let reason = format!("walk of the source: {}", gap.reason);
-            blockers.push(Blocker { reason, path: None, bytes_left: None, since: gap.since });
+            blockers.push(Blocker {
+                reason,
+                path: None,
+                bytes_left: None,
+                since: self.clock.wall(gap.since),
+            });
         }
         for (object, held) in self.holds.iter().take(EXAMPLES) {
             let (reason, bytes_left) = match &held.hold.reason {
@@ -117,7 +122,8 @@ impl Engine {
                 Some((directory, name)) => self.path_of_entry(directory, name),
                 None => self.path_of(object),
             };
-            blockers.push(Blocker { reason, path: Some(path), bytes_left, since: held.since });
+            let since = self.clock.wall(held.since);
+            blockers.push(Blocker { reason, path: Some(path), bytes_left, since });
         }
         blockers
     }
@@ -161,9 +167,5 @@ impl Engine {
         }
         parts.reverse();
         parts.join("/")
-    }
-
-    fn shared_wired(&self) -> u64 {
-        self.wired.load(std::sync::atomic::Ordering::Relaxed)
     }
 }

@@ -3,7 +3,7 @@
 //! Plain data behind one lock, held for moments; the engine fills it, the
 //! service and the link read it. Waiting for a watermark is done here.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use replicator_common::id::{BatchId, FileSystemId, Incarnation};
@@ -14,6 +14,7 @@ use replicator_common::status::{
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{Refusal, SourceHello};
 
+use crate::clock::Clock;
 use crate::index::Mark;
 use crate::session::Session;
 
@@ -26,6 +27,7 @@ const RATE_SPAN: Duration = Duration::from_secs(5);
 pub struct Shared {
     inner: Mutex<Inner>,
     moved: Condvar,
+    clock: Arc<Clock>,
 }
 
 struct Inner {
@@ -33,6 +35,10 @@ struct Inner {
     destination: Option<(DestinationReport, Timestamp)>,
     greeting: Option<SourceHello>,
     source: FileSystemId,
+    /// Every change before this internal moment is in the replica: what
+    /// waiting goes by. The report's watermark is for people and other
+    /// programs, and the wall clock's.
+    reached: Timestamp,
     complete: bool,
     failure: Option<String>,
     refusal: Option<String>,
@@ -52,7 +58,13 @@ struct Meter {
 
 impl Shared {
     /// For the source `source` at `path`.
-    pub fn new(source: FileSystemId, path: String, desired: DesiredState, mark: &Mark) -> Self {
+    pub fn new(
+        source: FileSystemId,
+        path: String,
+        desired: DesiredState,
+        mark: &Mark,
+        clock: Arc<Clock>,
+    ) -> Self {
         let now = Timestamp::now();
         let report = SourceReport {
             time: now,
@@ -90,13 +102,14 @@ impl Shared {
             destination: None,
             greeting: None,
             source,
+            reached: Timestamp::NEVER,
             complete: mark.watermark.is_some(),
             failure: None,
             refusal: None,
             progress: Meter::default(),
             closed: false,
         };
-        Self { inner: Mutex::new(inner), moved: Condvar::new() }
+        Self { inner: Mutex::new(inner), moved: Condvar::new(), clock }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -148,6 +161,11 @@ impl Shared {
 
     // ---------------------------------------------------------- for the engine
 
+    /// What orders before and after.
+    pub fn clock(&self) -> Arc<Clock> {
+        self.clock.clone()
+    }
+
     /// What the operator asks for.
     pub fn desired(&self) -> DesiredState {
         self.lock().report.desired
@@ -196,13 +214,15 @@ impl Shared {
         self.lock().destination = Some((report, Timestamp::now()));
     }
 
-    /// Batches up to the mark's are in the replica.
-    pub fn acknowledged(&self, mark: &Mark) {
+    /// Batches up to the mark's are in the replica, and with them every change
+    /// before the internal moment `reached`.
+    pub fn acknowledged(&self, mark: &Mark, reached: Timestamp) {
         let mut inner = self.lock();
         let inner = &mut *inner;
         inner.report.watermark =
             inner.report.watermark.max(mark.watermark.unwrap_or(Timestamp::NEVER));
         inner.complete = mark.watermark.is_some();
+        inner.reached = inner.reached.max(reached);
         if mark.batch == BatchId(0) {
             inner.report.watermark = Timestamp::NEVER;
         }
@@ -258,7 +278,7 @@ impl Shared {
         let mut inner = self.lock();
         let inner = &mut *inner;
         let report = &mut inner.report;
-        report.time = Timestamp::now();
+        report.time = self.clock.wall(self.clock.now());
         report.watcher = facts.watcher;
         report.positions = facts.positions;
         report.lag = facts.lag;
@@ -329,13 +349,14 @@ impl Shared {
         self.moved.notify_all();
     }
 
-    /// Waits until the watermark has passed `moment`, the time is up (`None`),
-    /// or replication has ended with an error.
+    /// Waits until a batch is in the replica whose barrier was drawn after the
+    /// internal moment `moment`, with nothing held from before; the watermark
+    /// then. `None` when the time is up, an error when replication has ended.
     pub fn wait(&self, moment: Timestamp, timeout: Duration) -> Option<Result<Timestamp, String>> {
         let deadline = Instant::now() + timeout;
         let mut inner = self.lock();
         loop {
-            if inner.report.watermark >= moment {
+            if inner.reached >= moment {
                 return Some(Ok(inner.report.watermark));
             }
             if let Some(failure) = inner.failure.clone().or_else(|| inner.refusal.clone()) {
@@ -390,10 +411,18 @@ fn judge(inner: &Inner, in_flight: bool) -> (ReplicationStatus, Option<String>) 
         let status = if in_flight { ReplicationStatus::Pausing } else { ReplicationStatus::Paused };
         return (status, Some("changes are journaled, not shipped".to_owned()));
     }
-    let message = (!inner.report.link.connected).then(|| {
-        let reason = inner.report.link.last_error.as_deref().unwrap_or("connecting");
-        format!("no connection to the destination since {}: {reason}", inner.report.link.since)
-    });
+    let report = &inner.report;
+    let message = if !report.link.connected {
+        let reason = report.link.last_error.as_deref().unwrap_or("connecting");
+        Some(format!("no connection to the destination since {}: {reason}", report.link.since))
+    } else if report.watermark > report.time {
+        Some(format!(
+            "the source's clock was set back: LastReplicatedTimestamp stays until the clock has passed {}",
+            report.watermark
+        ))
+    } else {
+        None
+    };
     let status =
         if inner.complete { ReplicationStatus::Enabled } else { ReplicationStatus::Enabling };
     (status, message)

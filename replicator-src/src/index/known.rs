@@ -104,6 +104,20 @@ pub struct Delta {
     pub mark: Mark,
 }
 
+impl Delta {
+    /// Chunk lists that came with it: garbage when it is given up.
+    pub fn new_lists(&self) -> Vec<u64> {
+        let known = self.objects.iter().filter_map(|(_, known)| known.as_ref());
+        known
+            .filter(|known| known.version == self.mark.batch)
+            .filter_map(|known| match known.content {
+                Content::Chunks { list, .. } => Some(list),
+                Content::None | Content::Whole(_) | Content::Symlink(_) => None,
+            })
+            .collect()
+    }
+}
+
 /// Where a batch leaves the source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mark {

@@ -13,12 +13,11 @@
 pub mod known;
 pub mod overlay;
 pub mod store;
+#[cfg(test)]
+mod tests;
 pub mod view;
 
 pub use known::{Content, Delta, EntryChange, Known, Mark, Orphan};
 pub use overlay::Index;
 pub use store::{IndexError, Store};
 pub use view::View;
-
-#[cfg(test)]
-mod tests;

@@ -298,6 +298,9 @@ impl Store {
         for delta in pending.iter().filter(|delta| delta.mark.batch <= committed) {
             self.merge(&write, delta)?;
         }
+        for delta in pending.iter().filter(|delta| delta.mark.batch > committed) {
+            self.remove_lists(&write, &delta.new_lists())?;
+        }
         self.drop_pending(&write, BatchId(u64::MAX))?;
         write.commit().map_err(failed(&self.path))
     }
@@ -339,14 +342,19 @@ impl Store {
                     }
                 }
             }
-            let mut chunks = write.open_table(CHUNKS).map_err(failed(&self.path))?;
-            for list in &delta.dead_lists {
-                let (from, to) = (chunk_key(*list, 0), chunk_key(*list, u32::MAX));
-                chunks.retain_in(&from[..]..=&to[..], |_, _| false).map_err(failed(&self.path))?;
-            }
         }
+        self.remove_lists(write, &delta.dead_lists)?;
         self.put_meta(write, "mark", &delta.mark)?;
         self.drop_pending(write, delta.mark.batch)
+    }
+
+    fn remove_lists(&self, write: &WriteTransaction, lists: &[u64]) -> Result<(), IndexError> {
+        let mut chunks = write.open_table(CHUNKS).map_err(failed(&self.path))?;
+        for list in lists {
+            let (from, to) = (chunk_key(*list, 0), chunk_key(*list, u32::MAX));
+            chunks.retain_in(&from[..]..=&to[..], |_, _| false).map_err(failed(&self.path))?;
+        }
+        Ok(())
     }
 
     /// Writes a chunk list; durable with the next [`Store::prepare`].

@@ -22,6 +22,7 @@ use rustix::io::Errno;
 use super::extents;
 use super::sink::{Sink, SinkError};
 use super::small::{read_full, state_of};
+use crate::clock::Clock;
 use crate::index::{Content, IndexError, Known, Store};
 use crate::source::Opener;
 
@@ -47,6 +48,8 @@ pub struct Job {
     pub whole: bool,
     /// Bytes of the file dealt with so far, for status.
     pub progress: Arc<AtomicU64>,
+    /// Tells when reading began.
+    pub clock: Arc<Clock>,
 }
 
 /// How a transfer ended.
@@ -58,9 +61,9 @@ pub enum Done {
         known: Box<Known>,
         /// The object whose content it was built from.
         basis: Option<(ObjectId, BatchId)>,
-        /// Content bytes sent.
-        shipped: u64,
-        /// When reading began.
+        /// Content bytes that the replica's version did not have.
+        fresh: u64,
+        /// When reading began (see [`crate::clock`]).
         started: Timestamp,
         /// It changed while it was read.
         moving: bool,
@@ -69,6 +72,8 @@ pub enum Done {
     Unchanged {
         /// As the index will know it.
         known: Box<Known>,
+        /// When reading began.
+        started: Timestamp,
         /// It changed while it was read.
         moving: bool,
     },
@@ -137,7 +142,9 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
         return Ok(Done::Gone);
     };
     let fd = fd.as_fd();
-    let started = Timestamp::now();
+    let started = job.clock.now();
+    // To be compared with change times, which are the wall clock's.
+    let read_at = job.clock.wall(started);
     let before = stat::of_fd(fd)?;
     if before.nlink == 0 {
         return Ok(Done::Gone);
@@ -153,8 +160,8 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
         Some(basis) => match delta(fd, &before, basis, job, &mut out)? {
             Some(chunks) => chunks,
             None => {
-                let (known, moving) = unchanged(fd, job, started, &before)?;
-                return Ok(Done::Unchanged { known: Box::new(known), moving });
+                let (known, moving) = unchanged(fd, job, read_at, &before)?;
+                return Ok(Done::Unchanged { known: Box::new(known), started, moving });
             }
         },
     };
@@ -162,12 +169,15 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     let mut state = state_of(fd, &after)?;
     state.size = chunks.iter().map(|chunk| u64::from(chunk.length)).sum();
     out.end(&state)?;
+    // What is sent whole all the same may be known to the replica.
+    let old = if job.whole { Basis::resembling(store, job, before.size)? } else { None };
+    let fresh = old.map_or(out.literal, |old| literal_bytes(&plan_runs(&chunks, &old.chunks)));
     store.put_chunks(job.list, &chunks)?;
     let content = Content::Chunks { average, list: job.list, digest: digest(&chunks) };
     let known = Known {
         state,
         ctime: after.ctime,
-        read_at: started,
+        read_at,
         version: BatchId(0),
         content,
         entry: None,
@@ -176,8 +186,7 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     };
     let moving = (before.ctime, before.size) != (after.ctime, after.size);
     let basis = basis.map(|basis| (basis.object, basis.version));
-    let shipped = out.shipped;
-    Ok(Done::Sent { known: Box::new(known), basis, shipped, started, moving })
+    Ok(Done::Sent { known: Box::new(known), basis, fresh, started, moving })
 }
 
 /// What content is built from.
@@ -192,9 +201,11 @@ struct Basis {
 
 impl Basis {
     fn choose(store: &Store, job: &Job, size: u64) -> Result<Option<Self>, IndexError> {
-        if job.whole {
-            return Ok(None);
-        }
+        if job.whole { Ok(None) } else { Self::resembling(store, job, size) }
+    }
+
+    /// What the replica has of the object, or of one that resembles it.
+    fn resembling(store: &Store, job: &Job, size: u64) -> Result<Option<Self>, IndexError> {
         let own = job.known.as_ref().map(|known| (&job.object, known, true));
         let other = job.resembles.as_ref().map(|(object, known)| (object, known, false));
         for (object, known, own) in own.into_iter().chain(other) {
@@ -214,7 +225,7 @@ impl Basis {
 fn unchanged(
     fd: BorrowedFd<'_>,
     job: &Job,
-    started: Timestamp,
+    read_at: Timestamp,
     before: &Stat,
 ) -> Result<(Known, bool), LaneError> {
     let after = stat::of_fd(fd)?;
@@ -223,7 +234,7 @@ fn unchanged(
     // A size that changed meanwhile comes with an event of its own.
     state.size = known.state.size;
     let moving = (before.ctime, before.size) != (after.ctime, after.size);
-    Ok((Known { state, ctime: after.ctime, read_at: started, ..known }, moving))
+    Ok((Known { state, ctime: after.ctime, read_at, ..known }, moving))
 }
 
 /// Sends the whole file as it is read; the chunk list comes of itself.
@@ -301,6 +312,16 @@ fn patches(runs: &[Run]) -> bool {
         };
     }
     kept * 2 >= at
+}
+
+/// Bytes that the basis does not have.
+fn literal_bytes(runs: &[Run]) -> u64 {
+    runs.iter()
+        .map(|run| match *run {
+            Run::Data { length, .. } => length,
+            Run::Copy { .. } | Run::Hole { .. } => 0,
+        })
+        .sum()
 }
 
 /// Which runs of the file the basis has, and where.
@@ -451,7 +472,8 @@ struct Out<'a> {
     transfer: TransferId,
     pieces: Vec<Piece>,
     bytes: usize,
-    shipped: u64,
+    /// Bytes of data pieces so far.
+    literal: u64,
     progress: &'a AtomicU64,
 }
 
@@ -463,7 +485,7 @@ impl<'a> Out<'a> {
             transfer: job.transfer,
             pieces: Vec::new(),
             bytes: 0,
-            shipped: 0,
+            literal: 0,
             progress: &job.progress,
         }
     }
@@ -476,7 +498,7 @@ impl<'a> Out<'a> {
         self.progress.fetch_add(piece.length(), Ordering::Relaxed);
         if let Piece::Data { bytes, .. } = &piece {
             self.bytes += bytes.len();
-            self.shipped += bytes.len() as u64;
+            self.literal += bytes.len() as u64;
         }
         self.pieces.push(piece);
         // A piece is at most a quarter of this, so a frame stays in its limit.

@@ -28,8 +28,6 @@ pub struct Report {
     pub outcomes: Vec<(ObjectId, Outcome)>,
     /// Objects packed and sent.
     pub packed: u64,
-    /// Content bytes sent.
-    pub bytes: u64,
 }
 
 struct SmallJob {
@@ -82,11 +80,10 @@ impl Reading<'_> {
             return Err(SinkError::Closed);
         }
         reports.sort_by_key(|(number, _)| *number);
-        let mut all = Report { outcomes: Vec::new(), packed: 0, bytes: 0 };
+        let mut all = Report { outcomes: Vec::new(), packed: 0 };
         for (_, report) in reports {
             all.outcomes.extend(report.outcomes);
             all.packed += report.packed;
-            all.bytes += report.bytes;
         }
         Ok(all)
     }
@@ -172,7 +169,7 @@ fn read_small(jobs: &Receiver<SmallJob>, opener: &Opener) {
 }
 
 fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
-    let mut report = Report { outcomes: Vec::new(), packed: 0, bytes: 0 };
+    let mut report = Report { outcomes: Vec::new(), packed: 0 };
     let (mut pack, mut filled) = (Vec::new(), 0);
     let flush = |pack: &mut Vec<_>| {
         let objects = std::mem::take(pack);
@@ -183,7 +180,6 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
         report.outcomes.push((item.object.clone(), reading.outcome));
         if let Some(packed) = reading.packed {
             report.packed += 1;
-            report.bytes += reading.bytes;
             // 512: an object's attributes and frame overhead, roughly.
             filled += reading.bytes + 512;
             pack.push(packed);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use replicator_common::net::frame::{Compression, FrameError, encode_frame};
-use replicator_common::wire::DataFrame;
+use replicator_common::wire::{DataFrame, Piece};
 use tokio::sync::mpsc;
 
 /// Why a frame was not taken.
@@ -18,13 +18,63 @@ pub enum SinkError {
     Frame(#[from] FrameError),
 }
 
+/// What was put on the wire by a replication, over all its sessions.
+#[derive(Debug, Default)]
+pub struct Wired {
+    frames: AtomicU64,
+    content: AtomicU64,
+}
+
+impl Wired {
+    /// A frame of `bytes` that carries no content.
+    pub fn frame(&self, bytes: usize) {
+        self.frames.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// A frame of `bytes`, compressed, that carries `content` bytes of files.
+    fn data(&self, bytes: usize, content: u64) {
+        self.frame(bytes);
+        // What a frame is longer than its content is not content's cost.
+        self.content.fetch_add(content.min(bytes as u64), Ordering::Relaxed);
+    }
+
+    /// Bytes of all frames.
+    pub fn frames(&self) -> u64 {
+        self.frames.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that content took, as compressed, sent in vain or not.
+    pub fn content(&self) -> u64 {
+        self.content.load(Ordering::Relaxed)
+    }
+}
+
+/// Content bytes in a frame, before compression.
+fn content_of(frame: &DataFrame) -> u64 {
+    match frame {
+        DataFrame::Pack { objects, .. } => {
+            objects.iter().map(|object| object.bytes.len() as u64).sum()
+        }
+        DataFrame::TransferPieces { pieces, .. } => pieces
+            .iter()
+            .map(|piece| match piece {
+                Piece::Data { bytes, .. } => bytes.len() as u64,
+                Piece::Copy { .. } | Piece::Hole { .. } => 0,
+            })
+            .sum(),
+        DataFrame::TransferBegin(_)
+        | DataFrame::TransferEnd { .. }
+        | DataFrame::TransferAbort { .. } => 0,
+    }
+}
+
 /// The data streams of one session. Sending blocks while the network is
 /// slower than the disk: each stream holds a bounded number of frames.
 #[derive(Clone)]
 pub struct Sink {
     streams: Arc<Vec<mpsc::Sender<Vec<u8>>>>,
     next: Arc<AtomicUsize>,
-    wired: Arc<AtomicU64>,
+    wired: Arc<Wired>,
     compression: Compression,
 }
 
@@ -33,7 +83,7 @@ impl Sink {
     /// transfers, so that small objects never queue behind large ones.
     pub fn new(
         streams: Vec<mpsc::Sender<Vec<u8>>>,
-        wired: Arc<AtomicU64>,
+        wired: Arc<Wired>,
         compression: Compression,
     ) -> Self {
         Self { streams: Arc::new(streams), next: Arc::default(), wired, compression }
@@ -56,7 +106,7 @@ impl Sink {
     /// Sends a frame on a stream.
     pub fn send(&self, stream: usize, frame: &DataFrame) -> Result<(), SinkError> {
         let bytes = encode_frame(frame, self.compression)?;
-        self.wired.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.wired.data(bytes.len(), content_of(frame));
         let queue = self.streams.get(stream).ok_or(SinkError::Closed)?;
         queue.blocking_send(bytes).map_err(|_| SinkError::Closed)
     }

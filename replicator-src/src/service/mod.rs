@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use replicator_common::ancestry;
+use replicator_common::config::is_region;
 use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode};
 use replicator_common::crashsafe::{self, Format, StateFileError};
 use replicator_common::id::FileSystemId;
@@ -19,6 +20,7 @@ use replicator_common::net::token::Token;
 use replicator_common::status::{DesiredState, FailoverReport, Status};
 use replicator_common::time::Timestamp;
 
+use crate::clock::Wall;
 use crate::engine::{self, EngineError};
 use crate::index::IndexError;
 use crate::journal::JournalError;
@@ -46,6 +48,8 @@ pub struct SourceOptions {
     pub rescan_interval: Duration,
     /// Content bytes of small files in one batch, at most.
     pub max_batch_bytes: u64,
+    /// Where the wall clock is read: tests set it back.
+    pub wall: Wall,
 }
 
 impl SourceOptions {
@@ -59,6 +63,7 @@ impl SourceOptions {
             settle: engine.settle,
             rescan_interval: Duration::from_secs(60),
             max_batch_bytes: engine.batch_bytes,
+            wall: Wall::default(),
         }
     }
 }
@@ -157,7 +162,7 @@ impl SourceService {
                 continue;
             };
             let id = configuration.source.clone();
-            let replication = Replication::open(path, configuration)?;
+            let replication = Replication::open(path, configuration, &self.options)?;
             if let Err(error) = self.start(&replication) {
                 tracing::error!(source = %id, %error, "cannot start the replication");
                 replication.failed(error.to_string());
@@ -282,6 +287,7 @@ impl Control for SourceService {
         let configuration = Configuration {
             source: source.clone(),
             destination: enrolled.destination,
+            destination_region: Some(enrolled.region).filter(|region| is_region(region)),
             path: root.path.clone(),
             root_born: root.born(),
             root: root.id,
@@ -295,7 +301,8 @@ impl Control for SourceService {
         let internal = |error: ServiceError| ControlError::Internal(error.to_string());
         let directory = self.replications_dir().join(source.as_str());
         configuration.save(&directory).map_err(internal)?;
-        let replication = Replication::open(directory, configuration).map_err(internal)?;
+        let replication =
+            Replication::open(directory, configuration, &self.options).map_err(internal)?;
         if let Err(error) = self.start(&replication) {
             tracing::error!(%source, %error, "cannot start the replication");
             replication.failed(error.to_string());
@@ -331,9 +338,10 @@ impl Control for SourceService {
     }
 
     fn wait(&self, source: &FileSystemId, timeout: Duration) -> Result<Timestamp, ControlError> {
-        let asked = Timestamp::now();
         let begun = Instant::now();
         let replication = self.get(source)?;
+        // Before the engine is told, so that the barrier comes after.
+        let asked = replication.shared().clock().now();
         replication.nudge_for_wait();
         match replication.shared().wait(asked, timeout) {
             Some(Ok(watermark)) => Ok(watermark),

@@ -1,7 +1,7 @@
 //! One replication: its configuration on disk, its engine and link.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -22,11 +22,13 @@ use serde::{Deserialize, Serialize};
 
 use super::{ServiceError, SourceOptions, census};
 use crate::capture::{Capture, Members};
+use crate::clock::Clock;
 use crate::engine::state::Shared;
 use crate::engine::{self, Command, Engine, Event, Parts};
 use crate::index::{Index, Store};
 use crate::journal::Journal;
 use crate::read::pool::Pool;
+use crate::read::sink::Wired;
 use crate::session::{self, Remote};
 use crate::source::{Filter, Opener, Places, Root, SourceTree};
 use crate::watcher::{self, DirectoryWatch};
@@ -38,6 +40,8 @@ const FORMAT: Format = Format { name: "source-replication", version: 1 };
 const READERS: usize = 2;
 /// Threads that send large files.
 const LANES: usize = 1;
+/// How much longer than the engine we wait for the engine's answer.
+const ANSWER: Duration = Duration::from_secs(5);
 /// Paths that a failover report names.
 const PATHS: usize = 1000;
 
@@ -46,6 +50,10 @@ const PATHS: usize = 1000;
 pub(super) struct Configuration {
     pub(super) source: FileSystemId,
     pub(super) destination: FileSystemId,
+    /// What the destination says its region is; not known of configurations
+    /// that were made before it was kept.
+    #[serde(default)]
+    pub(super) destination_region: Option<String>,
     #[serde(with = "path_bytes")]
     pub(super) path: PathBuf,
     /// The root directory's id: another directory under the same path is not
@@ -77,6 +85,8 @@ impl Configuration {
 /// One replication, running or not.
 pub(super) struct Replication {
     directory: PathBuf,
+    /// This side's.
+    region: String,
     configuration: Mutex<Configuration>,
     shared: Arc<Shared>,
     running: Mutex<Option<Running>>,
@@ -93,15 +103,18 @@ impl Replication {
     pub(super) fn open(
         directory: PathBuf,
         configuration: Configuration,
+        options: &SourceOptions,
     ) -> Result<Arc<Self>, ServiceError> {
         let shared = Arc::new(Shared::new(
             configuration.source.clone(),
             configuration.path.display().to_string(),
             configuration.desired,
             &Default::default(),
+            Arc::new(Clock::new(options.wall.clone())),
         ));
         Ok(Arc::new(Self {
             directory,
+            region: options.region.clone(),
             configuration: Mutex::new(configuration),
             shared,
             running: Mutex::default(),
@@ -125,7 +138,7 @@ impl Replication {
         }
         let store = Arc::new(Store::open(&self.directory.join("index.redb"))?);
         let mark = store.mark()?;
-        self.shared.acknowledged(&mark);
+        self.shared.acknowledged(&mark, Timestamp::NEVER);
         let journal = Arc::new(Journal::open(&self.directory.join("journal"), mark.seq)?);
         let members = Arc::new(Members::default());
         let settings = watcher::Settings { rescan_interval: options.rescan_interval };
@@ -137,8 +150,14 @@ impl Replication {
         }
         let (captured, announced) = bounded(1);
         let start = |what| move |source| ServiceError::Start { what, source };
-        let capture = Capture::start(watcher, journal.clone(), members.clone(), captured)
-            .map_err(start("the capture thread"))?;
+        let capture = Capture::start(
+            watcher,
+            journal.clone(),
+            members.clone(),
+            captured,
+            self.shared.clock(),
+        )
+        .map_err(start("the capture thread"))?;
         let opener = Opener::new(root.clone(), Arc::<Places>::default());
         let watch = Arc::new(Joining { members: members.clone(), inner: capture.directories() });
         let filter = Filter {
@@ -148,7 +167,7 @@ impl Replication {
         let tree = SourceTree::new(opener.clone(), filter, watch);
         let pool = Pool::start(&opener, &store, READERS, LANES).map_err(start("readers"))?;
         let inbox = unbounded();
-        let wired = Arc::new(AtomicU64::new(0));
+        let wired = Arc::<Wired>::default();
         let reason = if mark.watermark.is_some() { "restart" } else { "initial sync" };
         let reason = match journal.damage() {
             Some(damage) => format!("{reason}, and {damage}"),
@@ -196,7 +215,7 @@ impl Replication {
         &self,
         identity: &Identity,
         runtime: &tokio::runtime::Handle,
-        wired: Arc<AtomicU64>,
+        wired: Arc<Wired>,
         post: Sender<Event>,
     ) -> tokio::task::JoinHandle<()> {
         let configuration = self.configuration();
@@ -240,10 +259,10 @@ impl Replication {
         let (reply, answer) = bounded(1);
         let post = self.running().as_ref().map(|running| running.post.clone());
         let post = post.ok_or_else(|| format!("the replication does not run{hint}"))?;
-        post.send(Event::Command(Command::Delete(reply)))
+        post.send(Event::Command(Command::Delete(reply, timeout)))
             .map_err(|_| format!("the replication does not run{hint}"))?;
         let mut report = answer
-            .recv_timeout(timeout)
+            .recv_timeout(timeout + ANSWER)
             .map_err(|_| format!("the destination does not answer{hint}"))?
             .map_err(|reason| format!("{reason}{hint}"))?;
         let (records, paths) = self.unreplicated();
@@ -370,6 +389,10 @@ impl Replication {
         Status {
             source_file_system_id: configuration.source,
             destination_file_system_id: configuration.destination,
+            destination_file_system_region: configuration
+                .destination_region
+                .unwrap_or_else(|| self.region.clone()),
+            source_file_system_region: self.region.clone(),
             creation_time: configuration.creation_time,
             status: self.shared.failure().map_or(source.status, |_| ReplicationStatus::Error),
             status_message: source.message.clone(),

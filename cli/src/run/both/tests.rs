@@ -34,6 +34,8 @@ impl Control for Side {
         let status = |id: &FileSystemId| Status {
             source_file_system_id: id.clone(),
             destination_file_system_id: "fs-89abcdef".parse().unwrap(),
+            source_file_system_region: "xx-local".to_owned(),
+            destination_file_system_region: "xx-local".to_owned(),
             creation_time: Timestamp(0),
             status: ReplicationStatus::Enabled,
             status_message: None,

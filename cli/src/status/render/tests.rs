@@ -86,6 +86,8 @@ fn status() -> Status {
     Status {
         source_file_system_id: "fs-01234567".parse().unwrap(),
         destination_file_system_id: "fs-89abcdef".parse().unwrap(),
+        source_file_system_region: "xx-local".to_owned(),
+        destination_file_system_region: "xx-local".to_owned(),
         creation_time: Timestamp(0),
         status: ReplicationStatus::Enabled,
         status_message: None,

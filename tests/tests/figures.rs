@@ -1,0 +1,131 @@
+//! What status counts, and that it says what it means.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::Duration;
+
+use replicator_common::status::{Counters, Skipped};
+use replicator_tests::mounts::FileSystem::Ext4;
+use replicator_tests::process::Daemon;
+use replicator_tests::scenario::{Layout, Pair, patience};
+use replicator_tests::workload::content;
+use rustix::fs::{CWD, FileType, Mode};
+
+/// What the chunks around one change come to at most, bytes.
+const AROUND: u64 = 256 << 10;
+
+/// Waits, and gives (changed, shipped) since `before`.
+fn since(before: &Counters, daemon: &Daemon) -> (u64, u64) {
+    daemon.wait(patience());
+    let now = daemon.counters();
+    (now.bytes_changed - before.bytes_changed, now.bytes_shipped - before.bytes_shipped)
+}
+
+#[test]
+fn bytes_changed_are_the_users_and_bytes_shipped_the_networks() {
+    let pair = Pair::alone(Layout::Two(Ext4, Ext4));
+    let daemon = pair.start_enabled("fanotify");
+    let root = pair.source();
+    daemon.wait(patience());
+
+    let before = daemon.counters();
+    fs::write(root.join("text"), "the same words again\n".repeat(5000)).unwrap();
+    let (changed, shipped) = since(&before, &daemon);
+    assert_eq!(changed, 105_000, "a small file counts with its length");
+    assert!((1..20_000).contains(&shipped), "it travels compressed: {shipped}");
+
+    let before = daemon.counters();
+    let size = 4u64 << 20;
+    fs::write(root.join("large"), content::incompressible(1, size as usize)).unwrap();
+    let (changed, shipped) = since(&before, &daemon);
+    assert_eq!(changed, size, "a new large file counts with all of it");
+    assert!(shipped >= size, "{shipped}: nothing can be saved on it");
+
+    let before = daemon.counters();
+    let file = fs::File::options().write(true).open(root.join("large")).unwrap();
+    file.write_all_at(&content::incompressible(2, 4096), 2 << 20).unwrap();
+    drop(file);
+    let (changed, shipped) = since(&before, &daemon);
+    assert!((4096..AROUND).contains(&changed), "the chunks around the change: {changed}");
+    assert!((4096..AROUND).contains(&shipped), "{shipped}");
+
+    let before = daemon.counters();
+    fs::rename(root.join("large"), root.join("renamed")).unwrap();
+    fs::copy(root.join("text"), root.join("text.new")).unwrap();
+    fs::rename(root.join("text.new"), root.join("text")).unwrap();
+    let (changed, _) = since(&before, &daemon);
+    assert_eq!(changed, 105_000, "a rename changes nothing, a new small file is new");
+}
+
+fn special(path: &Path, kind: FileType) {
+    rustix::fs::mknodat(CWD, path, kind, Mode::from_raw_mode(0o644), 0x0103).unwrap();
+}
+
+fn counted(daemon: &mut Daemon, what: &str, sockets: u64, fifos: u64, devices: u64) {
+    daemon.wait(patience());
+    // Status is refreshed a few times a second.
+    daemon.poll_until(patience(), what, |daemon| {
+        let Skipped { sockets: s, fifos: f, devices: d, .. } = daemon.status().source?.skipped;
+        ((s, f, d) == (sockets, fifos, devices)).then_some(())
+    });
+}
+
+#[test]
+fn what_is_passed_over_no_more_is_not_counted() {
+    let pair = Pair::alone(Layout::Two(Ext4, Ext4));
+    let mut daemon = pair.start_enabled("fanotify");
+    let root = pair.source();
+    let (tree, sub) = (root.join("tree"), root.join("tree/sub"));
+    fs::create_dir_all(&sub).unwrap();
+    for (number, directory) in [root, &tree, &sub].into_iter().enumerate() {
+        special(&directory.join("fifo"), FileType::Fifo);
+        special(&directory.join("socket"), FileType::Socket);
+        special(&directory.join("device"), FileType::CharacterDevice);
+        let so_far = number as u64 + 1;
+        counted(&mut daemon, "all are counted", so_far, so_far, so_far);
+    }
+    fs::remove_file(root.join("fifo")).unwrap();
+    counted(&mut daemon, "one was removed", 3, 2, 3);
+    fs::write(root.join("new"), "").unwrap();
+    fs::rename(root.join("new"), root.join("socket")).unwrap();
+    counted(&mut daemon, "one was replaced by a file", 2, 2, 3);
+    fs::rename(root.join("device"), root.join("renamed")).unwrap();
+    counted(&mut daemon, "one was renamed", 2, 2, 3);
+    fs::rename(&sub, root.join("sub")).unwrap();
+    counted(&mut daemon, "a directory with some was renamed", 2, 2, 3);
+    fs::remove_dir_all(&tree).unwrap();
+    counted(&mut daemon, "a tree with some was removed", 1, 1, 2);
+    fs::remove_dir_all(root.join("sub")).unwrap();
+    fs::remove_file(root.join("renamed")).unwrap();
+    counted(&mut daemon, "none are left", 0, 0, 0);
+}
+
+/// How often the engine's thread gave up the processor so far.
+fn switches(daemon: &Daemon) -> u64 {
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.id())).unwrap();
+    let engine = tasks
+        .map(|task| task.unwrap().path())
+        .find(|task| fs::read_to_string(task.join("comm")).unwrap().trim() == "engine")
+        .expect("the engine has a thread");
+    let status = fs::read_to_string(engine.join("status")).unwrap();
+    let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    count.unwrap().trim().parse().unwrap()
+}
+
+#[test]
+fn a_paused_source_sleeps() {
+    let pair = Pair::alone(Layout::Two(Ext4, Ext4));
+    let daemon = pair.start_enabled("fanotify");
+    daemon.wait(patience());
+    daemon.request("POST", "/replicator/v1/pause", Some(serde_json::json!({}))).unwrap();
+    // A large file waits for its turn meanwhile.
+    fs::write(pair.source().join("large"), content::incompressible(1, 1 << 20)).unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    let before = switches(&daemon);
+    std::thread::sleep(Duration::from_secs(3));
+    let switches = switches(&daemon) - before;
+    assert!(switches < 300, "{switches} times in 3 s");
+    daemon.request("POST", "/replicator/v1/resume", Some(serde_json::json!({}))).unwrap();
+    pair.settle(&daemon, &"resumed");
+}

@@ -1,0 +1,97 @@
+//! Source and destination as a user who is not root.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use replicator_tests::binary;
+use replicator_tests::compare;
+use replicator_tests::mounts::FileSystem::{self, Btrfs, Ext4, Xfs};
+use replicator_tests::mounts::Mount;
+use replicator_tests::process::run_to_end;
+use replicator_tests::scenario::patience;
+use replicator_tests::serial;
+
+/// A user without rights, `nobody` on most systems.
+const USER: &str = "65534";
+
+fn as_user(program: &Path) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", USER, "--regid", USER, "--clear-groups", "--"]).arg(program);
+    command
+}
+
+/// A shell script, run in `directory`.
+#[track_caller]
+fn script(directory: &Path, text: &str) {
+    let mut command = as_user(Path::new("sh"));
+    command.args(["-ec", text]).current_dir(directory);
+    run_to_end(command, Duration::from_secs(30)).success();
+}
+
+/// Brings the replica to what the source is, and compares.
+#[track_caller]
+fn once(base: &Path, step: &str) {
+    let (source, replica) = (base.join("source"), base.join("replica"));
+    let mut command = as_user(binary::replicator());
+    command.arg("run").arg(&source).arg(&replica).arg("--state-dir").arg(base.join("state"));
+    command.args(["--api", "127.0.0.1:0", "--watcher", "inotify", "--once"]);
+    run_to_end(command, patience()).success();
+    compare::assert_same(&source, &replica, &step);
+}
+
+fn changes_where_the_owner_may_not_write(kind: FileSystem) {
+    let _share = serial::share();
+    let mount = Mount::new(kind);
+    let base = mount.path().join("user");
+    std::fs::create_dir(&base).unwrap();
+    std::os::unix::fs::chown(&base, Some(65534), Some(65534)).unwrap();
+    script(
+        &base,
+        "mkdir -p source/a/b source/c/moved source/dark/below
+         for d in a a/b c c/moved dark dark/below; do echo $d > source/$d/file; done
+         head -c 1000000 /dev/urandom > source/c/large
+         chmod 0400 source/c/large
+         chmod 0400 source/a/file
+         chmod 0500 source/a/b source/a source/c/moved source/c source/dark/below source/dark",
+    );
+    once(&base, "first");
+    script(
+        &base,
+        "chmod 0700 source/a source/a/b source/c source/c/moved
+         echo new > source/a/new; rm source/a/b/file; ln source/a/new source/c/link
+         mv source/c/moved source/a/moved; mkdir source/a/b/made; echo x > source/a/b/made/x
+         chmod 0600 source/c/large
+         printf changed | dd of=source/c/large bs=1 seek=500000 conv=notrunc 2>/dev/null
+         chmod 0400 source/c/large
+         chmod 0500 source/a/b/made source/a/b source/a/moved source/a source/c source",
+    );
+    once(&base, "names change in directories of mode 0500");
+    script(
+        &base,
+        "chmod 0700 source source/a source/a/b source/c; mv source/c/large source/a/b/large
+         mv source/a/b source/b; rm source/c/link source/c/file; rmdir source/c
+         chmod 0500 source/a source/b source",
+    );
+    once(&base, "trees move and go");
+
+    let mut failover = as_user(binary::replicator());
+    failover.args(["failover", "--state-dir"]).arg(base.join("state"));
+    run_to_end(failover, patience()).success();
+    compare::assert_same(&base.join("source"), &base.join("replica"), &"after failover");
+}
+
+#[test]
+fn changes_where_the_owner_may_not_write_ext4() {
+    changes_where_the_owner_may_not_write(Ext4);
+}
+
+#[test]
+fn changes_where_the_owner_may_not_write_xfs() {
+    changes_where_the_owner_may_not_write(Xfs);
+}
+
+#[test]
+fn changes_where_the_owner_may_not_write_btrfs() {
+    changes_where_the_owner_may_not_write(Btrfs);
+}
