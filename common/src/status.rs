@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{BatchId, FileSystemId, Seq};
+use crate::id::{BatchId, FileSystemId, Seq, TransferId};
 use crate::time::Timestamp;
 
 /// EFS's status of a replication.
@@ -350,6 +350,17 @@ pub struct TimedError {
     pub error: String,
 }
 
+/// A large file whose content is on its way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Arriving {
+    /// The transfer, within the present session.
+    pub transfer: TransferId,
+    /// Bytes of the file that are staged, those taken from its old content
+    /// included.
+    pub bytes: u64,
+}
+
 /// The destination's view.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
@@ -382,6 +393,8 @@ pub struct DestinationReport {
     pub shortfalls: Shortfalls,
     /// Staged bytes not yet applied.
     pub staged_bytes: u64,
+    /// Large files that are arriving.
+    pub arriving: Vec<Arriving>,
     /// Replication cannot be applied now, and why.
     pub stalled: Option<String>,
     /// The connection.

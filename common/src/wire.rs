@@ -292,6 +292,12 @@ pub enum DestinationMessage {
         /// Why.
         reason: String,
     },
+    /// All of a transfer's content is staged: a batch that places it will not
+    /// wait for it.
+    Transferred {
+        /// The transfer.
+        transfer: TransferId,
+    },
     /// Failover is done.
     FailedOver {
         /// What a person is told.

@@ -312,6 +312,7 @@ impl Applier {
         wipe_staging(&replica.area)?;
         self.spoilt = false;
         replica.shared().staged_bytes = 0;
+        replica.shared().arriving.clear();
         let lost = "an object was missing in the replica";
         let distrust = self.distrust.then_some(lost);
         if let Some(reason) = distrust.or(mismatch(&self.standing, hello)) {

@@ -72,6 +72,7 @@ impl Broken {
             },
             shortfalls: Shortfalls::default(),
             staged_bytes: 0,
+            arriving: Vec::new(),
             stalled: Some(self.error.error.clone()),
             link: Link {
                 connected: false,

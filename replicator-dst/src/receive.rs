@@ -417,6 +417,7 @@ impl Shell {
             }
             Event::Transferred { transfer, object, staged } => {
                 self.session.transferred(transfer, object, *staged)?;
+                self.writer.write(&DestinationMessage::Transferred { transfer }).await?;
                 self.hand_on_whole().await
             }
             Event::Aborted { transfer } => {

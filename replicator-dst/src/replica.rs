@@ -2,17 +2,18 @@
 //! status says of it. Shared between the applier's thread, the session and the
 //! service; whoever writes to the replica is the applier or a stager, no one else.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use replicator_common::crashsafe::{self, Format, StateFileError};
-use replicator_common::id::{BatchId, FileSystemId, Incarnation};
+use replicator_common::id::{BatchId, FileSystemId, Incarnation, TransferId};
 use replicator_common::net::identity::Fingerprint;
 use replicator_common::status::{
-    Abilities, DesiredState, DestinationReport, Enforcement, Link, ReplicationStatus, SourceReport,
-    Status, TimedError,
+    Abilities, Arriving, DesiredState, DestinationReport, Enforcement, Link, ReplicationStatus,
+    SourceReport, Status, TimedError,
 };
 use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
@@ -132,6 +133,8 @@ pub struct Shared {
     pub failover_error: Option<String>,
     /// Staged content of batches that are not applied.
     pub staged_bytes: u64,
+    /// Bytes staged of each transfer that is open.
+    pub arriving: BTreeMap<TransferId, u64>,
     /// The connection.
     pub link: Link,
     /// The source's last word.
@@ -208,6 +211,7 @@ impl Replica {
             stalled: None,
             failover_error: None,
             staged_bytes: 0,
+            arriving: BTreeMap::new(),
             link,
             source: None,
             heard: None,
@@ -276,6 +280,11 @@ impl Replica {
             abilities: self.abilities.clone(),
             shortfalls: standing.shortfalls.clone(),
             staged_bytes: shared.staged_bytes,
+            arriving: shared
+                .arriving
+                .iter()
+                .map(|(transfer, bytes)| Arriving { transfer: *transfer, bytes: *bytes })
+                .collect(),
             stalled: shared.stalled.clone(),
             link: shared.link.clone(),
             last_error: standing.last_error.clone(),

@@ -302,6 +302,11 @@ impl Stager {
         Ok(Some((open.object, staged)))
     }
 
+    /// Bytes of the object that have come so far; `None` when it is not open here.
+    pub fn staged(&self, transfer: TransferId) -> Option<u64> {
+        self.open.get(&transfer).map(|open| open.offset)
+    }
+
     /// A transfer is given up; `false` when it is not open here.
     pub fn abort(&mut self, transfer: TransferId) -> bool {
         match self.open.remove(&transfer) {

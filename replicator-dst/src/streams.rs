@@ -180,9 +180,13 @@ fn stage_one(
                     stager.pieces(transfer, std::slice::from_ref(piece))
                 })?;
             }
+            if let Some(bytes) = stager.staged(transfer) {
+                replica.shared().arriving.insert(transfer, bytes);
+            }
             Ok(())
         }
         DataFrame::TransferEnd { transfer, state } => {
+            replica.shared().arriving.remove(&transfer);
             // Not repeated: the end of a transfer takes it apart.
             match stager.end(transfer, state) {
                 Ok(Some((object, staged))) => {
@@ -196,6 +200,7 @@ fn stage_one(
             }
         }
         DataFrame::TransferAbort { transfer } => {
+            replica.shared().arriving.remove(&transfer);
             if stager.abort(transfer) {
                 return Ok(());
             }

@@ -30,10 +30,7 @@ fn claimed(status: &Status) -> Option<Timestamp> {
     status.destination.as_ref()?.last_replicated
 }
 
-// Known gap: on a link of 12 Mbit/s the small file takes more than 5 s, although
-// its stream has priority; what is queued in the network is ahead of it.
 #[test]
-#[ignore = "known gap: a small file waits behind what the link has queued of a large one"]
 fn small_files_do_not_queue_behind_a_large_one() {
     let hosts = Hosts::enrolled();
     let closed = large_file_under_way(&hosts);

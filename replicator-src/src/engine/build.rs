@@ -318,7 +318,7 @@ impl Engine {
             return Ok(true);
         }
         let Some(held) = self.holds.get_mut(object) else { return Ok(false) };
-        if matches!(held.transfer, Transfer::Running { .. }) {
+        if held.transfer.is_under_way() {
             let size = match held.hold.reason {
                 HoldReason::Large { size } => size,
                 HoldReason::Unreadable { .. } => 0,

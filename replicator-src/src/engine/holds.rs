@@ -2,8 +2,6 @@
 //! be read. The watermark waits with them, everything else goes on.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use replicator_common::id::{BatchId, ObjectId, TransferId};
@@ -52,19 +50,32 @@ pub(super) enum Transfer {
     /// Waits for its turn.
     Waiting,
     /// Is being read and sent.
-    Running {
-        number: TransferId,
-        basis: Option<ObjectId>,
-        progress: Arc<AtomicU64>,
-        since: Instant,
-    },
-    /// Was sent; the next batch places it.
+    Running { number: TransferId, basis: Option<ObjectId>, since: Instant },
+    /// Was handed to the network; once it has arrived, the next batch places it.
+    /// (A batch that places it sooner would wait for it, and all that is small
+    /// with the batch.)
     Ready {
         number: TransferId,
+        arrived: bool,
         basis: Option<(ObjectId, BatchId)>,
         done: Box<ReadyFile>,
         took: Duration,
     },
+}
+
+impl Transfer {
+    /// Whether content is still on its way.
+    pub(super) fn is_under_way(&self) -> bool {
+        matches!(self, Self::Running { .. } | Self::Ready { arrived: false, .. })
+    }
+
+    /// Its number, once it has begun.
+    pub(super) fn number(&self) -> Option<TransferId> {
+        match self {
+            Self::Waiting => None,
+            Self::Running { number, .. } | Self::Ready { number, .. } => Some(*number),
+        }
+    }
 }
 
 /// A large file whose content is at the destination.
@@ -203,7 +214,6 @@ impl Engine {
         let number = self.next_transfer;
         self.next_transfer = number.next();
         let hint = entries.first().cloned().or_else(|| known.as_ref()?.entry.clone());
-        let progress = Arc::new(AtomicU64::new(0));
         let basis = match &known {
             Some(_) if whole => None,
             Some(_) => Some(object.clone()),
@@ -218,14 +228,13 @@ impl Engine {
             resembles,
             list,
             whole,
-            progress: progress.clone(),
             clock: self.clock.clone(),
         };
         let (Some(session), Some(held)) = (&self.session, self.holds.get_mut(&object)) else {
             return Ok(());
         };
         held.touched = false;
-        held.transfer = Transfer::Running { number, basis, progress, since: Instant::now() };
+        held.transfer = Transfer::Running { number, basis, since: Instant::now() };
         self.running.insert(number, object);
         let post = self.post.clone();
         self.pool.transfer(job, &session.sink, move |job, result| {
@@ -291,6 +300,7 @@ impl Engine {
         result: Result<Done, LaneError>,
     ) -> Result<(), EngineError> {
         self.running.remove(&job.transfer);
+        let arrived = self.arrived.remove(&job.transfer);
         let awaited = self.holds.get_mut(&job.object).filter(|held| {
             matches!(&held.transfer, Transfer::Running { number, .. } if *number == job.transfer)
         });
@@ -324,7 +334,11 @@ impl Engine {
             Done::Sent { known, basis, fresh, started, moving } => {
                 let file = ReadyFile { known: *known, fresh, started, moving };
                 let done = Box::new(file);
-                held.transfer = Transfer::Ready { number: job.transfer, basis, done, took };
+                let (number, arrived) = (job.transfer, arrived);
+                held.transfer = Transfer::Ready { number, arrived, basis, done, took };
+                if !arrived {
+                    return Ok(());
+                }
             }
             Done::Unchanged { known, started, moving } => {
                 self.unchanged(job, &known, started, moving)?;
@@ -352,6 +366,28 @@ impl Engine {
         Ok(())
     }
 
+    /// A transfer is complete at the destination.
+    pub(super) fn transfer_arrived(&mut self, transfer: TransferId) {
+        if self.running.contains_key(&transfer) {
+            // The lane's own word is still to come.
+            self.arrived.insert(transfer);
+            return;
+        }
+        let mut object = None;
+        for (id, held) in &mut self.holds {
+            match &mut held.transfer {
+                Transfer::Ready { number, arrived, .. } if *number == transfer => {
+                    *arrived = true;
+                    object = Some(id.clone());
+                }
+                _ => {}
+            }
+        }
+        if let Some(object) = object {
+            self.redo_hold(&object);
+        }
+    }
+
     /// The content of a known file turned out to be what the replica holds.
     fn unchanged(
         &mut self,
@@ -363,6 +399,7 @@ impl Engine {
         if let Some(held) = self.holds.get_mut(&job.object) {
             held.transfer = Transfer::Ready {
                 number: TransferId(0),
+                arrived: true,
                 basis: None,
                 done: Box::new(ReadyFile { known: known.clone(), fresh: 0, started, moving }),
                 took: Duration::ZERO,
@@ -497,6 +534,7 @@ impl Engine {
     /// All transfers are void: the session is gone.
     pub(super) fn reset_transfers(&mut self) {
         self.running.clear();
+        self.arrived.clear();
         let mut void = Vec::new();
         for held in self.holds.values_mut() {
             void.push(std::mem::replace(&mut held.transfer, Transfer::Waiting));

@@ -22,7 +22,7 @@ mod reconcile;
 mod report;
 pub mod state;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -210,6 +210,8 @@ pub struct Engine {
     holds: BTreeMap<ObjectId, Held>,
     /// Transfers that are being read.
     running: HashMap<TransferId, ObjectId>,
+    /// Those of them that the destination says it has.
+    arrived: BTreeSet<TransferId>,
     in_flight: VecDeque<InFlight>,
     reconcile: Option<reconcile::Reconcile>,
     next_batch: BatchId,
@@ -296,6 +298,7 @@ impl Engine {
             gap: None,
             holds: BTreeMap::new(),
             running: HashMap::new(),
+            arrived: BTreeSet::new(),
             in_flight: VecDeque::new(),
             reconcile: None,
             next_batch: mark.batch.next(),

@@ -169,6 +169,7 @@ impl Engine {
             DestinationMessage::TransferRefused { transfer, reason } => {
                 self.transfer_refused(transfer, &reason);
             }
+            DestinationMessage::Transferred { transfer } => self.transfer_arrived(transfer),
             DestinationMessage::FailedOver { report } => {
                 if let Some((reply, _)) = self.failing.take() {
                     // Whoever asked may have given up waiting.

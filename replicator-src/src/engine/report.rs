@@ -95,6 +95,7 @@ impl Engine {
 
     fn blockers(&self) -> Vec<Blocker> {
         let mut blockers = Vec::new();
+        let arriving = self.shared.arriving();
         if let Some(gap) = &self.gap {
             let reason = format!("walk of the source: {}", gap.reason);
             blockers.push(Blocker {
@@ -108,12 +109,10 @@ impl Engine {
             let (reason, bytes_left) = match &held.hold.reason {
                 HoldReason::Unreadable { error } => (format!("cannot be read: {error}"), None),
                 HoldReason::Large { size } => {
+                    let came = held.transfer.number().and_then(|n| arriving.get(&n).copied());
                     let sent = match &held.transfer {
-                        Transfer::Running { progress, .. } => {
-                            progress.load(std::sync::atomic::Ordering::Relaxed)
-                        }
-                        Transfer::Ready { .. } => *size,
-                        Transfer::Waiting => 0,
+                        Transfer::Ready { arrived: true, .. } => *size,
+                        _ => came.unwrap_or(0),
                     };
                     ("large file".to_owned(), Some(size.saturating_sub(sent)))
                 }

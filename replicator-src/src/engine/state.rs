@@ -3,10 +3,11 @@
 //! Plain data behind one lock, held for moments; the engine fills it, the
 //! service and the link read it. Waiting for a watermark is done here.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use replicator_common::id::{BatchId, FileSystemId, Incarnation};
+use replicator_common::id::{BatchId, FileSystemId, Incarnation, TransferId};
 use replicator_common::status::{
     Blocker, Counters, DesiredState, DestinationReport, Link, PathError, Positions, Progress,
     ReplicationStatus, Skipped, SourceReport, StageLag, TimedError, WatcherKind, WatcherReport,
@@ -212,6 +213,14 @@ impl Shared {
     /// The destination's view arrived.
     pub fn destination_report(&self, report: DestinationReport) {
         self.lock().destination = Some((report, Timestamp::now()));
+    }
+
+    /// Bytes that had come of each large file under way, as the destination
+    /// last said.
+    pub fn arriving(&self) -> BTreeMap<TransferId, u64> {
+        let inner = self.lock();
+        let report = inner.destination.iter().flat_map(|(report, _)| &report.arriving);
+        report.map(|file| (file.transfer, file.bytes)).collect()
     }
 
     /// Batches up to the mark's are in the replica, and with them every change

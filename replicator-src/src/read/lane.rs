@@ -9,7 +9,6 @@ use std::collections::HashMap;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use replicator_common::chunk::{self, Chunk, Chunker};
 use replicator_common::id::{BatchId, ObjectId, TransferId};
@@ -46,8 +45,6 @@ pub struct Job {
     pub list: u64,
     /// Send all of it, whatever the replica may hold.
     pub whole: bool,
-    /// Bytes of the file dealt with so far, for status.
-    pub progress: Arc<AtomicU64>,
     /// Tells when reading began.
     pub clock: Arc<Clock>,
 }
@@ -474,7 +471,6 @@ struct Out<'a> {
     bytes: usize,
     /// Bytes of data pieces so far.
     literal: u64,
-    progress: &'a AtomicU64,
 }
 
 impl<'a> Out<'a> {
@@ -486,7 +482,6 @@ impl<'a> Out<'a> {
             pieces: Vec::new(),
             bytes: 0,
             literal: 0,
-            progress: &job.progress,
         }
     }
 
@@ -495,7 +490,6 @@ impl<'a> Out<'a> {
     }
 
     fn piece(&mut self, piece: Piece) -> Result<(), LaneError> {
-        self.progress.fetch_add(piece.length(), Ordering::Relaxed);
         if let Piece::Data { bytes, .. } = &piece {
             self.bytes += bytes.len();
             self.literal += bytes.len() as u64;

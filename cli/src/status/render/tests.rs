@@ -76,6 +76,7 @@ fn destination() -> DestinationReport {
         },
         shortfalls: Shortfalls::default(),
         staged_bytes: 0,
+        arriving: Vec::new(),
         stalled: None,
         link: link(),
         last_error: None,
