@@ -342,7 +342,7 @@ impl FakeSource {
         loop {
             match self.next().await {
                 DestinationMessage::Applied { batch, .. } if batch.0 == number => return,
-                DestinationMessage::Durable { .. } => {}
+                DestinationMessage::Durable { .. } | DestinationMessage::Transferred { .. } => {}
                 other => panic!("{other:?}"),
             }
         }
