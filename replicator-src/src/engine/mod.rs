@@ -372,6 +372,7 @@ impl Engine {
         }
         self.due_holds();
         self.start_transfers()?;
+        self.continue_reconcile()?;
         if self.in_flight.is_empty() {
             self.index.merge()?;
         }
