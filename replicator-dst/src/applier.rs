@@ -240,24 +240,9 @@ impl Applier {
     fn note_findings(&mut self, findings: &[Finding]) -> Result<(), SealError> {
         let mut items = Vec::new();
         for finding in findings {
-            let error = match finding {
-                Finding::SetAside { object, from, to } => {
-                    items.push(SetAsideItem {
-                        file: to.name.to_string(),
-                        object: object.to_string(),
-                        path: None,
-                        reason: format!("stood unexpectedly under the name {}", from.name),
-                    });
-                    format!("{} was not expected in the replica and is in lost+found", from.name)
-                }
-                Finding::Lost { object, expected } => {
-                    self.distrust = true;
-                    format!(
-                        "object {object} is missing in the replica, expected as {}",
-                        expected.name
-                    )
-                }
-            };
+            items.extend(set_aside_item(finding));
+            self.distrust |= matches!(finding, Finding::Lost { .. });
+            let error = finding.to_string();
             tracing::error!(error, "the replica was changed by somebody else");
             self.note(error);
         }
@@ -511,6 +496,17 @@ impl Applier {
         metrics::counter!("replicator_destination_batches_committed_total").increment(1);
         Ok(steps)
     }
+}
+
+/// What the manifest will say of it, where something was set aside.
+pub(crate) fn set_aside_item(finding: &Finding) -> Option<SetAsideItem> {
+    let Finding::SetAside { object, from, to } = finding else { return None };
+    Some(SetAsideItem {
+        file: to.name.to_string(),
+        object: object.to_string(),
+        path: None,
+        reason: format!("stood unexpectedly under the name {}", from.name),
+    })
 }
 
 /// The standing after a batch. Watermarks never move back, whatever the source
