@@ -293,10 +293,6 @@ impl Applier {
             SealError::Breach(what) => AreaError::system("apply", what)(Errno::IO).into(),
             SealError::Killed => AreaError::system("apply", "")(Errno::CANCELED).into(),
         })?;
-        // Of the session before; kept until now for a failover in between.
-        wipe_staging(&replica.area)?;
-        self.spoilt = false;
-        replica.shared().staged_bytes = 0;
         let lost = "an object was missing in the replica";
         let distrust = self.distrust.then_some(lost);
         if let Some(reason) = distrust.or(mismatch(&self.standing, hello)) {
@@ -305,6 +301,11 @@ impl Applier {
             self.distrust = false;
             self.marked = None;
         }
+        // What is of the session before was kept until now for a failover in
+        // between. After renouncing, which takes out what must not be lost.
+        wipe_staging(&replica.area)?;
+        self.spoilt = false;
+        replica.shared().staged_bytes = 0;
         if self.standing.source_incarnation != Some(hello.incarnation) {
             self.standing.source_incarnation = Some(hello.incarnation);
             replica.store.set_standing(&self.standing)?;

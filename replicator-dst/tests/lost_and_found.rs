@@ -147,3 +147,35 @@ async fn interrupted(world: &World, step: u8) {
         }
     }
 }
+
+/// A batch had moved a file of the replica into a new directory that still stood
+/// in staging, and then its record was given up: the file is not wiped with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_being_put_together_is_kept_when_the_memories_are_given_up() {
+    let mut world = World::new();
+    let service = world.open(None).await;
+    world.enrol(&service, false).await;
+    let mut source = world.connect(&service, 0).await;
+    source.apply(1, &Batch::new().root().file(2, ROOT, "a", b"alpha")).await;
+    drop(source);
+    let protection = Protection::establish(&world.replica).unwrap();
+    let ours = format!(".replicator-{}", world.source);
+    let hidden = place::open_directory(protection.root(), &name(&ours)).unwrap();
+    let staging = place::open_directory(hidden.as_fd(), &name("staging")).unwrap();
+    let shard = place::open_directory(staging.as_fd(), &name("7")).unwrap();
+    for directory in ["d2.0", "d2.1"] {
+        place::make_directory(shard.as_fd(), &name(directory)).unwrap();
+    }
+    let half = place::open_directory(shard.as_fd(), &name("d2.1")).unwrap();
+    place::rename(protection.root(), &name("a"), half.as_fd(), &name("a")).unwrap();
+    drop((protection, hidden, staging, shard, half));
+    // A source that remembers more than it has sent: they do not fit together.
+    let source = world.connect(&service, 40).await;
+    assert!(source.hello.as_ref().unwrap().reconcile);
+    let report = service.delete(&world.source, DeletionMode::LocalConfigurationOnly).unwrap();
+    let found = lost(&world, &report);
+    let items = manifest(&found).items;
+    assert_eq!((items.len(), report.set_aside), (1, 1), "{items:?}");
+    assert!(items[0].reason.contains("put together"), "{items:?}");
+    assert_eq!(std::fs::read(found.join(&items[0].file).join("a")).unwrap(), b"alpha");
+}
