@@ -104,8 +104,10 @@ pub enum SourceMessage {
     /// The source's view, for the destination's status; sent at least once a
     /// second, also when nothing changes. Its arrival says that the source lives.
     Report(Box<SourceReport>),
-    /// Asks for the inventory of a replica that is to be reconciled; answered
-    /// by [`DestinationMessage::Inventory`] frames until one says it is the last.
+    /// Asks for one more part of the inventory of a replica that is to be
+    /// reconciled, the first time for its first. Each is answered by one
+    /// [`DestinationMessage::Inventory`], but none that follows the last part:
+    /// so the source never has more of it than it asked for.
     RequestInventory,
     /// The configuration is deleted on the source with `ALL_CONFIGURATIONS`:
     /// fail over now. Answered by [`DestinationMessage::FailedOver`].
@@ -341,6 +343,9 @@ pub struct InventoryItem {
     pub handle: ReplicaHandle,
     /// State apart from content.
     pub state: ObjectState,
+    /// Names the object has, in the replica or elsewhere: one with several may
+    /// come several times.
+    pub links: u32,
     /// Content: hash of small files, chunks of larger ones, target of symlinks.
     pub content: InventoryContent,
 }

@@ -240,24 +240,9 @@ impl Applier {
     fn note_findings(&mut self, findings: &[Finding]) -> Result<(), SealError> {
         let mut items = Vec::new();
         for finding in findings {
-            let error = match finding {
-                Finding::SetAside { object, from, to } => {
-                    items.push(SetAsideItem {
-                        file: to.name.to_string(),
-                        object: object.to_string(),
-                        path: None,
-                        reason: format!("stood unexpectedly under the name {}", from.name),
-                    });
-                    format!("{} was not expected in the replica and is in lost+found", from.name)
-                }
-                Finding::Lost { object, expected } => {
-                    self.distrust = true;
-                    format!(
-                        "object {object} is missing in the replica, expected as {}",
-                        expected.name
-                    )
-                }
-            };
+            items.extend(set_aside_item(finding));
+            self.distrust |= matches!(finding, Finding::Lost { .. });
+            let error = finding.to_string();
             tracing::error!(error, "the replica was changed by somebody else");
             self.note(error);
         }
@@ -308,11 +293,6 @@ impl Applier {
             SealError::Breach(what) => AreaError::system("apply", what)(Errno::IO).into(),
             SealError::Killed => AreaError::system("apply", "")(Errno::CANCELED).into(),
         })?;
-        // Of the session before; kept until now for a failover in between.
-        wipe_staging(&replica.area)?;
-        self.spoilt = false;
-        replica.shared().staged_bytes = 0;
-        replica.shared().arriving.clear();
         let lost = "an object was missing in the replica";
         let distrust = self.distrust.then_some(lost);
         if let Some(reason) = distrust.or(mismatch(&self.standing, hello)) {
@@ -321,6 +301,12 @@ impl Applier {
             self.distrust = false;
             self.marked = None;
         }
+        // What is of the session before was kept until now for a failover in
+        // between. After renouncing, which takes out what must not be lost.
+        wipe_staging(&replica.area)?;
+        self.spoilt = false;
+        replica.shared().staged_bytes = 0;
+        replica.shared().arriving.clear();
         if self.standing.source_incarnation != Some(hello.incarnation) {
             self.standing.source_incarnation = Some(hello.incarnation);
             replica.store.set_standing(&self.standing)?;
@@ -512,6 +498,17 @@ impl Applier {
         metrics::counter!("replicator_destination_batches_committed_total").increment(1);
         Ok(steps)
     }
+}
+
+/// What the manifest will say of it, where something was set aside.
+pub(crate) fn set_aside_item(finding: &Finding) -> Option<SetAsideItem> {
+    let Finding::SetAside { object, from, to } = finding else { return None };
+    Some(SetAsideItem {
+        file: to.name.to_string(),
+        object: object.to_string(),
+        path: None,
+        reason: format!("stood unexpectedly under the name {}", from.name),
+    })
 }
 
 /// The standing after a batch. Watermarks never move back, whatever the source

@@ -18,6 +18,8 @@ use rustix::io::Errno;
 
 use crate::access;
 
+/// Says what is in a lost+found; written at failover.
+pub const MANIFEST: &str = "manifest.json";
 /// Directories that staging is spread over.
 pub const SHARDS: u8 = 8;
 const INCARNATION: Format = Format { name: "incarnation", version: 1 };
@@ -140,20 +142,48 @@ impl Area {
         if let Some((name, fd)) = lost.as_ref() {
             return Ok((name.clone(), fd.clone()));
         }
-        let wanted = match self.find_lost()? {
-            Some(name) => name,
-            None => name(&format!("{}{}", self.lost_prefix, Timestamp::now().to_compact())),
-        };
+        let wanted = self.lost_name()?;
         let fd = Arc::new(directory(self.root.as_fd(), &wanted)?);
         *lost = Some((wanted.clone(), fd.clone()));
         Ok((wanted, fd))
     }
 
-    /// The newest lost+found of this source that is there.
+    /// What lost+found is called, or will be.
+    pub fn lost_name(&self) -> Result<Name, AreaError> {
+        Ok(match self.find_lost()? {
+            Some(name) => name,
+            None => name(&format!("{}{}", self.lost_prefix, Timestamp::now().to_compact())),
+        })
+    }
+
+    /// Makes the directory of this name lost+found from now on.
+    pub fn use_lost(&self, wanted: &Name) -> Result<(), AreaError> {
+        let fd = Arc::new(directory(self.root.as_fd(), wanted)?);
+        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        *lost = Some((wanted.clone(), fd));
+        Ok(())
+    }
+
+    /// The newest lost+found of this source that is there and has no manifest:
+    /// one that has is of a failover before, and must be left as it is.
     pub fn find_lost(&self) -> Result<Option<Name>, AreaError> {
         let names = place::list(self.root.as_fd()).map_err(AreaError::system("list", "."))?;
         let ours = |name: &Name| name.as_bytes().starts_with(self.lost_prefix.as_bytes());
-        Ok(names.into_iter().map(|(name, _)| name).filter(ours).max())
+        let mut found: Vec<_> = names.into_iter().map(|(name, _)| name).filter(ours).collect();
+        found.sort();
+        while let Some(newest) = found.pop() {
+            match place::open_directory(self.root.as_fd(), &newest) {
+                Ok(fd) => match place::open_path(fd.as_fd(), &name(MANIFEST)) {
+                    Err(Errno::NOENT) => return Ok(Some(newest)),
+                    Ok(_) => {}
+                    Err(error) => return Err(AreaError::system("open", MANIFEST)(error)),
+                },
+                // Not a directory: somebody else's.
+                Err(Errno::NOTDIR | Errno::LOOP) => {}
+                Err(error) => return Err(AreaError::system("open", &newest)(error)),
+            }
+        }
+        Ok(None)
     }
 
     fn incarnation_path(&self) -> PathBuf {

@@ -25,9 +25,10 @@ use replicator_common::time::Timestamp;
 use replicator_common::wire::Op;
 use serde::{Deserialize, Serialize};
 
+use crate::applier::set_aside_item;
 use crate::apply::execute;
 use crate::apply::{Outcome, Place, ReplicaTree, Within};
-use crate::area::{Area, AreaError, SHARDS, hidden_name, remove_tree};
+use crate::area::{Area, AreaError, MANIFEST, SHARDS, hidden_name, remove_tree};
 use crate::objects::{Entry, Objects, path_of};
 use crate::readonly::{self, ReadOnlyError};
 use crate::replica::{
@@ -40,7 +41,6 @@ use crate::tree::Tree;
 
 const RECORD: Format = Format { name: "failover", version: 1 };
 const RECORD_FILE: &str = "failover.json";
-const MANIFEST: &str = "manifest.json";
 /// Longest chain of new directories followed for a path in the manifest.
 const PATH_DEPTH: usize = 4096;
 
@@ -111,6 +111,10 @@ struct Record {
     config: Config,
     moves: Vec<(Place, Item)>,
     already: Vec<Item>,
+    /// Lost+found, if anything goes there or is there: decided here, since with
+    /// its manifest in it, it looks like one of an earlier failover.
+    #[serde(default)]
+    lost: Option<Name>,
     put_back: Vec<(Place, Place)>,
     /// Where the directories of `put_back` stand, for going by path.
     hints: Vec<(ReplicaHandle, Place)>,
@@ -127,14 +131,18 @@ pub fn run(replica: &Replica, tree: &mut Tree) -> Result<FailoverReport, Failove
     let mut record: Record = match crashsafe::read(&path, &RECORD)? {
         Some(record) => record,
         None => {
-            redo(replica, tree)?;
+            let warnings = redo(replica, tree)?;
             die(replica, 1)?;
-            let record = decide(replica)?;
+            let mut record = decide(replica)?;
+            record.report.warnings = warnings;
             crashsafe::write(&path, &RECORD, &record)?;
             record
         }
     };
     die(replica, 2)?;
+    if let Some(lost) = &record.lost {
+        replica.area.use_lost(lost)?;
+    }
     let mut warnings = Vec::new();
     put_back(tree, &record, &mut warnings)?;
     record.report.warnings.extend(warnings);
@@ -171,15 +179,19 @@ fn die(replica: &Replica, step: u8) -> Result<(), FailoverError> {
     if replica.dies_at(Point::Failover(step)) { Err(FailoverError::Interrupted) } else { Ok(()) }
 }
 
-fn redo(replica: &Replica, tree: &mut Tree) -> Result<(), FailoverError> {
+/// Redoes the last batch; what was not as it must be, in words.
+fn redo(replica: &Replica, tree: &mut Tree) -> Result<Vec<String>, FailoverError> {
     let mut steps = Vec::new();
     replica.store.each_logged(|_, part| steps.extend(part))?;
     let mut findings = Vec::new();
     tree.learn(&steps);
     execute::run(tree, &steps, &mut findings)?;
-    for finding in findings {
-        tracing::error!(?finding, "found at failover");
+    let warnings: Vec<_> = findings.iter().map(ToString::to_string).collect();
+    for warning in &warnings {
+        tracing::error!(warning, "found at failover");
     }
+    let items: Vec<_> = findings.iter().filter_map(set_aside_item).collect();
+    replica.store.note_set_aside(&items)?;
     place::sync_file_system(replica.protection.root()).map_err(AreaError::system("sync", "."))?;
     let mut standing = replica.store.standing()?;
     standing.applied = standing.committed;
@@ -187,7 +199,7 @@ fn redo(replica: &Replica, tree: &mut Tree) -> Result<(), FailoverError> {
     replica.store.set_standing(&standing)?;
     let needed: Vec<_> = steps.iter().flat_map(needed_by).collect();
     Stager::discard(&replica.area, &needed);
-    Ok(())
+    Ok(warnings)
 }
 
 /// Looks at what is left and decides. Changes nothing.
@@ -217,7 +229,8 @@ fn decide(replica: &Replica) -> Result<Record, FailoverError> {
             None => moves.push((from, orphan_item(&object))),
         }
     }
-    let already = replica.store.set_aside()?.into_iter().map(foreign_item).collect();
+    let mut already: Vec<_> = replica.store.set_aside()?.into_iter().map(foreign_item).collect();
+    unnoted(replica, &mut already)?;
     let report = FailoverReport {
         source_file_system_id: replica.config.source.clone(),
         destination_file_system_id: replica.config.destination.clone(),
@@ -233,8 +246,17 @@ fn decide(replica: &Replica) -> Result<Record, FailoverError> {
         warnings: Vec::new(),
     };
     let config = replica.config.clone();
-    let mut record =
-        Record { time, config, moves, already, put_back, hints, released: false, report };
+    let mut record = Record {
+        time,
+        config,
+        moves,
+        already,
+        lost: None,
+        put_back,
+        hints,
+        released: false,
+        report,
+    };
     // An orphan whose old name is taken, or wanted by another one too, stays out.
     let mut taken = HashSet::new();
     let mut tree = Tree::new(replica.area.clone(), replica.abilities.handles);
@@ -248,9 +270,34 @@ fn decide(replica: &Replica) -> Result<Record, FailoverError> {
             record.moves.push((from, item));
         }
     }
+    if !(record.moves.is_empty() && record.already.is_empty()) {
+        record.lost = Some(replica.area.lost_name()?);
+    }
     record.report.set_aside = (record.moves.len() + record.already.len()) as u64;
     record.report.put_back = record.put_back.len() as u64;
     Ok(record)
+}
+
+/// Adds what is in lost+found and was not noted: a crash came in between.
+fn unnoted(replica: &Replica, already: &mut Vec<Item>) -> Result<(), FailoverError> {
+    let Some(lost) = replica.area.find_lost()? else { return Ok(()) };
+    let directory = place::open_directory(replica.area.root(), &lost)
+        .map_err(AreaError::system("open", &lost))?;
+    let names = place::list(directory.as_fd()).map_err(AreaError::system("list", &lost))?;
+    for (name, _) in names {
+        let file = name.to_string();
+        if already.iter().any(|item| item.file == file) {
+            continue;
+        }
+        let reason = "was set aside while it was replicated; why was not noted before a crash";
+        already.push(foreign_item(SetAsideItem {
+            object: file.clone(),
+            file,
+            path: None,
+            reason: reason.to_owned(),
+        }));
+    }
+    Ok(())
 }
 
 /// Where an orphan stood, if its directory is still in the replica.

@@ -25,6 +25,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::applier::{Job, Progress};
 use crate::apply::Place;
+use crate::area::AreaError;
 use crate::reconcile;
 use crate::replica::{APPLIER_SHARD, Replica, applier_staging};
 use crate::session::{Breach, Session};
@@ -94,6 +95,7 @@ struct Shell {
     /// Parts of plans written for a failover, see [`Shell::keep_plan`].
     kept_plans: BTreeMap<BatchId, Vec<Place>>,
     plan_parts: u64,
+    inventory: Option<Inventory>,
 }
 
 /// A connection whose source has said who it is.
@@ -181,6 +183,7 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
         progress,
         kept_plans: BTreeMap::new(),
         plan_parts: 0,
+        inventory: None,
     };
     let result = shell.serve(reader, progressed).await;
     if let Err(SessionError::Refused(refusal)) = &result {
@@ -312,6 +315,7 @@ impl Shell {
                 }
                 Some(event) = staged.recv() => self.event(event).await?,
                 Some(progress) = progressed.recv() => self.progress(progress).await?,
+                part = next_part(&mut self.inventory) => self.inventoried(part).await?,
                 Some(message) = self.context.last_word.recv() => {
                     return self.last_word(message).await;
                 }
@@ -346,7 +350,10 @@ impl Shell {
                 shared.heard = Some(Instant::now());
                 Ok(())
             }
-            SourceMessage::RequestInventory => self.inventory().await,
+            SourceMessage::RequestInventory => {
+                self.inventory();
+                Ok(())
+            }
             SourceMessage::Delete => {
                 let fail_over = self.context.fail_over.clone();
                 let answer = tokio::task::spawn_blocking(move || fail_over()).await;
@@ -457,21 +464,54 @@ impl Shell {
         self.hand_on_whole().await
     }
 
-    async fn inventory(&mut self) -> Result<(), SessionError> {
-        let (frames, mut walked) = mpsc::channel(4);
-        let area = self.context.replica.area.clone();
-        let walk = tokio::task::spawn_blocking(move || {
-            reconcile::walk(&area, &mut |items, last| {
-                frames.blocking_send(DestinationMessage::Inventory { items, last }).is_ok()
-            })
+    /// The source asks for a part of the inventory. It is walked once a session.
+    fn inventory(&mut self) {
+        let walk = self.inventory.get_or_insert_with(|| {
+            let (frames, parts) = mpsc::channel(1);
+            let area = self.context.replica.area.clone();
+            let task = tokio::task::spawn_blocking(move || {
+                reconcile::walk(&area, &mut |items, last| {
+                    let part = DestinationMessage::Inventory { items, last };
+                    frames.blocking_send(part).is_ok()
+                })
+            });
+            Inventory { parts, asked: 0, task: Some(task) }
         });
-        while let Some(message) = walked.recv().await {
-            self.writer.write(&message).await?;
+        walk.asked += 1;
+    }
+
+    /// One more part of the inventory is there, or there is none any more.
+    async fn inventoried(&mut self, part: Option<DestinationMessage>) -> Result<(), SessionError> {
+        let Some(walk) = &mut self.inventory else { return Ok(()) };
+        if let Some(part) = part {
+            walk.asked -= 1;
+            self.writer.write(&part).await?;
+            return Ok(());
         }
-        match walk.await {
+        let Some(task) = walk.task.take() else { return Ok(()) };
+        match task.await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(SessionError::Refused(Refusal::Unable(error.to_string()))),
             Err(_) => Err(SessionError::NoApplier),
         }
+    }
+}
+
+/// The walk over the replica for the source's sake. It waits while the source
+/// has not asked for more.
+struct Inventory {
+    parts: mpsc::Receiver<DestinationMessage>,
+    /// Parts that the source has asked for and not got.
+    asked: u64,
+    /// `None` when the walk has ended.
+    task: Option<tokio::task::JoinHandle<Result<(), AreaError>>>,
+}
+
+/// The next part that was asked for; `None` when the walk has ended. Pending
+/// while nothing was asked for.
+async fn next_part(inventory: &mut Option<Inventory>) -> Option<DestinationMessage> {
+    match inventory {
+        Some(walk) if walk.asked > 0 && walk.task.is_some() => walk.parts.recv().await,
+        _ => std::future::pending().await,
     }
 }

@@ -57,12 +57,13 @@ pub fn walk(area: &Area, sink: &mut Sink<'_>) -> Result<(), AreaError> {
         .try_clone_to_owned()
         .map_err(|_| AreaError::system("open", ".")(Errno::MFILE))?;
     let root = Name::new(b"root").unwrap_or_else(|_| unreachable!("a valid name"));
-    let root_state = state(root_fd.as_fd()).map_err(AreaError::system("stat", "."))?;
+    let (root_state, links) = state(root_fd.as_fd()).map_err(AreaError::system("stat", "."))?;
     out.push(InventoryItem {
         parent: None,
         name: root,
         handle: area.root_handle().clone(),
         state: root_state,
+        links,
         content: InventoryContent::None,
     });
     // Directories wait by handle where they can be opened by it, so that the
@@ -107,13 +108,14 @@ fn item(
         Err(error) => return Err(failed("open")(error)),
     };
     let found = handle::identify(fd.as_fd()).map_err(failed("identify"))?;
-    let state = state(fd.as_fd()).map_err(failed("stat"))?;
+    let (state, links) = state(fd.as_fd()).map_err(failed("stat"))?;
     let (kind, size) = (state.kind, state.size);
     let item = |content| InventoryItem {
         parent: Some(directory.0.clone()),
         name: name.clone(),
         handle: found.clone(),
         state: state.clone(),
+        links,
         content,
     };
     match kind {
@@ -157,7 +159,8 @@ fn chunks(
     Ok(())
 }
 
-fn state(fd: BorrowedFd<'_>) -> Result<ObjectState, Errno> {
+/// State and link count.
+fn state(fd: BorrowedFd<'_>) -> Result<(ObjectState, u32), Errno> {
     let stat = stat::of_fd(fd)?;
     let size = if matches!(stat.kind, Kind::File | Kind::Symlink) { stat.size } else { 0 };
     let attributes = Attributes {
@@ -168,7 +171,7 @@ fn state(fd: BorrowedFd<'_>) -> Result<ObjectState, Errno> {
         xattrs: xattr::read(fd)?,
     };
     let rdev = if stat.kind.is_device() { stat.rdev } else { 0 };
-    Ok(ObjectState { kind: stat.kind, attributes, size, rdev })
+    Ok((ObjectState { kind: stat.kind, attributes, size, rdev }, stat.nlink))
 }
 
 struct Frames<'a, 'b> {

@@ -15,11 +15,12 @@ use replicator_common::status::{
     Abilities, Arriving, DesiredState, DestinationReport, Enforcement, Link, ReplicationStatus,
     SourceReport, Status, TimedError,
 };
-use replicator_common::sys::place;
+use replicator_common::sys::{handle, place};
 use replicator_common::time::Timestamp;
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::apply::Within;
+use crate::apply::{Place, Within};
 use crate::area::{Area, AreaError, hidden_name};
 use crate::locate::Locator;
 use crate::mark;
@@ -395,6 +396,7 @@ pub fn renounce(
     reason: &str,
 ) -> Result<(), ReplicaError> {
     set_aside_orphans(area, store, reason)?;
+    set_aside_half_built(area, store, reason)?;
     let mut next = Standing::new(Incarnation::random(), true);
     next.watermark = standing.watermark;
     next.last_consistent = standing.last_consistent;
@@ -425,6 +427,40 @@ fn set_aside_orphans(area: &Area, store: &Store, reason: &str) -> Result<(), Rep
             object: name.to_string(),
             path: None,
             reason: format!("was being moved when {reason}"),
+        });
+    }
+    store.note_set_aside(&items)?;
+    Ok(())
+}
+
+/// A batch that was being applied puts what moves below a new directory into it
+/// before the directory itself has left staging. Steps that are given up will
+/// not finish that, and staging is wiped next: such a directory may hold what
+/// stands nowhere else any more.
+fn set_aside_half_built(area: &Area, store: &Store, reason: &str) -> Result<(), ReplicaError> {
+    let staging = area.staging(APPLIER_SHARD);
+    let names = place::list(staging).map_err(AreaError::system("list", "staging"))?;
+    let mut items = Vec::new();
+    for (name, _) in names {
+        let directory = match place::open_directory(staging, &name) {
+            Ok(directory) => directory,
+            Err(Errno::NOTDIR | Errno::LOOP) => continue,
+            Err(error) => return Err(AreaError::system("open", &name)(error).into()),
+        };
+        let fd = std::os::fd::AsFd::as_fd(&directory);
+        if place::list(fd).map_err(AreaError::system("list", &name))?.is_empty() {
+            continue;
+        }
+        let found = handle::identify(fd).map_err(AreaError::system("identify", &name))?;
+        let (_, lost) = area.lost_and_found()?;
+        let to = Place::lost(&found).name;
+        place::rename(staging, &name, std::os::fd::AsFd::as_fd(&*lost), &to)
+            .map_err(AreaError::system("set aside", &name))?;
+        items.push(SetAsideItem {
+            file: to.to_string(),
+            object: found.to_string(),
+            path: None,
+            reason: format!("was being put together when {reason}"),
         });
     }
     store.note_set_aside(&items)?;

@@ -13,7 +13,8 @@ use replicator_common::control::{Control, DeletionMode};
 use replicator_common::id::{BatchId, TransferId};
 use replicator_common::object::Kind;
 use replicator_common::wire::{
-    ContentSource, DataFrame, DestinationMessage, Hash, Layout, Op, Piece, TransferBegin,
+    ContentSource, DataFrame, DestinationMessage, Hash, Layout, Op, Piece, SourceMessage,
+    TransferBegin,
 };
 use replicator_dst::readonly::Protection;
 use replicator_dst::replica::Point;
@@ -146,6 +147,40 @@ async fn trap_16_a_batch_whose_sync_fails_is_given_back() {
     let mut source = world.connect(&service, 1).await;
     source.apply(2, &second).await;
     assert_eq!(std::fs::read(world.replica.join("b")).unwrap(), b"beta");
+    finish(&world, &service);
+}
+
+/// A part of the inventory comes for each time it is asked for, and no more: the
+/// source is never given more than it can take.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_inventory_comes_in_the_parts_that_were_asked_for() {
+    let mut world = World::new();
+    std::fs::create_dir(&world.replica).unwrap();
+    for number in 0..2500 {
+        std::fs::write(world.replica.join(format!("file-{number}")), "content").unwrap();
+    }
+    let service = world.open(None).await;
+    world.enrol(&service, true).await;
+    let mut source = world.connect(&service, 0).await;
+    let mut found = Vec::new();
+    for (part, expected) in [(1, 1000), (2, 2000), (3, 2501)] {
+        source.writer.write(&SourceMessage::RequestInventory).await.unwrap();
+        let limit = Duration::from_secs(10);
+        match tokio::time::timeout(limit, source.next()).await.expect("a part") {
+            DestinationMessage::Inventory { items, last } => {
+                found.extend(items);
+                assert_eq!((found.len(), last), (expected, part == 3));
+            }
+            other => panic!("{other:?}"),
+        }
+        let more = tokio::time::timeout(Duration::from_millis(700), source.next()).await;
+        assert!(more.is_err(), "unasked: {more:?}");
+    }
+    // After the last there is none, and the session goes on.
+    source.writer.write(&SourceMessage::RequestInventory).await.unwrap();
+    let more = tokio::time::timeout(Duration::from_millis(700), source.next()).await;
+    assert!(more.is_err(), "after the last: {more:?}");
+    source.apply(1, &Batch::new().root()).await;
     finish(&world, &service);
 }
 

@@ -1,5 +1,7 @@
 //! Runs steps against a replica.
 
+use std::fmt;
+
 use replicator_common::id::ReplicaHandle;
 
 use super::{Outcome, Place, ReplicaTree, Step, Within};
@@ -25,6 +27,21 @@ pub enum Finding {
         /// Where it was expected.
         expected: Place,
     },
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::SetAside { from, .. } => {
+                write!(f, "{} was not expected in the replica and is in lost+found", from.name)
+            }
+            Self::Lost { object, expected } => write!(
+                f,
+                "object {object} is missing in the replica, expected as {}",
+                expected.name
+            ),
+        }
+    }
 }
 
 /// Runs all steps in order. `findings` collects what was not as expected.

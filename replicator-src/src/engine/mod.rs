@@ -410,6 +410,7 @@ impl Engine {
         self.give_up_failover();
         self.due_holds();
         self.start_transfers()?;
+        self.continue_reconcile()?;
         if self.in_flight.is_empty() {
             self.index.merge()?;
         }

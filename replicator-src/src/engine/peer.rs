@@ -165,7 +165,7 @@ impl Engine {
             }
             DestinationMessage::Applied { batch, .. } => self.applied(batch)?,
             DestinationMessage::Report(report) => self.shared.destination_report(*report),
-            DestinationMessage::Inventory { items, last } => self.inventory(items, last)?,
+            DestinationMessage::Inventory { items, last } => self.inventory(items, last),
             DestinationMessage::TransferRefused { transfer, reason } => {
                 self.transfer_refused(transfer, &reason);
             }

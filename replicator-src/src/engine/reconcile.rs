@@ -7,8 +7,14 @@
 //! content that the destination reported. An item without counterpart is
 //! adopted as *foreign*; the walk finds its name missing on the source, and it
 //! is set aside into lost+found with all below it. Nothing is deleted.
+//!
+//! # Memory
+//! However large the replica is: the parts of the inventory that were asked for
+//! ([`WINDOW`]), the adoptions under way (`IN_FLIGHT` batches), the directories
+//! whose entries are still to come (the inventory goes breadth first), and the
+//! objects with several names.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use replicator_common::chunk::Chunk;
 use replicator_common::id::{BatchId, ObjectId, ReplicaHandle};
@@ -18,23 +24,34 @@ use replicator_common::time::Timestamp;
 use replicator_common::wire::{
     BatchHeader, Extent, InventoryContent, InventoryItem, Op, SourceMessage,
 };
+use rustix::fs::OFlags;
 
-use super::{Engine, EngineError};
-use crate::index::{Content, Delta, EntryChange, Known};
-use crate::plan::{Lookup, Tree};
+use super::{Engine, EngineError, IN_FLIGHT};
+use crate::index::{Content, Delta, EntryChange, Known, View};
+use crate::plan::{Lookup, Seen, Tree};
 use crate::read::{lane, small};
 use crate::session::Session;
 
 /// Adoptions in one batch.
 const BATCH: usize = 4096;
+/// Parts of the inventory, of about a mebibyte each, that are asked for ahead.
+const WINDOW: usize = 4;
 
 /// A reconciliation under way.
 #[derive(Default)]
 pub(super) struct Reconcile {
-    /// Source directory of each replica directory that was adopted.
+    /// Parts that arrived, whether each is the last, and are still to be adopted.
+    parts: VecDeque<(Vec<InventoryItem>, bool)>,
+    /// The last part was adopted.
+    ended: bool,
+    /// Source directory of each replica directory that was adopted and whose
+    /// entries are still to come.
     directories: HashMap<ReplicaHandle, ObjectId>,
+    /// The replica's directory whose entries are coming.
+    current: Option<ReplicaHandle>,
+    /// What was adopted and is in no batch yet; the index knows of the rest.
     adopted: HashSet<ObjectId>,
-    /// What each object of the replica was adopted as: with several names it
+    /// What each object of the replica with several names was adopted as: it
     /// comes several times.
     handles: HashMap<ReplicaHandle, ObjectId>,
     /// Chunks of a file whose list is not through.
@@ -56,32 +73,52 @@ impl Engine {
         tracing::info!("the replica is not empty: reconciling");
         self.index.store().set_reconciling(true)?;
         self.reconcile = Some(Reconcile::default());
-        if let Err(error) = session.send(&SourceMessage::RequestInventory) {
-            // The link tells of the end too.
-            tracing::debug!(%error, "cannot ask for the inventory");
-        }
+        (0..WINDOW).for_each(|_| ask(session));
         Ok(())
     }
 
-    /// Some of the inventory arrived.
-    pub(super) fn inventory(
-        &mut self,
-        items: Vec<InventoryItem>,
-        last: bool,
-    ) -> Result<(), EngineError> {
-        let Some(mut state) = self.reconcile.take() else { return Ok(()) };
-        for item in items {
-            self.adopt(&mut state, item)?;
-            if state.ops.len() >= BATCH {
-                self.commit_adoptions(&mut state)?;
-            }
+    /// A part of the inventory arrived. It is adopted when it is its turn.
+    pub(super) fn inventory(&mut self, items: Vec<InventoryItem>, last: bool) {
+        if let Some(state) = &mut self.reconcile {
+            state.parts.push_back((items, last));
         }
-        if last {
-            self.commit_adoptions(&mut state)?;
+    }
+
+    /// Adopts parts of the inventory while few enough batches are under way;
+    /// for each it asks for one more.
+    pub(super) fn continue_reconcile(&mut self) -> Result<(), EngineError> {
+        let Some(mut state) = self.reconcile.take() else { return Ok(()) };
+        while self.in_flight.len() < IN_FLIGHT
+            && let Some((items, last)) = state.parts.pop_front()
+        {
+            self.adopt_part(&mut state, items, last)?;
+        }
+        if state.ended && self.in_flight.is_empty() {
+            // Not before: what is not acknowledged may be lost, and is in no
+            // record of what is dirty.
             self.index.store().set_reconciling(false)?;
             state = Reconcile { complete: true, ..Reconcile::default() };
         }
         self.reconcile = Some(state);
+        Ok(())
+    }
+
+    fn adopt_part(
+        &mut self,
+        state: &mut Reconcile,
+        items: Vec<InventoryItem>,
+        last: bool,
+    ) -> Result<(), EngineError> {
+        for item in items {
+            self.adopt(state, item)?;
+        }
+        if last || state.ops.len() >= BATCH {
+            self.commit_adoptions(state)?;
+        }
+        state.ended |= last;
+        if let (false, Some(session)) = (last, &self.session) {
+            ask(session);
+        }
         Ok(())
     }
 
@@ -94,6 +131,12 @@ impl Engine {
             state.delta.objects.push((root, Some(known)));
             return Ok(());
         };
+        if state.current.as_ref() != Some(parent) {
+            // Directories come one after the other: that one is through.
+            if let Some(through) = state.current.replace(parent.clone()) {
+                state.directories.remove(&through);
+            }
+        }
         let Some(directory) = state.directories.get(parent).cloned() else {
             // Below something foreign: it goes where that goes.
             return Ok(());
@@ -104,11 +147,19 @@ impl Engine {
             return Ok(());
         }
         let found = match self.tree.lookup(&directory, &item.name)? {
-            Lookup::Found(seen) if seen.stat.kind == item.state.kind => Some(seen.object),
+            Lookup::Found(seen) if self.may_stand_for(&item, &seen, &directory) => {
+                Some(seen.object)
+            }
             _ => None,
         };
+        let fresh = match &found {
+            Some(object) => {
+                self.index.object(object)?.is_none() && state.adopted.insert(object.clone())
+            }
+            None => false,
+        };
         let object = match found {
-            Some(object) if state.adopted.insert(object.clone()) => object,
+            Some(object) if fresh => object,
             _ => match ObjectId::foreign(&item.handle) {
                 Some(foreign) => foreign,
                 None => return Ok(()),
@@ -117,7 +168,9 @@ impl Engine {
         if item.state.kind == Kind::Directory && !object.is_foreign() {
             state.directories.insert(item.handle.clone(), object.clone());
         }
-        state.handles.insert(item.handle.clone(), object.clone());
+        if item.links > 1 && item.state.kind != Kind::Directory {
+            state.handles.insert(item.handle.clone(), object.clone());
+        }
         let place = (directory.clone(), item.name.clone());
         let known = inventoried(&item, content, self.next_batch, Some(place));
         state.ops.push(Op::Adopt {
@@ -135,6 +188,24 @@ impl Engine {
         });
         state.delta.objects.push((object, Some(known)));
         Ok(())
+    }
+
+    /// Whether the replica's object can become the source's: it is of the same
+    /// kind, and has in common what no object can change.
+    fn may_stand_for(&self, item: &InventoryItem, seen: &Seen, directory: &ObjectId) -> bool {
+        if seen.stat.kind != item.state.kind {
+            return false;
+        }
+        match &item.content {
+            InventoryContent::Symlink(target) => {
+                let hint = (directory.clone(), item.name.clone());
+                let flags = OFlags::PATH | OFlags::CLOEXEC;
+                let fd = self.opener.open(&seen.object, Some(&hint), flags).ok().flatten();
+                let found = fd.and_then(|fd| rustix::fs::readlinkat(fd, "", Vec::new()).ok());
+                found.is_some_and(|found| found.as_bytes() == target.as_slice())
+            }
+            _ => !seen.stat.kind.is_device() || seen.stat.rdev == item.state.rdev,
+        }
     }
 
     /// The content as the index keeps it; `None` while more chunks follow.
@@ -174,6 +245,7 @@ impl Engine {
             return Ok(());
         }
         let ops = std::mem::take(&mut state.ops);
+        state.adopted.clear();
         let delta = std::mem::take(&mut state.delta);
         let header = BatchHeader {
             seq: self.cursor,
@@ -197,6 +269,13 @@ impl Engine {
             covered: Timestamp::NEVER,
             reached: Timestamp::NEVER,
         })
+    }
+}
+
+fn ask(session: &Session) {
+    if let Err(error) = session.send(&SourceMessage::RequestInventory) {
+        // The link tells of the end too.
+        tracing::debug!(%error, "cannot ask for the inventory");
     }
 }
 
