@@ -302,11 +302,14 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             }
             return Ok(());
         };
+        // Where it was seen in this batch counts more than where it was: without
+        // privilege a name is all that leads to it.
+        let seen = self.state.read.get(&object).and_then(|need| need.hint.clone());
         let need = Need {
             kind: known.state.kind,
             new: false,
             content: what.content && known.state.kind == Kind::File,
-            hint: known.entry,
+            hint: seen.or(known.entry),
         };
         if need.content {
             self.count(&object, known.state.size);
