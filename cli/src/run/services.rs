@@ -56,6 +56,11 @@ impl Services {
             let _context = runtime.enter();
             DestinationService::open(options)?
         };
+        // A daemon goes on with its other replicas; here there is no other.
+        if let Some((_, reason)) = destination.unopened().pop() {
+            runtime.block_on(destination.shutdown());
+            bail!(reason);
+        }
         match SourceService::open(SourceOptions::new(state.path().join(SOURCE_DIRECTORY))) {
             Ok(source) => Ok(Self { source, destination, runtime }),
             Err(error) => {
