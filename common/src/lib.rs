@@ -15,6 +15,7 @@ pub mod codec;
 pub mod config;
 pub mod control;
 pub mod crashsafe;
+pub mod daemon;
 pub mod id;
 pub mod lock;
 pub mod logging;

@@ -307,6 +307,16 @@ pub enum DestinationMessage {
     },
     /// The destination ends the session and says why.
     Refused(Refusal),
+    /// At once after each [`SourceMessage::Report`]: by how much the clocks are
+    /// apart (see [`crate::net::clock`]).
+    Clock {
+        /// The report's time.
+        sent: Timestamp,
+        /// When it arrived, by the destination's clock.
+        received: Timestamp,
+        /// When this was sent, by the destination's clock.
+        answered: Timestamp,
+    },
 }
 
 /// The destination introduces itself.
@@ -323,11 +333,12 @@ pub struct DestinationHello {
     /// The replica was not empty when the configuration was made, and has not
     /// been reconciled yet: the source must ask for the inventory first.
     pub reconcile: bool,
-    /// The destination's clock at sending; with [`SourceHello::time`] and the
-    /// connection's round trip it gives the clocks' offset.
+    /// The destination's clock at sending.
     pub time: Timestamp,
     /// [`SourceHello::time`] as received.
     pub echo: Timestamp,
+    /// The destination's clock when it received that.
+    pub received: Timestamp,
     /// What the replica can hold.
     pub abilities: crate::status::Abilities,
 }

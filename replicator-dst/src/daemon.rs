@@ -1,20 +1,19 @@
 //! The service, as the daemon's configuration describes it.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context;
 use replicator_common::api::TokenIssuer;
-use replicator_common::api::own::TokenBody;
 use replicator_common::config::DestinationConfig;
-use replicator_common::control::{Control, ControlError};
+use replicator_common::control::Control;
+use replicator_dst::issuer::Issuer;
 use replicator_dst::service::{DestinationOptions, DestinationService};
 use tokio::runtime::{Builder, Runtime};
 
 /// A running destination.
 pub struct Daemon {
     service: DestinationService,
-    tokens: Arc<Tokens>,
+    tokens: Arc<Issuer>,
     runtime: Runtime,
 }
 
@@ -37,8 +36,7 @@ impl Daemon {
             let _context = runtime.enter();
             DestinationService::open(options)?
         };
-        let tokens =
-            Arc::new(Tokens { service: service.clone(), valid: config.token_validity.get() });
+        let tokens = Arc::new(Issuer::new(service.clone(), config.token_validity.get()));
         Ok(Self { service, tokens, runtime })
     }
 
@@ -73,21 +71,6 @@ fn address(config: &DestinationConfig) -> String {
         name => name,
     };
     format!("{name}:{}", config.listen.port())
-}
-
-struct Tokens {
-    service: DestinationService,
-    valid: Duration,
-}
-
-impl TokenIssuer for Tokens {
-    fn issue(&self, request: &TokenBody) -> Result<String, ControlError> {
-        let valid = request.valid_seconds.map_or(self.valid, Duration::from_secs);
-        self.service
-            .token(&request.replica, valid, request.reconcile)
-            .map(|token| token.to_string())
-            .map_err(|error| ControlError::Conflict(error.to_string()))
-    }
 }
 
 #[cfg(test)]

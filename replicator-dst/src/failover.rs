@@ -542,7 +542,7 @@ pub fn offline(
     state_directory: &Path,
     source: Option<&FileSystemId>,
 ) -> Result<FailoverReport, FailoverError> {
-    let _lock = crate::state::Lock::take(state_directory)?;
+    let _lock = crate::state::take(state_directory)?;
     let mut found: Vec<_> = crate::state::replicas(state_directory)?
         .into_iter()
         .filter(|(_, config)| source.is_none_or(|id| *id == config.source))

@@ -9,6 +9,7 @@ pub mod attributes;
 mod book;
 mod broken;
 pub mod failover;
+pub mod issuer;
 pub mod locate;
 pub mod mark;
 pub mod objects;

@@ -3,7 +3,6 @@
 mod daemon;
 mod tokens;
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -11,10 +10,11 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use replicator_common::api::own::TOKEN_VALID_SECONDS;
 use replicator_common::api::{Api, ApiOptions, server};
-use replicator_common::config::{self, DestinationConfig};
+use replicator_common::config::DestinationConfig;
+use replicator_common::daemon::{check_config, end, load};
 use replicator_common::logging;
 use replicator_common::stop::Stop;
-use tracing::{info, warn};
+use tracing::info;
 
 use daemon::Daemon;
 
@@ -71,32 +71,17 @@ struct TokenArguments {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Serve(Config { config }) => serve(&config),
-        Command::CheckConfig(Config { config }) => check_config(&config),
+        Command::CheckConfig(Config { config }) => {
+            check_config::<DestinationConfig>(&config).map_err(Into::into)
+        }
         Command::Token(arguments) => token(&arguments),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // When nobody reads it, the status still says so.
-            let _ = writeln!(std::io::stderr(), "replicator-dst: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn load(path: &Path) -> anyhow::Result<DestinationConfig> {
-    let config: DestinationConfig = config::load(path)?;
-    logging::check(&config.log).with_context(|| path.display().to_string())?;
-    Ok(config)
-}
-
-fn check_config(path: &Path) -> anyhow::Result<()> {
-    let text = serde_json::to_string_pretty(&load(path)?)?;
-    writeln!(std::io::stdout(), "{text}").context("cannot write to standard output")
+    let error = result.err().map(|error| format!("{error:#}"));
+    end("replicator-dst", error.as_deref())
 }
 
 fn token(arguments: &TokenArguments) -> anyhow::Result<()> {
-    let config = load(&arguments.config.config)?;
+    let config: DestinationConfig = load(&arguments.config.config)?;
     let wanted = tokens::Wanted {
         replica: arguments.replica.as_deref(),
         valid_seconds: arguments.valid,
@@ -106,14 +91,11 @@ fn token(arguments: &TokenArguments) -> anyhow::Result<()> {
 }
 
 fn serve(path: &Path) -> anyhow::Result<()> {
-    let config = load(path)?;
+    let config: DestinationConfig = load(path)?;
     logging::init(&config.log, config.log_format)?;
     let stop = Stop::on_signals().context("cannot listen for signals")?;
     // The port first: a second daemon ends here, before it touches any state.
     let bound = server::bind(config.api)?;
-    if !config.api.ip().is_loopback() {
-        warn!(api = %config.api, "other hosts may reach the API, which asks for no password");
-    }
     let daemon = Daemon::open(&config)?;
     let options = ApiOptions { hosts: config.api_hosts.clone(), ..ApiOptions::default() };
     let api = Api::new(daemon.control(), options).with_tokens(daemon.tokens());

@@ -102,6 +102,8 @@ struct Shell {
 pub struct Greeting {
     /// What it said.
     pub hello: SourceHello,
+    /// When that arrived.
+    received: Timestamp,
     connection: Connection,
     reader: FrameReader<RecvStream>,
     writer: FrameWriter<SendStream>,
@@ -116,8 +118,11 @@ pub async fn hear(connection: Connection) -> Result<Greeting, SessionError> {
     let mut writer = FrameWriter::new(send);
     let first =
         tokio::time::timeout(HELLO, reader.read()).await.map_err(|_| SessionError::Silent)?;
+    let received = Timestamp::now();
     match first? {
-        Some(SourceMessage::Hello(hello)) => Ok(Greeting { hello, connection, reader, writer }),
+        Some(SourceMessage::Hello(hello)) => {
+            Ok(Greeting { hello, received, connection, reader, writer })
+        }
         Some(_) => {
             let refusal = Refusal::Protocol("the first message is not a hello".to_owned());
             Err(refuse(&mut writer, refusal).await)
@@ -160,7 +165,7 @@ pub fn close(connection: &Connection, error: &SessionError) {
 }
 
 async fn session(greeting: Greeting, context: SessionContext) -> Result<(), SessionError> {
-    let Greeting { hello, connection, reader, mut writer } = greeting;
+    let Greeting { hello, received, connection, reader, mut writer } = greeting;
     let standing = match begin(&context, &hello).await? {
         Ok(standing) => standing,
         Err(refusal) => return Err(refuse(&mut writer, refusal).await),
@@ -172,7 +177,8 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
         reconcile = standing.reconcile,
         "session begins"
     );
-    greet(&mut writer, &context.replica, &connection, &hello, &standing).await?;
+    let clocks = (hello.time, received);
+    greet(&mut writer, &context.replica, &connection, clocks, &standing).await?;
     let (progress, progressed) = mpsc::unbounded_channel();
     let session = Session::new(standing.committed);
     let mut shell = Shell {
@@ -250,7 +256,7 @@ async fn greet(
     writer: &mut FrameWriter<SendStream>,
     replica: &Replica,
     connection: &Connection,
-    hello: &SourceHello,
+    (echo, received): (Timestamp, Timestamp),
     standing: &Standing,
 ) -> Result<(), SessionError> {
     {
@@ -260,7 +266,6 @@ async fn greet(
         shared.link.peer = connection.remote_address().to_string();
         shared.link.last_error = None;
     }
-    note_clock(replica, connection, hello.time);
     let message = DestinationMessage::Hello(DestinationHello {
         destination: replica.config.destination.clone(),
         incarnation: standing.incarnation,
@@ -268,28 +273,22 @@ async fn greet(
         watermark: standing.watermark,
         reconcile: standing.reconcile,
         time: Timestamp::now(),
-        echo: hello.time,
+        echo,
+        received,
         abilities: replica.abilities.clone(),
     });
     writer.write(&message).await?;
     Ok(())
 }
 
-/// Estimates by how much our clock is ahead of the source's: what it said was
-/// on its way for half a round trip.
-fn note_clock(replica: &Replica, connection: &Connection, sent: Timestamp) {
+/// Keeps what the source says of our clock: by how much it is ahead of its own.
+fn note_clock(replica: &Replica, connection: &Connection, ahead: Option<i64>) {
     let round_trip = connection.rtt();
-    let half = i64::try_from(round_trip.as_nanos() / 2).unwrap_or(0);
-    let offset = Timestamp::now().0.saturating_sub(sent.0).saturating_sub(half);
     let mut shared = replica.shared();
-    let smoothed = match shared.standing.clock_offset {
-        // A message that waited in a queue looks like a clock that is further
-        // ahead, never less: small values are trusted at once, larger slowly.
-        Some(old) if offset > old && offset - old < 10_000_000_000 => old + (offset - old) / 16,
-        _ => offset,
-    };
-    shared.standing.clock_offset = Some(smoothed);
-    shared.link.clock_offset_nanos = Some(smoothed);
+    if ahead.is_some() {
+        shared.standing.clock_offset = ahead;
+        shared.link.clock_offset_nanos = ahead;
+    }
     shared.link.round_trip_micros = u64::try_from(round_trip.as_micros()).ok();
 }
 
@@ -344,10 +343,17 @@ impl Shell {
                 Ok(())
             }
             SourceMessage::Report(report) => {
-                note_clock(&self.context.replica, &self.connection, report.time);
-                let mut shared = self.context.replica.shared();
-                shared.source = Some(report);
-                shared.heard = Some(Instant::now());
+                let (sent, received) = (report.time, Timestamp::now());
+                let ahead = report.link.clock_offset_nanos;
+                note_clock(&self.context.replica, &self.connection, ahead);
+                {
+                    let mut shared = self.context.replica.shared();
+                    shared.source = Some(report);
+                    shared.heard = Some(Instant::now());
+                }
+                let answered = Timestamp::now();
+                let answer = DestinationMessage::Clock { sent, received, answered };
+                self.writer.write(&answer).await?;
                 Ok(())
             }
             SourceMessage::RequestInventory => {

@@ -15,6 +15,7 @@ use replicator_common::config::is_region;
 use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode};
 use replicator_common::crashsafe::{self, StateFileError};
 use replicator_common::id::FileSystemId;
+use replicator_common::lock::StateLock;
 use replicator_common::net::NetError;
 use replicator_common::net::enrol::{
     self, EnrolAnswer, EnrolRefusal, EnrolRequest, Enrolled, Redemption,
@@ -33,7 +34,7 @@ use crate::broken::Broken;
 use crate::failover::{self, FailoverError};
 use crate::receive::{self, Greeting, SessionContext};
 use crate::replica::{Config, Hook, Replica, ReplicaError, ReplicaOptions};
-use crate::state::{self, Grant, Grants, Lock, StateError};
+use crate::state::{self, Grant, Grants, StateError};
 use crate::suitable::{self, Unsuitable};
 
 /// How long stagers and the applier may take to come to an end.
@@ -136,7 +137,7 @@ struct Inner {
     broken: Mutex<HashMap<FileSystemId, Broken>>,
     /// Held while one of them is tried again.
     reviving: Mutex<()>,
-    _lock: Lock,
+    _lock: StateLock,
 }
 
 /// A destination. Cheap to clone.
@@ -160,7 +161,7 @@ impl DestinationService {
         options: DestinationOptions,
         replicas: ReplicaOptions,
     ) -> Result<Self, ServiceError> {
-        let lock = Lock::take(&options.state_dir)?;
+        let lock = state::take(&options.state_dir)?;
         let identity_dir = options.state_dir.join("identity");
         crashsafe::create_directory(&identity_dir)?;
         let identity = Identity::load_or_create(&identity_dir)?;
@@ -191,6 +192,12 @@ impl DestinationService {
         });
         tokio::spawn(accept_loop(Arc::downgrade(&inner), inner.endpoint.clone()));
         Ok(Self { inner })
+    }
+
+    /// Configurations whose replica cannot be opened, and why.
+    pub fn unopened(&self) -> Vec<(FileSystemId, String)> {
+        let broken = self.inner.broken();
+        broken.iter().map(|(source, one)| (source.clone(), one.error.error.clone())).collect()
     }
 
     /// The address that is listened on.

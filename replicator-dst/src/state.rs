@@ -8,14 +8,12 @@
 //! | `tokens.json` | enrolment tokens that were issued |
 //! | `replicas/<source>/` | one configuration: `config.json`, `store.redb`, `failover.json` |
 
-use std::fs::File;
-use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use replicator_common::crashsafe::{self, Format, StateFileError};
+use replicator_common::lock::{LockError, StateLock};
 use replicator_common::net::enrol::Tokens;
 use replicator_common::net::identity::Fingerprint;
-use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -31,50 +29,17 @@ pub enum StateError {
     #[error(transparent)]
     File(#[from] StateFileError),
     /// Another process uses it.
-    #[error("{} is in use by a running process (pid {pid})", path.display())]
-    InUse {
-        /// The directory.
-        path: PathBuf,
-        /// Which process, as far as known.
-        pid: String,
-    },
+    #[error(transparent)]
+    Lock(#[from] LockError),
 }
 
-/// The right to use a state directory, for as long as this lives.
-#[derive(Debug)]
-pub struct Lock {
-    _file: File,
-}
-
-impl Lock {
-    /// Takes it, making the directory if needed, and checks its version.
-    pub fn take(directory: &Path) -> Result<Self, StateError> {
-        crashsafe::create_directory(directory)?;
-        let path = directory.join("lock");
-        let mut file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(StateFileError::io("open", &path))?;
-        let locked = place::try_lock(&file)
-            .map_err(|error| StateFileError::io("lock", &path)(error.into()))?;
-        if !locked {
-            let mut pid = String::new();
-            let _ = file.read_to_string(&mut pid);
-            let pid = if pid.is_empty() { "unknown".to_owned() } else { pid.trim().to_owned() };
-            return Err(StateError::InUse { path: directory.to_owned(), pid });
-        }
-        // The number is for people; the lock itself needs nothing written.
-        let written = file
-            .set_len(0)
-            .and_then(|()| file.rewind())
-            .and_then(|()| writeln!(file, "{}", std::process::id()));
-        written.map_err(StateFileError::io("write", &path))?;
-        check_version(directory)?;
-        Ok(Self { _file: file })
-    }
+/// Takes a state directory for this process, making it if needed, and checks
+/// its version.
+pub fn take(directory: &Path) -> Result<StateLock, StateError> {
+    crashsafe::create_directory(directory)?;
+    let lock = StateLock::acquire(directory)?;
+    check_version(directory)?;
+    Ok(lock)
 }
 
 /// A newer program's directory is refused; an older one's would be upgraded here.
@@ -141,12 +106,12 @@ mod tests {
     #[test]
     fn a_directory_in_use_and_a_newer_one_are_refused() {
         let directory = tempfile::tempdir().unwrap();
-        let lock = Lock::take(directory.path()).unwrap();
-        let error = Lock::take(directory.path()).unwrap_err().to_string();
-        assert!(error.contains(&format!("pid {}", std::process::id())), "{error}");
+        let lock = take(directory.path()).unwrap();
+        let error = take(directory.path()).unwrap_err().to_string();
+        assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
         drop(lock);
         let newer = Format { name: "destination", version: 2 };
         crashsafe::write(&directory.path().join("destination.json"), &newer, &1i64).unwrap();
-        assert!(Lock::take(directory.path()).is_err());
+        assert!(take(directory.path()).is_err());
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
+use replicator_common::net::clock::Exchange;
 use replicator_common::net::frame::{Compression, FrameReader, FrameWriter, encode_frame};
 use replicator_common::net::identity::{Fingerprint, Identity};
 use replicator_common::net::{NetError, quic};
@@ -49,6 +50,13 @@ pub enum LinkEvent {
         /// The message.
         message: Box<DestinationMessage>,
     },
+    /// A message of session `number` and its answer, by both clocks.
+    Clocks {
+        /// The session.
+        number: u64,
+        /// The moments.
+        exchange: Exchange,
+    },
     /// Session `number` ended, or could not be opened (then it never began).
     Lost {
         /// The session.
@@ -68,8 +76,8 @@ pub struct Session {
     pub hello: DestinationHello,
     /// Where content goes.
     pub sink: Sink,
-    /// Nanoseconds by which the destination's clock is ahead.
-    pub clock_offset: i64,
+    /// The greeting and its answer, by both clocks.
+    pub clocks: Exchange,
     connection: quinn::Connection,
     control: mpsc::Sender<Vec<u8>>,
     wired: Arc<Wired>,
@@ -164,10 +172,12 @@ impl Attempt<'_> {
         prefer(&send, 2);
         let mut writer = FrameWriter::new(send);
         let mut reader = FrameReader::new(receive);
+        let greeting = SourceHello { time: Timestamp::now(), ..greeting };
         writer.write(&SourceMessage::Hello(greeting)).await.map_err(|error| plain(&error))?;
         let answer = tokio::time::timeout(HELLO_TIMEOUT, reader.read::<DestinationMessage>())
             .await
             .map_err(|_| ("the destination does not answer".to_owned(), None))?;
+        let heard = Timestamp::now();
         let hello = match answer.map_err(|error| plain(&error))? {
             Some(DestinationMessage::Hello(hello)) => hello,
             Some(DestinationMessage::Refused(refusal)) => {
@@ -176,7 +186,8 @@ impl Attempt<'_> {
             Some(_) => return Err(("the destination answered out of turn".to_owned(), None)),
             None => return Err(("the destination closed the session".to_owned(), None)),
         };
-        let clock_offset = clock_offset(&hello, Timestamp::now());
+        let clocks =
+            Exchange { sent: hello.echo, received: hello.received, answered: hello.time, heard };
         let mut writers = JoinSet::new();
         let (control, frames) = mpsc::channel(CONTROL_QUEUE);
         writers.spawn(write_frames(writer, frames));
@@ -194,7 +205,7 @@ impl Attempt<'_> {
             number: self.number,
             hello,
             sink: Sink::new(queues, wired.clone(), self.compression),
-            clock_offset,
+            clocks,
             connection: connection.clone(),
             control,
             wired: wired.clone(),
@@ -207,12 +218,6 @@ impl Attempt<'_> {
 /// that the stream is gone, which its next use tells too.
 fn prefer(stream: &quinn::SendStream, priority: i32) {
     let _ = stream.set_priority(priority);
-}
-
-/// Half the round trip lies between the destination's clock reading and ours.
-fn clock_offset(hello: &DestinationHello, now: Timestamp) -> i64 {
-    let middle = hello.echo.0 / 2 + now.0 / 2;
-    hello.time.0.saturating_sub(middle)
 }
 
 async fn write_frames(
@@ -251,8 +256,7 @@ impl Pump {
                     return (reason, Some(refusal));
                 }
                 Ok(Some(message)) => {
-                    let event =
-                        LinkEvent::Message { number: self.number, message: Box::new(message) };
+                    let event = self.event(message);
                     if events.send(event).is_err() {
                         return self.close("the source stops".to_owned());
                     }
@@ -260,6 +264,18 @@ impl Pump {
                 Ok(None) => return self.close("the destination closed the session".to_owned()),
                 Err(error) => return self.close(error.to_string()),
             }
+        }
+    }
+
+    fn event(&self, message: DestinationMessage) -> LinkEvent {
+        let number = self.number;
+        match message {
+            // Read here, before the message waits for the engine.
+            DestinationMessage::Clock { sent, received, answered } => {
+                let heard = Timestamp::now();
+                LinkEvent::Clocks { number, exchange: Exchange { sent, received, answered, heard } }
+            }
+            message => LinkEvent::Message { number, message: Box::new(message) },
         }
     }
 

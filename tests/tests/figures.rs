@@ -129,3 +129,18 @@ fn a_paused_source_sleeps() {
     daemon.request("POST", "/replicator/v1/resume", Some(serde_json::json!({}))).unwrap();
     pair.settle(&daemon, &"resumed");
 }
+
+#[test]
+fn one_clock_is_not_ahead_of_itself() {
+    let pair = Pair::alone(Layout::Two(Ext4, Ext4));
+    // The greeting's answer takes longer when there is something to settle.
+    drop(pair.start_enabled("fanotify"));
+    let daemon = pair.start_enabled("fanotify");
+    std::thread::sleep(Duration::from_secs(2));
+    let status = daemon.status();
+    let links = [status.source.unwrap().link, status.destination.unwrap().link];
+    for link in links {
+        let ahead = link.clock_offset_nanos.expect("it is known by now");
+        assert!(ahead.abs() < 3_000_000, "{ahead} ns: {link:?}");
+    }
+}

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use replicator_common::api::TokenIssuer;
-use replicator_common::api::own::TokenBody;
 use replicator_common::config::DEFAULT_REGION;
-use replicator_common::control::{Control, ControlError};
+use replicator_common::control::Control;
 use replicator_common::id::FileSystemId;
 use replicator_common::status::FailoverReport;
+use replicator_dst::issuer::Issuer;
 use replicator_dst::service::{DestinationOptions, DestinationService, ServiceError};
 use replicator_dst::suitable::Unsuitable;
 use replicator_src::service::{SourceOptions, SourceService};
@@ -56,6 +56,11 @@ impl Services {
             let _context = runtime.enter();
             DestinationService::open(options)?
         };
+        // A daemon goes on with its other replicas; here there is no other.
+        if let Some((_, reason)) = destination.unopened().pop() {
+            runtime.block_on(destination.shutdown());
+            bail!(reason);
+        }
         match SourceService::open(SourceOptions::new(state.path().join(SOURCE_DIRECTORY))) {
             Ok(source) => Ok(Self { source, destination, runtime }),
             Err(error) => {
@@ -74,7 +79,7 @@ impl Services {
     }
 
     pub fn tokens(&self) -> Arc<dyn TokenIssuer> {
-        Arc::new(Tokens(self.destination.clone()))
+        Arc::new(Issuer::new(self.destination.clone(), TOKEN_VALID))
     }
 
     /// A token of the destination for its source in this process.
@@ -93,19 +98,6 @@ impl Services {
     pub fn shutdown(&self) {
         self.source.shutdown();
         self.runtime.block_on(self.destination.shutdown());
-    }
-}
-
-/// The destination's tokens, for who asks the API.
-struct Tokens(DestinationService);
-
-impl TokenIssuer for Tokens {
-    fn issue(&self, request: &TokenBody) -> Result<String, ControlError> {
-        let valid = request.valid_seconds.map_or(TOKEN_VALID, Duration::from_secs);
-        self.0
-            .token(&request.replica, valid, request.reconcile)
-            .map(|token| token.to_string())
-            .map_err(|error| ControlError::Conflict(error.to_string()))
     }
 }
 

@@ -77,6 +77,9 @@ pub fn bind(address: SocketAddr) -> Result<Bound, ServeError> {
     let listener = TcpListener::bind(address).map_err(failed)?;
     listener.set_nonblocking(true).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
+    if !address.ip().is_loopback() {
+        tracing::warn!(api = %address, "other hosts may reach the API, which asks for no password");
+    }
     Ok(Bound { listener, address })
 }
 

@@ -7,8 +7,10 @@
 //! - [`quic`]: endpoints, connections, who is admitted after the handshake.
 //! - [`frame`]: the envelope of every message on a stream.
 //! - [`token`]: the one line an operator carries from destination to source.
+//! - [`clock`]: by how much one side's clock is ahead of the other's.
 //! - [`enrol`]: how a token becomes a pair of pinned certificates.
 
+pub mod clock;
 pub mod enrol;
 pub mod frame;
 pub mod identity;

@@ -311,15 +311,6 @@ pub fn sync_file_system(fd: impl AsFd) -> Result<(), Errno> {
     rustix::fs::syncfs(fd)
 }
 
-/// Tries to lock a file for this process alone; `false` when another holds it.
-pub fn try_lock(fd: impl AsFd) -> Result<bool, Errno> {
-    match rustix::fs::flock(fd, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(true),
-        Err(Errno::WOULDBLOCK) => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
 /// The magic number of the file system (`statfs.f_type`).
 pub fn file_system_magic(fd: impl AsFd) -> Result<u64, Errno> {
     Ok(rustix::fs::fstatfs(fd)?.f_type as u64)

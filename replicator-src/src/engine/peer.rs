@@ -17,6 +17,12 @@ impl Engine {
             LinkEvent::Lost { number, reason, refusal } => {
                 self.lost(number, &reason, refusal.as_ref())
             }
+            LinkEvent::Clocks { number, exchange } => {
+                if self.session.as_ref().is_some_and(|session| session.number == number) {
+                    self.shared.clocks(&exchange);
+                }
+                Ok(())
+            }
             LinkEvent::Message { number, message } => {
                 if self.session.as_ref().is_none_or(|session| session.number != number) {
                     return Ok(());
@@ -176,7 +182,10 @@ impl Engine {
                     let _ = reply.send(Ok(*report));
                 }
             }
-            DestinationMessage::Hello(_) | DestinationMessage::Refused(_) => {}
+            // The link deals with these.
+            DestinationMessage::Hello(_)
+            | DestinationMessage::Refused(_)
+            | DestinationMessage::Clock { .. } => {}
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
-use replicator_common::status::{Blocker, Positions, Skipped, StageLag};
+use replicator_common::status::{Blocker, Positions, Skipped, SourceReport, StageLag};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::SourceMessage;
 
@@ -33,7 +33,9 @@ impl Engine {
             && let Some(session) = &self.session
         {
             self.last_report = Instant::now();
-            let report = Box::new(self.shared.report());
+            // Its time is that of sending: it comes back, to compare clocks.
+            let report = SourceReport { time: Timestamp::now(), ..self.shared.report() };
+            let report = Box::new(report);
             // The link tells when the session has ended.
             let _ = session.send(&SourceMessage::Report(report));
         }

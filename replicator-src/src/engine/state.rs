@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use replicator_common::id::{BatchId, FileSystemId, Incarnation, TransferId};
+use replicator_common::net::clock::{Estimate, Exchange};
 use replicator_common::status::{
     Blocker, Counters, DesiredState, DestinationReport, Link, PathError, Positions, Progress,
     ReplicationStatus, Skipped, SourceReport, StageLag, TimedError, WatcherKind, WatcherReport,
@@ -44,6 +45,8 @@ struct Inner {
     failure: Option<String>,
     refusal: Option<String>,
     progress: Meter,
+    /// How far the destination's clock is from the wall clock here.
+    clocks: Estimate,
     closed: bool,
 }
 
@@ -108,6 +111,7 @@ impl Shared {
             failure: None,
             refusal: None,
             progress: Meter::default(),
+            clocks: Estimate::default(),
             closed: false,
         };
         Self { inner: Mutex::new(inner), moved: Condvar::new(), clock }
@@ -186,7 +190,16 @@ impl Shared {
         link.connected = true;
         link.since = Timestamp::now();
         link.peer = session.peer();
-        link.clock_offset_nanos = Some(session.clock_offset);
+        inner.clocks = Estimate::default();
+        inner.clocks.add(&session.clocks, Instant::now());
+        inner.report.link.clock_offset_nanos = inner.clocks.offset();
+    }
+
+    /// A message to the destination was answered.
+    pub fn clocks(&self, exchange: &Exchange) {
+        let mut inner = self.lock();
+        inner.clocks.add(exchange, Instant::now());
+        inner.report.link.clock_offset_nanos = inner.clocks.offset();
     }
 
     /// There is no session.
