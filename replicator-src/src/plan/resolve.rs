@@ -214,7 +214,11 @@ impl<V: View, T: Tree> Work<'_, V, T> {
                     Look::Event(what) if self.state.walking && !what.content => Look::Rescan,
                     look => look,
                 };
-                let moved = old.as_ref() != Some(&object);
+                // Away when this batch looked before, and back: then what is
+                // below it was passed over (trap 11).
+                let back = self.state.bindings.get(&place);
+                let back = back.is_some_and(|before| before.new.as_ref() != Some(&object));
+                let moved = back || old.as_ref() != Some(&object);
                 if moved && self.state.walking && self.is_known_directory(&object)? {
                     listings.push_front(Listing::new(object.clone(), true));
                 }
