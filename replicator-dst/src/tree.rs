@@ -109,74 +109,116 @@ impl Tree {
             return gone(handle::open(self.area.root(), object, flags))
                 .map_err(AreaError::system("open object", object));
         }
-        let Some(found) = self.find(object, 0)? else { return Ok(None) };
+        let Some(found) = self.find(object)? else { return Ok(None) };
         if flags.contains(OFlags::PATH) {
-            return Ok(Some(found));
+            let copy = (*found).try_clone();
+            return copy
+                .map(Some)
+                .map_err(|_| AreaError::system("open object", object)(Errno::MFILE));
         }
-        access::with(&[found.as_fd()], || place::reopen(found.as_fd(), flags))
+        access::with(&[(*found).as_fd()], || place::reopen((*found).as_fd(), flags))
             .map(Some)
             .map_err(AreaError::system("open object", object))
     }
 
-    fn find(&mut self, object: &ReplicaHandle, depth: usize) -> Result<Option<OwnedFd>, AreaError> {
-        if object == self.area.root_handle() {
-            let root = self.area.root().try_clone_to_owned();
-            return root.map(Some).map_err(|_| AreaError::system("open", ".")(Errno::MFILE));
+    /// Looks for an object under the places where it may stand, and so for the
+    /// directories above it. A search waits on a list of our own while one above
+    /// it runs: branches may be deeper than any stack.
+    fn find(&mut self, wanted: &ReplicaHandle) -> Result<Option<Rc<OwnedFd>>, AreaError> {
+        if wanted == self.area.root_handle() {
+            return self.open_already(&Within::Replica(wanted.clone()));
         }
-        // Hints come from a finite plan; a chain longer than them is a loop.
-        if depth > self.hints.len() {
-            return Ok(None);
-        }
-        for place in self.hints.get(object).cloned().unwrap_or_default() {
-            let Some(directory) = self.directory_at(&place.within, depth + 1)? else { continue };
+        let mut searches = vec![self.search(wanted)];
+        // What the search above the last one has found, when it has ended.
+        let mut above: Option<Option<Rc<OwnedFd>>> = None;
+        loop {
+            let waiting = searches.len();
+            let Some(search) = searches.last_mut() else { return Ok(above.flatten()) };
+            let directory = match above.take() {
+                Some(found) => found,
+                None => {
+                    let Some(place) = search.places.next() else {
+                        searches.pop();
+                        above = Some(None);
+                        continue;
+                    };
+                    search.name = Some(place.name);
+                    match (self.open_already(&place.within)?, place.within) {
+                        (Some(fd), _) => Some(fd),
+                        // Hints come from a finite plan; a chain longer than
+                        // them is a loop.
+                        (None, Within::Replica(next)) if waiting <= self.hints.len() => {
+                            let next = self.search(&next);
+                            searches.push(next);
+                            continue;
+                        }
+                        (None, _) => None,
+                    }
+                }
+            };
+            let (Some(directory), Some(name)) = (directory, &search.name) else { continue };
             let directory = (*directory).as_fd();
-            let open = || place::open_path(directory, &place.name);
-            let opened = gone(access::with(&[directory], open))
-                .map_err(AreaError::system("open", &place.name))?;
+            let opened = gone(access::with(&[directory], || place::open_path(directory, name)))
+                .map_err(AreaError::system("open", name))?;
             if let Some(fd) = opened
-                && handle::identify(fd.as_fd()).as_ref() == Ok(object)
+                && handle::identify(fd.as_fd()).as_ref() == Ok(&search.object)
             {
-                return Ok(Some(fd));
+                let fd = Rc::new(fd);
+                // The one that is wanted need not be a directory.
+                if waiting > 1 {
+                    let found = search.object.clone();
+                    self.keep(found, &fd);
+                }
+                searches.pop();
+                above = Some(Some(fd));
             }
         }
-        Ok(None)
     }
 
-    fn directory(&mut self, within: &Within) -> Result<Option<Rc<OwnedFd>>, AreaError> {
-        self.directory_at(within, 0)
+    fn search(&self, object: &ReplicaHandle) -> Search {
+        let places = self.hints.get(object).cloned().unwrap_or_default().into_iter();
+        Search { object: object.clone(), places, name: None }
     }
 
-    fn directory_at(
-        &mut self,
-        within: &Within,
-        depth: usize,
-    ) -> Result<Option<Rc<OwnedFd>>, AreaError> {
+    /// A directory that is open.
+    fn open_already(&self, within: &Within) -> Result<Option<Rc<OwnedFd>>, AreaError> {
         let own = |fd: BorrowedFd<'_>| {
             fd.try_clone_to_owned()
                 .map(|fd| Some(Rc::new(fd)))
                 .map_err(|_| AreaError::system("open", "own directory")(Errno::MFILE))
         };
-        let key = area_key(within);
-        if let Some(fd) = self.cache.get(&key) {
+        if let Some(fd) = self.cache.get(&area_key(within)) {
             return Ok(Some(fd.clone()));
         }
-        let opened = match within {
-            Within::Staging(shard) => own(self.area.staging(*shard))?,
-            Within::Orphans => own(self.area.orphans())?,
-            Within::LostAndFound => own(self.area.lost_and_found()?.1.as_fd())?,
-            Within::Replica(object) if self.by_handle => {
+        match within {
+            Within::Staging(shard) => own(self.area.staging(*shard)),
+            Within::Orphans => own(self.area.orphans()),
+            Within::LostAndFound => own(self.area.lost_and_found()?.1.as_fd()),
+            Within::Replica(object) if object == self.area.root_handle() => own(self.area.root()),
+            Within::Replica(_) => Ok(None),
+        }
+    }
+
+    fn keep(&mut self, key: ReplicaHandle, fd: &Rc<OwnedFd>) {
+        if self.cache.len() >= CACHE_MAX {
+            self.cache.clear();
+        }
+        self.cache.insert(key, fd.clone());
+    }
+
+    fn directory(&mut self, within: &Within) -> Result<Option<Rc<OwnedFd>>, AreaError> {
+        let opened = match (self.open_already(within)?, within) {
+            (None, Within::Replica(object)) if self.by_handle => {
                 let flags = OFlags::PATH | OFlags::DIRECTORY;
                 gone(handle::open(self.area.root(), object, flags))
                     .map_err(AreaError::system("open directory", object))?
                     .map(Rc::new)
             }
-            Within::Replica(object) => self.find(object, depth)?.map(Rc::new),
+            (None, Within::Replica(object)) => self.find(object)?,
+            (opened, _) => opened,
         };
         if let Some(fd) = &opened {
-            if self.cache.len() >= CACHE_MAX {
-                self.cache.clear();
-            }
-            self.cache.insert(key, fd.clone());
+            self.keep(area_key(within), fd);
         }
         Ok(opened)
     }
@@ -198,6 +240,15 @@ impl Tree {
         gone(place::open_file((*directory).as_fd(), &place.name, OFlags::RDONLY))
             .map_err(AreaError::system("open", &place.name))
     }
+}
+
+/// A search for an object by names.
+struct Search {
+    object: ReplicaHandle,
+    /// Places that were not looked at yet.
+    places: std::vec::IntoIter<Place>,
+    /// The name of the place that is being looked at.
+    name: Option<Name>,
 }
 
 /// What the cache knows a directory by. Our own areas get ids that no kernel
@@ -395,4 +446,49 @@ fn copy_whole(staged: &OwnedFd, target: &OwnedFd) -> Result<(), Errno> {
         place::punch(target, at, size - at)?;
     }
     place::set_size(target, size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use replicator_common::id::FileSystemId;
+
+    /// By path, a branch of thousands of levels is reached without as many
+    /// frames on the stack or descriptors, also where hints lead nowhere first.
+    #[test]
+    fn what_lies_deep_is_found_by_path() {
+        const LEVELS: usize = 3000;
+        let base = tempfile::tempdir().unwrap();
+        let root = place::open_directory_path(base.path()).unwrap();
+        let area = Arc::new(Area::open(root.as_fd(), &FileSystemId::random()).unwrap());
+        let mut tree = Tree::new(area.clone(), false);
+        let name = Name::new(b"n").unwrap();
+        let mut at = (area.root_handle().clone(), root);
+        for _ in 0..LEVELS {
+            place::make_directory(at.1.as_fd(), &name).unwrap();
+            let fd = place::open_directory(at.1.as_fd(), &name).unwrap();
+            let object = handle::identify(fd.as_fd()).unwrap();
+            // Where it was before the batch, and where it is.
+            tree.hint(&object, &Place { within: Within::Orphans, name: name.clone() });
+            let within = Within::Replica(at.0.clone());
+            tree.hint(&object, &Place { within, name: name.clone() });
+            at = (object, fd);
+        }
+        let found = tree.open(&at.0, OFlags::PATH).unwrap().expect("it is there");
+        assert_eq!(handle::identify(found.as_fd()).unwrap(), at.0);
+        let inside = Place { within: Within::Replica(at.0.clone()), name: name.clone() };
+        assert_eq!(tree.lookup(&inside).unwrap(), None);
+        place::make_directory(at.1.as_fd(), &name).unwrap();
+        assert!(tree.lookup(&inside).unwrap().is_some());
+
+        // Hints that lead in a circle end.
+        let mut tree = Tree::new(area, false);
+        let circle = Place { within: Within::Replica(at.0.clone()), name: name.clone() };
+        tree.hint(&at.0, &circle);
+        assert!(tree.open(&at.0, OFlags::PATH).unwrap().is_none());
+        drop((at, found));
+        let status =
+            std::process::Command::new("rm").arg("-rf").arg(base.path().join("n")).status();
+        assert!(status.unwrap().success());
+    }
 }

@@ -239,12 +239,7 @@ impl Opener {
         }
         let learned = self.places.find(object);
         for (directory, name) in [hint, learned.as_ref()].into_iter().flatten() {
-            let directory = self.open_by_name(
-                directory,
-                None,
-                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            );
-            let Ok(directory) = directory else { continue };
+            let Ok(directory) = self.directory_by_name(directory) else { continue };
             let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
             match rustix::fs::openat(&directory, name.as_bytes(), flags, Mode::empty()) {
                 Ok(fd) if handle::identify(fd.as_fd())? == *object => return Ok(fd),
@@ -253,6 +248,31 @@ impl Opener {
             }
         }
         Err(Errno::NOENT)
+    }
+
+    /// Opens a directory by the places learned, from the root down. No recursion
+    /// and two descriptors at a time, however deep it is.
+    fn directory_by_name(&self, directory: &ObjectId) -> Result<OwnedFd, Errno> {
+        let mut way = Vec::new();
+        let mut at = directory.clone();
+        while at != self.root.id {
+            let (above, name) = self.places.find(&at).ok_or(Errno::NOENT)?;
+            way.push((at, name));
+            // Places of different times may lead in a circle.
+            if way.len() > PLACES {
+                return Err(Errno::LOOP);
+            }
+            at = above;
+        }
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let mut fd = rustix::fs::openat(&self.root.fd, ".", flags, Mode::empty())?;
+        while let Some((wanted, name)) = way.pop() {
+            fd = rustix::fs::openat(&fd, name.as_bytes(), flags, Mode::empty())?;
+            if handle::identify(fd.as_fd())? != wanted {
+                return Err(Errno::NOENT);
+            }
+        }
+        Ok(fd)
     }
 
     /// Flags for reading content without leaving a trace in access times,
@@ -473,5 +493,50 @@ mod tests {
         std::fs::remove_file(directory.path().join("file")).unwrap();
         assert_eq!(tree.fate(&file).unwrap(), Fate::Dead);
         assert_eq!(tree.take_doubts(), []);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Below a directory of thousands of levels: no path leads there, and no
+    /// stack and no number of descriptors may either.
+    #[test]
+    fn what_lies_deep_is_opened_by_names() {
+        const LEVELS: usize = 3000;
+        let base = tempfile::tempdir().unwrap();
+        let mut root = Root::open(base.path()).unwrap();
+        root.by_handle = false;
+        let name = Name::new(b"n").unwrap();
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let places = Arc::new(Places::default());
+        let mut at = (root.id.clone(), root.fd.try_clone().unwrap());
+        for _ in 0..LEVELS {
+            rustix::fs::mkdirat(&at.1, name.as_bytes(), Mode::RWXU).unwrap();
+            let fd = rustix::fs::openat(&at.1, name.as_bytes(), flags, Mode::empty()).unwrap();
+            let id = handle::identify(fd.as_fd()).unwrap();
+            places.learn(&id, &at.0, &name);
+            at = (id, fd);
+        }
+        let opener = Opener::new(Arc::new(root), places);
+        let found = opener.open(&at.0, None, OFlags::PATH).unwrap().expect("it is there");
+        assert_eq!(handle::identify(found.as_fd()).unwrap(), at.0);
+        let elsewhere = (opener.root().id.clone(), name.clone());
+        let found = opener.open(&at.0, Some(&elsewhere), OFlags::PATH).unwrap();
+        assert!(found.is_some(), "a hint that leads elsewhere is passed over");
+        // Another object under the name, somewhere on the way.
+        let top = base.path().join("n");
+        std::fs::rename(&top, base.path().join("m")).unwrap();
+        std::fs::create_dir(&top).unwrap();
+        assert!(opener.open(&at.0, None, OFlags::PATH).unwrap().is_none());
+        drop(at);
+        remove_deep(base.path());
+    }
+
+    /// Deeper than what `remove_dir_all` reaches with the descriptors there are.
+    fn remove_deep(base: &Path) {
+        let status = std::process::Command::new("rm").arg("-rf").arg(base.join("m")).status();
+        assert!(status.unwrap().success());
     }
 }
