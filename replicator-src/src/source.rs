@@ -494,11 +494,6 @@ mod tests {
         assert_eq!(tree.fate(&file).unwrap(), Fate::Dead);
         assert_eq!(tree.take_doubts(), []);
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
 
     /// Below a directory of thousands of levels: no path leads there, and no
     /// stack and no number of descriptors may either.
