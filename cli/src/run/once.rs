@@ -19,6 +19,10 @@ use super::follow::{PERIOD, find};
 use crate::exit::print;
 use crate::words::several;
 
+/// Between looks at whether the initial sync is through. Short: it is all that
+/// a small tree takes.
+const LOOK: Duration = Duration::from_millis(20);
+
 /// What is printed at the end.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "PascalCase")]
@@ -94,7 +98,7 @@ fn wait_enabled(
             }
             _ => {}
         }
-        stop.wait_for(PERIOD);
+        stop.wait_for(LOOK);
     }
 }
 
