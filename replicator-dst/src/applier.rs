@@ -355,6 +355,7 @@ impl Applier {
     fn sync(&mut self) -> Result<(), SealError> {
         let start = Instant::now();
         let result = place::sync_file_system(self.replica.protection.root());
+        tracing::debug!(took = ?start.elapsed(), "synced");
         metrics::histogram!("replicator_destination_sync_seconds").record(start.elapsed());
         let result = if self.replica.dies_at(Point::Sync) { Err(Errno::IO) } else { result };
         result.map_err(|error| {
@@ -384,6 +385,7 @@ impl Applier {
         while let Err(error) = self.run_steps(id, &steps) {
             self.wait_after(&error)?;
         }
+        tracing::debug!(batch = %id, steps = steps.len(), took = ?start.elapsed(), "applied");
         metrics::histogram!("replicator_destination_apply_seconds").record(start.elapsed());
         metrics::counter!("replicator_destination_steps_total").increment(steps.len() as u64);
         if self.replica.dies_at(Point::Applied) {
@@ -494,6 +496,7 @@ impl Applier {
         self.covered();
         self.uncovered = true;
         self.needed = steps.iter().flat_map(needed_by).collect();
+        tracing::debug!(batch = %batch.batch, took = ?start.elapsed(), "sealed");
         metrics::histogram!("replicator_destination_seal_seconds").record(start.elapsed());
         metrics::counter!("replicator_destination_batches_committed_total").increment(1);
         Ok(steps)

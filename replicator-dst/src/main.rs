@@ -68,6 +68,9 @@ struct TokenArguments {
     reconcile: bool,
 }
 
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Serve(Config { config }) => serve(&config),

@@ -349,7 +349,7 @@ impl Engine {
             }
             self.publish();
         }
-        self.index.merge()?;
+        self.index.close()?;
         self.journal.flush()?;
         Ok(())
     }

@@ -243,7 +243,11 @@ impl Shared {
         let inner = &mut *inner;
         inner.report.watermark =
             inner.report.watermark.max(mark.watermark.unwrap_or(Timestamp::NEVER));
-        inner.complete = mark.watermark.is_some();
+        let complete = mark.watermark.is_some();
+        if std::mem::replace(&mut inner.complete, complete) != complete {
+            // At once: `run --once` and scripts wait for this word.
+            (inner.report.status, inner.report.message) = judge(inner, true);
+        }
         inner.reached = inner.reached.max(reached);
         if mark.batch == BatchId(0) {
             inner.report.watermark = Timestamp::NEVER;

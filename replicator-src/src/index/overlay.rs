@@ -75,16 +75,24 @@ impl Index {
         Ok(())
     }
 
-    /// Merges what was acknowledged without waiting for the next batch.
+    /// Merges what was acknowledged without waiting for the next batch. Durable
+    /// with the next [`Index::prepare`]; until then the store would find the
+    /// deltas pending.
     pub fn merge(&mut self) -> Result<(), IndexError> {
         let acknowledged = self.take_acknowledged();
         if acknowledged.is_empty() {
             return Ok(());
         }
         let merged: Vec<&Delta> = acknowledged.iter().map(AsRef::as_ref).collect();
-        self.store.prepare(None, &merged)?;
+        self.store.merge_all(&merged)?;
         self.snapshot = self.store.snapshot()?;
         Ok(())
+    }
+
+    /// Merges what was acknowledged, durably: for the end.
+    pub fn close(&mut self) -> Result<(), IndexError> {
+        self.merge()?;
+        self.store.prepare(None, &[])
     }
 
     fn take_acknowledged(&mut self) -> Vec<Arc<Delta>> {

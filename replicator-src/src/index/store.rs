@@ -244,6 +244,16 @@ impl Store {
         write.commit().map_err(failed(&self.path))
     }
 
+    /// Merges `acknowledged` deltas into the tables, durable with the next
+    /// transaction that is.
+    pub fn merge_all(&self, acknowledged: &[&Delta]) -> Result<(), IndexError> {
+        let write = self.begin(Durability::None)?;
+        for delta in acknowledged {
+            self.merge(&write, delta)?;
+        }
+        write.commit().map_err(failed(&self.path))
+    }
+
     fn put_pending(&self, write: &WriteTransaction, delta: &Delta) -> Result<(), IndexError> {
         let mut table = write.open_table(PENDING).map_err(failed(&self.path))?;
         let parts = delta

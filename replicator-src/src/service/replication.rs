@@ -37,7 +37,7 @@ use crate::watcher::{self, DirectoryWatch};
 const FORMAT: Format = Format { name: "source-replication", version: 1 };
 /// Threads that read small objects. Two keep one disk and one core busy while
 /// the other core hashes and encrypts.
-const READERS: usize = 2;
+const READERS: usize = 4;
 /// Threads that send large files.
 const LANES: usize = 1;
 /// How much longer than the engine we wait for the engine's answer.
