@@ -101,6 +101,13 @@ impl Applier {
                 }
                 Op::Root { .. } => [None, None, None],
             };
+            if let Op::Entry { directory, name, old, new } = op {
+                // An object of several names is known by one of them, which may
+                // be the one that goes.
+                for object in [old, new].into_iter().flatten() {
+                    steps.extend(entry_hint(store, directory, name, object)?);
+                }
+            }
             for object in objects.into_iter().flatten() {
                 let chain = place_chain(store, object, &mut seen)?;
                 steps.extend(chain.into_iter().map(|(object, at)| Step::Hint { object, at }));
@@ -190,6 +197,21 @@ impl Applier {
         };
         Ok(Arrival::Whole { place, handle: found, state })
     }
+}
+
+/// That an object may stand under a name.
+fn entry_hint<O: Objects>(
+    objects: &O,
+    directory: &ObjectId,
+    name: &Name,
+    object: &ObjectId,
+) -> Result<Option<Step>, O::Error> {
+    let within = objects.get(directory)?.and_then(|known| known.handle);
+    let handle = objects.get(object)?.and_then(|known| known.handle);
+    Ok(within.zip(handle).map(|(within, object)| {
+        let at = Place { within: Within::Replica(within), name: name.clone() };
+        Step::Hint { object, at }
+    }))
 }
 
 /// Where an object and the directories above it stand, as far as not `seen` yet.

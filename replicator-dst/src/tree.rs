@@ -109,7 +109,7 @@ impl Tree {
             return gone(handle::open(self.area.root(), object, flags))
                 .map_err(AreaError::system("open object", object));
         }
-        let Some(found) = self.find(object, 0)? else { return Ok(None) };
+        let Some(found) = self.find(object, &mut Vec::new())? else { return Ok(None) };
         if flags.contains(OFlags::PATH) {
             return Ok(Some(found));
         }
@@ -118,17 +118,33 @@ impl Tree {
             .map_err(AreaError::system("open object", object))
     }
 
-    fn find(&mut self, object: &ReplicaHandle, depth: usize) -> Result<Option<OwnedFd>, AreaError> {
+    /// `trail` is what is being looked for already.
+    fn find(
+        &mut self,
+        object: &ReplicaHandle,
+        trail: &mut Vec<ReplicaHandle>,
+    ) -> Result<Option<OwnedFd>, AreaError> {
         if object == self.area.root_handle() {
             let root = self.area.root().try_clone_to_owned();
             return root.map(Some).map_err(|_| AreaError::system("open", ".")(Errno::MFILE));
         }
-        // Hints come from a finite plan; a chain longer than them is a loop.
-        if depth > self.hints.len() {
+        // Places of before and after the batch may lead in a circle together.
+        if trail.contains(object) {
             return Ok(None);
         }
+        trail.push(object.clone());
+        let found = self.find_at_hints(object, trail);
+        trail.pop();
+        found
+    }
+
+    fn find_at_hints(
+        &mut self,
+        object: &ReplicaHandle,
+        trail: &mut Vec<ReplicaHandle>,
+    ) -> Result<Option<OwnedFd>, AreaError> {
         for place in self.hints.get(object).cloned().unwrap_or_default() {
-            let Some(directory) = self.directory_at(&place.within, depth + 1)? else { continue };
+            let Some(directory) = self.directory_at(&place.within, trail)? else { continue };
             let directory = (*directory).as_fd();
             let open = || place::open_path(directory, &place.name);
             let opened = gone(access::with(&[directory], open))
@@ -143,13 +159,13 @@ impl Tree {
     }
 
     fn directory(&mut self, within: &Within) -> Result<Option<Rc<OwnedFd>>, AreaError> {
-        self.directory_at(within, 0)
+        self.directory_at(within, &mut Vec::new())
     }
 
     fn directory_at(
         &mut self,
         within: &Within,
-        depth: usize,
+        trail: &mut Vec<ReplicaHandle>,
     ) -> Result<Option<Rc<OwnedFd>>, AreaError> {
         let own = |fd: BorrowedFd<'_>| {
             fd.try_clone_to_owned()
@@ -170,7 +186,7 @@ impl Tree {
                     .map_err(AreaError::system("open directory", object))?
                     .map(Rc::new)
             }
-            Within::Replica(object) => self.find(object, depth)?.map(Rc::new),
+            Within::Replica(object) => self.find(object, trail)?.map(Rc::new),
         };
         if let Some(fd) = &opened {
             if self.cache.len() >= CACHE_MAX {
