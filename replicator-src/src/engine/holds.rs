@@ -14,7 +14,7 @@ use replicator_common::wire::DataFrame;
 use super::{Engine, EngineError, Event};
 use crate::index::{Content, Known, View};
 use crate::journal::Record;
-use crate::plan::{Hold, HoldReason, Listing};
+use crate::plan::{Hold, HoldReason, Listing, Lookup, Tree};
 use crate::read::lane::{Done, Job, LaneError};
 use crate::watcher::What;
 
@@ -22,6 +22,8 @@ use crate::watcher::What;
 const TRANSFERS: usize = 2;
 /// When what could not be read is tried again.
 const RETRY: Duration = Duration::from_secs(5);
+/// When a transfer of what was not found where it was believed is begun again.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
 /// A file that keeps changing is read again no sooner than this many times
 /// as long as the last reading took: so it costs a bounded share of a core.
 const PATIENCE: u32 = 4;
@@ -213,7 +215,8 @@ impl Engine {
         let resembles = if whole || known.is_some() { None } else { self.resembling(&entries)? };
         let number = self.next_transfer;
         self.next_transfer = number.next();
-        let hint = entries.first().cloned().or_else(|| known.as_ref()?.entry.clone());
+        let hint = self.leading_to(&object, &entries)?;
+        let hint = hint.or_else(|| known.as_ref()?.entry.clone());
         let basis = match &known {
             Some(_) if whole => None,
             Some(_) => Some(object.clone()),
@@ -242,6 +245,25 @@ impl Engine {
             let _ = post.send(Event::Transfer(Box::new(job), result));
         });
         Ok(())
+    }
+
+    /// One of the entries that leads to the object now, where names are all
+    /// that does.
+    fn leading_to(
+        &mut self,
+        object: &ObjectId,
+        entries: &[(ObjectId, Name)],
+    ) -> Result<Option<(ObjectId, Name)>, EngineError> {
+        if self.opener.root().by_handle() {
+            return Ok(entries.first().cloned());
+        }
+        for (directory, name) in entries {
+            let found = self.tree.lookup(directory, name)?;
+            if matches!(found, Lookup::Found(seen) if seen.object == *object) {
+                return Ok(Some((directory.clone(), name.clone())));
+            }
+        }
+        Ok(None)
     }
 
     pub(super) fn next_list(&mut self) -> Result<u64, EngineError> {
@@ -349,6 +371,15 @@ impl Engine {
                 self.redo_hold(&job.object);
                 self.holds.remove(&job.object);
                 return Ok(());
+            }
+            Done::Away => {
+                // Looking again at what is known of it shows where it is, or
+                // that it is not in the source any more.
+                held.transfer = Transfer::Waiting;
+                held.due = Instant::now() + LOOK_AGAIN;
+                if !self.is_worth_looking_for(&job.object)? {
+                    return Ok(());
+                }
             }
             Done::Small => {
                 // The next batch reads it; a lane must not be quicker.

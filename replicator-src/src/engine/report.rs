@@ -78,7 +78,8 @@ impl Engine {
     /// of barriers: what is covered by none younger waits at least since then.
     fn lag(&self) -> StageLag {
         let now = self.clock.now();
-        let waiting = self.cursor < self.journal.last() || !self.dirty.is_empty();
+        let dirty = !self.dirty.is_empty() || !self.astray.is_empty();
+        let waiting = self.cursor < self.journal.last() || dirty;
         let age = |since: Timestamp| now.since(since).as_secs_f64();
         let oldest = |pending: bool| match self.in_flight.iter().find(|b| !(pending && b.durable)) {
             Some(batch) => batch.committed_at.elapsed().as_secs_f64(),
