@@ -95,3 +95,30 @@ fn changes_where_the_owner_may_not_write_xfs() {
 fn changes_where_the_owner_may_not_write_btrfs() {
     changes_where_the_owner_may_not_write(Btrfs);
 }
+
+/// The destination knows a file of several names by one of them. That one goes,
+/// while the file changes under another.
+#[test]
+fn a_name_goes_and_the_file_changes() {
+    let _share = serial::share();
+    let mount = Mount::new(Ext4);
+    let base = mount.path().join("user");
+    std::fs::create_dir(&base).unwrap();
+    std::os::unix::fs::chown(&base, Some(65534), Some(65534)).unwrap();
+    script(
+        &base,
+        "mkdir -p source/a source/b source/c
+         for n in 1 2 3; do echo $n > source/a/$n; ln source/a/$n source/b/$n; done",
+    );
+    once(&base, "two names each");
+    script(
+        &base,
+        "rm source/a/1; chmod 0640 source/b/1; rm source/b/2; chmod 0640 source/a/2
+         rm source/a/3; echo more >> source/b/3; ln source/b/3 source/c/3",
+    );
+    once(&base, "one of them goes");
+    script(&base, "mv source/b source/c/b; rm source/c/3; echo more >> source/c/b/3");
+    once(&base, "the directory of the other moves");
+    script(&base, "ln source/a/2 source/c/2; mv source/a source/c/a; rm source/c/a/2");
+    once(&base, "the first goes with its directory");
+}
