@@ -103,6 +103,9 @@ impl Resolve {
         view: &V,
         tree: &mut T,
     ) -> Result<(), PlanError<V::Error, T::Error>> {
+        // What came back from outside is walked, too, and what leaves it before
+        // its turn was not compared yet.
+        self.walking |= dirty.listings.iter().any(|listing| listing.deep);
         let mut work = Work { state: self, view, tree, large: budget.large };
         let objects = std::mem::take(&mut dirty.objects);
         let entries = std::mem::take(&mut dirty.entries);
