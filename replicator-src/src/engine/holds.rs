@@ -24,6 +24,8 @@ const TRANSFERS: usize = 2;
 const RETRY: Duration = Duration::from_secs(5);
 /// When a transfer of what was not found where it was believed is begun again.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
+/// When a file that has arrived and is not placed is looked for again.
+const PLACE: Duration = Duration::from_secs(1);
 /// A file that keeps changing is read again no sooner than this many times
 /// as long as the last reading took: so it costs a bounded share of a core.
 const PATIENCE: u32 = 4;
@@ -71,6 +73,11 @@ impl Transfer {
         matches!(self, Self::Running { .. } | Self::Ready { arrived: false, .. })
     }
 
+    /// Whether it is complete at the destination.
+    fn has_arrived(&self) -> bool {
+        matches!(self, Self::Ready { arrived: true, .. })
+    }
+
     /// Its number, once it has begun.
     pub(super) fn number(&self) -> Option<TransferId> {
         match self {
@@ -97,6 +104,7 @@ impl Engine {
         self.holds
             .values()
             .filter(|held| match held.hold.reason {
+                HoldReason::Large { .. } if self.may_be_astray(held) => true,
                 HoldReason::Large { .. } => transfers && matches!(held.transfer, Transfer::Waiting),
                 HoldReason::Unreadable { .. } => true,
             })
@@ -160,16 +168,23 @@ impl Engine {
             .holds
             .iter()
             .filter(|(_, held)| {
-                matches!(held.hold.reason, HoldReason::Unreadable { .. }) && held.due <= now
+                let unreadable = matches!(held.hold.reason, HoldReason::Unreadable { .. });
+                (unreadable || self.may_be_astray(held)) && held.due <= now
             })
             .map(|(object, _)| object.clone())
             .collect();
         for object in due {
             self.redo_hold(&object);
             if let Some(held) = self.holds.get_mut(&object) {
-                held.due = now + RETRY;
+                held.due = now + if held.transfer.has_arrived() { PLACE } else { RETRY };
             }
         }
+    }
+
+    /// Whether a file has arrived, and may wait because one of its entries could
+    /// not be looked at when it did. By handle, all of them are.
+    fn may_be_astray(&self, held: &Held) -> bool {
+        held.transfer.has_arrived() && !self.opener.root().by_handle()
     }
 
     /// Marks all that waits for an object dirty.
