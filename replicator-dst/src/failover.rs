@@ -29,12 +29,13 @@ use crate::applier::set_aside_item;
 use crate::apply::execute;
 use crate::apply::{Outcome, Place, ReplicaTree, Within};
 use crate::area::{Area, AreaError, MANIFEST, SHARDS, hidden_name, remove_tree};
+use crate::hints::place_chain;
 use crate::objects::{Entry, Objects, path_of};
 use crate::readonly::{self, ReadOnlyError};
 use crate::replica::{
     Config, Point, Replica, ReplicaError, ReplicaOptions, last_replicated, time_since_last_sync,
 };
-use crate::seal::{join, needed_by, place_chain};
+use crate::seal::{join, needed_by};
 use crate::stage::Stager;
 use crate::store::{SetAsideItem, StoreError};
 use crate::tree::Tree;

@@ -9,6 +9,7 @@ pub mod attributes;
 mod book;
 mod broken;
 pub mod failover;
+mod hints;
 pub mod issuer;
 pub mod locate;
 pub mod mark;

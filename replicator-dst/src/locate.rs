@@ -1,9 +1,10 @@
 //! Opening an object of the replica between batches.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use replicator_common::id::ObjectId;
+use replicator_common::name::Name;
 use replicator_common::sys::{handle, place};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -11,7 +12,7 @@ use rustix::io::Errno;
 use crate::access;
 use crate::apply::Place;
 use crate::area::{Area, AreaError};
-use crate::objects::{Known, Objects, Position, path_of};
+use crate::objects::{DEPTH_MAX, Known, Objects, Position};
 
 /// Opens objects by handle, or by the path that the map knows.
 #[derive(Clone)]
@@ -61,27 +62,54 @@ impl Locator {
         }
     }
 
-    /// Goes down from the root (or into the orphan area), name by name.
+    /// Goes down from the root or from the orphan area, name by name.
     fn walk<O: Objects>(
         &self,
         objects: &O,
         object: &ObjectId,
         known: &Known,
     ) -> Result<Result<OwnedFd, Errno>, O::Error> {
-        if let Position::Orphan { .. } = known.position {
-            return Ok(place::open_path(self.area.orphans(), &Place::orphan(object).name));
-        }
-        let Some(names) = path_of(objects, object)? else { return Ok(Err(Errno::NOENT)) };
-        let mut at = match self.area.root().try_clone_to_owned() {
-            Ok(root) => root,
+        let Some((top, names)) = self.way(objects, object, known)? else {
+            return Ok(Err(Errno::NOENT));
+        };
+        let mut at = match top.try_clone_to_owned() {
+            Ok(top) => top,
             Err(error) => return Ok(Err(Errno::from_io_error(&error).unwrap_or(Errno::IO))),
         };
-        for name in names {
-            match access::with(&[at.as_fd()], || place::open_path(at.as_fd(), &name)) {
+        for name in names.iter().rev() {
+            match access::with(&[at.as_fd()], || place::open_path(at.as_fd(), name)) {
                 Ok(next) => at = next,
                 Err(error) => return Ok(Err(error)),
             }
         }
         Ok(Ok(at))
+    }
+
+    /// Where the way to an object begins, and the names on it, the last first;
+    /// `None` when the map knows none.
+    fn way<O: Objects>(
+        &self,
+        objects: &O,
+        object: &ObjectId,
+        known: &Known,
+    ) -> Result<Option<(BorrowedFd<'_>, Vec<Name>)>, O::Error> {
+        let mut names = Vec::new();
+        let (mut at, mut position) = (object.clone(), known.position.clone());
+        while names.len() < DEPTH_MAX {
+            match position {
+                Position::Root => return Ok(Some((self.area.root(), names))),
+                Position::Orphan { .. } => {
+                    names.push(Place::orphan(&at).name);
+                    return Ok(Some((self.area.orphans(), names)));
+                }
+                Position::Entry(entry) => {
+                    names.push(entry.name);
+                    at = entry.directory;
+                }
+            }
+            let Some(above) = objects.get(&at)? else { return Ok(None) };
+            position = above.position;
+        }
+        Ok(None)
     }
 }

@@ -3,10 +3,9 @@
 //! What needs no content from a data stream (directories, links, nodes) is made
 //! in staging, so that every object has its handle before the batch is planned.
 
-use std::collections::HashSet;
 use std::os::fd::AsFd;
 
-use replicator_common::id::{ObjectId, ReplicaHandle};
+use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::{Kind, ObjectState};
 use replicator_common::sys::{handle, place, stat};
@@ -16,10 +15,11 @@ use rustix::io::Errno;
 
 use crate::applier::Applier;
 use crate::apply::plan::{self, Arrival, PlanError, Planned, Staged};
-use crate::apply::{Place, Step, Within};
+use crate::apply::{Place, Step};
 use crate::area::AreaError;
 use crate::attributes::{self, Origin};
-use crate::objects::{Objects, path_of};
+use crate::hints;
+use crate::objects::path_of;
 use crate::replica::applier_staging;
 use crate::session::{StagedTransfer, WholeBatch};
 use crate::store::{SetAsideItem, StoreError};
@@ -67,7 +67,8 @@ impl Applier {
     ) -> Result<Vec<Step>, SealError> {
         let mut steps = Vec::new();
         if !self.replica.abilities.handles {
-            self.hints(&batch.ops, &mut steps)?;
+            let root = self.replica.area.root_handle();
+            steps = hints::hints(&*self.replica.store, root, batch.batch, &batch.ops)?;
         }
         steps.append(&mut planned.steps);
         self.tree.learn(&steps);
@@ -78,35 +79,6 @@ impl Applier {
             }
         }
         Ok(steps)
-    }
-
-    fn hints(&self, ops: &[Op], steps: &mut Vec<Step>) -> Result<(), SealError> {
-        let store = &*self.replica.store;
-        let mut seen = HashSet::new();
-        for op in ops {
-            let objects: [Option<&ObjectId>; 3] = match op {
-                Op::Entry { directory, old, new, .. } => {
-                    [Some(directory), old.as_ref(), new.as_ref()]
-                }
-                Op::Put { object, .. }
-                | Op::Drop { object }
-                | Op::Orphan { object }
-                | Op::SetAside { object } => [Some(object), None, None],
-                Op::Adopt { object, handle, directory, name, .. } => {
-                    if let Some(parent) = store.get(directory)?.and_then(|known| known.handle) {
-                        let at = Place { within: Within::Replica(parent), name: name.clone() };
-                        steps.push(Step::Hint { object: handle.clone(), at });
-                    }
-                    [Some(object), Some(directory), None]
-                }
-                Op::Root { .. } => [None, None, None],
-            };
-            for object in objects.into_iter().flatten() {
-                let chain = place_chain(store, object, &mut seen)?;
-                steps.extend(chain.into_iter().map(|(object, at)| Step::Hint { object, at }));
-            }
-        }
-        Ok(())
     }
 
     pub(crate) fn set_aside_items(&self, planned: &Planned) -> Vec<SetAsideItem> {
@@ -190,30 +162,6 @@ impl Applier {
         };
         Ok(Arrival::Whole { place, handle: found, state })
     }
-}
-
-/// Where an object and the directories above it stand, as far as not `seen` yet.
-pub fn place_chain<O: Objects>(
-    objects: &O,
-    object: &ObjectId,
-    seen: &mut HashSet<ObjectId>,
-) -> Result<Vec<(ReplicaHandle, Place)>, O::Error> {
-    let mut chain = Vec::new();
-    let mut at = object.clone();
-    while seen.insert(at.clone()) {
-        let Some(known) = objects.get(&at)? else { break };
-        let Some(handle) = known.handle else { break };
-        let Some(entry) = known.position.entry() else {
-            chain.push((handle, Place::orphan(&at)));
-            break;
-        };
-        let Some(parent) = objects.get(&entry.directory)?.and_then(|known| known.handle) else {
-            break;
-        };
-        chain.push((handle, Place { within: Within::Replica(parent), name: entry.name.clone() }));
-        at = entry.directory.clone();
-    }
-    Ok(chain)
 }
 
 fn valid_target(target: &[u8]) -> bool {

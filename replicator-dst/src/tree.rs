@@ -5,7 +5,7 @@
 //! that the plan's steps and hints name, one component at a time, and a place
 //! counts only when the handle found there is the one wanted.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -129,15 +129,18 @@ impl Tree {
             return self.open_already(&Within::Replica(wanted.clone()));
         }
         let mut searches = vec![self.search(wanted)];
+        // Places of before and after the batch may lead in a circle together.
+        let mut trail = HashSet::from([wanted.clone()]);
         // What the search above the last one has found, when it has ended.
         let mut above: Option<Option<Rc<OwnedFd>>> = None;
         loop {
-            let waiting = searches.len();
+            let nested = searches.len() > 1;
             let Some(search) = searches.last_mut() else { return Ok(above.flatten()) };
             let directory = match above.take() {
                 Some(found) => found,
                 None => {
                     let Some(place) = search.places.next() else {
+                        trail.remove(&search.object);
                         searches.pop();
                         above = Some(None);
                         continue;
@@ -145,9 +148,7 @@ impl Tree {
                     search.name = Some(place.name);
                     match (self.open_already(&place.within)?, place.within) {
                         (Some(fd), _) => Some(fd),
-                        // Hints come from a finite plan; a chain longer than
-                        // them is a loop.
-                        (None, Within::Replica(next)) if waiting <= self.hints.len() => {
+                        (None, Within::Replica(next)) if trail.insert(next.clone()) => {
                             let next = self.search(&next);
                             searches.push(next);
                             continue;
@@ -165,8 +166,9 @@ impl Tree {
             {
                 let fd = Rc::new(fd);
                 // The one that is wanted need not be a directory.
-                if waiting > 1 {
-                    let found = search.object.clone();
+                let found = search.object.clone();
+                trail.remove(&found);
+                if nested {
                     self.keep(found, &fd);
                 }
                 searches.pop();

@@ -9,6 +9,7 @@ pub mod clock;
 pub mod engine;
 pub mod index;
 pub mod journal;
+mod places;
 pub mod plan;
 pub mod read;
 pub mod service;

@@ -12,18 +12,17 @@ use std::sync::Arc;
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
-use replicator_common::sys::{handle, stat};
+use replicator_common::sys::{handle, place, stat};
 use replicator_common::time::Timestamp;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::plan::{Fate, Lookup, Seen, Skip, Tree};
+pub use crate::places::{Opened, Places};
+use crate::plan::{Fate, Listed, Lookup, Seen, Skip, Tree};
 use crate::watcher::DirectoryWatch;
 
 /// Directories whose descriptors are kept open between look-ups.
 const OPEN_DIRECTORIES: usize = 512;
-/// Places of directories that are remembered for opening by name.
-const PLACES: usize = 1 << 20;
 
 /// Why the source could not be looked at.
 #[derive(Debug, thiserror::Error)]
@@ -168,28 +167,6 @@ pub struct Filter {
     pub reserved: Option<Name>,
 }
 
-/// Where directories stand, for opening by name. Shared between the engine
-/// and the readers.
-#[derive(Default)]
-pub struct Places {
-    known: std::sync::Mutex<HashMap<ObjectId, (ObjectId, Name)>>,
-}
-
-impl Places {
-    /// Remembers where a directory was seen.
-    pub fn learn(&self, object: &ObjectId, directory: &ObjectId, name: &Name) {
-        let mut known = self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if known.len() < PLACES || known.contains_key(object) {
-            known.insert(object.clone(), (directory.clone(), name.clone()));
-        }
-    }
-
-    fn find(&self, object: &ObjectId) -> Option<(ObjectId, Name)> {
-        let known = self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        known.get(object).cloned()
-    }
-}
-
 /// Opens objects of a source.
 #[derive(Clone)]
 pub struct Opener {
@@ -208,22 +185,19 @@ impl Opener {
         &self.root
     }
 
-    /// Opens an object; `hint` is a name that led to it. `None` when it is not
-    /// to be found any more.
+    /// Opens an object; `hint` is a name that led to it.
     pub fn open(
         &self,
         object: &ObjectId,
         hint: Option<&(ObjectId, Name)>,
         flags: OFlags,
-    ) -> Result<Option<OwnedFd>, Errno> {
-        let result = if self.root.by_handle {
-            handle::open(self.root.fd(), object, flags | OFlags::NOFOLLOW)
-        } else {
-            self.open_by_name(object, hint, flags)
-        };
-        match result {
-            Ok(fd) => Ok(Some(fd)),
-            Err(Errno::STALE | Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
+    ) -> Result<Opened, Errno> {
+        if !self.root.by_handle {
+            return self.open_by_name(object, hint, flags);
+        }
+        match handle::open(self.root.fd(), object, flags | OFlags::NOFOLLOW) {
+            Ok(fd) => Ok(Opened::Here(fd)),
+            Err(Errno::STALE | Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(Opened::Gone),
             Err(error) => Err(error),
         }
     }
@@ -233,46 +207,39 @@ impl Opener {
         object: &ObjectId,
         hint: Option<&(ObjectId, Name)>,
         flags: OFlags,
-    ) -> Result<OwnedFd, Errno> {
-        if *object == self.root.id {
-            return rustix::fs::openat(&self.root.fd, ".", flags | OFlags::CLOEXEC, Mode::empty());
-        }
-        let learned = self.places.find(object);
-        for (directory, name) in [hint, learned.as_ref()].into_iter().flatten() {
-            let Ok(directory) = self.directory_by_name(directory) else { continue };
+    ) -> Result<Opened, Errno> {
+        if let Some((directory, name)) = hint
+            && let Opened::Here(directory) = self.directory(directory)?
+        {
             let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
             match rustix::fs::openat(&directory, name.as_bytes(), flags, Mode::empty()) {
-                Ok(fd) if handle::identify(fd.as_fd())? == *object => return Ok(fd),
+                Ok(fd) if handle::identify(fd.as_fd())? == *object => return Ok(Opened::Here(fd)),
                 Ok(_) | Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
                 Err(error) => return Err(error),
             }
         }
-        Err(Errno::NOENT)
+        // Of directories alone, other places are known.
+        match self.directory(object)? {
+            Opened::Here(fd) if flags.contains(OFlags::PATH) => {
+                let own = fd.try_clone();
+                own.map(Opened::Here).map_err(|_| Errno::MFILE)
+            }
+            Opened::Here(fd) => place::reopen((*fd).as_fd(), flags).map(Opened::Here),
+            Opened::Gone => Ok(Opened::Gone),
+            Opened::Away => Ok(Opened::Away),
+        }
     }
 
-    /// Opens a directory by the places learned, from the root down. No recursion
-    /// and two descriptors at a time, however deep it is.
-    fn directory_by_name(&self, directory: &ObjectId) -> Result<OwnedFd, Errno> {
-        let mut way = Vec::new();
-        let mut at = directory.clone();
-        while at != self.root.id {
-            let (above, name) = self.places.find(&at).ok_or(Errno::NOENT)?;
-            way.push((at, name));
-            // Places of different times may lead in a circle.
-            if way.len() > PLACES {
-                return Err(Errno::LOOP);
-            }
-            at = above;
+    /// A directory, by the names that lead to it. `O_PATH`.
+    fn directory(&self, id: &ObjectId) -> Result<Opened<Arc<OwnedFd>>, Errno> {
+        self.places.directory(self.root.fd(), &self.root.id, id)
+    }
+
+    /// A directory that left the source needs no descriptor any more.
+    pub fn forget(&self, object: &ObjectId) {
+        if !self.root.by_handle {
+            self.places.forget(object);
         }
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let mut fd = rustix::fs::openat(&self.root.fd, ".", flags, Mode::empty())?;
-        while let Some((wanted, name)) = way.pop() {
-            fd = rustix::fs::openat(&fd, name.as_bytes(), flags, Mode::empty())?;
-            if handle::identify(fd.as_fd())? != wanted {
-                return Err(Errno::NOENT);
-            }
-        }
-        Ok(fd)
     }
 
     /// Flags for reading content without leaving a trace in access times,
@@ -281,7 +248,7 @@ impl Opener {
         &self,
         object: &ObjectId,
         hint: Option<&(ObjectId, Name)>,
-    ) -> Result<Option<OwnedFd>, Errno> {
+    ) -> Result<Opened, Errno> {
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
         match self.open(object, hint, flags | OFlags::NOATIME) {
             Err(Errno::PERM) => self.open(object, hint, flags),
@@ -314,21 +281,40 @@ impl SourceTree {
         &self.opener
     }
 
-    /// The directory's descriptor; `None` when it is gone.
-    fn directory(&mut self, id: &ObjectId) -> Result<Option<Arc<OwnedFd>>, SourceError> {
+    /// The directory's descriptor: `O_PATH` where names lead to it.
+    fn directory(&mut self, id: &ObjectId) -> Result<Opened<Arc<OwnedFd>>, SourceError> {
         if let Some(fd) = self.open.get(id) {
-            return Ok(Some(fd.clone()));
+            return Ok(Opened::Here(fd.clone()));
+        }
+        let failed = SourceError::call("open directory", id);
+        if !self.opener.root.by_handle {
+            return self.opener.directory(id).map_err(failed);
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let fd =
-            self.opener.open(id, None, flags).map_err(SourceError::call("open directory", id))?;
-        let Some(fd) = fd else { return Ok(None) };
+        let fd = match self.opener.open(id, None, flags).map_err(failed)? {
+            Opened::Here(fd) => Arc::new(fd),
+            Opened::Gone => return Ok(Opened::Gone),
+            Opened::Away => return Ok(Opened::Away),
+        };
         if self.open.len() >= OPEN_DIRECTORIES {
             self.open.clear();
         }
-        let fd = Arc::new(fd);
         self.open.insert(id.clone(), fd.clone());
-        Ok(Some(fd))
+        Ok(Opened::Here(fd))
+    }
+
+    /// The same, to be listed.
+    fn readable(&mut self, id: &ObjectId) -> Result<Opened<Arc<OwnedFd>>, SourceError> {
+        let found = self.directory(id)?;
+        match found {
+            Opened::Here(fd) if !self.opener.root.by_handle => {
+                let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+                place::reopen((*fd).as_fd(), flags)
+                    .map(|fd| Opened::Here(Arc::new(fd)))
+                    .map_err(SourceError::call("open directory", id))
+            }
+            found => Ok(found),
+        }
     }
 
     /// Directories that could not be listed since the last call, with the error.
@@ -343,8 +329,12 @@ impl SourceTree {
     }
 
     fn try_fate(&self, object: &ObjectId) -> Result<Fate, Errno> {
-        let Some(fd) = self.opener.open(object, None, OFlags::PATH)? else {
-            return Ok(Fate::Dead);
+        let fd = match self.opener.open(object, None, OFlags::PATH)? {
+            Opened::Here(fd) => fd,
+            Opened::Gone => return Ok(Fate::Dead),
+            // Nothing tells whether it lives under another name; it waits as
+            // an orphan until every event has been seen.
+            Opened::Away => return Ok(Fate::Alive),
         };
         let nlink = stat::of_fd(&fd)?.nlink;
         Ok(if nlink == 0 { Fate::Dead } else { Fate::Alive })
@@ -352,9 +342,9 @@ impl SourceTree {
 
     /// A directory that cannot be listed is passed over (what the replica has
     /// of it stays) and remembered.
-    fn trouble(&mut self, directory: &ObjectId, error: impl ToString) -> Option<Vec<Name>> {
+    fn trouble(&mut self, directory: &ObjectId, error: impl ToString) -> Listed {
         self.troubles.push((directory.clone(), error.to_string()));
-        None
+        Listed::Gone
     }
 
     /// Closes the directories kept open, so that removed ones are let go.
@@ -383,8 +373,9 @@ impl Tree for SourceTree {
 
     fn lookup(&mut self, directory: &ObjectId, name: &Name) -> Result<Lookup, SourceError> {
         let fd = match self.directory(directory) {
-            Ok(Some(fd)) => fd,
-            Ok(None) => return Ok(Lookup::Absent),
+            Ok(Opened::Here(fd)) => fd,
+            Ok(Opened::Gone) => return Ok(Lookup::Absent),
+            Ok(Opened::Away) => return Ok(Lookup::Away),
             Err(error) => return Ok(Lookup::Unreadable(error.to_string())),
         };
         // RACE: between the two calls the name may come to mean another
@@ -418,24 +409,25 @@ impl Tree for SourceTree {
         Ok(Lookup::Found(Seen { object, stat }))
     }
 
-    fn list(&mut self, directory: &ObjectId) -> Result<Option<Vec<Name>>, SourceError> {
-        let fd = match self.directory(directory) {
-            Ok(Some(fd)) => fd,
-            Ok(None) => return Ok(None),
+    fn list(&mut self, directory: &ObjectId) -> Result<Listed, SourceError> {
+        let fd = match self.readable(directory) {
+            Ok(Opened::Here(fd)) => fd,
+            Ok(Opened::Gone) => return Ok(Listed::Gone),
+            Ok(Opened::Away) => return Ok(Listed::Away),
             Err(error) => return Ok(self.trouble(directory, error)),
         };
         self.watch.before_listing(fd.as_fd(), directory);
         let mut names = Vec::new();
         let entries = match rustix::fs::Dir::read_from(&*fd) {
             Ok(entries) => entries,
-            Err(Errno::NOENT | Errno::STALE) => return Ok(None),
+            Err(Errno::NOENT | Errno::STALE) => return Ok(Listed::Gone),
             Err(error) => return Ok(self.trouble(directory, error)),
         };
         for entry in entries {
             let entry = match entry {
                 Ok(entry) => entry,
                 // A directory that is removed while it is read ends so.
-                Err(Errno::NOENT | Errno::STALE) => return Ok(None),
+                Err(Errno::NOENT | Errno::STALE) => return Ok(Listed::Gone),
                 Err(error) => return Ok(self.trouble(directory, error)),
             };
             let name = entry.file_name().to_bytes();
@@ -443,15 +435,17 @@ impl Tree for SourceTree {
                 names.push(name);
             }
         }
-        Ok(Some(names))
+        Ok(Listed::Names(names))
+    }
+
+    fn suppose(&mut self, object: &ObjectId, directory: &ObjectId, name: &Name) {
+        let Opener { root, places } = &self.opener;
+        if !root.by_handle && places.find(object).is_none() {
+            places.learn(object, directory, name);
+        }
     }
 
     fn fate(&mut self, object: &ObjectId) -> Result<Fate, SourceError> {
-        if !self.opener.root.by_handle {
-            // Nothing tells whether it lives under another name; it waits as
-            // an orphan until every event has been seen.
-            return Ok(Fate::Alive);
-        }
         self.try_fate(object).or_else(|error| {
             // One object that cannot be looked at must not stop the rest. As
             // long as nobody knows, it is not dead: it is asked for again, and
@@ -515,23 +509,16 @@ mod tests {
             at = (id, fd);
         }
         let opener = Opener::new(Arc::new(root), places);
-        let found = opener.open(&at.0, None, OFlags::PATH).unwrap().expect("it is there");
-        assert_eq!(handle::identify(found.as_fd()).unwrap(), at.0);
-        let elsewhere = (opener.root().id.clone(), name.clone());
-        let found = opener.open(&at.0, Some(&elsewhere), OFlags::PATH).unwrap();
-        assert!(found.is_some(), "a hint that leads elsewhere is passed over");
-        // Another object under the name, somewhere on the way.
-        let top = base.path().join("n");
-        std::fs::rename(&top, base.path().join("m")).unwrap();
-        std::fs::create_dir(&top).unwrap();
-        assert!(opener.open(&at.0, None, OFlags::PATH).unwrap().is_none());
+        let elsewhere = (opener.root().id.clone(), name);
+        for hint in [None, Some(&elsewhere)] {
+            let found = opener.open(&at.0, hint, OFlags::PATH).unwrap();
+            let Opened::Here(fd) = found else { panic!("it is there: {found:?}") };
+            assert_eq!(handle::identify(fd.as_fd()).unwrap(), at.0);
+        }
         drop(at);
-        remove_deep(base.path());
-    }
-
-    /// Deeper than what `remove_dir_all` reaches with the descriptors there are.
-    fn remove_deep(base: &Path) {
-        let status = std::process::Command::new("rm").arg("-rf").arg(base.join("m")).status();
+        // Deeper than what `remove_dir_all` reaches with the descriptors there are.
+        let status =
+            std::process::Command::new("rm").arg("-rf").arg(base.path().join("n")).status();
         assert!(status.unwrap().success());
     }
 }

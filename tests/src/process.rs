@@ -6,7 +6,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -270,7 +270,16 @@ pub fn request(url: &str, method: &str, body: Option<Value>) -> Result<Value, St
         .header("content-type", "application/json")
         .body(text)
         .unwrap();
-    let mut answer = agent.run(request).map_err(|error| format!("{method} {url}: {error}"))?;
+    // A process that is stopped and goes on has its socket calls interrupted
+    // (signal(7)); what only asks is asked again.
+    let repeatable = method == "GET" || url.ends_with("/wait");
+    let interrupted = |error: &ureq::Error| matches!(error, ureq::Error::Io(error) if error.kind() == ErrorKind::Interrupted);
+    let mut answer = loop {
+        match agent.run(request.clone()) {
+            Err(error) if repeatable && interrupted(&error) => {}
+            answer => break answer.map_err(|error| format!("{method} {url}: {error}"))?,
+        }
+    };
     let text = answer.body_mut().read_to_string().map_err(|error| error.to_string())?;
     if !answer.status().is_success() {
         return Err(format!("{method} {url}: {} {text}", answer.status()));

@@ -22,6 +22,7 @@ use crate::plan::{
 use crate::read::sink::SinkError;
 use crate::read::small::{self, Item};
 use crate::session::Session;
+use crate::source::Opened;
 
 /// Journal records that one batch absorbs at most (twice, when what it reads
 /// changes meanwhile).
@@ -41,10 +42,10 @@ const ROUNDS: u32 = 3;
 const OUTSIDE_AFTER: Duration = Duration::from_millis(100);
 
 /// What a batch is made from, while it is built.
-struct Draft {
+pub(super) struct Draft {
     batch: BatchId,
-    resolve: Resolve,
-    outcomes: HashMap<ObjectId, Outcome>,
+    pub(super) resolve: Resolve,
+    pub(super) outcomes: HashMap<ObjectId, Outcome>,
     /// Everything that was dirty, to be dirty again if the batch is lost.
     input: Dirty,
     seq: Seq,
@@ -110,8 +111,12 @@ impl Engine {
     /// Draws a barrier and takes in the journal.
     fn begin(&mut self) -> Result<Draft, EngineError> {
         let barrier = self.capture.barrier()?;
+        let recalled = self.recall()?;
         let mut draft = self.draft();
+        draft.walked &= !recalled;
         draft.resolve.walking = self.gap.is_some();
+        let root = self.opener.root();
+        draft.resolve.root = (!root.by_handle()).then(|| root.id.clone());
         self.take_records(&mut draft)?;
         if self.cursor >= barrier.seq {
             draft.time = draft.time.max(barrier.time);
@@ -370,10 +375,11 @@ impl Engine {
     fn finish(&mut self, mut draft: Draft) -> Result<(), EngineError> {
         let gap = self.gap.clone();
         let floor = gap.as_ref().map_or(self.covered, |gap| gap.floor);
+        let seen = self.looked_at_all(&draft)?;
         let settings = Settings {
             now: self.clock.now(),
             floor,
-            outside_before: (gap.is_none() && draft.reached)
+            outside_before: (gap.is_none() && draft.reached && seen)
                 .then(|| draft.time.offset(-(OUTSIDE_AFTER.as_nanos() as i64))),
         };
         let root = self.opener.root().id.clone();
@@ -383,8 +389,11 @@ impl Engine {
         let placed = self.settle_placed(&mut draft, &assembly);
         self.release_holds(&draft, &assembly.holds, &placed);
         let walking = gap.is_some();
+        self.astray.merge(std::mem::take(&mut draft.resolve.astray));
+        self.astray.merge(std::mem::take(&mut assembly.astray));
         // What is left for the next batch is not in the replica yet.
-        let behind = !self.dirty.is_empty() || !assembly.again.is_empty();
+        let behind =
+            !self.dirty.is_empty() || !assembly.again.is_empty() || !self.astray.is_empty();
         if behind && self.gap.is_none() {
             draft.time = self.covered;
             draft.reached = false;
@@ -412,7 +421,8 @@ impl Engine {
     /// covers what moved from the unwalked to the walked part at the last
     /// moment (trap 11).
     fn close_gap(&mut self, walked: bool) -> Result<Option<Gap>, EngineError> {
-        let closing = self.gap.clone().filter(|_| walked && self.dirty.is_empty());
+        let through = walked && self.dirty.is_empty() && self.astray.is_empty();
+        let closing = self.gap.clone().filter(|_| through);
         let Some(gap) = closing else { return Ok(None) };
         let Some(reason) = &gap.again else {
             self.gap = None;
@@ -459,7 +469,15 @@ impl Engine {
     /// or in an event that is still to come.
     fn renew_attributes(&self, object: &ObjectId, need: &Need, file: &mut ReadyFile) {
         let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
-        let Ok(Some(fd)) = self.opener.open(object, need.hint.as_ref(), flags) else { return };
+        let fd = match self.opener.open(object, need.hint.as_ref(), flags) {
+            Ok(Opened::Here(fd)) => fd,
+            Ok(Opened::Away) => {
+                // Nobody has looked at them, so it is read once more.
+                file.moving = true;
+                return;
+            }
+            Ok(Opened::Gone) | Err(_) => return,
+        };
         let Ok(stat) = replicator_common::sys::stat::of_fd(&fd) else { return };
         let Ok(state) = small::state_of(fd.as_fd(), &stat) else { return };
         let old = &mut file.known;

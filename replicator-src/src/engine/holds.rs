@@ -14,7 +14,7 @@ use replicator_common::wire::DataFrame;
 use super::{Engine, EngineError, Event};
 use crate::index::{Content, Known, View};
 use crate::journal::Record;
-use crate::plan::{Hold, HoldReason, Listing};
+use crate::plan::{Hold, HoldReason, Listing, Lookup, Tree};
 use crate::read::lane::{Done, Job, LaneError};
 use crate::watcher::What;
 
@@ -22,6 +22,10 @@ use crate::watcher::What;
 const TRANSFERS: usize = 2;
 /// When what could not be read is tried again.
 const RETRY: Duration = Duration::from_secs(5);
+/// When a transfer of what was not found where it was believed is begun again.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+/// When a file that has arrived and is not placed is looked for again.
+const PLACE: Duration = Duration::from_secs(1);
 /// A file that keeps changing is read again no sooner than this many times
 /// as long as the last reading took: so it costs a bounded share of a core.
 const PATIENCE: u32 = 4;
@@ -69,6 +73,11 @@ impl Transfer {
         matches!(self, Self::Running { .. } | Self::Ready { arrived: false, .. })
     }
 
+    /// Whether it is complete at the destination.
+    fn has_arrived(&self) -> bool {
+        matches!(self, Self::Ready { arrived: true, .. })
+    }
+
     /// Its number, once it has begun.
     pub(super) fn number(&self) -> Option<TransferId> {
         match self {
@@ -95,6 +104,7 @@ impl Engine {
         self.holds
             .values()
             .filter(|held| match held.hold.reason {
+                HoldReason::Large { .. } if self.may_be_astray(held) => true,
                 HoldReason::Large { .. } => transfers && matches!(held.transfer, Transfer::Waiting),
                 HoldReason::Unreadable { .. } => true,
             })
@@ -158,16 +168,23 @@ impl Engine {
             .holds
             .iter()
             .filter(|(_, held)| {
-                matches!(held.hold.reason, HoldReason::Unreadable { .. }) && held.due <= now
+                let unreadable = matches!(held.hold.reason, HoldReason::Unreadable { .. });
+                (unreadable || self.may_be_astray(held)) && held.due <= now
             })
             .map(|(object, _)| object.clone())
             .collect();
         for object in due {
             self.redo_hold(&object);
             if let Some(held) = self.holds.get_mut(&object) {
-                held.due = now + RETRY;
+                held.due = now + if held.transfer.has_arrived() { PLACE } else { RETRY };
             }
         }
+    }
+
+    /// Whether a file has arrived, and may wait because one of its entries could
+    /// not be looked at when it did. By handle, all of them are.
+    fn may_be_astray(&self, held: &Held) -> bool {
+        held.transfer.has_arrived() && !self.opener.root().by_handle()
     }
 
     /// Marks all that waits for an object dirty.
@@ -213,7 +230,8 @@ impl Engine {
         let resembles = if whole || known.is_some() { None } else { self.resembling(&entries)? };
         let number = self.next_transfer;
         self.next_transfer = number.next();
-        let hint = entries.first().cloned().or_else(|| known.as_ref()?.entry.clone());
+        let hint = self.leading_to(&object, &entries)?;
+        let hint = hint.or_else(|| known.as_ref()?.entry.clone());
         let basis = match &known {
             Some(_) if whole => None,
             Some(_) => Some(object.clone()),
@@ -242,6 +260,25 @@ impl Engine {
             let _ = post.send(Event::Transfer(Box::new(job), result));
         });
         Ok(())
+    }
+
+    /// One of the entries that leads to the object now, where names are all
+    /// that does.
+    fn leading_to(
+        &mut self,
+        object: &ObjectId,
+        entries: &[(ObjectId, Name)],
+    ) -> Result<Option<(ObjectId, Name)>, EngineError> {
+        if self.opener.root().by_handle() {
+            return Ok(entries.first().cloned());
+        }
+        for (directory, name) in entries {
+            let found = self.tree.lookup(directory, name)?;
+            if matches!(found, Lookup::Found(seen) if seen.object == *object) {
+                return Ok(Some((directory.clone(), name.clone())));
+            }
+        }
+        Ok(None)
     }
 
     pub(super) fn next_list(&mut self) -> Result<u64, EngineError> {
@@ -349,6 +386,15 @@ impl Engine {
                 self.redo_hold(&job.object);
                 self.holds.remove(&job.object);
                 return Ok(());
+            }
+            Done::Away => {
+                // Looking again at what is known of it shows where it is, or
+                // that it is not in the source any more.
+                held.transfer = Transfer::Waiting;
+                held.due = Instant::now() + LOOK_AGAIN;
+                if !self.is_worth_looking_for(&job.object)? {
+                    return Ok(());
+                }
             }
             Done::Small => {
                 // The next batch reads it; a lane must not be quicker.

@@ -15,6 +15,7 @@
 //! - `reconcile`: a replica that was not empty.
 //! - [`state`]: what the loop shares with those who ask.
 
+mod astray;
 mod build;
 mod holds;
 mod peer;
@@ -91,6 +92,8 @@ pub enum Command {
     /// Ask the destination to fail over, and answer with what it says within
     /// this time. After it, replication goes on.
     Delete(FailoverReply, Duration),
+    /// Bring status up to date, and say when it is.
+    Refresh(Sender<()>),
     /// End the loop.
     Stop,
 }
@@ -196,6 +199,8 @@ pub struct Engine {
     session: Option<Session>,
     /// What is dirty and not in a batch yet.
     dirty: Dirty,
+    /// What is dirty and could not be found (see [`astray`]).
+    astray: Dirty,
     /// The journal is absorbed up to here.
     cursor: Seq,
     /// Records up to here are of a process before this.
@@ -293,6 +298,7 @@ impl Engine {
             shared: parts.shared,
             session: None,
             dirty: Dirty::default(),
+            astray: Dirty::default(),
             covered: claimed,
             seen: Timestamp::NEVER,
             gap: None,
@@ -334,6 +340,7 @@ impl Engine {
 
     /// The loop. Returns when it is told to stop.
     pub fn run(mut self) -> Result<(), EngineError> {
+        self.refresh();
         while !self.stopping {
             if let Some(event) = self.wait() {
                 self.apply(event)?;
@@ -373,7 +380,8 @@ impl Engine {
         // heartbeat's time comes and goes without anything to do.
         let idle = !self.is_ready() || !self.in_flight.is_empty();
         let pulse = if idle { REFRESH } else { heartbeat.min(REFRESH) };
-        self.next_hold().map_or(pulse, |due| pulse.min(due)).max(Duration::from_millis(1))
+        let waiting = self.next_hold().into_iter().chain(self.next_recall());
+        waiting.fold(pulse, Duration::min).max(Duration::from_millis(1))
     }
 
     fn apply(&mut self, event: Event) -> Result<(), EngineError> {
@@ -387,6 +395,12 @@ impl Engine {
             Event::Command(Command::Rescan(reason)) => self.open_gap(reason),
             Event::Command(Command::Delete(reply, patience)) => {
                 self.ask_failover(reply, patience);
+                Ok(())
+            }
+            Event::Command(Command::Refresh(reply)) => {
+                self.refresh();
+                // Whoever asked may have given up waiting.
+                let _ = reply.send(());
                 Ok(())
             }
             Event::Command(Command::Stop) => {
@@ -418,7 +432,8 @@ impl Engine {
     }
 
     fn may_build(&self) -> bool {
-        self.is_ready() && (!self.dirty.is_empty() || self.walk_ended() || self.heartbeat_due())
+        let due = !self.dirty.is_empty() || self.walk_ended() || self.recall_due();
+        self.is_ready() && (due || self.heartbeat_due())
     }
 
     /// Whether a batch could be built, if there is reason to.
@@ -432,7 +447,7 @@ impl Engine {
 
     /// The walk is through; one more batch closes the gap.
     fn walk_ended(&self) -> bool {
-        self.gap.is_some() && self.in_flight.is_empty()
+        self.gap.is_some() && self.in_flight.is_empty() && self.astray.is_empty()
     }
 
     fn heartbeat_due(&self) -> bool {

@@ -77,6 +77,7 @@ impl Engine {
         self.reset_transfers();
         self.holds.clear();
         self.dirty = Default::default();
+        self.astray = Default::default();
         self.reconcile = None;
         self.covered = Timestamp::NEVER;
         self.seen = Timestamp::NEVER;
@@ -206,6 +207,7 @@ impl Engine {
                 counters.exact_batches += u64::from(done.exact);
             });
             for object in &done.dropped {
+                self.opener.forget(object);
                 // It may have come back meanwhile.
                 if self.members.knows(object)
                     && !self.holds.contains_key(object)

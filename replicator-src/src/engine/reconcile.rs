@@ -31,6 +31,7 @@ use crate::index::{Content, Delta, EntryChange, Known, View};
 use crate::plan::{Lookup, Seen, Tree};
 use crate::read::{lane, small};
 use crate::session::Session;
+use crate::source::Opened;
 
 /// Adoptions in one batch.
 const BATCH: usize = 4096;
@@ -200,7 +201,10 @@ impl Engine {
             InventoryContent::Symlink(target) => {
                 let hint = (directory.clone(), item.name.clone());
                 let flags = OFlags::PATH | OFlags::CLOEXEC;
-                let fd = self.opener.open(&seen.object, Some(&hint), flags).ok().flatten();
+                let fd = match self.opener.open(&seen.object, Some(&hint), flags) {
+                    Ok(Opened::Here(fd)) => Some(fd),
+                    Ok(Opened::Gone | Opened::Away) | Err(_) => None,
+                };
                 let found = fd.and_then(|fd| rustix::fs::readlinkat(fd, "", Vec::new()).ok());
                 found.is_some_and(|found| found.as_bytes() == target.as_slice())
             }

@@ -23,11 +23,7 @@ impl Engine {
     /// Refreshes status, and tells the destination, when it is time to.
     pub(super) fn publish(&mut self) {
         if self.last_refresh.elapsed() >= REFRESH {
-            self.last_refresh = Instant::now();
-            let facts = self.facts();
-            metrics::gauge!("replicator_source_backlog_records").set(facts.backlog as f64);
-            metrics::gauge!("replicator_source_lag_seconds").set(facts.lag.applied);
-            self.shared.refresh(facts);
+            self.refresh();
         }
         if self.last_report.elapsed() >= REPORT
             && let Some(session) = &self.session
@@ -39,6 +35,15 @@ impl Engine {
             // The link tells when the session has ended.
             let _ = session.send(&SourceMessage::Report(report));
         }
+    }
+
+    /// Brings status up to date.
+    pub(super) fn refresh(&mut self) {
+        self.last_refresh = Instant::now();
+        let facts = self.facts();
+        metrics::gauge!("replicator_source_backlog_records").set(facts.backlog as f64);
+        metrics::gauge!("replicator_source_lag_seconds").set(facts.lag.applied);
+        self.shared.refresh(facts);
     }
 
     fn facts(&self) -> Facts {
@@ -78,7 +83,8 @@ impl Engine {
     /// of barriers: what is covered by none younger waits at least since then.
     fn lag(&self) -> StageLag {
         let now = self.clock.now();
-        let waiting = self.cursor < self.journal.last() || !self.dirty.is_empty();
+        let dirty = !self.dirty.is_empty() || !self.astray.is_empty();
+        let waiting = self.cursor < self.journal.last() || dirty;
         let age = |since: Timestamp| now.since(since).as_secs_f64();
         let oldest = |pending: bool| match self.in_flight.iter().find(|b| !(pending && b.durable)) {
             Some(batch) => batch.committed_at.elapsed().as_secs_f64(),

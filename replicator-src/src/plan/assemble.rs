@@ -15,11 +15,13 @@ use replicator_common::time::Timestamp;
 use replicator_common::wire::{ContentSource, Op};
 
 use super::PlanError;
+use super::dirty::Dirty;
 use super::resolve::{Binding, Resolve};
 use super::tree::{Fate, Tree};
 use crate::index::overlay::entries_of;
 use crate::index::store::dead_list;
 use crate::index::{Delta, EntryChange, Known, Orphan, View};
+use crate::watcher::What;
 
 /// What reading an object gave.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +47,9 @@ pub enum Outcome {
     /// It went away before it could be read; entries that lead to it are
     /// looked at again.
     Gone,
+    /// It is not where names led to, which does not say that it is gone. It
+    /// stays dirty.
+    Away,
     /// It cannot be read now.
     Unreadable {
         /// What the system said.
@@ -106,6 +111,8 @@ pub struct Assembly {
     pub holds: BTreeMap<ObjectId, Hold>,
     /// Entries to look at again in the next batch.
     pub again: BTreeSet<(ObjectId, Name)>,
+    /// Entries and objects whose objects were not where they were believed to be.
+    pub astray: Dirty,
     /// Orphans are left after this batch.
     pub orphans: usize,
     /// Directories that this batch makes orphans: no walk reaches them from the
@@ -253,6 +260,11 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         let reason = match self.outcomes.get(object) {
             Some(Outcome::Large { size }) => HoldReason::Large { size: *size },
             Some(Outcome::Unreadable { error }) => HoldReason::Unreadable { error: error.clone() },
+            Some(Outcome::Away) => {
+                let (directory, name) = place.clone();
+                self.out.astray.entry(directory, name, What::default());
+                return;
+            }
             Some(Outcome::Gone | Outcome::Ship { .. } | Outcome::Same { .. }) | None => {
                 self.out.again.insert(place.clone());
                 return;
@@ -490,6 +502,14 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             (Some(Outcome::Unreadable { error }), Some(old)) => {
                 let reason = HoldReason::Unreadable { error: error.clone() };
                 self.hold_content(&object, reason);
+                old.clone()
+            }
+            (Some(Outcome::Away), Some(old)) => {
+                // Without a name it is an orphan: seen again, it is read whole.
+                if !links.is_empty() || object == *self.root {
+                    let content = self.resolve.wants_content(&object);
+                    self.out.astray.object(object.clone(), What { content, attributes: true });
+                }
                 old.clone()
             }
             (_, Some(old)) => old.clone(),

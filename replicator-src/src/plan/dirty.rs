@@ -76,6 +76,13 @@ impl Dirty {
         join(self.objects.entry(object).or_default(), what);
     }
 
+    /// Marks a directory to be listed, unless it is marked so already.
+    pub fn listing(&mut self, listing: Listing) {
+        if !self.listings.contains(&listing) {
+            self.listings.push_back(listing);
+        }
+    }
+
     /// Marks all that `other` marks.
     pub fn merge(&mut self, other: Self) {
         for ((directory, name), what) in other.entries {

@@ -9,10 +9,13 @@
 //! 4. [`mod@assemble`] closes the batch over references and makes its operations
 //!    and its index delta.
 //!
+//! [`mod@recall`] brings back what could not be found.
+//!
 //! [`View`]: crate::index::View
 
 pub mod assemble;
 pub mod dirty;
+pub mod recall;
 pub mod resolve;
 #[cfg(test)]
 mod tests;
@@ -20,8 +23,9 @@ pub mod tree;
 
 pub use assemble::{Assembly, Hold, HoldReason, Outcome, Settings, assemble};
 pub use dirty::{Dirty, Listing};
+pub use recall::recall;
 pub use resolve::{Binding, Need, Resolve};
-pub use tree::{Fate, Lookup, Seen, Skip, Tree};
+pub use tree::{Fate, Listed, Lookup, Seen, Skip, Tree};
 
 /// Why planning could not go on.
 #[derive(Debug, thiserror::Error)]

@@ -8,7 +8,8 @@ use replicator_common::object::Kind;
 
 use super::PlanError;
 use super::dirty::{Dirty, Listing};
-use super::tree::{Lookup, Seen, Skip, Tree};
+use super::recall::way;
+use super::tree::{Listed, Lookup, Seen, Skip, Tree};
 use crate::index::{Known, View};
 use crate::journal::Record;
 use crate::watcher::What;
@@ -51,6 +52,10 @@ pub struct Resolve {
     pub fresh: HashSet<ObjectId>,
     /// Directories that were listed.
     pub listed: HashSet<ObjectId>,
+    /// The root, where only names lead to objects. Then what is below an orphan
+    /// is out of sight as the orphan is, and is looked at whole when it moves
+    /// out of it.
+    pub root: Option<ObjectId>,
     /// A walk is under way: directories that moved meanwhile are walked where
     /// they are found, for they may have left the part still to be walked for
     /// the part that was (trap 11).
@@ -64,6 +69,12 @@ pub struct Resolve {
     pub equal: (u64, u64),
     /// Entries that cannot be looked at, with the error.
     pub unreadable: Vec<((ObjectId, Name), String)>,
+    /// What could not be looked at because its directory was not where it was
+    /// believed to be.
+    ///
+    /// INVARIANT: it stays dirty until the directory is found, or until the
+    /// index says that it left the source.
+    pub astray: Dirty,
     /// Sizes counted into `bytes`, to count each object once.
     counted: HashMap<ObjectId, u64>,
 }
@@ -92,10 +103,17 @@ impl Resolve {
         view: &V,
         tree: &mut T,
     ) -> Result<(), PlanError<V::Error, T::Error>> {
+        // What came back from outside is walked, too, and what leaves it before
+        // its turn was not compared yet.
+        self.walking |= dirty.listings.iter().any(|listing| listing.deep);
         let mut work = Work { state: self, view, tree, large: budget.large };
         let objects = std::mem::take(&mut dirty.objects);
         let entries = std::mem::take(&mut dirty.entries);
         for ((directory, name), what) in entries {
+            work.entry(&directory, &name, Look::Event(what), &mut dirty.listings)?;
+        }
+        // Where their directories stand may have been seen just now.
+        for ((directory, name), what) in std::mem::take(&mut work.state.astray.entries) {
             work.entry(&directory, &name, Look::Event(what), &mut dirty.listings)?;
         }
         for (object, what) in objects {
@@ -205,8 +223,17 @@ impl<V: View, T: Tree> Work<'_, V, T> {
                 self.state.unreadable.push((place, error));
                 return Ok(());
             }
+            Lookup::Away => {
+                self.away(place, look, fresh);
+                return Ok(());
+            }
             Lookup::Found(seen) => {
                 let object = seen.object.clone();
+                // Whatever the look, what events told of is read, from here.
+                let told = match look {
+                    Look::Event(what) => what,
+                    Look::Rescan | Look::Force => What::default(),
+                };
                 let look = match look {
                     _ if fresh => Look::Force,
                     // What moved may have left the part still to be walked, so
@@ -222,7 +249,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
                 if moved && self.state.walking && self.is_known_directory(&object)? {
                     listings.push_front(Listing::new(object.clone(), true));
                 }
-                self.seen(seen, place.clone(), look, listings)?;
+                self.seen(seen, place.clone(), look, told, listings)?;
                 (Some(object), None)
             }
         };
@@ -248,24 +275,37 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         Ok(())
     }
 
+    /// An entry cannot be looked at now, for nobody knows where its directory
+    /// is. What a listing asked for is asked for by a listing again: it is more
+    /// than the entry.
+    fn away(&mut self, (directory, name): (ObjectId, Name), look: Look, fresh: bool) {
+        match look {
+            Look::Event(what) if !fresh => self.state.astray.entry(directory, name, what),
+            _ => self.state.astray.listing(Listing::new(directory, true)),
+        }
+    }
+
     /// An object was seen under a name.
     fn seen(
         &mut self,
         seen: Seen,
         place: (ObjectId, Name),
         look: Look,
+        told: What,
         listings: &mut VecDeque<Listing>,
     ) -> Result<(), PlanError<V::Error, T::Error>> {
         let kind = seen.stat.kind;
         let known = self.view.object(&seen.object).map_err(PlanError::Index)?;
         // An orphan that comes back was out of sight meanwhile (trap 3).
         let orphan = known.as_ref().is_some_and(|known| known.entry.is_none());
-        let look = if orphan { Look::Force } else { look };
+        let unseen = orphan || known.is_some() && self.was_below_orphan(&seen.object, &place)?;
+        let look = if unseen { Look::Force } else { look };
         let (new, content, attributes) = match &known {
             None => (true, true, true),
             Some(known) => {
                 let (content, attributes) = differs(known, &seen, look);
-                (false, content, attributes)
+                let told_content = told.content && kind == Kind::File;
+                (false, content || told_content, attributes || told.attributes)
             }
         };
         if kind == Kind::Directory
@@ -284,6 +324,19 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             self.state.need(seen.object, need);
         }
         Ok(())
+    }
+
+    /// Whether an object came out of an orphan (see [`Resolve::root`]).
+    fn was_below_orphan(
+        &self,
+        object: &ObjectId,
+        place: &(ObjectId, Name),
+    ) -> Result<bool, Failure<V, T>> {
+        let Some(root) = &self.state.root else { return Ok(false) };
+        if self.known_entry(&place.0, &place.1)?.as_ref() == Some(object) {
+            return Ok(false);
+        }
+        Ok(way(self.view, root, object).map_err(PlanError::Index)?.is_none())
     }
 
     fn count(&mut self, object: &ObjectId, size: u64) {
@@ -338,9 +391,16 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         let names = match &listing.rest {
             Some(rest) => rest.clone(),
             None => match self.names(directory, fresh)? {
-                Some(names) => names,
-                // It went away; the entry that led here is dirty because of that.
-                None => return Ok(()),
+                Listed::Names(names) => names,
+                // The entry that led here is dirty because of that.
+                Listed::Gone => return Ok(()),
+                Listed::Away => {
+                    // Of a new directory the index will know some entries by
+                    // the time it is found.
+                    let deep = listing.deep || fresh;
+                    self.state.astray.listing(Listing::new(directory.clone(), deep));
+                    return Ok(());
+                }
             },
         };
         self.state.listed.insert(directory.clone());
@@ -360,20 +420,17 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     }
 
     /// Every name of a directory, in the replica or on the source.
-    fn names(
-        &mut self,
-        directory: &ObjectId,
-        fresh: bool,
-    ) -> Result<Option<Vec<Name>>, Failure<V, T>> {
-        let Some(names) = self.tree.list(directory).map_err(PlanError::Tree)? else {
-            return Ok(None);
+    fn names(&mut self, directory: &ObjectId, fresh: bool) -> Result<Listed, Failure<V, T>> {
+        let names = match self.tree.list(directory).map_err(PlanError::Tree)? {
+            Listed::Names(names) => names,
+            none => return Ok(none),
         };
         let mut all: BTreeSet<Name> = names.into_iter().collect();
         if !fresh {
             let known = self.view.children(directory).map_err(PlanError::Index)?;
             all.extend(known.into_iter().map(|(name, _)| name));
         }
-        Ok(Some(all.into_iter().collect()))
+        Ok(Listed::Names(all.into_iter().collect()))
     }
 
     fn listed_entry(

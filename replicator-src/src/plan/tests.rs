@@ -54,11 +54,14 @@ struct World {
     next: u32,
     clock: i64,
     records: Vec<Record>,
+    /// Where directories were seen last, when only names lead to objects.
+    places: Option<BTreeMap<u32, (u32, Name)>>,
 }
 
 impl World {
     fn new() -> Self {
-        let mut world = Self { inodes: BTreeMap::new(), next: 1, clock: 0, records: Vec::new() };
+        let (inodes, records) = (BTreeMap::new(), Vec::new());
+        let mut world = Self { inodes, next: 1, clock: 0, records, places: None };
         world.make(Kind::Directory);
         world.make(Kind::Directory);
         world
@@ -195,6 +198,18 @@ impl World {
         self.collect();
     }
 
+    /// Whether an object can be opened: by handle, or under a name that leads
+    /// to it.
+    fn reaches(&self, inode: u32, hint: Option<(u32, Name)>) -> bool {
+        let Some(places) = &self.places else { return true };
+        let mut hints = hint.into_iter().chain(places.get(&inode).cloned());
+        inode == ROOT
+            || hints.any(|(directory, name)| {
+                self.inodes.get(&directory).and_then(|i| i.entries.get(&name)) == Some(&inode)
+                    && self.reaches(directory, None)
+            })
+    }
+
     fn state(&self, inode: u32) -> ObjectState {
         let i = &self.inodes[&inode];
         ObjectState {
@@ -217,9 +232,16 @@ impl Tree for World {
     type Error = Infallible;
 
     fn lookup(&mut self, directory: &ObjectId, name: &Name) -> Result<Lookup, Infallible> {
-        let Some(directory) = self.inodes.get(&inode(directory)) else { return Ok(Lookup::Absent) };
+        let above = inode(directory);
+        if !self.reaches(above, None) {
+            return Ok(Lookup::Away);
+        }
+        let Some(directory) = self.inodes.get(&above) else { return Ok(Lookup::Absent) };
         let Some(n) = directory.entries.get(name) else { return Ok(Lookup::Absent) };
         let i = &self.inodes[n];
+        if let (Kind::Directory, Some(places)) = (i.kind, &mut self.places) {
+            places.insert(*n, (above, name.clone()));
+        }
         let stat = Stat {
             kind: i.kind,
             mode: 0,
@@ -239,13 +261,18 @@ impl Tree for World {
         Ok(Lookup::Found(Seen { object: id(*n), stat }))
     }
 
-    fn list(&mut self, directory: &ObjectId) -> Result<Option<Vec<Name>>, Infallible> {
-        let directory = self.inodes.get(&inode(directory));
-        Ok(directory.map(|i| i.entries.keys().cloned().collect()))
+    fn list(&mut self, directory: &ObjectId) -> Result<Listed, Infallible> {
+        let n = inode(directory);
+        Ok(match self.inodes.get(&n) {
+            _ if !self.reaches(n, None) => Listed::Away,
+            Some(i) => Listed::Names(i.entries.keys().cloned().collect()),
+            None => Listed::Gone,
+        })
     }
 
     fn fate(&mut self, object: &ObjectId) -> Result<Fate, Infallible> {
-        let alive = self.inodes.contains_key(&inode(object));
+        // Of what is not found by name, nobody knows whether it lives.
+        let alive = self.inodes.contains_key(&inode(object)) || self.places.is_some();
         Ok(if alive { Fate::Alive } else { Fate::Dead })
     }
 }
@@ -383,6 +410,7 @@ struct Run {
     index: Map,
     replica: Replica,
     dirty: Dirty,
+    astray: Dirty,
     cursor: usize,
     batch: u64,
     held: Vec<(ObjectId, Hold)>,
@@ -420,9 +448,14 @@ impl Run {
     ) {
         self.batch += 1;
         self.release();
-        let quiet = self.dirty.listings.is_empty() && self.cursor == self.world.records.len();
+        let quiet = self.dirty.listings.is_empty()
+            && self.astray.is_empty()
+            && self.cursor == self.world.records.len();
+        let astray = std::mem::take(&mut self.astray);
+        self.dirty.merge(recall(astray, &id(ROOT), &self.index, &mut self.world).unwrap());
         let mut resolve = Resolve::default();
         resolve.walking = self.walking;
+        resolve.root = self.world.places.is_some().then(|| id(ROOT));
         if !self.index.objects.contains_key(&id(ROOT)) {
             resolve.begin_at(&id(ROOT));
         }
@@ -440,6 +473,8 @@ impl Run {
             contents.extend(fresh);
         }
         between[half..].iter().for_each(|action| self.world.act(*action));
+        let away = outcomes.values().any(|outcome| *outcome == Outcome::Away);
+        let settled = settled && !away && resolve.astray.is_empty() && self.dirty.is_empty();
         let settings = Settings {
             now: Timestamp(self.world.clock),
             floor: Timestamp::NEVER,
@@ -458,8 +493,10 @@ impl Run {
             let orphaned = out.orphaned.into_iter().map(|orphan| Listing::new(orphan, true));
             self.dirty.listings.extend(orphaned);
         }
+        self.astray = resolve.astray;
+        self.astray.merge(out.astray);
         self.held = out.holds.into_iter().collect();
-        self.walking &= !(quiet && self.dirty.is_empty());
+        self.walking &= !(quiet && self.dirty.is_empty() && self.astray.is_empty());
     }
 
     fn read(
@@ -471,6 +508,11 @@ impl Run {
         let mut contents = HashMap::new();
         for (object, need) in resolve.take_needs() {
             let n = inode(&object);
+            let hint = need.hint.as_ref().map(|(directory, name)| (inode(directory), name.clone()));
+            if !self.world.reaches(n, hint) {
+                outcomes.insert(object, Outcome::Away);
+                continue;
+            }
             let Some(i) = self.world.inodes.get(&n) else {
                 outcomes.insert(object, Outcome::Gone);
                 continue;
@@ -504,7 +546,7 @@ impl Run {
 
     /// Everything has happened: a few batches later the replica is the source.
     fn finish(&mut self) {
-        for _ in 0..8 {
+        for _ in 0..12 {
             self.absorb(usize::MAX - self.cursor);
             let settled = !self.walking;
             self.batch(&[], 1000, 0, settled, false);
@@ -569,8 +611,10 @@ proptest! {
     fn whatever_happens_the_replica_becomes_the_source(
         before in prop::collection::vec(any::<Action>(), 0..30),
         steps in prop::collection::vec(step(), 0..8),
+        by_name in any::<bool>(),
     ) {
         let mut world = World::new();
+        world.places = by_name.then(BTreeMap::new);
         before.iter().for_each(|action| world.act(*action));
         // What happened before the first look has no records.
         world.records.clear();
@@ -579,6 +623,7 @@ proptest! {
             index: Map::default(),
             replica: Replica::default(),
             dirty: Dirty::default(),
+            astray: Dirty::default(),
             cursor: 0,
             batch: 0,
             held: Vec::new(),
@@ -591,6 +636,7 @@ proptest! {
                 // Records are lost; a walk follows.
                 run.cursor = run.world.records.len();
                 run.dirty = Dirty::default();
+                run.astray = Dirty::default();
                 run.held.clear();
                 run.walking = true;
                 run.dirty.listings.push_back(Listing::new(id(ROOT), true));

@@ -15,6 +15,20 @@ pub enum Lookup {
     Found(Seen),
     /// It cannot be looked at, with what the system said.
     Unreadable(String),
+    /// The directory is not where it was believed to be. Where only names lead
+    /// to objects, that says nothing of what it holds, nor that it is gone.
+    Away,
+}
+
+/// The names in a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listed {
+    /// All of them.
+    Names(Vec<Name>),
+    /// The directory is gone, or cannot be read, which the tree remembers.
+    Gone,
+    /// See [`Lookup::Away`].
+    Away,
 }
 
 /// Why something does not replicate.
@@ -57,9 +71,11 @@ pub trait Tree {
 
     /// What stands under `name` in `directory`.
     fn lookup(&mut self, directory: &ObjectId, name: &Name) -> Result<Lookup, Self::Error>;
-    /// All names of a directory; `None` when it is gone. Tells the watcher
-    /// about the directory before it reads it.
-    fn list(&mut self, directory: &ObjectId) -> Result<Option<Vec<Name>>, Self::Error>;
+    /// All names of a directory. Tells the watcher about the directory before
+    /// it reads it.
+    fn list(&mut self, directory: &ObjectId) -> Result<Listed, Self::Error>;
+    /// Where a directory should stand that could not be looked at there.
+    fn suppose(&mut self, _object: &ObjectId, _directory: &ObjectId, _name: &Name) {}
     /// What became of an object.
     fn fate(&mut self, object: &ObjectId) -> Result<Fate, Self::Error>;
 }

@@ -23,7 +23,7 @@ use super::sink::{Sink, SinkError};
 use super::small::{read_full, state_of};
 use crate::clock::Clock;
 use crate::index::{Content, IndexError, Known, Store};
-use crate::source::Opener;
+use crate::source::{Opened, Opener};
 
 /// Stands for the bytes of a hole in chunk lists.
 const HOLE: Hash = Hash([0; 32]);
@@ -76,6 +76,8 @@ pub enum Done {
     },
     /// The object is gone.
     Gone,
+    /// It is not where it was believed to be.
+    Away,
     /// It is small now.
     Small,
     /// It cannot be read.
@@ -135,8 +137,10 @@ fn abort(sink: &Sink, job: &Job) -> Result<(), SinkError> {
 }
 
 fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Done, LaneError> {
-    let Some(fd) = opener.open_content(&job.object, job.hint.as_ref())? else {
-        return Ok(Done::Gone);
+    let fd = match opener.open_content(&job.object, job.hint.as_ref())? {
+        Opened::Here(fd) => fd,
+        Opened::Gone => return Ok(Done::Gone),
+        Opened::Away => return Ok(Done::Away),
     };
     let fd = fd.as_fd();
     let started = job.clock.now();

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use super::extents;
 use crate::index::{Content, Known};
 use crate::plan::{Need, Outcome};
-use crate::source::Opener;
+use crate::source::{Opened, Opener};
 
 /// How often a file that changes while it is read is read again at once. After
 /// that what was read is taken; the event of the change makes it dirty again.
@@ -64,7 +64,11 @@ fn try_read(opener: &Opener, item: &Item, batch: BatchId, version: u32) -> Resul
     } else {
         opener.open(&item.object, hint, OFlags::PATH | OFlags::CLOEXEC)?
     };
-    let Some(fd) = fd else { return Ok(Outcome::Gone.into()) };
+    let fd = match fd {
+        Opened::Here(fd) => fd,
+        Opened::Gone => return Ok(Outcome::Gone.into()),
+        Opened::Away => return Ok(Outcome::Away.into()),
+    };
     if let (Kind::File, false, Some(known)) = (item.need.kind, item.need.content, &item.known) {
         let now = stat::of_fd(&fd)?;
         if now.size != known.state.size || now.mtime != known.state.attributes.mtime {

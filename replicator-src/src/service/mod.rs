@@ -344,7 +344,10 @@ impl Control for SourceService {
         let asked = replication.shared().clock().now();
         replication.nudge_for_wait();
         match replication.shared().wait(asked, timeout) {
-            Some(Ok(watermark)) => Ok(watermark),
+            Some(Ok(watermark)) => {
+                replication.refresh();
+                Ok(watermark)
+            }
             Some(Err(reason)) => Err(ControlError::Conflict(reason)),
             None => Err(ControlError::TimedOut(format!(
                 "after {:.1} s the replica is complete up to {} only{}",

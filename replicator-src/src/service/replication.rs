@@ -40,6 +40,8 @@ const FORMAT: Format = Format { name: "source-replication", version: 1 };
 const READERS: usize = 4;
 /// Threads that send large files.
 const LANES: usize = 1;
+/// How long a waiter is kept for status to be brought up to date.
+const REFRESH: Duration = Duration::from_secs(1);
 /// How much longer than the engine we wait for the engine's answer.
 const ANSWER: Duration = Duration::from_secs(5);
 /// Paths that a failover report names.
@@ -328,6 +330,15 @@ impl Replication {
         let scan =
             self.shared.report().watcher.kind == replicator_common::status::WatcherKind::Scan;
         self.post(if scan { Command::Rescan("asked to wait".to_owned()) } else { Command::Nudge });
+    }
+
+    /// Has status brought up to date, so that what a waiter asks for next is of
+    /// the moment that it waited for.
+    pub(super) fn refresh(&self) {
+        let (reply, done) = crossbeam_channel::bounded(1);
+        self.post(Command::Refresh(reply));
+        // An engine that has ended, or is busy for long, leaves it as it was.
+        let _ = done.recv_timeout(REFRESH);
     }
 
     fn post(&self, command: Command) {

@@ -10,6 +10,7 @@ fn replicated(world: World) -> Run {
         index: Map::default(),
         replica: Replica::default(),
         dirty: Dirty::default(),
+        astray: Dirty::default(),
         cursor: 0,
         batch: 0,
         held: Vec::new(),
