@@ -1,28 +1,22 @@
 //! How a batch comes about: barrier, absorb, resolve, read, look again,
 //! assemble, make durable, commit.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::os::fd::AsFd;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
-use replicator_common::id::{BatchId, ObjectId, Seq};
-use replicator_common::name::Name;
-use replicator_common::object::{Attributes, Kind};
+use replicator_common::id::{BatchId, ObjectId, Seq, TransferId};
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{BatchHeader, ContentSource, Op, PLAN_OPS_MAX, SourceMessage};
 
+use super::commit::dropped_by;
 use super::holds::{ReadyFile, Transfer};
-use super::{Engine, EngineError, Gap, InFlight, ended};
-use crate::index::{Content, Delta, Mark, View};
+use super::{Engine, EngineError, Gap, ended};
+use crate::index::View;
 use crate::journal::Record;
 use crate::plan::resolve::Budget;
-use crate::plan::{
-    Assembly, Dirty, HoldReason, Listing, Need, Outcome, Resolve, Settings, assemble,
-};
+use crate::plan::{Dirty, Listing, Need, Outcome, Resolve, Settings, assemble};
 use crate::read::sink::SinkError;
-use crate::read::small::{self, Item};
+use crate::read::small::Item;
 use crate::session::Session;
-use crate::source::Opened;
 
 /// Journal records that one batch absorbs at most (twice, when what it reads
 /// changes meanwhile).
@@ -43,48 +37,32 @@ const OUTSIDE_AFTER: Duration = Duration::from_millis(100);
 
 /// What a batch is made from, while it is built.
 pub(super) struct Draft {
-    batch: BatchId,
+    pub(super) batch: BatchId,
     pub(super) resolve: Resolve,
     pub(super) outcomes: HashMap<ObjectId, Outcome>,
     /// Everything that was dirty, to be dirty again if the batch is lost.
-    input: Dirty,
-    seq: Seq,
+    pub(super) input: Dirty,
+    pub(super) seq: Seq,
     /// Every change before this moment was absorbed.
-    time: Timestamp,
+    pub(super) time: Timestamp,
     /// The barrier's moment could be taken over (else it was not reached).
-    reached: bool,
-    version: u32,
-    packed: u64,
+    pub(super) reached: bool,
+    pub(super) version: u32,
+    pub(super) packed: u64,
     /// New content bytes of the large files that it places.
-    fresh: u64,
+    pub(super) fresh: u64,
     /// Large files that this batch places.
-    placed: BTreeMap<ObjectId, Placed>,
-    exact: bool,
+    pub(super) placed: BTreeMap<ObjectId, Placed>,
+    pub(super) exact: bool,
     /// The walk had ended, and every event of its time was absorbed, before
     /// this batch began.
-    walked: bool,
+    pub(super) walked: bool,
 }
 
-/// A batch ready to be committed.
-pub(super) struct Ready {
-    pub(super) ops: Vec<Op>,
-    pub(super) delta: Delta,
-    pub(super) header: BatchHeader,
-    pub(super) input: Dirty,
-    pub(super) closed: Option<Gap>,
-    pub(super) dropped: Vec<ObjectId>,
-    pub(super) progress: (u64, u64),
-    pub(super) objects: u64,
-    /// What was covered before it.
-    pub(super) covered: Timestamp,
-    /// Every change before this moment is in the replica after it.
-    pub(super) reached: Timestamp,
-}
-
-struct Placed {
-    number: replicator_common::id::TransferId,
-    file: ReadyFile,
-    took: Duration,
+pub(super) struct Placed {
+    pub(super) number: TransferId,
+    pub(super) file: ReadyFile,
+    pub(super) took: Duration,
 }
 
 impl Engine {
@@ -319,58 +297,6 @@ impl Engine {
         Ok(items)
     }
 
-    /// Uses a finished transfer for an object whose content is needed.
-    fn take_ready(
-        &mut self,
-        draft: &mut Draft,
-        object: &ObjectId,
-        need: &Need,
-    ) -> Result<bool, EngineError> {
-        if need.kind != Kind::File || !need.content {
-            return Ok(false);
-        }
-        if let Some(placed) = draft.placed.get_mut(object) {
-            // It changed after its transfer: placed as it is, and held again.
-            placed.file.moving = true;
-            return Ok(true);
-        }
-        let Some(held) = self.holds.get_mut(object) else { return Ok(false) };
-        if held.transfer.is_under_way() {
-            let size = match held.hold.reason {
-                HoldReason::Large { size } => size,
-                HoldReason::Unreadable { .. } => 0,
-            };
-            draft.outcomes.insert(object.clone(), Outcome::Large { size });
-            // An event told so, perhaps by a name that the hold does not know.
-            // A walk asks for all that differs from the index, whatever events
-            // told; then change times have to do.
-            held.touched |= self.gap.is_none();
-            return Ok(true);
-        }
-        if !matches!(held.transfer, Transfer::Ready { .. }) {
-            return Ok(false);
-        }
-        let touched = held.touched;
-        let ready = std::mem::replace(&mut held.transfer, Transfer::Waiting);
-        let Transfer::Ready { number, done, took, .. } = ready else { return Ok(false) };
-        let mut done = done;
-        done.moving |= touched;
-        self.renew_attributes(object, need, &mut done);
-        let mut known = done.known.clone();
-        let content = if number.0 == 0 {
-            ContentSource::Unchanged
-        } else {
-            known.version = draft.batch;
-            ContentSource::Transferred { transfer: number }
-        };
-        let old = self.index.object(object)?;
-        let same = number.0 == 0 && old.is_some_and(|old| old.state == known.state);
-        let outcome = if same { Outcome::Same { known } } else { Outcome::Ship { known, content } };
-        draft.outcomes.insert(object.clone(), outcome);
-        draft.placed.insert(object.clone(), Placed { number, file: *done, took });
-        Ok(true)
-    }
-
     /// Assembles, makes the delta durable, sends plan and commit.
     fn finish(&mut self, mut draft: Draft) -> Result<(), EngineError> {
         let gap = self.gap.clone();
@@ -436,306 +362,6 @@ impl Engine {
         Ok(None)
     }
 
-    /// Files placed by this batch; those that changed while they were read wait
-    /// for their next turn.
-    fn settle_placed(&mut self, draft: &mut Draft, assembly: &Assembly) -> BTreeSet<ObjectId> {
-        let mut all = BTreeSet::new();
-        for (object, placed) in std::mem::take(&mut draft.placed) {
-            all.insert(object.clone());
-            if let Some(held) = self.holds.remove(&object) {
-                self.look_at_rest(&draft.resolve, held.hold.entries);
-            }
-            let put = placed.number.0 == 0
-                || assembly
-                    .delta
-                    .objects
-                    .iter()
-                    .any(|(id, known)| *id == object && known.is_some());
-            if !put {
-                self.discard_file(placed.number, &placed.file);
-                continue;
-            }
-            draft.fresh += placed.file.fresh;
-            if placed.file.moving {
-                self.hold_again(object, &placed.file, placed.took);
-                draft.exact = false;
-            }
-        }
-        all
-    }
-
-    /// Attributes may have changed, and travelled, while content did: the file
-    /// is placed with those of now. A change of content shows in size or mtime,
-    /// or in an event that is still to come.
-    fn renew_attributes(&self, object: &ObjectId, need: &Need, file: &mut ReadyFile) {
-        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
-        let fd = match self.opener.open(object, need.hint.as_ref(), flags) {
-            Ok(Opened::Here(fd)) => fd,
-            Ok(Opened::Away) => {
-                // Nobody has looked at them, so it is read once more.
-                file.moving = true;
-                return;
-            }
-            Ok(Opened::Gone) | Err(_) => return,
-        };
-        let Ok(stat) = replicator_common::sys::stat::of_fd(&fd) else { return };
-        let Ok(state) = small::state_of(fd.as_fd(), &stat) else { return };
-        let old = &mut file.known;
-        file.moving |= stat.ctime != old.ctime;
-        old.state.attributes = Attributes { mtime: old.state.attributes.mtime, ..state.attributes };
-        old.nlink = stat.nlink;
-    }
-
-    /// Holds that were looked at and are held no more. Not those of files that
-    /// this batch `placed`: they are of what changed since.
-    fn release_holds(
-        &mut self,
-        draft: &Draft,
-        left: &BTreeMap<ObjectId, crate::plan::Hold>,
-        placed: &BTreeSet<ObjectId>,
-    ) {
-        let looked: Vec<ObjectId> = self
-            .holds
-            .iter()
-            .filter(|(object, _)| !placed.contains(*object))
-            .filter(|(object, held)| {
-                let shipped = match draft.outcomes.get(object) {
-                    // A directory waits for being listed, or for entries.
-                    Some(Outcome::Ship { known, .. } | Outcome::Same { known })
-                        if known.state.kind == Kind::Directory =>
-                    {
-                        held.hold.entries.is_empty() && draft.resolve.listed.contains(*object)
-                    }
-                    // Attributes alone are not what it waits for.
-                    Some(Outcome::Ship { content: ContentSource::Packed { .. }, .. }) => true,
-                    Some(Outcome::Ship { .. } | Outcome::Same { .. }) => {
-                        draft.resolve.wants_content(object)
-                    }
-                    Some(Outcome::Gone) => true,
-                    _ => draft.resolve.listed.contains(*object) && held.hold.entries.is_empty(),
-                };
-                let entries = &held.hold.entries;
-                let orphaned = !entries.is_empty()
-                    && entries.iter().all(|place| {
-                        draft
-                            .resolve
-                            .bindings
-                            .get(place)
-                            .is_some_and(|binding| binding.new.as_ref() != Some(object))
-                    });
-                !left.contains_key(object) && (shipped || orphaned)
-            })
-            .map(|(object, _)| object.clone())
-            .collect();
-        for object in looked {
-            let Some(held) = self.holds.remove(&object) else { continue };
-            self.look_at_rest(&draft.resolve, held.hold.entries);
-            self.discard(held.transfer);
-        }
-    }
-
-    /// Entries that waited for an object which waits no more, and that this
-    /// batch has not looked at, are looked at in the next.
-    fn look_at_rest(&mut self, resolve: &Resolve, entries: BTreeSet<(ObjectId, Name)>) {
-        for (directory, name) in entries {
-            if !resolve.bindings.contains_key(&(directory.clone(), name.clone())) {
-                self.dirty.entry(directory, name, crate::watcher::What::default());
-            }
-        }
-    }
-
-    fn retry_unreadable(
-        &mut self,
-        places: Vec<((ObjectId, replicator_common::name::Name), String)>,
-        assembly: &mut Assembly,
-    ) {
-        for (object, error) in self.tree.take_doubts() {
-            self.shared.unreadable(self.path_of(&object), &error);
-        }
-        let troubles = self.tree.take_troubles();
-        for (directory, error) in troubles {
-            self.shared.unreadable(self.path_of(&directory), &error);
-            let entries = BTreeSet::new();
-            let reason = HoldReason::Unreadable { error };
-            assembly.holds.entry(directory).or_insert(crate::plan::Hold { reason, entries });
-        }
-        for ((directory, name), error) in places {
-            let path = self.path_of_entry(&directory, &name);
-            self.shared.unreadable(path, &error);
-            let reason = HoldReason::Unreadable { error };
-            assembly
-                .holds
-                .entry(directory.clone())
-                .or_insert_with(|| crate::plan::Hold { reason, entries: BTreeSet::new() })
-                .entries
-                .insert((directory, name));
-        }
-    }
-
-    /// Counts what is passed over now: of what was looked at, and not of what
-    /// lies in directories that are `dropped`.
-    fn note_skipped(&mut self, draft: &Draft, dropped: &[ObjectId]) {
-        if !self.skipped.is_empty() {
-            for place in draft.resolve.bindings.keys() {
-                self.skipped.remove(place);
-            }
-            let dropped: HashSet<&ObjectId> = dropped.iter().collect();
-            self.skipped.retain(|(directory, _), _| !dropped.contains(directory));
-        }
-        for (place, skip) in &draft.resolve.skipped {
-            if let Some(skip) = skip {
-                self.skipped.insert(place.clone(), *skip);
-            }
-        }
-    }
-
-    fn commit(
-        &mut self,
-        draft: Draft,
-        assembly: Assembly,
-        closed: Option<Gap>,
-    ) -> Result<(), EngineError> {
-        let covered = self.covered;
-        let (header, reached) = self.header(&draft, &assembly, closed.as_ref());
-        let changed = replaced_content(&assembly.delta, draft.batch);
-        self.spoil(&changed);
-        for object in assembly.linked {
-            self.members.add_linked(object);
-        }
-        let Assembly { ops, delta, .. } = assembly;
-        let dropped = dropped_by(&delta);
-        let progress = progress_of(&delta, draft.resolve.equal);
-        let objects = ops.iter().filter(|op| matches!(op, Op::Put { .. })).count() as u64;
-        let input = draft.input;
-        self.send_batch(Ready {
-            ops,
-            delta,
-            header,
-            input,
-            closed,
-            dropped,
-            progress,
-            objects,
-            covered,
-            reached,
-        })
-    }
-
-    /// Makes a batch's delta durable, then commits it to the destination.
-    ///
-    /// INVARIANT (trap 5): the order of these two.
-    pub(super) fn send_batch(&mut self, ready: Ready) -> Result<(), EngineError> {
-        let Ready { ops, mut delta, header, input, closed, dropped, progress, .. } = ready;
-        let batch = self.next_batch;
-        let mark = Mark {
-            batch,
-            seq: header.seq,
-            watermark: (header.watermark > Timestamp::NEVER).then_some(header.watermark),
-            consistent: header.exact.or(self.totals.consistent),
-            bytes_changed: self.totals.bytes_changed + header.bytes_changed,
-            bytes_shipped: self.totals.bytes_shipped + header.bytes_shipped,
-            objects_shipped: self.totals.objects_shipped + ready.objects,
-            exact_batches: self.totals.exact_batches + u64::from(header.exact.is_some()),
-        };
-        delta.mark = mark;
-        delta.dead_lists.append(&mut self.dead_lists);
-        metrics::histogram!("replicator_source_batch_operations").record(ops.len() as f64);
-        let start = Instant::now();
-        self.index.prepare(delta)?;
-        tracing::debug!(%batch, operations = ops.len(), took = ?start.elapsed(), "prepared");
-        // From here on the destination may have it, whatever becomes of the
-        // session: the next greeting must say so.
-        self.shared.greeting_pending(batch);
-        self.totals = mark;
-        self.claimed = self.claimed.max(header.watermark);
-        self.next_batch = batch.next();
-        self.in_flight.push_back(InFlight {
-            mark,
-            input,
-            closed,
-            dropped,
-            progress,
-            committed_at: Instant::now(),
-            exact: header.exact.is_some(),
-            durable: false,
-            covered: ready.covered,
-            reached: ready.reached,
-        });
-        let sent = match &self.session {
-            Some(session) => send_plan(session, batch, ops, header),
-            None => Err(SinkError::Closed),
-        };
-        if let Err(error) = sent {
-            // The link tells of the end too; then the batch is settled.
-            tracing::debug!(reason = ended(&error), "the session ended at commit");
-        }
-        Ok(())
-    }
-
-    /// What the batch says of itself, and the internal moment that it reaches.
-    fn header(
-        &mut self,
-        draft: &Draft,
-        assembly: &Assembly,
-        closed: Option<&Gap>,
-    ) -> (BatchHeader, Timestamp) {
-        let base = match (&self.gap, closed) {
-            (Some(gap), _) => gap.floor,
-            // Where only a walk proves anything, it proves it for the moment
-            // at which it began.
-            (None, Some(gap)) if !self.capture.proves() => gap.walk_started,
-            (None, None) if !self.capture.proves() => self.covered,
-            _ => draft.time,
-        };
-        self.covered = self.covered.max(base);
-        let waiting = self.holds.values().map(|held| held.floor);
-        let orphans = self.orphan_floor(assembly);
-        let reached = waiting.chain(orphans).fold(base, Timestamp::min);
-        // When the clock was set back, the claim stays until it has passed.
-        let watermark = self.clock.wall(reached).max(self.claimed);
-        let quiet = self.holds.is_empty() && assembly.orphans == 0 && self.gap.is_none();
-        let exact =
-            (draft.exact && quiet && self.capture.proves() && closed.is_none_or(|_| draft.exact))
-                .then(|| self.clock.wall(draft.time));
-        let header = BatchHeader {
-            seq: draft.seq,
-            watermark,
-            exact,
-            packed: draft.packed,
-            ops: assembly.ops.len() as u64,
-            complete: watermark > Timestamp::NEVER,
-            bytes_changed: draft.fresh + packed_content(&assembly.delta, draft.batch),
-            // Not of this batch alone: what travels for later ones, and what
-            // was sent in vain, is counted when it is sent.
-            bytes_shipped: self.shipped().saturating_sub(self.totals.bytes_shipped),
-        };
-        (header, reached)
-    }
-
-    /// Content bytes shipped since the configuration was made.
-    fn shipped(&self) -> u64 {
-        let all = self.shipped_before + i128::from(self.wired.content());
-        u64::try_from(all).unwrap_or(0)
-    }
-
-    /// Where orphans that are left hold the watermark.
-    fn orphan_floor(&self, assembly: &Assembly) -> Option<Timestamp> {
-        if assembly.orphans == 0 {
-            return None;
-        }
-        let new = assembly.delta.orphans.iter().filter_map(|(_, orphan)| *orphan);
-        let old = self.index.orphans().unwrap_or_default();
-        let gone: BTreeSet<&ObjectId> = assembly
-            .delta
-            .orphans
-            .iter()
-            .filter(|(_, orphan)| orphan.is_none())
-            .map(|(object, _)| object)
-            .collect();
-        let old = old.iter().filter(|(object, _)| !gone.contains(object)).map(|(_, o)| *o);
-        new.chain(old).map(|orphan| orphan.floor).min()
-    }
-
     /// The session ended before the batch was committed.
     fn give_up(&mut self, draft: Draft) {
         self.dirty.merge(draft.input);
@@ -767,51 +393,4 @@ impl From<SinkError> for Broken {
     fn from(error: SinkError) -> Self {
         Self::Session(ended(&error))
     }
-}
-
-fn send_plan(
-    session: &Session,
-    batch: BatchId,
-    mut ops: Vec<Op>,
-    header: BatchHeader,
-) -> Result<(), SinkError> {
-    while !ops.is_empty() {
-        let rest = ops.split_off(ops.len().min(PLAN_OPS_MAX));
-        session.send(&SourceMessage::Plan { batch, ops })?;
-        ops = rest;
-    }
-    session.send(&SourceMessage::Commit { batch, header })
-}
-
-/// Objects that go with the batch.
-fn dropped_by(delta: &Delta) -> Vec<ObjectId> {
-    let gone = delta.objects.iter().filter(|(_, known)| known.is_none());
-    gone.map(|(object, _)| object.clone()).collect()
-}
-
-/// Objects whose content in the replica changes with the batch, or that go.
-fn replaced_content(delta: &Delta, batch: BatchId) -> BTreeSet<ObjectId> {
-    delta
-        .objects
-        .iter()
-        .filter(|(_, known)| known.as_ref().is_none_or(|known| known.version == batch))
-        .map(|(object, _)| object.clone())
-        .collect()
-}
-
-/// Content bytes of the small files whose content changes with the batch.
-fn packed_content(delta: &Delta, batch: BatchId) -> u64 {
-    let fresh = delta.objects.iter().filter_map(|(_, known)| known.as_ref());
-    fresh
-        .filter(|known| known.version == batch && matches!(known.content, Content::Whole(_)))
-        .map(|known| known.state.size)
-        .sum()
-}
-
-fn progress_of(delta: &Delta, equal: (u64, u64)) -> (u64, u64) {
-    let fresh = delta.objects.iter().filter_map(|(_, known)| known.as_ref());
-    fresh.fold(equal, |(objects, bytes), known| {
-        let size = if matches!(known.content, Content::None) { 0 } else { known.state.size };
-        (objects + 1, bytes + size)
-    })
 }

@@ -17,8 +17,10 @@
 
 mod astray;
 mod build;
+mod commit;
 mod holds;
 mod peer;
+mod placing;
 mod reconcile;
 mod report;
 pub mod state;

@@ -261,7 +261,7 @@ impl Engine {
             bytes_changed: 0,
             bytes_shipped: 0,
         };
-        self.send_batch(super::build::Ready {
+        self.send_batch(super::commit::Ready {
             ops,
             delta,
             header,

@@ -1,0 +1,228 @@
+//! What a batch places of large files and holds, and what it leaves to wait.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::os::fd::AsFd;
+
+use replicator_common::id::ObjectId;
+use replicator_common::name::Name;
+use replicator_common::object::{Attributes, Kind};
+use replicator_common::wire::ContentSource;
+
+use super::build::{Draft, Placed};
+use super::holds::{ReadyFile, Transfer};
+use super::{Engine, EngineError};
+use crate::index::View;
+use crate::plan::{Assembly, HoldReason, Need, Outcome, Resolve};
+use crate::read::small;
+use crate::source::Opened;
+
+impl Engine {
+    /// Files placed by this batch; those that changed while they were read wait
+    /// for their next turn.
+    pub(super) fn settle_placed(
+        &mut self,
+        draft: &mut Draft,
+        assembly: &Assembly,
+    ) -> BTreeSet<ObjectId> {
+        let mut all = BTreeSet::new();
+        for (object, placed) in std::mem::take(&mut draft.placed) {
+            all.insert(object.clone());
+            if let Some(held) = self.holds.remove(&object) {
+                self.look_at_rest(&draft.resolve, held.hold.entries);
+            }
+            let put = placed.number.0 == 0
+                || assembly
+                    .delta
+                    .objects
+                    .iter()
+                    .any(|(id, known)| *id == object && known.is_some());
+            if !put {
+                self.discard_file(placed.number, &placed.file);
+                continue;
+            }
+            draft.fresh += placed.file.fresh;
+            if placed.file.moving {
+                self.hold_again(object, &placed.file, placed.took);
+                draft.exact = false;
+            }
+        }
+        all
+    }
+
+    /// Attributes may have changed, and travelled, while content did: the file
+    /// is placed with those of now. A change of content shows in size or mtime,
+    /// or in an event that is still to come.
+    pub(super) fn renew_attributes(&self, object: &ObjectId, need: &Need, file: &mut ReadyFile) {
+        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+        let fd = match self.opener.open(object, need.hint.as_ref(), flags) {
+            Ok(Opened::Here(fd)) => fd,
+            Ok(Opened::Away) => {
+                // Nobody has looked at them, so it is read once more.
+                file.moving = true;
+                return;
+            }
+            Ok(Opened::Gone) | Err(_) => return,
+        };
+        let Ok(stat) = replicator_common::sys::stat::of_fd(&fd) else { return };
+        let Ok(state) = small::state_of(fd.as_fd(), &stat) else { return };
+        let old = &mut file.known;
+        file.moving |= stat.ctime != old.ctime;
+        old.state.attributes = Attributes { mtime: old.state.attributes.mtime, ..state.attributes };
+        old.nlink = stat.nlink;
+    }
+
+    /// Holds that were looked at and are held no more. Not those of files that
+    /// this batch `placed`: they are of what changed since.
+    pub(super) fn release_holds(
+        &mut self,
+        draft: &Draft,
+        left: &BTreeMap<ObjectId, crate::plan::Hold>,
+        placed: &BTreeSet<ObjectId>,
+    ) {
+        let looked: Vec<ObjectId> = self
+            .holds
+            .iter()
+            .filter(|(object, _)| !placed.contains(*object))
+            .filter(|(object, held)| {
+                let shipped = match draft.outcomes.get(object) {
+                    // A directory waits for being listed, or for entries.
+                    Some(Outcome::Ship { known, .. } | Outcome::Same { known })
+                        if known.state.kind == Kind::Directory =>
+                    {
+                        held.hold.entries.is_empty() && draft.resolve.listed.contains(*object)
+                    }
+                    // Attributes alone are not what it waits for.
+                    Some(Outcome::Ship { content: ContentSource::Packed { .. }, .. }) => true,
+                    Some(Outcome::Ship { .. } | Outcome::Same { .. }) => {
+                        draft.resolve.wants_content(object)
+                    }
+                    Some(Outcome::Gone) => true,
+                    _ => draft.resolve.listed.contains(*object) && held.hold.entries.is_empty(),
+                };
+                let entries = &held.hold.entries;
+                let orphaned = !entries.is_empty()
+                    && entries.iter().all(|place| {
+                        draft
+                            .resolve
+                            .bindings
+                            .get(place)
+                            .is_some_and(|binding| binding.new.as_ref() != Some(object))
+                    });
+                !left.contains_key(object) && (shipped || orphaned)
+            })
+            .map(|(object, _)| object.clone())
+            .collect();
+        for object in looked {
+            let Some(held) = self.holds.remove(&object) else { continue };
+            self.look_at_rest(&draft.resolve, held.hold.entries);
+            self.discard(held.transfer);
+        }
+    }
+
+    /// Entries that waited for an object which waits no more, and that this
+    /// batch has not looked at, are looked at in the next.
+    pub(super) fn look_at_rest(&mut self, resolve: &Resolve, entries: BTreeSet<(ObjectId, Name)>) {
+        for (directory, name) in entries {
+            if !resolve.bindings.contains_key(&(directory.clone(), name.clone())) {
+                self.dirty.entry(directory, name, crate::watcher::What::default());
+            }
+        }
+    }
+
+    pub(super) fn retry_unreadable(
+        &mut self,
+        places: Vec<((ObjectId, replicator_common::name::Name), String)>,
+        assembly: &mut Assembly,
+    ) {
+        for (object, error) in self.tree.take_doubts() {
+            self.shared.unreadable(self.path_of(&object), &error);
+        }
+        let troubles = self.tree.take_troubles();
+        for (directory, error) in troubles {
+            self.shared.unreadable(self.path_of(&directory), &error);
+            let entries = BTreeSet::new();
+            let reason = HoldReason::Unreadable { error };
+            assembly.holds.entry(directory).or_insert(crate::plan::Hold { reason, entries });
+        }
+        for ((directory, name), error) in places {
+            let path = self.path_of_entry(&directory, &name);
+            self.shared.unreadable(path, &error);
+            let reason = HoldReason::Unreadable { error };
+            assembly
+                .holds
+                .entry(directory.clone())
+                .or_insert_with(|| crate::plan::Hold { reason, entries: BTreeSet::new() })
+                .entries
+                .insert((directory, name));
+        }
+    }
+
+    /// Counts what is passed over now: of what was looked at, and not of what
+    /// lies in directories that are `dropped`.
+    pub(super) fn note_skipped(&mut self, draft: &Draft, dropped: &[ObjectId]) {
+        if !self.skipped.is_empty() {
+            for place in draft.resolve.bindings.keys() {
+                self.skipped.remove(place);
+            }
+            let dropped: HashSet<&ObjectId> = dropped.iter().collect();
+            self.skipped.retain(|(directory, _), _| !dropped.contains(directory));
+        }
+        for (place, skip) in &draft.resolve.skipped {
+            if let Some(skip) = skip {
+                self.skipped.insert(place.clone(), *skip);
+            }
+        }
+    }
+
+    /// Uses a finished transfer for an object whose content is needed.
+    pub(super) fn take_ready(
+        &mut self,
+        draft: &mut Draft,
+        object: &ObjectId,
+        need: &Need,
+    ) -> Result<bool, EngineError> {
+        if need.kind != Kind::File || !need.content {
+            return Ok(false);
+        }
+        if let Some(placed) = draft.placed.get_mut(object) {
+            // It changed after its transfer: placed as it is, and held again.
+            placed.file.moving = true;
+            return Ok(true);
+        }
+        let Some(held) = self.holds.get_mut(object) else { return Ok(false) };
+        if held.transfer.is_under_way() {
+            let size = match held.hold.reason {
+                HoldReason::Large { size } => size,
+                HoldReason::Unreadable { .. } => 0,
+            };
+            draft.outcomes.insert(object.clone(), Outcome::Large { size });
+            // An event told so, perhaps by a name that the hold does not know.
+            // A walk asks for all that differs from the index, whatever events
+            // told; then change times have to do.
+            held.touched |= self.gap.is_none();
+            return Ok(true);
+        }
+        if !matches!(held.transfer, Transfer::Ready { .. }) {
+            return Ok(false);
+        }
+        let touched = held.touched;
+        let ready = std::mem::replace(&mut held.transfer, Transfer::Waiting);
+        let Transfer::Ready { number, done, took, .. } = ready else { return Ok(false) };
+        let mut done = done;
+        done.moving |= touched;
+        self.renew_attributes(object, need, &mut done);
+        let mut known = done.known.clone();
+        let content = if number.0 == 0 {
+            ContentSource::Unchanged
+        } else {
+            known.version = draft.batch;
+            ContentSource::Transferred { transfer: number }
+        };
+        let old = self.index.object(object)?;
+        let same = number.0 == 0 && old.is_some_and(|old| old.state == known.state);
+        let outcome = if same { Outcome::Same { known } } else { Outcome::Ship { known, content } };
+        draft.outcomes.insert(object.clone(), outcome);
+        draft.placed.insert(object.clone(), Placed { number, file: *done, took });
+        Ok(true)
+    }
+}
