@@ -39,6 +39,10 @@ use crate::suitable::{self, Unsuitable};
 
 /// How long stagers and the applier may take to come to an end.
 const QUIET: Duration = Duration::from_secs(10);
+/// How long the endpoint may take to say that its connections are closed. It
+/// would go on for three round trips in case the word is lost; then a source
+/// finds out by itself.
+const FAREWELL: Duration = Duration::from_millis(20);
 
 /// How a destination is set up.
 #[derive(Clone)]
@@ -253,7 +257,7 @@ impl DestinationService {
             }
         })
         .await;
-        let _ = tokio::time::timeout(QUIET, self.inner.endpoint.wait_idle()).await;
+        let _ = tokio::time::timeout(FAREWELL, self.inner.endpoint.wait_idle()).await;
     }
 }
 

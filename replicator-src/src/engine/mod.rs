@@ -358,7 +358,6 @@ impl Engine {
             }
             self.publish();
         }
-        self.index.close()?;
         self.journal.flush()?;
         Ok(())
     }
@@ -427,7 +426,7 @@ impl Engine {
         self.due_holds();
         self.start_transfers()?;
         self.continue_reconcile()?;
-        if self.in_flight.is_empty() {
+        if self.in_flight.is_empty() && !self.may_build() {
             self.index.merge()?;
         }
         Ok(())

@@ -89,12 +89,6 @@ impl Index {
         Ok(())
     }
 
-    /// Merges what was acknowledged, durably: for the end.
-    pub fn close(&mut self) -> Result<(), IndexError> {
-        self.merge()?;
-        self.store.prepare(None, &[])
-    }
-
     fn take_acknowledged(&mut self) -> Vec<Arc<Delta>> {
         let count = self.layers.iter().take_while(|layer| layer.acknowledged).count();
         self.layers.drain(..count).map(|layer| layer.delta).collect()
