@@ -2,6 +2,7 @@
 //! whole to a replica that nobody else can write to, and fails over.
 
 mod access;
+mod adopt;
 pub mod applier;
 pub mod apply;
 pub mod area;
