@@ -262,7 +262,7 @@ async fn a_token_that_was_used_lets_nobody_else_in() {
     let other = world.base.path().join("replica/../other");
     let _open = service.token(&other, Duration::from_secs(60), false).unwrap();
     let request = EnrolRequest {
-        secret: world.token.as_ref().unwrap().secret.clone(),
+        secret: world.token.as_ref().unwrap().secret,
         source: FileSystemId::random(),
         source_region: "xx-there-2".to_owned(),
         creation_time: Timestamp::now(),
