@@ -10,6 +10,8 @@ pub mod attributes;
 mod book;
 mod broken;
 pub mod failover;
+#[doc(hidden)]
+pub mod fuzzing;
 mod hints;
 pub mod issuer;
 pub mod locate;
