@@ -23,6 +23,12 @@ e2e FILTER="":
 replay SEED TEST:
     REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-tests --tests -- --exact --nocapture {{ TEST }}
 
+# Looks for inputs that break TARGET (frame, journal_record, log_record or session) until stopped.
+# Needs nightly and cargo-fuzz: `rustup toolchain install nightly`, `cargo install cargo-fuzz`. What
+# it finds goes into fuzz/corpus/TARGET, which `cargo test` replays on stable.
+fuzz TARGET:
+    cargo +nightly fuzz run {{ TARGET }} --fuzz-dir fuzz
+
 # Lints, as CI has them.
 lint:
     cargo clippy --workspace --all-targets --locked -- --deny warnings

@@ -16,6 +16,8 @@ pub mod config;
 pub mod control;
 pub mod crashsafe;
 pub mod daemon;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod id;
 pub mod lock;
 pub mod logging;

@@ -2,6 +2,7 @@
 //! whole to a replica that nobody else can write to, and fails over.
 
 mod access;
+mod adopt;
 pub mod applier;
 pub mod apply;
 pub mod area;
@@ -9,6 +10,8 @@ pub mod attributes;
 mod book;
 mod broken;
 pub mod failover;
+#[doc(hidden)]
+pub mod fuzzing;
 mod hints;
 pub mod issuer;
 pub mod locate;

@@ -68,6 +68,17 @@ pub enum SessionError {
     Silent,
 }
 
+impl SessionError {
+    /// A frame could not be read: the stream broke, or what came is no frame,
+    /// which is the source's doing.
+    pub(crate) fn unread(error: FrameError) -> Self {
+        match error {
+            FrameError::Io(_) => Self::Frame(error),
+            error => Self::Refused(Refusal::Protocol(error.to_string())),
+        }
+    }
+}
+
 impl From<Breach> for SessionError {
     fn from(breach: Breach) -> Self {
         Self::Refused(Refusal::Protocol(breach.to_string()))
@@ -119,7 +130,12 @@ pub async fn hear(connection: Connection) -> Result<Greeting, SessionError> {
     let first =
         tokio::time::timeout(HELLO, reader.read()).await.map_err(|_| SessionError::Silent)?;
     let received = Timestamp::now();
-    match first? {
+    let first = match first.map_err(SessionError::unread) {
+        Ok(first) => first,
+        Err(SessionError::Refused(refusal)) => return Err(refuse(&mut writer, refusal).await),
+        Err(error) => return Err(error),
+    };
+    match first {
         Some(SourceMessage::Hello(hello)) => {
             Ok(Greeting { hello, received, connection, reader, writer })
         }
@@ -304,7 +320,7 @@ impl Shell {
         let mut streams = 0u8;
         loop {
             tokio::select! {
-                message = reader.read::<SourceMessage>() => match message? {
+                message = reader.read::<SourceMessage>() => match message.map_err(SessionError::unread)? {
                     Some(message) => self.message(message).await?,
                     None => return Ok(()),
                 },
@@ -403,6 +419,10 @@ impl Shell {
     /// power loss the staged files may be gone as well. A failure costs words in
     /// a manifest, not data.
     async fn keep_plan(&mut self, batch: BatchId, ops: &[Op]) {
+        // Frames of nothing have no bound on their number.
+        if ops.is_empty() {
+            return;
+        }
         self.plan_parts += 1;
         let name = format!("plan.{batch}.{}", self.plan_parts);
         let area = self.context.replica.area.clone();

@@ -72,6 +72,7 @@ impl Applier {
         }
         steps.append(&mut planned.steps);
         self.tree.learn(&steps);
+        self.check_adoptions(&batch.ops)?;
         for object in &planned.touched {
             if let Some(fd) = self.tree.open(object, OFlags::PATH)? {
                 let stat = stat::of_fd(&fd).map_err(AreaError::system("stat", object))?;

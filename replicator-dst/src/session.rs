@@ -45,6 +45,8 @@ pub enum Breach {
     TooManyTransfers,
     #[error("transfer {transfer} is of another object than the plan says")]
     WrongObject { transfer: TransferId },
+    #[error("the content that batch {batch} names for object {object} was given up or used before")]
+    Gone { batch: BatchId, object: ObjectId },
 }
 
 /// A file in staging, complete but for its place.
@@ -295,9 +297,14 @@ impl Session {
                     }
                     other => other.map(|(_, staged)| staged),
                 },
-                ContentSource::Unchanged | ContentSource::Symlink { .. } => None,
+                ContentSource::Unchanged | ContentSource::Symlink { .. } => continue,
             };
-            content.extend(staged.map(|staged| (object.clone(), staged)));
+            // A transfer may be given up, or named by two batches, while a batch
+            // waits. Without this the batch would be acknowledged without it.
+            let Some(staged) = staged else {
+                return Err(Breach::Gone { batch: next, object: object.clone() });
+            };
+            content.insert(object.clone(), staged);
         }
         let superseded = packed.into_values().map(|file| file.place).collect();
         Ok(Some(WholeBatch { batch: next, header, ops, content, superseded }))
@@ -380,6 +387,30 @@ mod tests {
         assert!(matches!(session.commit(BatchId(1), header(1, 0)), Err(Breach::Packed { .. })));
         let too_many = vec![Op::Drop { object: id(1) }; PLAN_OPS_MAX + 1];
         assert!(matches!(session.plan(BatchId(1), too_many), Err(Breach::Frame { .. })));
+    }
+
+    /// Else the batch would be acknowledged without the content.
+    #[test]
+    fn content_that_was_given_up_is_missed() {
+        let mut session = Session::new(BatchId(0));
+        let transfer = TransferId(7);
+        let big = || StagedTransfer::Whole(file(b"big"));
+        session.transferred(transfer, id(2), big()).unwrap();
+        let put = |content| vec![put(2, content)];
+        for batch in [BatchId(1), BatchId(2)] {
+            session.plan(batch, put(ContentSource::Transferred { transfer })).unwrap();
+            session.commit(batch, header(1, 0)).unwrap();
+        }
+        assert_eq!(session.next_whole().unwrap().unwrap().content.len(), 1);
+        // Named by two batches.
+        assert!(matches!(session.next_whole(), Err(Breach::Gone { .. })));
+
+        let mut session = Session::new(BatchId(0));
+        session.transferred(transfer, id(2), big()).unwrap();
+        session.plan(BatchId(1), put(ContentSource::Transferred { transfer })).unwrap();
+        session.commit(BatchId(1), header(1, 0)).unwrap();
+        assert_eq!(session.aborted(transfer).len(), 1);
+        assert!(matches!(session.next_whole(), Err(Breach::Gone { .. })));
     }
 
     #[test]

@@ -363,6 +363,12 @@ impl Open {
                     return Err(StageError::Breach("a patch moves bytes".to_owned()));
                 }
                 (Some(_), Layout::Patch) => {}
+                // No file has these bytes: trying again would not help.
+                (Some(_), Layout::Replace)
+                    if from.checked_add(length).is_none_or(|end| end > i64::MAX as u64) =>
+                {
+                    return Err(StageError::Breach(format!("transfer {transfer} copies nothing")));
+                }
                 (Some(basis), Layout::Replace) => {
                     let copied = place::copy_range(basis, *from, &self.file, self.offset, length)
                         .map_err(failed("copy into"))?;

@@ -63,7 +63,7 @@ pub(crate) fn spawn_stager(
                 }
                 Ok(None) => return,
                 Err(error) => {
-                    let _ = failed.send(Event::Failed(error.into())).await;
+                    let _ = failed.send(Event::Failed(SessionError::unread(error))).await;
                     return;
                 }
             }
@@ -138,7 +138,7 @@ fn stage_all(
             .increment(frame.len() as u64);
         let result = match decode_frame::<DataFrame>(&frame) {
             Ok(frame) => stage_one(replica, &mut stager, frame, events),
-            Err(error) => Err(SessionError::Frame(error)),
+            Err(error) => Err(SessionError::unread(error)),
         };
         let shortfalls = std::mem::take(&mut stager.shortfalls);
         attributes::merge(&mut replica.shared().standing.shortfalls, shortfalls);

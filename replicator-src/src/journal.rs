@@ -166,7 +166,7 @@ impl Journal {
             (Some((first, _)), Some((last, _))) => {
                 let ends = seq_of(&first).zip(seq_of(&last));
                 let (first, last) = ends.ok_or_else(|| store(corruption()))?;
-                (first.0 - 1, last.0)
+                (first.0.saturating_sub(1), last.0)
             }
             _ => (floor.0, floor.0),
         };
@@ -229,7 +229,7 @@ impl Journal {
     /// a gap.
     pub fn read(&self, after: Seq, most: usize) -> Result<Vec<(Seq, Record)>, JournalError> {
         let mut found = Vec::new();
-        for row in self.records.range((after.0 + 1).to_be_bytes()..).take(most) {
+        for row in self.records.range(after.0.saturating_add(1).to_be_bytes()..).take(most) {
             let (key, value) = row.map_err(|e| self.store(e))?;
             let seq = seq_of(&key).ok_or_else(|| self.store(corruption()))?;
             let record = codec::decode_record(&value).unwrap_or_else(|error| {

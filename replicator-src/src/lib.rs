@@ -7,6 +7,8 @@
 pub mod capture;
 pub mod clock;
 pub mod engine;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod index;
 pub mod journal;
 mod places;

@@ -163,8 +163,12 @@ pub fn list(directory: BorrowedFd<'_>) -> Result<Vec<(Name, Option<Kind>)>, Errn
     Ok(names)
 }
 
-/// Sets owner and group.
+/// Sets owner and group. `EINVAL` for the id that nobody has: the kernel would
+/// take it for "leave it as it is".
 pub fn set_owner(fd: BorrowedFd<'_>, uid: u32, gid: u32) -> Result<(), Errno> {
+    if uid == u32::MAX || gid == u32::MAX {
+        return Err(Errno::INVAL);
+    }
     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
     rustix::fs::chownat(fd, c"", Some(uid), Some(gid), AtFlags::EMPTY_PATH)
 }

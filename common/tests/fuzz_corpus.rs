@@ -1,0 +1,161 @@
+//! Replays the corpus of the fuzz target `frame`, and mutations of it, on
+//! stable Rust. `WRITE_CORPUS=1` writes the seeds below anew.
+
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+use std::time::Duration;
+
+use replicator_common::fuzzing;
+use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq, TransferId};
+use replicator_common::name::Name;
+use replicator_common::net::frame::{Compression, decode_frame, encode_frame};
+use replicator_common::object::{Attributes, Kind, ObjectState, Xattr};
+use replicator_common::time::Timestamp;
+use replicator_common::wire::{
+    BatchHeader, ContentSource, DataFrame, DestinationMessage, Extent, Hash, InventoryContent,
+    InventoryItem, Layout, Op, PackedObject, Piece, Refusal, SourceHello, SourceMessage,
+    TransferBegin,
+};
+
+fn corpus() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus/frame"))
+}
+
+fn id(n: u8) -> ObjectId {
+    ObjectId::new(1, &[n, 0, 0, 7]).unwrap()
+}
+
+fn state() -> ObjectState {
+    let xattrs = vec![Xattr { name: b"user.x".to_vec(), value: b"y".to_vec() }];
+    let attributes = Attributes { mode: 0o644, uid: 1000, gid: 100, mtime: Timestamp(1), xattrs };
+    ObjectState { kind: Kind::File, attributes, size: 3, rdev: 0 }
+}
+
+fn from_source() -> Vec<(&'static str, SourceMessage)> {
+    let (batch, name) = (BatchId(3), Name::new(b"name").unwrap());
+    let put = |content| Op::Put { object: id(1), state: state(), content, new: true, links: 2 };
+    let ops = vec![
+        Op::Root { object: id(0) },
+        put(ContentSource::Packed { version: 1 }),
+        put(ContentSource::Transferred { transfer: TransferId(4) }),
+        put(ContentSource::Symlink { target: b"target".to_vec() }),
+        Op::Entry { directory: id(0), name: name.clone(), old: Some(id(2)), new: Some(id(1)) },
+        Op::Drop { object: id(2) },
+        Op::Orphan { object: id(3) },
+        Op::Adopt { object: id(4), handle: id(5), directory: id(0), name, kind: Kind::Directory },
+        Op::SetAside { object: id(6) },
+    ];
+    let header = BatchHeader {
+        seq: Seq(9),
+        watermark: Timestamp(1_600_000_000_000_000_000),
+        exact: Some(Timestamp(5)),
+        packed: 1,
+        ops: ops.len() as u64,
+        complete: true,
+        bytes_changed: 3,
+        bytes_shipped: 3,
+    };
+    let hello = SourceHello {
+        source: "fs-0123456789abcdef0".parse().unwrap(),
+        incarnation: Incarnation([7; 16]),
+        destination_incarnation: Some(Incarnation([8; 16])),
+        acknowledged: BatchId(2),
+        pending: Some(batch),
+        time: Timestamp(1),
+    };
+    vec![
+        ("hello", SourceMessage::Hello(hello)),
+        ("plan", SourceMessage::Plan { batch, ops }),
+        ("commit", SourceMessage::Commit { batch, header }),
+        ("abandon", SourceMessage::Abandon { batch }),
+        ("delete", SourceMessage::Delete),
+    ]
+}
+
+fn from_destination() -> Vec<(&'static str, DestinationMessage)> {
+    let item = InventoryItem {
+        parent: Some(id(0)),
+        name: Name::new(b"name").unwrap(),
+        handle: id(1),
+        state: state(),
+        links: 1,
+        content: InventoryContent::Hash(Hash::of(b"abc")),
+    };
+    let transfer = TransferId(4);
+    let refusal = Refusal::Protocol("why".to_owned());
+    vec![
+        ("applied", DestinationMessage::Applied { batch: BatchId(3), time: Timestamp(2) }),
+        ("inventory", DestinationMessage::Inventory { items: vec![item], last: true }),
+        ("transfer-refused", DestinationMessage::TransferRefused { transfer, reason: "x".into() }),
+        ("refused", DestinationMessage::Refused(refusal)),
+    ]
+}
+
+fn data() -> Vec<(&'static str, DataFrame)> {
+    let packed = PackedObject {
+        object: id(1),
+        version: 1,
+        state: state(),
+        extents: vec![Extent { offset: 0, length: 3 }],
+        bytes: b"abc".to_vec(),
+        hash: Hash::of(b"abc"),
+    };
+    let transfer = TransferId(4);
+    let begin = TransferBegin {
+        transfer,
+        object: id(1),
+        state: state(),
+        layout: Layout::Patch,
+        basis: Some(id(1)),
+        basis_version: BatchId(2),
+    };
+    let pieces = vec![
+        Piece::Data { hash: Hash::of(b"abc"), bytes: b"abc".to_vec() },
+        Piece::Copy { from: 3, length: 9 },
+        Piece::Hole { length: 4096 },
+    ];
+    vec![
+        ("pack", DataFrame::Pack { batch: BatchId(3), objects: vec![packed] }),
+        ("begin", DataFrame::TransferBegin(begin)),
+        ("pieces", DataFrame::TransferPieces { transfer, pieces }),
+        ("end", DataFrame::TransferEnd { transfer, state: state() }),
+    ]
+}
+
+fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let mut seeds = Vec::new();
+    for (name, message) in from_source() {
+        seeds.push((name, encode_frame(&message, Compression::Never).unwrap()));
+    }
+    for (name, message) in from_destination() {
+        seeds.push((name, encode_frame(&message, Compression::Never).unwrap()));
+    }
+    for (name, message) in data() {
+        seeds.push((name, encode_frame(&message, Compression::Never).unwrap()));
+    }
+    // The codec's layer alone, and a compressed frame.
+    seeds.push(("plan-body", seeds[1].1[5..].to_vec()));
+    seeds.push(("pack-body", seeds[9].1[5..].to_vec()));
+    let swollen =
+        SourceMessage::Plan { batch: BatchId(1), ops: vec![Op::Drop { object: id(1) }; 99] };
+    seeds.push(("compressed", encode_frame(&swollen, Compression::Auto).unwrap()));
+    seeds
+}
+
+#[test]
+fn the_corpus_of_frames_and_what_is_near_it() {
+    if std::env::var_os("WRITE_CORPUS").is_some() {
+        std::fs::create_dir_all(corpus()).unwrap();
+        for (name, bytes) in seeds() {
+            std::fs::write(corpus().join(name), bytes).unwrap();
+        }
+    }
+    // The seeds are what they say: else only errors would be tried.
+    let read = |name| std::fs::read(corpus().join(name)).unwrap();
+    decode_frame::<SourceMessage>(&read("plan")).unwrap();
+    decode_frame::<DestinationMessage>(&read("inventory")).unwrap();
+    decode_frame::<DataFrame>(&read("pack")).unwrap();
+    assert_eq!(read("compressed")[4], 1, "compressed");
+    fuzzing::replay(corpus(), Duration::from_secs(1), fuzzing::frame);
+}
