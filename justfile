@@ -41,7 +41,7 @@ fmt:
 doc:
     RUSTDOCFLAGS="--deny warnings" cargo doc --workspace --no-deps --locked
 
-# Side by side with rsync and cp; rewrites bench/RESULTS.md (as root; some 40 minutes).
+# Side by side with rsync and cp; rewrites bench/RESULTS.md (as root; some 10 minutes).
 bench:
     cargo run --release --locked -p replicator-bench -- --output bench
 

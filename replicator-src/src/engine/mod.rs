@@ -9,10 +9,14 @@
 //! changes only here. Readers, lanes, the capture thread and the link work
 //! beside it and talk to it through its inbox.
 //!
-//! - `build`: how a batch comes about.
-//! - `holds`: what waits, and the transfers of large files.
+//! - `build`: how a batch comes about; `placing`: what it takes of large files
+//!   and leaves to wait; `commit`: its end.
+//! - `holds`: what waits, and the transfers of large files; `resemble`: what
+//!   such a file was probably made from.
+//! - `astray`: what is not where it was seen, for a source by names.
 //! - `peer`: what the destination says.
 //! - `reconcile`: a replica that was not empty.
+//! - `report`: what is told of all that.
 //! - [`state`]: what the loop shares with those who ask.
 
 mod astray;
@@ -23,6 +27,7 @@ mod peer;
 mod placing;
 mod reconcile;
 mod report;
+mod resemble;
 pub mod state;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
