@@ -211,6 +211,11 @@ impl Daemon {
         assert_eq!(status.signal(), Some(libc::SIGKILL));
     }
 
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+
     /// Waits for the end of a process that ends by itself.
     pub fn join(mut self, limit: Duration) -> ExitStatus {
         self.await_end_within(limit)
