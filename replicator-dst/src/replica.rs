@@ -25,6 +25,7 @@ use crate::area::{Area, AreaError, hidden_name};
 use crate::locate::Locator;
 use crate::mark;
 use crate::readonly::{Protection, ReadOnlyError};
+use crate::reserve;
 use crate::store::{SetAsideItem, Standing, Store, StoreError};
 use crate::tree;
 
@@ -205,6 +206,8 @@ impl Replica {
             clock_offset_nanos: standing.clock_offset,
             last_error: None,
         };
+        reserve::keep(directory);
+        reserve::keep(&area.hidden_path());
         let told = told_before_redo(&standing);
         let mut abilities = tree::abilities(&area);
         abilities.handles &= !options.by_path;

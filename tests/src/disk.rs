@@ -66,6 +66,9 @@ impl Disk {
     /// machine is back after its power was cut. Nothing may run on it.
     pub fn cut_back_to(&self, image: &Path) {
         unmount_below(&self.path()).unwrap();
+        // As another file: a loop device that is slow to go would be used again,
+        // with what it has in its cache.
+        fs::remove_file(self.image()).unwrap();
         copy_by_reference(image, &self.image());
         self.attach();
     }

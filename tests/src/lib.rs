@@ -21,3 +21,4 @@ pub mod stamps;
 pub mod torture;
 pub mod trace;
 pub mod workload;
+pub mod wreck;

@@ -69,6 +69,7 @@ impl Writers {
         let name = |n: u64| format!("writer-{writer}/{}/file-{n}", n % 5);
         let mut there = vec![false; NAMES as usize];
         for n in 0..NAMES {
+            fs::create_dir_all(self.root().join(name(n)).parent().unwrap()).unwrap();
             there[n as usize] = fs::exists(self.root().join(name(n))).unwrap();
         }
         let mut lines = 0;
