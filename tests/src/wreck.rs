@@ -25,7 +25,7 @@ const PATCH: usize = 50_000;
 /// How often a kill may come before anything of the large file has arrived.
 const ATTEMPTS: u32 = 20;
 /// Calls by which the applier places what a batch brings.
-const PLACING: &str = "renameat,renameat2";
+pub const PLACING: &str = "renameat,renameat2";
 
 /// Which batch the replica is at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,9 +49,9 @@ pub struct Wreck {
 }
 
 impl Wreck {
-    /// Made on a disk of this kind; the process dies when it is about to place
-    /// the `nth` object.
-    pub fn new(kind: FileSystem, nth: u32) -> Self {
+    /// Made on a disk of this kind; the process dies when it is about to make
+    /// `call` for the `nth` time: [`PLACING`], for instance.
+    pub fn new(kind: FileSystem, call: &str, nth: u32) -> Self {
         let mut wreck = Self {
             scratch: Scratch::new("wreck"),
             disk: Disk::new(kind),
@@ -69,18 +69,18 @@ impl Wreck {
         wreck.keep_copy("before");
         after(&wreck.tree());
         wreck.keep_copy("after");
-        wreck.sink(nth);
+        wreck.sink(call, nth);
         wreck
     }
 
-    fn sink(&mut self, nth: u32) {
+    fn sink(&mut self, call: &str, nth: u32) {
         let whole = self.image_of_now(0);
         for attempt in 0..ATTEMPTS {
             let bytes = content::incompressible(u64::from(attempt), LARGE);
             fs::write(self.tree().join("large/new"), bytes).unwrap();
             let mut command = Command::new("strace");
-            let inject = format!("inject={PLACING}:signal=KILL:when={nth}");
-            let trace = format!("trace={PLACING}");
+            let inject = format!("inject={call}:signal=KILL:when={nth}");
+            let trace = format!("trace={call}");
             command.args(["-D", "-f", "-qq", "-o", "/dev/null", "-e", &trace, "-e", &inject]);
             let run = self.run_command(free_port());
             command.arg(run.get_program()).args(run.get_args());

@@ -5,14 +5,14 @@ use std::io::Write;
 
 use replicator_tests::mounts::FileSystem::{self, Ext4, Xfs};
 use replicator_tests::serial;
-use replicator_tests::wreck::{State, Wreck};
+use replicator_tests::wreck::{PLACING, State, Wreck};
 
 /// Killed in the middle of applying a batch, with the source gone and a large
 /// file half there; interrupted again at the `first`, `first + step`, … th of
 /// each kind of call, and repeated.
 fn interrupted(kind: FileSystem, nth: u32, calls: &[(&str, u32)]) {
     let _share = serial::share();
-    let wreck = Wreck::new(kind, nth);
+    let wreck = Wreck::new(kind, PLACING, nth);
     wreck.fail_over().success();
     let state = wreck.assert_handed_over("not interrupted");
     let mut kills = 0;
@@ -60,7 +60,7 @@ fn fill(file: &mut File) {
 /// Replica and state directory are on a disk without a free byte.
 fn full_disk(kind: FileSystem) {
     let _share = serial::share();
-    let wreck = Wreck::new(kind, 7);
+    let wreck = Wreck::new(kind, PLACING, 7);
     let mut filler = File::create(wreck.replica().with_file_name("filler")).unwrap();
     fill(&mut filler);
     wreck.fail_over().success();
@@ -75,4 +75,14 @@ fn on_a_full_ext4() {
 #[test]
 fn on_a_full_xfs() {
     full_disk(Xfs);
+}
+
+/// Killed before the batch was logged: the replica is as it was, and what had
+/// arrived of the batch is set aside.
+#[test]
+fn of_a_batch_that_was_not_logged() {
+    let _share = serial::share();
+    let wreck = Wreck::new(Ext4, "syncfs", 1);
+    wreck.fail_over().success();
+    assert_eq!(wreck.assert_handed_over("not logged"), State::Before);
 }

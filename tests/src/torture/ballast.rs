@@ -57,7 +57,9 @@ pub(super) fn assert_untouched(before: &Touched, after: &Touched) {
         differing.map(|(path, then)| (path.clone(), *then)).collect()
     };
     let (gone, new) = (differing(before, after), differing(after, before));
-    assert!(gone.is_empty() && new.is_empty(), "written to: {gone:?}\nnow: {new:?}");
+    let sizes: Vec<_> = new.keys().map(|path| fs::metadata(path).map(|stat| stat.len())).collect();
+    let any = !(gone.is_empty() && new.is_empty());
+    assert!(!any, "written to: {gone:?}\nnow: {new:?}\nbytes: {sizes:?}");
 }
 
 /// The ballast, and what of it was seen on the replica.
