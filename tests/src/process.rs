@@ -221,7 +221,8 @@ impl Daemon {
         self.await_end_within(limit)
     }
 
-    fn signal(&self, signal: Signal) {
+    /// Sends a signal, and waits for nothing.
+    pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_child(&self.child);
         rustix::process::kill_process(pid, signal).unwrap();
     }

@@ -25,7 +25,16 @@ const PATCH: usize = 50_000;
 /// How often a kill may come before anything of the large file has arrived.
 const ATTEMPTS: u32 = 20;
 /// Calls by which the applier places what a batch brings.
-pub const PLACING: &str = "renameat,renameat2";
+const PLACING: &str = "renameat,renameat2";
+
+/// When the process dies.
+#[derive(Clone, Copy, Debug)]
+pub enum Death {
+    /// When it is about to place the n-th object of a batch, which is logged then.
+    Placing(u32),
+    /// While what a batch brought cannot be synced, so before it is logged.
+    Unsynced,
+}
 
 /// Which batch the replica is at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,18 +55,20 @@ pub struct Wreck {
     image: PathBuf,
     /// Names and sizes in staging that hold what had arrived of the large file.
     arrived: Vec<(String, u64)>,
+    /// The same of small files.
+    packed: Vec<(String, u64)>,
 }
 
 impl Wreck {
-    /// Made on a disk of this kind; the process dies when it is about to make
-    /// `call` for the `nth` time: [`PLACING`], for instance.
-    pub fn new(kind: FileSystem, call: &str, nth: u32) -> Self {
+    /// Made on a disk of this kind.
+    pub fn new(kind: FileSystem, death: Death) -> Self {
         let mut wreck = Self {
             scratch: Scratch::new("wreck"),
             disk: Disk::new(kind),
             source: Mount::new(FileSystem::Ext4),
             image: PathBuf::new(),
             arrived: Vec::new(),
+            packed: Vec::new(),
         };
         fs::create_dir(wreck.tree()).unwrap();
         before(&wreck.tree());
@@ -69,30 +80,48 @@ impl Wreck {
         wreck.keep_copy("before");
         after(&wreck.tree());
         wreck.keep_copy("after");
-        wreck.sink(call, nth);
+        wreck.sink(death);
         wreck
     }
 
-    fn sink(&mut self, call: &str, nth: u32) {
+    fn sink(&mut self, death: Death) {
         let whole = self.image_of_now(0);
         for attempt in 0..ATTEMPTS {
             let bytes = content::incompressible(u64::from(attempt), LARGE);
             fs::write(self.tree().join("large/new"), bytes).unwrap();
-            let mut command = Command::new("strace");
-            let inject = format!("inject={call}:signal=KILL:when={nth}");
-            let trace = format!("trace={call}");
-            command.args(["-D", "-f", "-qq", "-o", "/dev/null", "-e", &trace, "-e", &inject]);
-            let run = self.run_command(free_port());
-            command.arg(run.get_program()).args(run.get_args());
-            self.daemon(&command).join(patience());
-            self.arrived = self.staged();
-            if !self.arrived.is_empty() {
+            self.die(death);
+            self.arrived = self.staged('t', 4 * PATCH as u64);
+            self.packed = self.packed();
+            let wanted = matches!(death, Death::Placing(_)) || !self.packed.is_empty();
+            if wanted && !self.arrived.is_empty() {
                 self.image = self.image_of_now(1);
                 return;
             }
             self.disk.cut_back_to(&whole);
         }
         panic!("nothing of the large file was staged in {ATTEMPTS} attempts");
+    }
+
+    fn die(&self, death: Death) {
+        let (call, fault) = match death {
+            Death::Placing(nth) => (PLACING, format!("signal=KILL:when={nth}")),
+            // The first one is for the batch before.
+            Death::Unsynced => ("syncfs", "error=EIO:when=2+".to_owned()),
+        };
+        let (trace, inject) = (format!("trace={call}"), format!("inject={call}:{fault}"));
+        let mut command = Command::new("strace");
+        command.args(["-D", "-f", "-qq", "-o", "/dev/null", "-e", &trace, "-e", &inject]);
+        let run = self.run_command(free_port());
+        command.arg(run.get_program()).args(run.get_args());
+        let mut daemon = self.daemon(&command);
+        if let Death::Placing(_) = death {
+            daemon.join(patience());
+        } else {
+            let large = || !self.staged('t', 4 * PATCH as u64).is_empty();
+            let staged = |_: &mut Daemon| (large() && !self.packed().is_empty()).then_some(());
+            daemon.poll_until(patience(), "a part of each is staged", staged);
+            daemon.kill();
+        }
     }
 
     fn image_of_now(&self, number: usize) -> PathBuf {
@@ -136,9 +165,15 @@ impl Wreck {
         run(Command::new("cp").arg("-a").arg(self.tree()).arg(copy));
     }
 
-    /// Names and sizes of what is staged of the large file. (What is staged of a
-    /// batch may be part of what is logged.)
-    fn staged(&self) -> Vec<(String, u64)> {
+    fn packed(&self) -> Vec<(String, u64)> {
+        let mut packed = self.staged('p', 0);
+        packed.retain(|(name, _)| !name.starts_with("plan."));
+        packed
+    }
+
+    /// Names and sizes of what is staged: large files (`t`) or small ones (`p`).
+    /// What is short and large may be a patch, and part of what is logged.
+    fn staged(&self, kind: char, above: u64) -> Vec<(String, u64)> {
         let ours = |entry: &fs::DirEntry| {
             entry.file_name().as_encoded_bytes().starts_with(b".replicator-")
         };
@@ -148,8 +183,9 @@ impl Wreck {
         for shard in fs::read_dir(hidden.join("staging")).unwrap().flatten() {
             for file in fs::read_dir(shard.path()).unwrap().flatten() {
                 let name = file.file_name().into_string().unwrap();
-                let size = file.metadata().unwrap().len();
-                if name.starts_with('t') && size > 4 * PATCH as u64 {
+                // A daemon that runs may have removed it by now.
+                let Ok(size) = file.metadata().map(|stat| stat.len()) else { continue };
+                if name.starts_with(kind) && size > above {
                     found.push((name, size));
                 }
             }
@@ -197,6 +233,10 @@ impl Wreck {
         let lost = self.lost_and_found(context);
         self.assert_listed(&lost, context);
         let state = self.state(context);
+        if state == State::Before {
+            // None of it went into the replica.
+            assert_there(&lost, &self.packed, context);
+        }
         let configurations = self.state_dir().join("destination/replicas");
         let left: Vec<_> = fs::read_dir(configurations).unwrap().flatten().collect();
         assert!(left.is_empty(), "{context}: of the configuration is left {left:?}");
@@ -235,9 +275,7 @@ impl Wreck {
         listed.sort();
         there.sort();
         assert_eq!(listed, there, "{context}: listed and there");
-        for (name, size) in &self.arrived {
-            assert_eq!(fs::metadata(lost.join(name)).unwrap().len(), *size, "{context}: {name}");
-        }
+        assert_there(lost, &self.arrived, context);
     }
 
     /// Which state the replica is in, apart from the directory of large files,
@@ -270,6 +308,14 @@ impl Wreck {
                 compare::report(&after)
             ),
         }
+    }
+}
+
+#[track_caller]
+fn assert_there(lost: &Path, all: &[(String, u64)], context: &str) {
+    for (name, size) in all {
+        let found = fs::metadata(lost.join(name)).map(|stat| stat.len());
+        assert_eq!(found.ok(), Some(*size), "{context}: {name}");
     }
 }
 
