@@ -516,7 +516,7 @@ pub(crate) fn set_aside_item(finding: &Finding) -> Option<SetAsideItem> {
 
 /// The standing after a batch. Watermarks never move back, whatever the source
 /// says.
-fn advance(standing: &Standing, batch: BatchId, header: &BatchHeader) -> Standing {
+pub fn advance(standing: &Standing, batch: BatchId, header: &BatchHeader) -> Standing {
     let mut next = standing.clone();
     next.committed = batch;
     next.watermark = standing.watermark.max(header.watermark);
@@ -532,7 +532,7 @@ fn advance(standing: &Standing, batch: BatchId, header: &BatchHeader) -> Standin
 }
 
 /// Why source and destination are not of one history (trap 14), if so.
-fn mismatch(standing: &Standing, hello: &SourceHello) -> Option<&'static str> {
+pub fn mismatch(standing: &Standing, hello: &SourceHello) -> Option<&'static str> {
     let fresh = standing.committed == BatchId(0)
         && standing.source_incarnation.is_none_or(|known| known == hello.incarnation);
     if fresh && hello.acknowledged == BatchId(0) {

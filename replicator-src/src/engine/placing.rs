@@ -43,7 +43,7 @@ impl Engine {
             draft.fresh += placed.file.fresh;
             if placed.file.moving {
                 self.hold_again(object, &placed.file, placed.took);
-                draft.exact = false;
+                draft.span.exact = false;
             }
         }
         all
