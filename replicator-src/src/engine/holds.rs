@@ -13,6 +13,7 @@ use replicator_common::wire::DataFrame;
 use super::{Engine, EngineError, Event};
 use crate::index::{Content, Known, View};
 use crate::journal::Record;
+use crate::plan::waits::is_touched;
 use crate::plan::{Hold, HoldReason, Listing, Lookup, Tree};
 use crate::read::lane::{Done, Job, LaneError};
 use crate::watcher::What;
@@ -420,20 +421,18 @@ impl Engine {
             return Ok(());
         }
         match record {
-            Record::Object { object, what } if what.content => {
+            Record::Object { object, .. } => {
                 if let Some(held) = self.holds.get_mut(object) {
-                    held.touched = true;
+                    held.touched |= is_touched(record, object, &held.hold.entries, None);
                 }
             }
-            Record::Named { directory, name, what } if what.content => {
+            Record::Named { directory, name, .. } => {
                 let known = self.index.entry(directory, name)?;
-                let place = (directory.clone(), name.clone());
                 for (object, held) in &mut self.holds {
-                    held.touched |=
-                        known.as_ref() == Some(object) || held.hold.entries.contains(&place);
+                    held.touched |= is_touched(record, object, &held.hold.entries, known.as_ref());
                 }
             }
-            _ => {}
+            Record::Entry { .. } | Record::Gap { .. } | Record::Barrier { .. } => {}
         }
         Ok(())
     }

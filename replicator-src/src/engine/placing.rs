@@ -12,6 +12,7 @@ use super::build::{Draft, Placed};
 use super::holds::{ReadyFile, Transfer};
 use super::{Engine, EngineError};
 use crate::index::View;
+use crate::plan::waits::is_through;
 use crate::plan::{Assembly, HoldReason, Need, Outcome, Resolve};
 use crate::read::small;
 use crate::source::Opened;
@@ -84,31 +85,8 @@ impl Engine {
             .iter()
             .filter(|(object, _)| !placed.contains(*object))
             .filter(|(object, held)| {
-                let shipped = match draft.outcomes.get(object) {
-                    // A directory waits for being listed, or for entries.
-                    Some(Outcome::Ship { known, .. } | Outcome::Same { known })
-                        if known.state.kind == Kind::Directory =>
-                    {
-                        held.hold.entries.is_empty() && draft.resolve.listed.contains(*object)
-                    }
-                    // Attributes alone are not what it waits for.
-                    Some(Outcome::Ship { content: ContentSource::Packed { .. }, .. }) => true,
-                    Some(Outcome::Ship { .. } | Outcome::Same { .. }) => {
-                        draft.resolve.wants_content(object)
-                    }
-                    Some(Outcome::Gone) => true,
-                    _ => draft.resolve.listed.contains(*object) && held.hold.entries.is_empty(),
-                };
-                let entries = &held.hold.entries;
-                let orphaned = !entries.is_empty()
-                    && entries.iter().all(|place| {
-                        draft
-                            .resolve
-                            .bindings
-                            .get(place)
-                            .is_some_and(|binding| binding.new.as_ref() != Some(object))
-                    });
-                !left.contains_key(object) && (shipped || orphaned)
+                !left.contains_key(object)
+                    && is_through(object, &held.hold.entries, &draft.resolve, &draft.outcomes)
             })
             .map(|(object, _)| object.clone())
             .collect();
