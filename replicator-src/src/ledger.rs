@@ -5,12 +5,14 @@
 //! - [`Span`]: which part of the journal, and of time, a batch covers.
 //! - [`Gap`]: a stretch of time in which changes may have been missed.
 //! - [`Flights`]: batches that were committed and are not acknowledged.
+//! - [`Owed`]: what waited and is looked at anew.
 //! - [`Claim`]: what a batch may say of itself.
 //! - [`Memory`]: whether two sides remember the same history.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use replicator_common::id::{BatchId, Incarnation, Seq};
+use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq};
+use replicator_common::name::Name;
 use replicator_common::time::Timestamp;
 
 use crate::index::Mark;
@@ -133,8 +135,10 @@ pub struct Flight<T> {
     pub closed: Option<Gap>,
     /// The destination said that it is durable.
     pub durable: bool,
-    /// What was covered before it: holds again when it is lost.
-    pub covered: Timestamp,
+    /// Every change before this moment was in the replica before it: what holds
+    /// again when it is lost. (What was covered then may be later: something
+    /// waited, and what was sent to end that is lost, too.)
+    pub before: Timestamp,
     /// Every change before this moment is in the replica after it.
     pub reached: Timestamp,
     /// What the keeper wants to know of it beside.
@@ -214,13 +218,13 @@ pub fn take_back<'a, T>(
     gap: &mut Option<Gap>,
     floors: impl Iterator<Item = &'a mut Timestamp>,
 ) -> bool {
-    *covered = (*covered).min(lost.covered);
+    *covered = (*covered).min(lost.before);
     for floor in floors {
-        *floor = (*floor).min(lost.covered);
+        *floor = (*floor).min(lost.before);
     }
     match (gap.as_mut(), lost.closed.take()) {
         (Some(gap), _) => {
-            gap.floor = gap.floor.min(lost.covered);
+            gap.floor = gap.floor.min(lost.before);
             false
         }
         (None, Some(closed)) => {
@@ -228,6 +232,58 @@ pub fn take_back<'a, T>(
             true
         }
         (None, None) => false,
+    }
+}
+
+/// An entry.
+pub type Place = (ObjectId, Name);
+
+/// Entries that waited for an object which waits no more, and that are still
+/// not as they are on the source: another object may wait under the same name
+/// now, or nobody has looked at them yet.
+///
+/// INVARIANT (the watermark tells the truth): while an entry is not what it is
+/// on the source, the moment since when it is not so holds the watermark,
+/// whatever it waits for by then.
+#[derive(Clone, Debug, Default)]
+pub struct Owed(BTreeMap<Place, Timestamp>);
+
+impl Owed {
+    /// These waited since `floor`, and are dirty, or looked at by the batch that
+    /// is being built.
+    pub fn release(&mut self, places: impl IntoIterator<Item = Place>, floor: Timestamp) {
+        for place in places {
+            let owed = self.0.entry(place).or_insert(floor);
+            *owed = (*owed).min(floor);
+        }
+    }
+
+    /// A batch has looked at `seen`, all but what it looks at `again` in the
+    /// next; `holds` are what waits after it, with their floors.
+    pub fn settle<'a>(
+        &mut self,
+        seen: impl Fn(&Place) -> bool,
+        again: &BTreeSet<Place>,
+        holds: impl Iterator<Item = (&'a BTreeSet<Place>, &'a mut Timestamp)>,
+    ) {
+        if self.0.is_empty() {
+            return;
+        }
+        for (places, floor) in holds {
+            let owed = places.iter().filter_map(|place| self.0.get(place));
+            *floor = owed.fold(*floor, |floor, owed| floor.min(*owed));
+        }
+        self.0.retain(|place, _| again.contains(place) || !seen(place));
+    }
+
+    /// Nothing is in directories that are gone.
+    pub fn forget(&mut self, mut gone: impl FnMut(&ObjectId) -> bool) {
+        self.0.retain(|(directory, _), _| !gone(directory));
+    }
+
+    /// Where it holds the watermark.
+    pub fn floor(&self) -> Option<Timestamp> {
+        self.0.values().min().copied()
     }
 }
 

@@ -20,7 +20,7 @@ use replicator_src::clock::{Clock, Wall};
 use replicator_src::index::{Content, Delta, Index, Known, Mark, View};
 use replicator_src::journal::Record;
 use replicator_src::ledger::{
-    Claim, Closing, Flight, Flights, Gap, Memory, Reach, Span, take_back,
+    Claim, Closing, Flight, Flights, Gap, Memory, Owed, Place, Reach, Span, take_back,
 };
 use replicator_src::plan::resolve::Budget;
 use replicator_src::plan::waits::{is_through, is_touched};
@@ -176,7 +176,9 @@ struct Engine {
     seen: Timestamp,
     covered: Timestamp,
     gap: Option<Gap>,
+    reached: Timestamp,
     holds: BTreeMap<ObjectId, Held>,
+    owed: Owed,
     lanes: Vec<Lane>,
     arrived: BTreeSet<TransferId>,
     flights: Flights<()>,
@@ -272,6 +274,8 @@ impl Source {
             inherited: Seq(self.journal.last),
             seen: Timestamp::NEVER,
             covered: claimed,
+            reached: claimed,
+            owed: Owed::default(),
             gap: None,
             holds: BTreeMap::new(),
             lanes: Vec::new(),
@@ -500,6 +504,8 @@ impl Source {
         engine.holds.clear();
         engine.dirty = Dirty::default();
         engine.covered = Timestamp::NEVER;
+        engine.reached = Timestamp::NEVER;
+        engine.owed = Owed::default();
         engine.seen = Timestamp::NEVER;
         engine.claimed = Timestamp::NEVER;
         engine.totals = Mark { seq: engine.totals.seq, ..Mark::default() };
@@ -520,6 +526,7 @@ impl Source {
         for mut batch in settled.lost {
             let floors = engine.holds.values_mut().map(|held| &mut held.floor);
             take_back(&mut batch, &mut engine.covered, &mut engine.gap, floors);
+            engine.reached = engine.reached.min(batch.before);
             engine.dirty.merge(batch.input);
         }
         let mark = self.store.read().mark;
@@ -823,6 +830,10 @@ impl Source {
         let closed = self.close_gap(walked);
         self.take_holds(std::mem::take(&mut assembly.holds), floor);
         let engine = self.engine();
+        let holds = engine.holds.values_mut();
+        let holds = holds.map(|held| (&held.hold.entries, &mut held.floor));
+        let seen = |place: &Place| draft.resolve.bindings.contains_key(place);
+        engine.owed.settle(seen, &assembly.again, holds);
         if walking {
             let orphaned = std::mem::take(&mut assembly.orphaned).into_iter();
             engine.dirty.listings.extend(orphaned.map(|one| Listing::new(one, true)));
@@ -871,9 +882,10 @@ impl Source {
             gap: engine.gap.as_ref(),
             closed: closed.as_ref(),
             proves: true,
-            waiting: floors.chain(orphans).min(),
+            waiting: floors.chain(engine.owed.floor()).chain(orphans).min(),
         };
         let reach = claim.reach();
+        let before = std::mem::replace(&mut engine.reached, reach.reached);
         engine.covered = reach.covered;
         let Reach { reached, exact, .. } = reach;
         let watermark = engine.clock.wall(reached).max(engine.claimed);
@@ -892,7 +904,7 @@ impl Source {
             input: draft.input,
             closed,
             durable: false,
-            covered,
+            before,
             reached,
             note: (),
         };
@@ -1030,7 +1042,11 @@ impl Source {
         };
         if !there {
             self.redo_hold(&lane.object);
-            self.engine().holds.remove(&lane.object);
+            if let Some(held) = self.engine().holds.remove(&lane.object) {
+                let links = self.engine().index.links(&lane.object).unwrap();
+                let places = held.hold.entries.into_iter().chain(links);
+                self.look_at_rest(&Resolve::default(), places.collect(), held.floor);
+            }
             return;
         }
         let known = Known {
@@ -1121,7 +1137,7 @@ impl Source {
         for (object, (_, file)) in std::mem::take(&mut draft.placed) {
             all.insert(object.clone());
             if let Some(held) = self.engine().holds.remove(&object) {
-                self.look_at_rest(&draft.resolve, held.hold.entries);
+                self.look_at_rest(&draft.resolve, held.hold.entries, held.floor);
             }
             let put =
                 assembly.delta.objects.iter().any(|(id, known)| *id == object && known.is_some());
@@ -1151,13 +1167,21 @@ impl Source {
         let gone: Vec<_> =
             holds.filter(|(o, held)| through(o, held)).map(|(o, _)| o.clone()).collect();
         for object in gone {
-            if let Some(held) = self.engine().holds.remove(&object) {
-                self.look_at_rest(&draft.resolve, held.hold.entries);
+            let Some(mut held) = self.engine().holds.remove(&object) else { continue };
+            if draft.outcomes.get(&object) == Some(&Outcome::Gone) {
+                held.hold.entries.extend(self.engine().index.links(&object).unwrap());
             }
+            self.look_at_rest(&draft.resolve, held.hold.entries, held.floor);
         }
     }
 
-    fn look_at_rest(&mut self, resolve: &Resolve, entries: BTreeSet<(ObjectId, Name)>) {
+    fn look_at_rest(
+        &mut self,
+        resolve: &Resolve,
+        entries: BTreeSet<(ObjectId, Name)>,
+        floor: Timestamp,
+    ) {
+        self.engine().owed.release(entries.iter().cloned(), floor);
         for (directory, name) in entries {
             if !resolve.bindings.contains_key(&(directory.clone(), name.clone())) {
                 self.engine().dirty.entry(directory, name, What::default());
@@ -1174,6 +1198,7 @@ impl Source {
         engine.holds.retain(|object, held| {
             !held.hold.entries.is_empty() || index.object(object).unwrap().is_some()
         });
+        engine.owed.forget(|directory| index.object(directory).unwrap().is_none());
     }
 
     fn waits(&self) -> String {

@@ -296,7 +296,7 @@ impl Engine {
         let mut assembly = assemble(&draft.resolve, &draft.outcomes, &root, settings, index, tree)?;
         self.note_skipped(&draft, &dropped_by(&assembly.delta));
         let placed = self.settle_placed(&mut draft, &assembly);
-        self.release_holds(&draft, &assembly.holds, &placed);
+        self.release_holds(&draft, &assembly.holds, &placed)?;
         let walking = gap.is_some();
         self.astray.merge(std::mem::take(&mut draft.resolve.astray));
         self.astray.merge(std::mem::take(&mut assembly.astray));
@@ -312,6 +312,7 @@ impl Engine {
             self.close_gap(draft.span.walked && draft.span.reached && assembly.again.is_empty())?;
         let holds = std::mem::take(&mut assembly.holds);
         self.take_holds(holds, floor, walking);
+        self.settle_owed(&draft, &assembly.again);
         if walking {
             let orphaned = std::mem::take(&mut assembly.orphaned);
             self.dirty.listings.extend(orphaned.into_iter().map(|one| Listing::new(one, true)));

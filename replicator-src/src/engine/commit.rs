@@ -25,8 +25,8 @@ pub(super) struct Ready {
     pub(super) dropped: Vec<ObjectId>,
     pub(super) progress: (u64, u64),
     pub(super) objects: u64,
-    /// What was covered before it.
-    pub(super) covered: Timestamp,
+    /// Every change before this moment was in the replica before it.
+    pub(super) before: Timestamp,
     /// Every change before this moment is in the replica after it.
     pub(super) reached: Timestamp,
 }
@@ -38,7 +38,7 @@ impl Engine {
         assembly: Assembly,
         closed: Option<Gap>,
     ) -> Result<(), EngineError> {
-        let covered = self.covered;
+        let before = self.reached;
         let (header, reached) = self.header(&draft, &assembly, closed.as_ref());
         let changed = replaced_content(&assembly.delta, draft.batch);
         self.spoil(&changed);
@@ -59,7 +59,7 @@ impl Engine {
             dropped,
             progress,
             objects,
-            covered,
+            before,
             reached,
         })
     }
@@ -98,7 +98,7 @@ impl Engine {
             input,
             closed,
             durable: false,
-            covered: ready.covered,
+            before: ready.before,
             reached: ready.reached,
             note: Note { dropped, progress, committed_at: Instant::now(), exact },
         });
@@ -127,10 +127,10 @@ impl Engine {
             gap: self.gap.as_ref(),
             closed,
             proves: self.capture.proves(),
-            waiting: floors.chain(self.orphan_floor(assembly)).min(),
+            waiting: floors.chain(self.owed.floor()).chain(self.orphan_floor(assembly)).min(),
         };
         let Reach { covered, reached, exact } = claim.reach();
-        self.covered = covered;
+        (self.covered, self.reached) = (covered, reached);
         // When the clock was set back, the claim stays until it has passed.
         let watermark = self.clock.wall(reached).max(self.claimed);
         let exact = exact.then(|| self.clock.wall(draft.span.time));

@@ -14,7 +14,7 @@ use super::{Engine, EngineError, Event};
 use crate::index::{Content, Known, View};
 use crate::journal::Record;
 use crate::plan::waits::is_touched;
-use crate::plan::{Hold, HoldReason, Listing, Lookup, Tree};
+use crate::plan::{Hold, HoldReason, Listing, Lookup, Resolve, Tree};
 use crate::read::lane::{Done, Job, LaneError};
 use crate::watcher::What;
 
@@ -344,7 +344,11 @@ impl Engine {
             Done::Gone => {
                 // What its entries lead to now is another matter.
                 self.redo_hold(&job.object);
-                self.holds.remove(&job.object);
+                if let Some(held) = self.holds.remove(&job.object) {
+                    let links = self.index.links(&job.object)?;
+                    let places = held.hold.entries.into_iter().chain(links);
+                    self.look_at_rest(&Resolve::default(), places.collect(), held.floor);
+                }
                 return Ok(());
             }
             Done::Away => {
@@ -460,7 +464,15 @@ impl Engine {
                 self.discard(held.transfer);
             }
         }
-        Ok(())
+        let mut failure = None;
+        self.owed.forget(|directory| match self.index.object(directory) {
+            Ok(known) => known.is_none(),
+            Err(error) => {
+                failure = Some(error);
+                false
+            }
+        });
+        failure.map_or(Ok(()), |error| Err(error.into()))
     }
 
     /// Content of `object` changes in the replica, or the object goes: running

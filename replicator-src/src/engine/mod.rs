@@ -44,7 +44,7 @@ use crate::capture::{Capture, CaptureError, Members};
 use crate::clock::Clock;
 use crate::index::{Index, IndexError, Mark, View};
 use crate::journal::{Journal, JournalError};
-use crate::ledger::{Flights, Gap};
+use crate::ledger::{Flights, Gap, Owed};
 use crate::plan::{Dirty, Listing, PlanError, Skip};
 use crate::read::lane::{Done, Job, LaneError};
 use crate::read::pool::Pool;
@@ -193,8 +193,13 @@ pub struct Engine {
     /// Every change before this moment was absorbed, and is in a batch, held,
     /// an orphan, or in an open gap.
     covered: Timestamp,
+    /// Every change before this moment is in the replica once all that is under
+    /// way is.
+    reached: Timestamp,
     gap: Option<Gap>,
     holds: BTreeMap<ObjectId, Held>,
+    /// What waited and is looked at anew.
+    owed: Owed,
     /// Transfers that are being read.
     running: HashMap<TransferId, ObjectId>,
     /// Those of them that the destination says it has.
@@ -282,9 +287,11 @@ impl Engine {
             dirty: Dirty::default(),
             astray: Dirty::default(),
             covered: claimed,
+            reached: claimed,
             seen: Timestamp::NEVER,
             gap: None,
             holds: BTreeMap::new(),
+            owed: Owed::default(),
             running: HashMap::new(),
             arrived: BTreeSet::new(),
             in_flight: Flights::default(),

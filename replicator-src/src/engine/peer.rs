@@ -8,7 +8,7 @@ use replicator_common::wire::{DestinationMessage, Refusal, SourceMessage};
 
 use super::{Engine, EngineError, FailoverReply};
 use crate::index::{Index, View};
-use crate::ledger::{Memory, take_back};
+use crate::ledger::{Memory, Owed, take_back};
 use crate::session::{LinkEvent, Session};
 
 impl Engine {
@@ -74,10 +74,12 @@ impl Engine {
         self.in_flight.clear();
         self.reset_transfers();
         self.holds.clear();
+        self.owed = Owed::default();
         self.dirty = Default::default();
         self.astray = Default::default();
         self.reconcile = None;
         self.covered = Timestamp::NEVER;
+        self.reached = Timestamp::NEVER;
         self.seen = Timestamp::NEVER;
         self.claimed = Timestamp::NEVER;
         self.totals = self.index.store().mark()?;
@@ -111,6 +113,7 @@ impl Engine {
             if take_back(&mut batch, &mut self.covered, &mut self.gap, floors) {
                 self.shared.begin_progress();
             }
+            self.reached = self.reached.min(batch.before);
             self.dirty.merge(batch.input);
         }
         self.totals = self.index.store().mark()?;

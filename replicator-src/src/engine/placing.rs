@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::{Attributes, Kind};
+use replicator_common::time::Timestamp;
 use replicator_common::wire::ContentSource;
 
 use super::build::{Draft, Placed};
@@ -29,7 +30,7 @@ impl Engine {
         for (object, placed) in std::mem::take(&mut draft.placed) {
             all.insert(object.clone());
             if let Some(held) = self.holds.remove(&object) {
-                self.look_at_rest(&draft.resolve, held.hold.entries);
+                self.look_at_rest(&draft.resolve, held.hold.entries, held.floor);
             }
             let put = placed.number.0 == 0
                 || assembly
@@ -79,7 +80,7 @@ impl Engine {
         draft: &Draft,
         left: &BTreeMap<ObjectId, crate::plan::Hold>,
         placed: &BTreeSet<ObjectId>,
-    ) {
+    ) -> Result<(), EngineError> {
         let looked: Vec<ObjectId> = self
             .holds
             .iter()
@@ -91,15 +92,34 @@ impl Engine {
             .map(|(object, _)| object.clone())
             .collect();
         for object in looked {
-            let Some(held) = self.holds.remove(&object) else { continue };
-            self.look_at_rest(&draft.resolve, held.hold.entries);
+            let Some(mut held) = self.holds.remove(&object) else { continue };
+            if draft.outcomes.get(&object) == Some(&Outcome::Gone) {
+                held.hold.entries.extend(self.index.links(&object)?);
+            }
+            self.look_at_rest(&draft.resolve, held.hold.entries, held.floor);
             self.discard(held.transfer);
         }
+        Ok(())
     }
 
-    /// Entries that waited for an object which waits no more, and that this
-    /// batch has not looked at, are looked at in the next.
-    pub(super) fn look_at_rest(&mut self, resolve: &Resolve, entries: BTreeSet<(ObjectId, Name)>) {
+    /// After a batch has taken its holds: what is owed is theirs, or is looked at
+    /// `again`, or is as it is on the source.
+    pub(super) fn settle_owed(&mut self, draft: &Draft, again: &BTreeSet<(ObjectId, Name)>) {
+        let seen = |place: &(ObjectId, Name)| draft.resolve.bindings.contains_key(place);
+        let holds = self.holds.values_mut();
+        let holds = holds.map(|held| (&held.hold.entries, &mut held.floor));
+        self.owed.settle(seen, again, holds);
+    }
+
+    /// Entries that waited since `floor` for an object which waits no more, and
+    /// that this batch has not looked at, are looked at in the next.
+    pub(super) fn look_at_rest(
+        &mut self,
+        resolve: &Resolve,
+        entries: BTreeSet<(ObjectId, Name)>,
+        floor: Timestamp,
+    ) {
+        self.owed.release(entries.iter().cloned(), floor);
         for (directory, name) in entries {
             if !resolve.bindings.contains_key(&(directory.clone(), name.clone())) {
                 self.dirty.entry(directory, name, crate::watcher::What::default());
