@@ -1104,6 +1104,10 @@ impl Source {
         if need.kind != Kind::File || !need.content {
             return false;
         }
+        if let Some((_, file)) = draft.placed.get_mut(object) {
+            file.moving = true;
+            return true;
+        }
         let engine = self.engine();
         let Some(held) = engine.holds.get_mut(object) else { return false };
         match std::mem::replace(&mut held.transfer, Transfer::Waiting) {

@@ -90,8 +90,8 @@ pub struct World {
     number: u64,
     /// When a call last was under way for longer than a moment.
     pub busy: i64,
-    /// Since when what is in the source has been in it without a break.
-    entered: BTreeMap<u32, i64>,
+    /// Which call brought what is in the source into it, and when that returned.
+    entered: BTreeMap<u32, (u64, i64)>,
     /// History, by slot and by inode; the number says which call made it.
     slots: BTreeMap<(u32, Name), Vec<(u64, Past<Option<u32>>)>>,
     bodies: BTreeMap<u32, Vec<(u64, Past<Body>)>>,
@@ -119,7 +119,7 @@ impl World {
             calls: Vec::new(),
             number: 0,
             busy: 0,
-            entered: BTreeMap::from([(ROOT, i64::MIN)]),
+            entered: BTreeMap::from([(ROOT, (0, i64::MIN))]),
             slots: BTreeMap::new(),
             bodies: BTreeMap::new(),
             log: VecDeque::new(),
@@ -159,6 +159,11 @@ impl World {
         (above.ctime, above.mtime) = (now, now);
         let past = Past { made: self.now, returned: RUNNING, value: to };
         self.slots.entry((directory, name.clone())).or_default().push((self.number, past));
+    }
+
+    /// Whether an inode, alive or dead, is a directory: those have no content.
+    fn is_directory(&self, inode: u32) -> bool {
+        self.bodies[&inode].last().is_some_and(|(_, past)| past.value.content == 0)
     }
 
     /// Entries that lead to an inode.
@@ -232,7 +237,7 @@ impl World {
         let mut inside = BTreeMap::new();
         let mut queue = vec![ROOT];
         while let Some(inode) = queue.pop() {
-            let since = self.entered.get(&inode).copied().unwrap_or(self.now);
+            let since = self.entered.get(&inode).copied().unwrap_or((self.number, RUNNING));
             if inside.insert(inode, since).is_none() {
                 queue.extend(self.inodes[&inode].entries.values().copied());
             }
@@ -243,7 +248,7 @@ impl World {
     /// Whether an inode has been in the source since `moment` at least. What
     /// came in later was not changed in the source before.
     pub fn was_inside_since(&self, moment: i64, inode: u32) -> bool {
-        self.entered.get(&inode).is_some_and(|since| *since < moment)
+        self.entered.get(&inode).is_some_and(|(_, since)| *since < moment)
     }
 
     /// A call that had its effect returns.
@@ -277,8 +282,13 @@ impl World {
             }
         }
         let now = self.now;
+        if number != self.number {
+            self.log.push_back(format!("{now} call {number} returns"));
+        }
         let slots = self.slots.values_mut().flatten().filter(|(call, _)| *call == number);
         slots.for_each(|(_, past)| past.returned = now);
+        let entered = self.entered.values_mut().filter(|(call, _)| *call == number);
+        entered.for_each(|(_, returned)| *returned = now);
         let bodies = self.bodies.values_mut().flatten().filter(|(call, _)| *call == number);
         bodies.for_each(|(_, past)| past.returned = now);
     }
@@ -419,7 +429,15 @@ impl World {
             Some(past) => {
                 let from = since(past, moment);
                 let nothing = from.is_none() && to.is_none();
-                nothing || past[from.unwrap_or(0)..].iter().any(|(_, past)| past.value == to)
+                let later = &past[from.unwrap_or(0)..];
+                let is = |(_, past): &(u64, Past<Option<u32>>)| past.value == to;
+                // A directory that moves on does not wait where it stood for
+                // what is to stand there.
+                let left = |(_, past): &(u64, Past<Option<u32>>)| {
+                    past.value.is_some_and(|inode| self.is_directory(inode))
+                };
+                let moved_on = to.is_none() && later[..later.len() - 1].iter().any(left);
+                nothing || moved_on || later.iter().any(is)
             }
         }
     }

@@ -187,6 +187,13 @@ impl Engine {
             placed.file.moving = true;
             return Ok(true);
         }
+        if let Some(placed) = draft.placed.get_mut(object) {
+            // This batch places it already, and it has changed since: it waits for
+            // its next turn. (Were it looked at as if nothing had come, what was
+            // placed would count as placed and not be so.)
+            placed.file.moving = true;
+            return Ok(true);
+        }
         let Some(held) = self.holds.get_mut(object) else { return Ok(false) };
         if held.transfer.is_under_way() {
             let size = match held.hold.reason {
