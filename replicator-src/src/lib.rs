@@ -12,6 +12,7 @@ pub mod engine;
 pub mod fuzzing;
 pub mod index;
 pub mod journal;
+pub mod ledger;
 mod places;
 pub mod plan;
 pub mod read;

@@ -8,8 +8,9 @@ use replicator_common::time::Timestamp;
 use replicator_common::wire::{BatchHeader, Op, PLAN_OPS_MAX, SourceMessage};
 
 use super::build::Draft;
-use super::{Engine, EngineError, Gap, InFlight, ended};
+use super::{Engine, EngineError, Note, ended};
 use crate::index::{Content, Delta, Mark, View};
+use crate::ledger::{Claim, Flight, Gap, Reach};
 use crate::plan::{Assembly, Dirty};
 use crate::read::sink::SinkError;
 use crate::session::Session;
@@ -24,8 +25,8 @@ pub(super) struct Ready {
     pub(super) dropped: Vec<ObjectId>,
     pub(super) progress: (u64, u64),
     pub(super) objects: u64,
-    /// What was covered before it.
-    pub(super) covered: Timestamp,
+    /// Every change before this moment was in the replica before it.
+    pub(super) before: Timestamp,
     /// Every change before this moment is in the replica after it.
     pub(super) reached: Timestamp,
 }
@@ -37,7 +38,7 @@ impl Engine {
         assembly: Assembly,
         closed: Option<Gap>,
     ) -> Result<(), EngineError> {
-        let covered = self.covered;
+        let before = self.reached;
         let (header, reached) = self.header(&draft, &assembly, closed.as_ref());
         let changed = replaced_content(&assembly.delta, draft.batch);
         self.spoil(&changed);
@@ -58,7 +59,7 @@ impl Engine {
             dropped,
             progress,
             objects,
-            covered,
+            before,
             reached,
         })
     }
@@ -91,17 +92,15 @@ impl Engine {
         self.totals = mark;
         self.claimed = self.claimed.max(header.watermark);
         self.next_batch = batch.next();
-        self.in_flight.push_back(InFlight {
+        let exact = header.exact.is_some();
+        self.in_flight.push(Flight {
             mark,
             input,
             closed,
-            dropped,
-            progress,
-            committed_at: Instant::now(),
-            exact: header.exact.is_some(),
             durable: false,
-            covered: ready.covered,
+            before: ready.before,
             reached: ready.reached,
+            note: Note { dropped, progress, committed_at: Instant::now(), exact },
         });
         let sent = match &self.session {
             Some(session) => send_plan(session, batch, ops, header),
@@ -121,26 +120,22 @@ impl Engine {
         assembly: &Assembly,
         closed: Option<&Gap>,
     ) -> (BatchHeader, Timestamp) {
-        let base = match (&self.gap, closed) {
-            (Some(gap), _) => gap.floor,
-            // Where only a walk proves anything, it proves it for the moment
-            // at which it began.
-            (None, Some(gap)) if !self.capture.proves() => gap.walk_started,
-            (None, None) if !self.capture.proves() => self.covered,
-            _ => draft.time,
+        let floors = self.holds.values().map(|held| held.floor);
+        let claim = Claim {
+            span: draft.span,
+            covered: self.covered,
+            gap: self.gap.as_ref(),
+            closed,
+            proves: self.capture.proves(),
+            waiting: floors.chain(self.owed.floor()).chain(self.orphan_floor(assembly)).min(),
         };
-        self.covered = self.covered.max(base);
-        let waiting = self.holds.values().map(|held| held.floor);
-        let orphans = self.orphan_floor(assembly);
-        let reached = waiting.chain(orphans).fold(base, Timestamp::min);
+        let Reach { covered, reached, exact } = claim.reach();
+        (self.covered, self.reached) = (covered, reached);
         // When the clock was set back, the claim stays until it has passed.
         let watermark = self.clock.wall(reached).max(self.claimed);
-        let quiet = self.holds.is_empty() && assembly.orphans == 0 && self.gap.is_none();
-        let exact =
-            (draft.exact && quiet && self.capture.proves() && closed.is_none_or(|_| draft.exact))
-                .then(|| self.clock.wall(draft.time));
+        let exact = exact.then(|| self.clock.wall(draft.span.time));
         let header = BatchHeader {
-            seq: draft.seq,
+            seq: draft.span.seq,
             watermark,
             exact,
             packed: draft.packed,

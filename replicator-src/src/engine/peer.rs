@@ -8,6 +8,7 @@ use replicator_common::wire::{DestinationMessage, Refusal, SourceMessage};
 
 use super::{Engine, EngineError, FailoverReply};
 use crate::index::{Index, View};
+use crate::ledger::{Memory, Owed, take_back};
 use crate::session::{LinkEvent, Session};
 
 impl Engine {
@@ -37,13 +38,10 @@ impl Engine {
         let hello = session.hello.clone();
         let known = self.peer()?;
         let pending = self.index.store().pending()?.last().map(|delta| delta.mark.batch);
-        let mark = self.index.store().mark()?;
-        let newest = pending.unwrap_or(mark.batch).max(mark.batch);
-        let fresh = newest == BatchId(0) && hello.committed == BatchId(0);
-        let agreed =
-            known == Some(hello.incarnation) && (mark.batch..=newest).contains(&hello.committed);
+        let merged = self.index.store().mark()?.batch;
+        let memory = Memory { peer: known, merged, pending };
         let halfway = self.index.store().reconciling()?;
-        if halfway || !(fresh || agreed) {
+        if halfway || !memory.agrees(hello.incarnation, hello.committed) {
             return self.distrust(session, known.is_some());
         }
         if known != Some(hello.incarnation) {
@@ -76,10 +74,12 @@ impl Engine {
         self.in_flight.clear();
         self.reset_transfers();
         self.holds.clear();
+        self.owed = Owed::default();
         self.dirty = Default::default();
         self.astray = Default::default();
         self.reconcile = None;
         self.covered = Timestamp::NEVER;
+        self.reached = Timestamp::NEVER;
         self.seen = Timestamp::NEVER;
         self.claimed = Timestamp::NEVER;
         self.totals = self.index.store().mark()?;
@@ -101,28 +101,19 @@ impl Engine {
     /// Batches up to `committed` took effect; later ones are built anew.
     fn settle(&mut self, committed: BatchId) -> Result<(), EngineError> {
         self.index.settle(committed)?;
+        let settled = self.in_flight.settle(committed);
         let mut reached = Timestamp::NEVER;
-        for batch in std::mem::take(&mut self.in_flight) {
-            if batch.mark.batch <= committed {
-                reached = reached.max(batch.reached);
-                self.journal.trim(batch.mark.seq)?;
-                self.shared.progressed(batch.progress);
-                continue;
-            }
-            self.covered = self.covered.min(batch.covered);
-            // What a lost batch had brought is not there.
-            for held in self.holds.values_mut() {
-                held.floor = held.floor.min(batch.covered);
-            }
-            if let Some(gap) = &mut self.gap {
-                gap.floor = gap.floor.min(batch.covered);
-            }
-            if let Some(gap) = batch.closed
-                && self.gap.is_none()
-            {
-                self.gap = Some(gap);
+        for batch in settled.done {
+            reached = reached.max(batch.reached);
+            self.journal.trim(batch.mark.seq)?;
+            self.shared.progressed(batch.note.progress);
+        }
+        for mut batch in settled.lost {
+            let floors = self.holds.values_mut().map(|held| &mut held.floor);
+            if take_back(&mut batch, &mut self.covered, &mut self.gap, floors) {
                 self.shared.begin_progress();
             }
+            self.reached = self.reached.min(batch.before);
             self.dirty.merge(batch.input);
         }
         self.totals = self.index.store().mark()?;
@@ -166,9 +157,7 @@ impl Engine {
     fn message(&mut self, message: DestinationMessage) -> Result<(), EngineError> {
         match message {
             DestinationMessage::Durable { batch } => {
-                for waiting in &mut self.in_flight {
-                    waiting.durable |= waiting.mark.batch <= batch;
-                }
+                self.in_flight.durable(batch);
             }
             DestinationMessage::Applied { batch, .. } => self.applied(batch)?,
             DestinationMessage::Report(report) => self.shared.destination_report(*report),
@@ -197,16 +186,15 @@ impl Engine {
     /// the journal trimmed.
     fn applied(&mut self, batch: BatchId) -> Result<(), EngineError> {
         let (mut merged, mut reached) = (None, Timestamp::NEVER);
-        while self.in_flight.front().is_some_and(|waiting| waiting.mark.batch <= batch) {
-            let Some(done) = self.in_flight.pop_front() else { break };
+        for done in self.in_flight.applied(batch) {
             metrics::histogram!("replicator_source_batch_seconds")
-                .record(done.committed_at.elapsed().as_secs_f64());
-            self.shared.progressed(done.progress);
+                .record(done.note.committed_at.elapsed().as_secs_f64());
+            self.shared.progressed(done.note.progress);
             self.shared.count(|counters| {
                 counters.batches += 1;
-                counters.exact_batches += u64::from(done.exact);
+                counters.exact_batches += u64::from(done.note.exact);
             });
-            for object in &done.dropped {
+            for object in &done.note.dropped {
                 self.opener.forget(object);
                 // It may have come back meanwhile.
                 if self.members.knows(object)

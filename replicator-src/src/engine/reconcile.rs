@@ -265,7 +265,7 @@ impl Engine {
             dropped: Vec::new(),
             progress: (0, 0),
             objects: 0,
-            covered: Timestamp::NEVER,
+            before: Timestamp::NEVER,
             reached: Timestamp::NEVER,
         })
     }
