@@ -10,11 +10,14 @@
 //! that was skipped looks exactly like one that passed.
 
 pub mod binary;
+pub mod cgroup;
 pub mod compare;
 pub mod disk;
 pub mod hosts;
+pub mod line;
 pub mod mounts;
 pub mod process;
+pub mod relay;
 pub mod scenario;
 pub mod serial;
 pub mod stamps;

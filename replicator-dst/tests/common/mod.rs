@@ -235,6 +235,7 @@ impl World {
             destination_incarnation: None,
             acknowledged: BatchId(last),
             pending: Some(BatchId(last + 1)),
+            previous: None,
             time: Timestamp::now(),
         };
         source.writer.write(&SourceMessage::Hello(hello)).await.unwrap();
