@@ -6,11 +6,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
+use replicator_common::net::NetError;
 use replicator_common::net::clock::Exchange;
 use replicator_common::net::frame::{Compression, FrameReader, FrameWriter, encode_frame};
 use replicator_common::net::identity::{Fingerprint, Identity};
 use replicator_common::net::quic::{self, CLOSE_PROTOCOL};
-use replicator_common::net::NetError;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
     ALPN, DATA_STREAMS, DestinationHello, DestinationMessage, Refusal, SourceHello, SourceMessage,
@@ -30,9 +30,11 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fro
 /// After a shorter one they go on to grow: else a destination that takes every
 /// session and ends it at once would be called without pause.
 const LASTING: Duration = Duration::from_secs(10);
+/// Attempts that are under way at once, however many are in a hurry.
+const DIALS: usize = 3;
 /// The destination reports twice a second. One that answers at the level of
 /// QUIC and has said nothing for this long hangs.
-const SILENCE: Duration = Duration::from_secs(60);
+pub const SILENCE: Duration = Duration::from_secs(60);
 /// Messages of the destination that wait in memory for the engine. An honest
 /// one has a handful under way.
 const MESSAGES: usize = 64;
@@ -156,6 +158,8 @@ pub struct Link {
     pub compression: Compression,
     /// When notified, the link does not wait until the next attempt is due.
     pub hurry: Arc<Notify>,
+    /// A destination that has said nothing for this long hangs.
+    pub silence: Duration,
 }
 
 /// Runs the link until `hello` or the engine's inbox is gone: opens sessions
@@ -205,16 +209,25 @@ struct Attempt<'a> {
 }
 
 impl Attempt<'_> {
-    /// Connects. When somebody is in a hurry it begins anew at once, because the
-    /// packets of an attempt go out at ever longer intervals.
+    /// Connects. When somebody is in a hurry, another attempt is made beside the
+    /// one that is under way, because the packets of each go out at ever longer
+    /// intervals.
     async fn dial(&self) -> Result<quinn::Connection, NetError> {
         let Link { identity, remote, hurry, .. } = self.link;
+        let dial = || {
+            let (identity, remote) = (identity.clone(), remote.clone());
+            async move { quic::dial(&identity, &remote.address, remote.fingerprint, ALPN).await }
+        };
+        let mut attempts = JoinSet::new();
+        attempts.spawn(dial());
         loop {
             tokio::select! {
-                dialled = quic::dial(identity, &remote.address, remote.fingerprint, ALPN) => {
-                    return dialled;
-                }
-                () = hurry.notified() => {}
+                () = hurry.notified(), if attempts.len() < DIALS => drop(attempts.spawn(dial())),
+                Some(ended) = attempts.join_next() => match ended {
+                    Ok(Err(_)) if !attempts.is_empty() => {}
+                    Ok(ended) => return ended,
+                    Err(panicked) => return Err(NetError::Setup(panicked.to_string())),
+                },
             }
         }
     }
@@ -230,17 +243,20 @@ impl Attempt<'_> {
             }
             other => plain(&other),
         })?;
-        let (send, receive) = connection.open_bi().await.map_err(|error| plain(&error))?;
+        let broke = |error: &dyn std::fmt::Display| {
+            (quic::ending(&connection).unwrap_or_else(|| error.to_string()), None)
+        };
+        let (send, receive) = connection.open_bi().await.map_err(|error| broke(&error))?;
         prefer(&send, 2);
         let mut writer = FrameWriter::new(send);
         let mut reader = FrameReader::new(receive);
         let greeting = SourceHello { time: Timestamp::now(), ..greeting };
-        writer.write(&SourceMessage::Hello(greeting)).await.map_err(|error| plain(&error))?;
+        writer.write(&SourceMessage::Hello(greeting)).await.map_err(|error| broke(&error))?;
         let answer = tokio::time::timeout(HELLO_TIMEOUT, reader.read::<DestinationMessage>())
             .await
             .map_err(|_| ("the destination does not answer".to_owned(), None))?;
         let heard = Timestamp::now();
-        let hello = match answer.map_err(|error| plain(&error))? {
+        let hello = match answer.map_err(|error| broke(&error))? {
             Some(DestinationMessage::Hello(hello)) => hello,
             Some(DestinationMessage::Refused(refusal)) => {
                 return Err((refusal.to_string(), Some(refusal)));
@@ -255,7 +271,7 @@ impl Attempt<'_> {
         writers.spawn(write_frames(writer, frames));
         let mut queues = Vec::new();
         for number in 0..DATA_STREAMS {
-            let stream = connection.open_uni().await.map_err(|error| plain(&error))?;
+            let stream = connection.open_uni().await.map_err(|error| broke(&error))?;
             // The first half carries packs (see `Sink`): small objects never
             // queue behind large ones.
             prefer(&stream, if number < DATA_STREAMS / 2 { 1 } else { 0 });
@@ -277,7 +293,8 @@ impl Attempt<'_> {
         };
         let room = Arc::new(Semaphore::new(MESSAGES));
         let number = self.number;
-        Ok((session, Pump { number, connection, reader, writers, room, verdict }))
+        let silence = self.link.silence;
+        Ok((session, Pump { number, connection, reader, writers, room, verdict, silence }))
     }
 }
 
@@ -307,6 +324,7 @@ struct Pump {
     room: Arc<Semaphore>,
     /// Why the engine ended the session, if it did.
     verdict: Arc<OnceLock<String>>,
+    silence: Duration,
 }
 
 impl Pump {
@@ -333,12 +351,12 @@ impl Pump {
                 return self.close("the source stops".to_owned());
             };
             let message = tokio::select! {
-                message = tokio::time::timeout(SILENCE, self.reader.read()) => match message {
+                message = tokio::time::timeout(self.silence, self.reader.read()) => match message {
                     Ok(message) => message,
                     Err(_) => {
                         let silent = format!(
                             "the destination hangs: it has said nothing for {} s",
-                            SILENCE.as_secs()
+                            self.silence.as_secs()
                         );
                         return self.close(silent);
                     }

@@ -54,7 +54,8 @@ impl Line {
 
     /// The same with a relay of one's own before a destination that listens at
     /// `listen`; tokens name `advertise`; the source's daemon is started as the
-    /// last arguments of `wrap`.
+    /// last arguments of `wrap`, which finds the source's path in the variable
+    /// `REPLICATOR_TEST_SOURCE`.
     pub fn with(relay: Relay, listen: SocketAddr, advertise: String, wrap: Vec<String>) -> Self {
         let share = serial::share();
         let mut line = Self {
@@ -143,6 +144,7 @@ impl Line {
             _ => Command::new(program),
         };
         command.args(["serve", "--config"]).arg(&config);
+        command.env("REPLICATOR_TEST_SOURCE", self.source());
         let log = config.with_extension("log");
         let mut daemon = Daemon::spawn(command, &format!("http://{api}"), &log);
         daemon.wait_ready();

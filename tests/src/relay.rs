@@ -2,11 +2,11 @@
 //! datagrams what networks do.
 //!
 //! It lives in the test's process, and draws what is random from a seed, which
-//! the test prints. A relay knows one client, whoever sent last; so each pair
-//! of daemons has one of its own.
+//! the test prints. Each client of a relay reaches the server from a port of its
+//! own.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, HashMap};
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -87,20 +87,26 @@ pub struct Seen {
 pub struct Relay {
     shared: Arc<Shared>,
     address: SocketAddr,
-    threads: Vec<JoinHandle<()>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
 struct Shared {
     weather: Mutex<Weather>,
-    /// Faces the client.
+    /// Faces the clients.
     front: UdpSocket,
-    /// Faces the server. Another one after [`Relay::move_client`].
-    back: Mutex<Arc<UdpSocket>>,
-    client: Mutex<Option<SocketAddr>>,
+    clients: Mutex<HashMap<SocketAddr, Arc<Client>>>,
     server: SocketAddr,
+    seed: u64,
     seen: Seen,
     ends: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Client {
+    address: SocketAddr,
+    /// Faces the server. Another one after [`Relay::move_client`].
+    back: Mutex<Arc<UdpSocket>>,
 }
 
 impl Relay {
@@ -116,17 +122,17 @@ impl Relay {
         let shared = Arc::new(Shared {
             weather: Mutex::default(),
             front,
-            back: Mutex::new(Arc::new(socket((Ipv4Addr::LOCALHOST, 0).into()))),
-            client: Mutex::default(),
+            clients: Mutex::default(),
             server,
+            seed,
             seen: Seen::default(),
             ends: AtomicBool::new(false),
         });
-        let threads = [Way::There, Way::Back].map(|way| {
-            let (shared, rng) = (shared.clone(), StdRng::seed_from_u64(seed ^ way as u64));
-            thread::spawn(move || Carrier::new(&shared, way, rng).run())
+        let thread = thread::spawn({
+            let shared = shared.clone();
+            move || shared.there()
         });
-        Self { shared, address, threads: threads.into() }
+        Self { shared, address, thread: Some(thread) }
     }
 
     /// Where the client sends to.
@@ -144,10 +150,12 @@ impl Relay {
         self.set(Weather::default());
     }
 
-    /// From now on the client reaches the server from another port, as behind a
+    /// From now on each client reaches the server from another port, as behind a
     /// gateway that has forgotten it.
     pub fn move_client(&self) {
-        *lock(&self.shared.back) = Arc::new(socket((Ipv4Addr::LOCALHOST, 0).into()));
+        for client in lock(&self.shared.clients).values() {
+            *lock(&client.back) = Arc::new(socket((Ipv4Addr::LOCALHOST, 0).into()));
+        }
     }
 
     /// Counts.
@@ -159,13 +167,63 @@ impl Relay {
 impl Drop for Relay {
     fn drop(&mut self) {
         self.shared.ends.store(true, Ordering::Relaxed);
-        for thread in self.threads.drain(..) {
-            let ended = thread.join();
-            if !thread::panicking() {
-                ended.expect("the relay panicked");
-            }
+        let ended = self.thread.take().map(JoinHandle::join);
+        if !thread::panicking() {
+            ended.transpose().expect("the relay panicked");
         }
     }
+}
+
+impl Shared {
+    /// Carries what clients send; begins to carry answers to each.
+    fn there(&self) {
+        thread::scope(|scope| {
+            let mut carriers = HashMap::new();
+            let mut buffer = vec![0; DATAGRAM];
+            while !self.ends.load(Ordering::Relaxed) {
+                if let Some((length, from)) = received(self.front.recv_from(&mut buffer)) {
+                    let carrier = carriers.entry(from).or_insert_with(|| {
+                        let back = Arc::new(socket((Ipv4Addr::LOCALHOST, 0).into()));
+                        let client = Arc::new(Client { address: from, back: Mutex::new(back) });
+                        lock(&self.clients).insert(from, client.clone());
+                        let answers = client.clone();
+                        scope.spawn(move || self.back(&answers));
+                        Carrier::new(self, client, Way::There)
+                    });
+                    carrier.take(buffer[..length].to_vec());
+                }
+                carriers.values_mut().for_each(Carrier::send_due);
+            }
+        });
+    }
+
+    /// Carries what the server sends to one client.
+    fn back(&self, client: &Arc<Client>) {
+        let mut carrier = Carrier::new(self, client.clone(), Way::Back);
+        let mut buffer = vec![0; DATAGRAM];
+        while !self.ends.load(Ordering::Relaxed) {
+            let back = lock(&client.back).clone();
+            if let Some((length, _)) = received(back.recv_from(&mut buffer)) {
+                carrier.take(buffer[..length].to_vec());
+            }
+            carrier.send_due();
+        }
+    }
+}
+
+fn received(result: std::io::Result<(usize, SocketAddr)>) -> Option<(usize, SocketAddr)> {
+    result
+        .map_err(|error| {
+            // Refused: nobody listened where the last one was sent to.
+            let usual = [
+                ErrorKind::WouldBlock,
+                ErrorKind::TimedOut,
+                ErrorKind::Interrupted,
+                ErrorKind::ConnectionRefused,
+            ];
+            assert!(usual.contains(&error.kind()), "relay: {error}");
+        })
+        .ok()
 }
 
 fn socket(address: SocketAddr) -> UdpSocket {
@@ -184,9 +242,10 @@ enum Way {
     Back = 2,
 }
 
-/// Carries datagrams one way.
+/// Carries datagrams of one client one way.
 struct Carrier<'a> {
     shared: &'a Shared,
+    client: Arc<Client>,
     way: Way,
     rng: StdRng,
     /// Under way: when they arrive, in which order they came.
@@ -197,57 +256,23 @@ struct Carrier<'a> {
 }
 
 impl<'a> Carrier<'a> {
-    fn new(shared: &'a Shared, way: Way, rng: StdRng) -> Self {
-        Self { shared, way, rng, pending: BinaryHeap::new(), count: 0, free: Instant::now() }
+    fn new(shared: &'a Shared, client: Arc<Client>, way: Way) -> Self {
+        let rng = StdRng::seed_from_u64(shared.seed ^ way as u64);
+        let (pending, free) = (BinaryHeap::new(), Instant::now());
+        Self { shared, client, way, rng, pending, count: 0, free }
     }
 
-    fn run(mut self) {
-        let mut buffer = vec![0; DATAGRAM];
-        while !self.shared.ends.load(Ordering::Relaxed) {
-            if let Some(length) = self.receive(&mut buffer) {
-                self.shared.seen.taken.fetch_add(1, Ordering::Relaxed);
-                let weather = lock(&self.shared.weather).clone();
-                self.take(&weather, buffer[..length].to_vec());
-            }
-            while self.pending.peek().is_some_and(|Reverse((due, ..))| *due <= Instant::now()) {
-                let Some(Reverse((_, _, datagram))) = self.pending.pop() else { break };
-                self.send(&datagram);
-            }
-        }
-    }
-
-    fn receive(&self, buffer: &mut [u8]) -> Option<usize> {
-        let back;
-        let socket = match self.way {
-            Way::There => &self.shared.front,
-            Way::Back => {
-                back = lock(&self.shared.back).clone();
-                &*back
-            }
-        };
-        match socket.recv_from(buffer) {
-            Ok((length, from)) => {
-                if let Way::There = self.way {
-                    *lock(&self.shared.client) = Some(from);
-                }
-                Some(length)
-            }
-            Err(error) => {
-                // Refused: nobody listened where the last one was sent to.
-                let usual = [
-                    ErrorKind::WouldBlock,
-                    ErrorKind::TimedOut,
-                    ErrorKind::Interrupted,
-                    ErrorKind::ConnectionRefused,
-                ];
-                assert!(usual.contains(&error.kind()), "relay: {error}");
-                None
-            }
+    fn send_due(&mut self) {
+        while self.pending.peek().is_some_and(|Reverse((due, ..))| *due <= Instant::now()) {
+            let Some(Reverse((_, _, datagram))) = self.pending.pop() else { break };
+            self.send(&datagram);
         }
     }
 
     /// Decides what becomes of a datagram.
-    fn take(&mut self, weather: &Weather, mut datagram: Vec<u8>) {
+    fn take(&mut self, mut datagram: Vec<u8>) {
+        self.shared.seen.taken.fetch_add(1, Ordering::Relaxed);
+        let weather = lock(&self.shared.weather).clone();
         if weather.cut || self.rng.random_bool(weather.loss) {
             return;
         }
@@ -293,11 +318,8 @@ impl<'a> Carrier<'a> {
             return;
         }
         let sent = match self.way {
-            Way::There => lock(&self.shared.back).clone().send_to(datagram, self.shared.server),
-            Way::Back => match *lock(&self.shared.client) {
-                Some(client) => self.shared.front.send_to(datagram, client),
-                None => return,
-            },
+            Way::There => lock(&self.client.back).clone().send_to(datagram, self.shared.server),
+            Way::Back => self.shared.front.send_to(datagram, self.client.address),
         };
         if sent.is_ok() {
             self.shared.seen.passed.fetch_add(1, Ordering::Relaxed);

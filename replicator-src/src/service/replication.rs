@@ -243,6 +243,7 @@ impl Replication {
             wired,
             compression: Compression::Auto,
             hurry: shared.hurry(),
+            silence: session::SILENCE,
         };
         let hello = move || shared.hello();
         runtime.spawn(session::run(link, hello, events))
