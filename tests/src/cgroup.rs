@@ -1,101 +1,117 @@
-//! A limit on the memory of a program under test. A program that takes more is
-//! killed by the kernel, which the test sees.
+//! A limit on a process's memory that the kernel keeps: what goes beyond is
+//! killed, so a bound that is broken cannot pass unnoticed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
 
-/// Where cgroups are mounted.
-const ROOT: &str = "/sys/fs/cgroup";
-/// How long the processes of a group may take to be gone.
-const GONE_LIMIT: Duration = Duration::from_secs(10);
-
-/// A cgroup with a limit on memory, the page cache of its files included (which
-/// the kernel takes back when it is needed). Removed when dropped; whoever is in
-/// it must have ended.
+/// A control group with a limit on memory, removed when dropped (its processes
+/// must have ended).
 #[derive(Debug)]
 pub struct MemoryLimit {
-    path: PathBuf,
+    group: PathBuf,
+    files: &'static Files,
 }
 
+/// How a version of control groups calls what is needed.
+#[derive(Debug)]
+struct Files {
+    limit: &'static str,
+    /// Has a line `oom_kill <count>`.
+    kills: &'static str,
+}
+
+const V1: Files = Files { limit: "memory.limit_in_bytes", kills: "memory.oom_control" };
+const V2: Files = Files { limit: "memory.max", kills: "memory.events" };
+
 impl MemoryLimit {
-    /// Of this many bytes.
+    /// A group that may hold `bytes`: what its processes allocate, and as much
+    /// of the page cache as fits beside it. Needs root.
     pub fn new(bytes: u64) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
+        let (base, files) = base();
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("replicator-tests-{}-{number}", std::process::id());
-        let first = Path::new(ROOT).join("memory");
-        let (base, file) = if first.is_dir() {
-            (first, "memory.limit_in_bytes")
-        } else {
-            let base = PathBuf::from(ROOT);
-            // It is on already where something else uses it.
-            let _ = fs::write(base.join("cgroup.subtree_control"), "+memory");
-            (base, "memory.max")
-        };
-        let path = base.join(name);
-        fs::create_dir(&path).unwrap_or_else(|error| {
-            panic!("{}: {error}; this test limits memory by a cgroup", path.display())
+        let group = base.join(format!("replicator-test-{}-{number}", std::process::id()));
+        fs::create_dir(&group).unwrap_or_else(|error| {
+            panic!("{}: {error} (control groups with memory are needed)", group.display())
         });
-        let group = Self { path };
-        fs::write(group.path.join(file), bytes.to_string()).unwrap_or_else(|error| {
-            panic!("{}: {error}; this test needs the memory controller", group.path.display())
-        });
-        group
+        fs::write(group.join(files.limit), bytes.to_string()).unwrap();
+        Self { group, files }
     }
 
-    /// Puts a command's process into the group before it begins. (By a shell:
-    /// what runs between fork and exec here must not allocate.)
-    pub fn wrap(&self) -> Vec<String> {
-        let procs = self.path.join("cgroup.procs");
-        let script = format!("echo $$ > {} && exec \"$@\"", procs.display());
-        ["sh", "-c", &script, "sh"].map(str::to_owned).into()
+    /// The same command, which enters the group before it begins.
+    pub fn confine(&self, command: &Command) -> Command {
+        let mut confined = Command::new("sh");
+        confined.args(["-c", r#"echo $$ >"$0" && exec "$@""#]);
+        confined.arg(self.group.join("cgroup.procs"));
+        confined.arg(command.get_program()).args(command.get_args());
+        for (name, value) in command.get_envs() {
+            match value {
+                Some(value) => confined.env(name, value),
+                None => confined.env_remove(name),
+            };
+        }
+        confined
     }
 
-    /// Bytes of the group's programs that the kernel cannot take back: their own
-    /// memory.
-    pub fn in_use(&self) -> u64 {
-        let text = fs::read_to_string(self.path.join("memory.stat")).unwrap();
-        let words = text.lines().filter_map(|line| line.split_once(' '));
-        let own = words.filter(|(key, _)| matches!(*key, "rss" | "anon"));
-        own.map(|(_, bytes)| bytes.trim().parse::<u64>().unwrap()).sum()
+    /// How many of its processes the kernel has killed because of the limit.
+    pub fn kills(&self) -> u64 {
+        let text = fs::read_to_string(self.group.join(self.files.kills)).unwrap();
+        let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        count.expect("kernels since 4.13 count them").parse().unwrap()
     }
 }
 
 impl Drop for MemoryLimit {
     fn drop(&mut self) {
-        let begin = Instant::now();
-        while let Err(error) = fs::remove_dir(&self.path) {
-            if begin.elapsed() > GONE_LIMIT {
-                eprintln!("{} could not be removed: {error}", self.path.display());
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(20));
+        if let Err(error) = fs::remove_dir(&self.group) {
+            eprintln!("{} could not be removed: {error}", self.group.display());
         }
     }
 }
 
+/// Where groups with a memory controller are made.
+fn base() -> (PathBuf, &'static Files) {
+    let unified = Path::new("/sys/fs/cgroup");
+    let has = |file: &str| fs::read_to_string(unified.join(file)).unwrap_or_default();
+    if has("cgroup.controllers").split_whitespace().any(|controller| controller == "memory") {
+        if !has("cgroup.subtree_control").contains("memory") {
+            fs::write(unified.join("cgroup.subtree_control"), "+memory").unwrap();
+        }
+        return (unified.to_owned(), &V2);
+    }
+    (unified.join("memory"), &V1)
+}
+
+/// The most physical memory that a process has had, bytes.
+pub fn peak_memory(process: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kilobytes = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    kilobytes.expect("Linux says it").parse::<u64>().unwrap() << 10
+}
+
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
-
     use super::*;
+    use crate::process::run_to_end;
+    use std::time::Duration;
 
-    /// Fills as much memory as it is told to, in mebibytes.
-    fn fill(group: &MemoryLimit, mebibytes: u32) -> bool {
-        let wrap = group.wrap();
-        let script = format!("head -c {mebibytes}M /dev/zero | tail -c {mebibytes}M > /dev/null");
-        let mut command = Command::new(&wrap[0]);
-        command.args(&wrap[1..]).args(["bash", "-o", "pipefail", "-c", &script]);
-        command.status().unwrap().success()
+    fn allocate(mebibytes: u64) -> Command {
+        let mut command = Command::new("dd");
+        command.args(["if=/dev/zero", "of=/dev/null", "count=1"]);
+        command.arg(format!("bs={mebibytes}M"));
+        command
     }
 
     #[test]
-    fn who_takes_more_is_killed() {
-        crate::mounts::require_root();
-        let group = MemoryLimit::new(64 << 20);
-        assert!(fill(&group, 8));
-        assert!(!fill(&group, 100));
+    fn what_stays_below_lives_and_what_goes_beyond_is_killed() {
+        let limit = MemoryLimit::new(64 << 20);
+        let time = Duration::from_secs(60);
+        assert_eq!(run_to_end(limit.confine(&allocate(8)), time).code, Some(0));
+        assert_eq!(limit.kills(), 0);
+        assert_ne!(run_to_end(limit.confine(&allocate(256)), time).code, Some(0));
+        assert_eq!(limit.kills(), 1);
     }
 }
