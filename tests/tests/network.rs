@@ -27,9 +27,9 @@ use replicator_tests::workload::{Workload, content};
 /// The longest pause between attempts to connect (`session::BACKOFF`), and what
 /// a busy machine adds to the status's age.
 const NEXT_ATTEMPT: Duration = Duration::from_secs(5);
-/// The memory that the source's daemon may take with a backlog of any length.
-/// Of it 96 MiB are the index's cache.
-const MEMORY: u64 = 256 << 20;
+/// What the source's daemon may take with a backlog of any length, page cache
+/// excepted, bytes: as for both ends at any scale (`scale.rs`).
+const MEMORY: u64 = 512 << 20;
 /// Changes that wait while the network is cut.
 const BACKLOG: u64 = 200_000;
 
