@@ -45,6 +45,9 @@ const LANES: usize = 1;
 const REFRESH: Duration = Duration::from_secs(1);
 /// How much longer than the engine we wait for the engine's answer.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long an engine that is told to stop may go on to send before its
+/// connection is taken away.
+const LAST_FRAME: Duration = Duration::from_secs(5);
 /// Paths that a failover report names.
 const PATHS: usize = 1000;
 
@@ -236,9 +239,16 @@ impl Replication {
                 }
             }
         });
+        let link = session::Link {
+            identity: identity.clone(),
+            remote,
+            wired,
+            compression: Compression::Auto,
+            hurry: shared.hurry(),
+            silence: session::SILENCE,
+        };
         let hello = move || shared.hello();
-        let identity = identity.clone();
-        runtime.spawn(session::run(identity, remote, hello, wired, Compression::Auto, events))
+        runtime.spawn(session::run(link, hello, events))
     }
 
     /// Ends everything that runs, cleanly. Repeatable.
@@ -250,10 +260,15 @@ impl Replication {
             stop.store(true, Ordering::Release);
             let _ = thread.join();
         }
+        // It may be handing frames to a destination that takes none.
+        let until = std::time::Instant::now() + LAST_FRAME;
+        while !running.engine.is_finished() && std::time::Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        running.link.abort();
         if running.engine.join().is_err() {
             tracing::error!("the engine panicked");
         }
-        running.link.abort();
     }
 
     /// Asks the destination to fail over and returns its report, filled up with
@@ -323,12 +338,16 @@ impl Replication {
         configuration.save(&self.directory)?;
         drop(configuration);
         self.shared.set_desired(desired);
+        if desired == DesiredState::Enabled {
+            self.shared.call_now();
+        }
         self.post(Command::Nudge);
         Ok(())
     }
 
     /// Somebody waits for the watermark: where only a walk moves it, walk now.
     pub(super) fn nudge_for_wait(&self) {
+        self.shared.call_now();
         let scan =
             self.shared.report().watcher.kind == replicator_common::status::WatcherKind::Scan;
         self.post(if scan { Command::Rescan("asked to wait".to_owned()) } else { Command::Nudge });
