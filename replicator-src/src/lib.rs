@@ -9,6 +9,7 @@ pub mod clock;
 pub mod engine;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod handover;
 pub mod index;
 pub mod journal;
 mod places;

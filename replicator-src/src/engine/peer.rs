@@ -56,6 +56,7 @@ impl Engine {
         );
         self.shared.connected(&session);
         self.settle(hello.committed)?;
+        self.unsettled = false;
         self.next_batch = hello.committed.next();
         if hello.reconcile && !self.root_known()? && self.reconcile.is_none() {
             self.start_reconcile(&session)?;
@@ -87,6 +88,7 @@ impl Engine {
         self.next_batch = BatchId(1);
         self.gap = None;
         self.skipped.clear();
+        self.unsettled = false;
         self.open_gap(
             if had_peer { "the replica is compared anew" } else { "initial sync" }.into(),
         )?;
