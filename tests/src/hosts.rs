@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::binary;
 use crate::compare;
+use crate::manager::Manager;
 use crate::mounts::{FileSystem, Mount, Scratch, require_root, run};
 use crate::process::{Daemon, Ended, run_to_end};
 use crate::scenario::patience;
@@ -139,6 +140,8 @@ pub struct Hosts {
     source: Mount,
     replica: Mount,
     share: Option<Share>,
+    /// Starts the source's daemon, with variables that it gets wrong.
+    manager: Option<Manager>,
 }
 
 impl Hosts {
@@ -153,10 +156,25 @@ impl Hosts {
             source: Mount::new(FileSystem::Ext4),
             replica: Mount::new(FileSystem::Xfs),
             share: Some(share),
+            manager: None,
         };
         hosts.start(Side::Destination);
         hosts.start(Side::Source);
         hosts
+    }
+
+    /// The same, and the source's daemon is a service of a manager's.
+    pub fn supervised() -> Self {
+        let mut hosts = Self::strangers();
+        hosts.kill(Side::Source);
+        hosts.manager = Some(Manager::new());
+        hosts.start(Side::Source);
+        hosts
+    }
+
+    /// The manager of the source's daemon.
+    pub fn manager(&self) -> &Manager {
+        self.manager.as_ref().expect("the source's daemon is no service")
     }
 
     /// Both are enrolled, and a small tree is replicated.
@@ -196,8 +214,18 @@ impl Hosts {
         self.slot(side).take().unwrap().kill();
     }
 
+    /// SIGTERM.
+    pub fn terminate(&mut self, side: Side) {
+        assert!(self.slot(side).take().unwrap().terminate().success());
+    }
+
     /// Starts a daemon and waits until its API answers.
     pub fn start(&mut self, side: Side) {
+        self.start_with(side, &[]);
+    }
+
+    /// The same with variables of its environment; see [`Manager::service`].
+    pub fn start_with(&mut self, side: Side, variables: &[(&str, &str)]) {
         let config = self.write_config(side);
         let mut check = Command::new(side.program());
         check.args(["check-config", "--config"]).arg(&config);
@@ -205,6 +233,9 @@ impl Hosts {
 
         let mut command = self.network.inside(side, side.program());
         command.args(["serve", "--config"]).arg(&config);
+        if let (Side::Source, Some(manager)) = (side, &self.manager) {
+            command = manager.service(&command, variables);
+        }
         let namespace = Path::new("/run/netns").join(self.network.namespace(side));
         let log = config.with_extension("log");
         let mut daemon = Daemon::spawn(command, API, &log).in_namespace(namespace);
@@ -219,12 +250,17 @@ impl Hosts {
         }
     }
 
+    /// A daemon's state directory.
+    pub fn state_dir(&self, side: Side) -> PathBuf {
+        self.scratch.path().join(side.name())
+    }
+
     fn config(&self, side: Side) -> PathBuf {
         self.scratch.path().join(format!("{}.toml", side.name()))
     }
 
     fn write_config(&self, side: Side) -> PathBuf {
-        let (path, state) = (self.config(side), self.scratch.path().join(side.name()));
+        let (path, state) = (self.config(side), self.state_dir(side));
         let region = side.region();
         let addresses = match side {
             Side::Source => String::new(),

@@ -13,6 +13,7 @@ pub mod binary;
 pub mod compare;
 pub mod disk;
 pub mod hosts;
+pub mod manager;
 pub mod mounts;
 pub mod process;
 pub mod scenario;
