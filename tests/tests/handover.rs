@@ -233,7 +233,7 @@ fn what_does_not_fit_is_thrown_away_and_said() {
 }
 
 #[test]
-fn a_damaged_record_is_a_walk() {
+fn a_damaged_record_and_a_mark_that_died_are_a_walk() {
     let mut service = Service::new();
     service.hosts.terminate(Side::Source);
     let record = find(&service.hosts.state_dir(Side::Source), "handover");
@@ -244,6 +244,14 @@ fn a_damaged_record_is_a_walk() {
     service.hosts.start(Side::Source);
     service.assert_walked("checksum");
     assert!(!record.exists());
+
+    // The queue is the same, and nothing fills it any more.
+    service.hosts.terminate(Side::Source);
+    service.hosts.source_mount().detach();
+    service.hosts.source_mount().attach();
+    service.change("mounted-again");
+    service.hosts.start(Side::Source);
+    service.assert_walked("its mark is not what it was");
 }
 
 fn find(directory: &Path, name: &str) -> PathBuf {

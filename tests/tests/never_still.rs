@@ -3,11 +3,11 @@
 //! last batch is said to be exact was there at some moment of the source; what
 //! was not is said to be fuzzy; and it costs what changed, not what is there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -230,7 +230,7 @@ fn one_generation(content: &[u8], least: usize, most: usize) -> Result<(), Strin
 fn restless() -> Vec<(&'static str, Box<dyn Restless>)> {
     vec![
         ("log", Box::new(Log)),
-        ("database", Box::new(Database::new(64 << 20))),
+        ("database", Box::new(Database::new(32 << 20))),
         ("rewritten-small", Box::new(Rewritten(40))),
         ("rewritten-large", Box::new(Rewritten(1000))),
         ("replaced-small", Box::new(Replaced(40))),
@@ -300,7 +300,6 @@ fn what_was_never_there_is_said_to_be_fuzzy() {
         judged.unwrap_or_else(|error| panic!("{error}"));
     });
     eprintln!("{seen:?}");
-    assert!(seen.looks >= 3, "{seen:?}");
     assert_no_error(&daemon);
     // Once they hold still.
     pair.settle(&daemon, &"after the storm");
@@ -334,8 +333,13 @@ fn judge(
     seen: &mut Seen,
 ) -> Result<(), String> {
     let (start, mut rng) = (Instant::now(), SmallRng::seed_from_u64(rand::random()));
-    let mut claims = Vec::new();
-    while start.elapsed() < STORM {
+    let mut claims = BTreeSet::new();
+    // On a slow machine it takes longer until enough was seen.
+    let enough = |claims: &BTreeSet<_>| start.elapsed() >= STORM && claims.len() >= 3;
+    while !enough(&claims) {
+        if start.elapsed() > patience() {
+            return Err(format!("the watermark starves: {claims:?}"));
+        }
         thread::sleep(Duration::from_millis(rng.random_range(300..1200)));
         let status = pause(daemon);
         seen.looks += 1;
@@ -353,13 +357,9 @@ fn judge(
                 return Err(format!("{name} was never so, and nobody says: {error}\n{status:#?}"));
             }
         }
-        claims.push(status.destination.and_then(|there| there.last_replicated));
+        claims.insert(status.destination.and_then(|there| there.last_replicated));
         post(daemon, "resume");
         others_go_on(daemon, source, replica, seen.looks)?;
-    }
-    claims.dedup();
-    if claims.len() < 2 {
-        return Err(format!("the watermark starved: {claims:?}"));
     }
     Ok(())
 }
@@ -381,7 +381,7 @@ fn others_go_on(
 }
 
 /// A small file that is replaced is old or new to whoever reads it, always.
-fn read_replaced(path: &PathBuf, stop: &AtomicBool) {
+fn read_replaced(path: &Path, stop: &AtomicBool) {
     let file = Replaced(40);
     while !stop.load(Ordering::Acquire) {
         let content = fs::read(path).unwrap();
@@ -398,6 +398,8 @@ fn bytes_shipped_stay_in_proportion_to_bytes_changed() {
     let path = pair.source().join("database");
     let mut database = Database::new(SIZE);
     database.begin(&path);
+    let log = pair.source().join("log");
+    fs::write(&log, blocks(0, 2000)).unwrap();
     let daemon = pair.start_enabled("fanotify");
     pair.settle(&daemon, &"at first");
     let before = daemon.counters();
@@ -405,12 +407,13 @@ fn bytes_shipped_stay_in_proportion_to_bytes_changed() {
     let start = Instant::now();
     for step in 1..=SIZE / BLOCK as u64 / 100 {
         database.step(&path, step);
+        Log.step(&log, step);
         thread::sleep(Duration::from_millis(10 * step).saturating_sub(start.elapsed()));
     }
     pair.settle(&daemon, &"in the end");
     let after = daemon.counters();
-    let written: u64 =
-        database.written.lock().unwrap().iter().map(|(_, count)| count * BLOCK as u64).sum();
+    let blocks: u64 = database.written.lock().unwrap().iter().map(|(_, count)| count + 1).sum();
+    let written = blocks * BLOCK as u64;
     let shipped = after.bytes_shipped - before.bytes_shipped;
     let counted = after.bytes_changed - before.bytes_changed;
     eprintln!("{written} bytes written, {counted} counted as changed, {shipped} shipped");

@@ -1,7 +1,7 @@
 //! What waits: large files whose content travels on its own, files that cannot
 //! be read. The watermark waits with them, everything else goes on.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use replicator_common::id::{BatchId, ObjectId, TransferId};
@@ -119,7 +119,7 @@ impl Engine {
     /// Takes the holds that a batch left, or renewed.
     pub(super) fn take_holds(
         &mut self,
-        holds: std::collections::BTreeMap<ObjectId, Hold>,
+        holds: BTreeMap<ObjectId, Hold>,
         floor: Timestamp,
         walking: bool,
     ) {
@@ -205,12 +205,7 @@ impl Engine {
     pub(super) fn start_transfers(&mut self) -> Result<(), EngineError> {
         let now = Instant::now();
         while self.may_transfer() {
-            let due = self.holds.iter().find(|(_, held)| {
-                matches!(held.hold.reason, HoldReason::Large { .. })
-                    && matches!(held.transfer, Transfer::Waiting)
-                    && held.due <= now
-            });
-            let Some(object) = due.map(|(object, _)| object.clone()) else { break };
+            let Some(object) = next_due(&self.holds, now) else { break };
             self.start_transfer(object)?;
         }
         Ok(())
@@ -568,9 +563,23 @@ impl Engine {
     }
 }
 
+/// The large file whose turn it is: the one that has been due for longest.
+/// INVARIANT: so none starves, however many others change all the time.
+fn next_due(holds: &BTreeMap<ObjectId, Held>, now: Instant) -> Option<ObjectId> {
+    let due = holds.iter().filter(|(_, held)| {
+        matches!(held.hold.reason, HoldReason::Large { .. })
+            && matches!(held.transfer, Transfer::Waiting)
+            && held.due <= now
+    });
+    due.min_by_key(|(_, held)| held.due).map(|(object, _)| object.clone())
+}
+
 /// Tells the destination to forget a transfer. An error means that the session
 /// is gone, and the transfer with it.
 pub(super) fn abort(session: &crate::session::Session, number: TransferId) {
     let stream = session.sink.transfer_stream(number.0);
     let _ = session.sink.send(stream, &DataFrame::TransferAbort { transfer: number });
 }
+
+#[cfg(test)]
+mod tests;

@@ -97,8 +97,8 @@ pub type FailoverReply = Sender<Result<FailoverReport, String>>;
 pub enum Command {
     /// Build a batch now, even an empty one: somebody waits for the watermark.
     Nudge,
-    /// Walk the whole tree and compare.
-    Rescan(String),
+    /// The same, and where only a walk moves the watermark, walk now.
+    Await,
     /// Ask the destination to fail over, and answer with what it says within
     /// this time. After it, replication goes on.
     Delete(FailoverReply, Duration),
@@ -426,7 +426,13 @@ impl Engine {
                 self.urgent = true;
                 Ok(())
             }
-            Event::Command(Command::Rescan(reason)) => self.open_gap(reason),
+            Event::Command(Command::Await) if !self.capture.proves() => {
+                self.open_gap("asked to wait".to_owned())
+            }
+            Event::Command(Command::Await) => {
+                self.urgent = true;
+                Ok(())
+            }
             Event::Command(Command::Delete(reply, patience)) => {
                 self.ask_failover(reply, patience);
                 Ok(())

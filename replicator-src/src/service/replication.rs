@@ -353,9 +353,7 @@ impl Replication {
 
     /// Somebody waits for the watermark: where only a walk moves it, walk now.
     pub(super) fn nudge_for_wait(&self) {
-        let scan =
-            self.shared.report().watcher.kind == replicator_common::status::WatcherKind::Scan;
-        self.post(if scan { Command::Rescan("asked to wait".to_owned()) } else { Command::Nudge });
+        self.post(Command::Await);
     }
 
     /// Has status brought up to date, so that what a waiter asks for next is of
