@@ -30,7 +30,10 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serves until SIGTERM or SIGINT; the second one ends it at once
+    /// Serves until SIGTERM or SIGINT; the second one ends it at once.
+    ///
+    /// Under systemd with Type=notify and FileDescriptorStoreMax= (at least one
+    /// for each configuration) a restart loses no event and walks nothing.
     Serve {
         /// The configuration, TOML
         #[arg(long, value_name = "FILE")]

@@ -200,10 +200,11 @@ impl Restless for Shrinking {
     }
 
     fn step(&self, path: &Path, step: u64) {
-        if step % 4 == 1 {
+        let cuts = (step - 1) % 4;
+        if cuts == 0 {
             return fs::write(path, blocks(step, self.0)).unwrap();
         }
-        let left = (self.0 >> (step % 4)) * BLOCK;
+        let left = (self.0 >> cuts) * BLOCK;
         OpenOptions::new().write(true).open(path).unwrap().set_len(left as u64).unwrap();
     }
 
