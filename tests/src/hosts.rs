@@ -195,11 +195,6 @@ impl Hosts {
         self.source.path()
     }
 
-    /// The source's file system.
-    pub fn source_mount(&self) -> &Mount {
-        &self.source
-    }
-
     /// The replica, a file system of its own.
     pub fn replica(&self) -> &Path {
         self.replica.path()

@@ -4,7 +4,10 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -54,6 +57,15 @@ impl Service {
     fn settle(&self, context: &str) {
         self.hosts.daemon(Side::Source).wait(patience());
         compare::assert_same(&self.tree, self.hosts.replica(), &context);
+    }
+
+    /// Asks for `what`; `wait` takes its time.
+    #[track_caller]
+    fn post(&self, what: &str) {
+        let path = format!("/replicator/v1/{what}");
+        let body = serde_json::json!({ "timeout_seconds": patience().as_secs_f64() });
+        let body = if what == "wait" { body } else { serde_json::json!({}) };
+        self.hosts.daemon(Side::Source).request("POST", &path, Some(body)).unwrap();
     }
 
     fn output(&self) -> String {
@@ -149,12 +161,67 @@ fn what_waits_and_what_has_names_outside_is_carried_along() {
         thread::sleep(Duration::from_millis(100));
     }
     fs::hard_link(&inside, &outside).unwrap();
+    service.post("wait");
+    // Told, and not looked at: nobody knows yet that it has a name outside.
+    service.post("pause");
     fs::hard_link(service.tree.join("late"), service.outside.join("late")).unwrap();
     service.hosts.terminate(Side::Source);
-    fs::write(&outside, "written outside while nobody ran").unwrap();
+    change_in_secret(&outside);
+    change_in_secret(&service.outside.join("late"));
     service.hosts.start(Side::Source);
-    fs::write(service.outside.join("late"), "written outside after it").unwrap();
+    service.post("resume");
     service.assert_resumed("links outside");
+}
+
+/// Changes content, and nothing but an event of it tells.
+fn change_in_secret(path: &Path) {
+    let file = OpenOptions::new().write(true).open(path).unwrap();
+    let before = file.metadata().unwrap().modified().unwrap();
+    file.write_all_at(b"AFTER", 0).unwrap();
+    file.set_modified(before).unwrap();
+}
+
+/// Whole directories come in, and change. When their batch was applied
+/// and its acknowledgement was lost with the process, the next one knows of them
+/// neither by the index nor by a listing.
+#[test]
+fn directories_that_came_in_with_the_last_batch_are_not_strangers() {
+    let mut service = Service::new();
+    let stop = AtomicBool::new(false);
+    let (tree, outside) = (service.tree.clone(), service.outside.clone());
+    thread::scope(|scope| {
+        let running = scope.spawn(|| {
+            let mut number = 0;
+            while !stop.load(Ordering::Acquire) {
+                number += 1;
+                come_in(&outside.join("new"), &tree.join(format!("in-{}", number % 60)));
+                // Long enough after it came in that nobody may run any more.
+                change_all(&tree.join(format!("in-{}", (number + 30) % 60)));
+                thread::sleep(Duration::from_millis(8));
+            }
+        });
+        for _ in 0..6 {
+            thread::sleep(Duration::from_millis(700));
+            service.hosts.terminate(Side::Source);
+            service.hosts.start(Side::Source);
+        }
+        stop.store(true, Ordering::Release);
+        running.join().unwrap();
+    });
+    service.assert_resumed("directories that came in");
+}
+
+fn come_in(new: &Path, path: &Path) {
+    let _ = fs::remove_dir_all(path);
+    fs::create_dir_all(new.join("below")).unwrap();
+    (0..3).for_each(|n| fs::write(new.join(format!("below/{n}")), "as it came").unwrap());
+    fs::rename(new, path).unwrap();
+}
+
+fn change_all(path: &Path) {
+    if path.exists() {
+        (0..3).for_each(|n| change_in_secret(&path.join(format!("below/{n}"))));
+    }
 }
 
 /// Sent and not acknowledged: the destination has it or not, and only it knows.
@@ -245,13 +312,25 @@ fn a_damaged_record_and_a_mark_that_died_are_a_walk() {
     service.assert_walked("checksum");
     assert!(!record.exists());
 
-    // The queue is the same, and nothing fills it any more.
+    // The queue is the same, and nothing fills it any more, as after an unmount.
+    // (A real one need not kill the mark: another mount namespace may still
+    // have the file system.)
     service.hosts.terminate(Side::Source);
-    service.hosts.source_mount().detach();
-    service.hosts.source_mount().attach();
-    service.change("mounted-again");
+    let (name, queue) = service.hosts.manager().take().pop().unwrap();
+    take_marks_away(&queue);
+    service.hosts.manager().put(&name, queue);
+    service.change("nothing-tells");
     service.hosts.start(Side::Source);
     service.assert_walked("its mark is not what it was");
+}
+
+fn take_marks_away(queue: &OwnedFd) {
+    let flags = libc::FAN_MARK_FLUSH | libc::FAN_MARK_FILESYSTEM;
+    // SAFETY: a descriptor that is open, and a path that ends with NUL.
+    let done = unsafe {
+        libc::fanotify_mark(queue.as_raw_fd(), flags, 0, libc::AT_FDCWD, c"/".as_ptr())
+    };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
 }
 
 fn find(directory: &Path, name: &str) -> PathBuf {
