@@ -327,9 +327,8 @@ fn a_damaged_record_and_a_mark_that_died_are_a_walk() {
 fn take_marks_away(queue: &OwnedFd) {
     let flags = libc::FAN_MARK_FLUSH | libc::FAN_MARK_FILESYSTEM;
     // SAFETY: a descriptor that is open, and a path that ends with NUL.
-    let done = unsafe {
-        libc::fanotify_mark(queue.as_raw_fd(), flags, 0, libc::AT_FDCWD, c"/".as_ptr())
-    };
+    let done =
+        unsafe { libc::fanotify_mark(queue.as_raw_fd(), flags, 0, libc::AT_FDCWD, c"/".as_ptr()) };
     assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
 }
 
