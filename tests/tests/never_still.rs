@@ -23,7 +23,7 @@ use replicator_tests::scenario::{Layout, Pair, patience};
 /// Every write is of whole blocks.
 const BLOCK: usize = 4096;
 /// How long files are written to.
-const STORM: Duration = Duration::from_secs(10);
+const STORM: Duration = Duration::from_secs(6);
 
 /// A block that names the write that made it, and cannot be compressed.
 fn block(generation: u64) -> Vec<u8> {
