@@ -97,7 +97,7 @@ pub struct Rest {
     pub carried: Carried,
     /// The last record of the journal.
     pub seq: Seq,
-    /// The last batch that the index has acknowledged.
+    /// The last batch that the index was made durable for.
     pub batch: BatchId,
 }
 

@@ -51,7 +51,7 @@ pub(super) enum Transfer {
     /// Waits for its turn.
     Waiting,
     /// Is being read and sent.
-    Running { number: TransferId, basis: Option<ObjectId>, since: Instant },
+    Running { number: TransferId, basis: Option<ObjectId> },
     /// Was handed to the network; once it has arrived, the next batch places it.
     /// (A batch that places it sooner would wait for it, and all that is small
     /// with the batch.)
@@ -239,12 +239,13 @@ impl Engine {
             list,
             whole,
             clock: self.clock.clone(),
+            took: Duration::ZERO,
         };
         let (Some(session), Some(held)) = (&self.session, self.holds.get_mut(&object)) else {
             return Ok(());
         };
         held.touched = false;
-        held.transfer = Transfer::Running { number, basis, since: Instant::now() };
+        held.transfer = Transfer::Running { number, basis };
         self.running.insert(number, object);
         let post = self.post.clone();
         self.pool.transfer(job, &session.sink, move |job, result| {
@@ -300,11 +301,10 @@ impl Engine {
             self.discard_sent(job, &result);
             return Ok(());
         };
-        let Transfer::Running { since, basis: expected, .. } = &held.transfer else {
+        let Transfer::Running { basis: expected, .. } = &held.transfer else {
             return Ok(());
         };
-        let (took, spoiled) =
-            (since.elapsed(), expected.is_none() && job.known.is_some() && !held.whole);
+        let (took, spoiled) = (job.took, expected.is_none() && job.known.is_some() && !held.whole);
         if spoiled {
             held.transfer = Transfer::Waiting;
             held.due = Instant::now();

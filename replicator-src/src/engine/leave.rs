@@ -1,9 +1,11 @@
 //! From one process to the next without a walk (see [`crate::handover`]).
 
-use replicator_common::id::ObjectId;
+use replicator_common::id::{BatchId, ObjectId};
 
 use super::{Engine, EngineError, reconcile};
 use crate::handover::{Carried, MOST, Rest};
+use crate::index::{IndexError, Store};
+use crate::journal::Record;
 use crate::plan::Dirty;
 
 impl Engine {
@@ -20,19 +22,26 @@ impl Engine {
     /// in the log why it must walk.
     pub(super) fn leave(mut self) -> Result<Option<Rest>, EngineError> {
         let result = self.carry();
-        let Self { capture, journal, index, .. } = self;
+        let Self { capture, journal, index, members, clock, .. } = self;
         let left = capture.finish();
+        // The end of the journal, which is known by it also when all that was
+        // before is trimmed. (The capture thread, which alone appends, has ended.)
+        let seq = journal.append(&[Record::Barrier { time: clock.now() }])?;
         // After capturing has ended: what it read must be on disk before anybody
         // is told that the queue holds the rest.
         journal.flush()?;
+        // Likewise: it adds to them.
+        let linked = members.linked(MOST);
         let reason = match (result?, left) {
             (Err(reason), _) => reason,
             (_, None) => "its watcher cannot be taken over",
-            (Ok(mut carried), Some(left)) => {
+            (Ok(mut carried), Some(left)) if linked.is_some() => {
                 carried.recent = left.recent;
-                let (seq, batch) = (journal.last(), index.store().mark()?.batch);
+                carried.linked = linked.unwrap_or_default();
+                let batch = newest(index.store())?;
                 return Ok(Some(Rest { queue: left.queue, carried, seq, batch }));
             }
+            _ => "too many files have names outside the source",
         };
         tracing::info!(reason, "the next start must walk the source");
         Ok(None)
@@ -45,10 +54,6 @@ impl Engine {
         }
         let skipped = std::mem::take(&mut self.skipped).into_iter().collect();
         let mut carried = Carried { skipped, ..Carried::default() };
-        let Some(linked) = self.members.linked(MOST) else {
-            return Ok(Err("too many files have names outside the source"));
-        };
-        carried.linked = linked;
         carried.set_dirty(self.all_dirty());
         Ok(if carried.len() > MOST { Err("too much is under way") } else { Ok(carried) })
     }
@@ -90,4 +95,10 @@ impl Engine {
             Ok(())
         })
     }
+}
+
+/// The last batch that the index was made durable for, acknowledged or not.
+pub(crate) fn newest(store: &Store) -> Result<BatchId, IndexError> {
+    let pending = store.pending()?.last().map(|delta| delta.mark.batch);
+    Ok(store.mark()?.batch.max(pending.unwrap_or(BatchId(0))))
 }

@@ -24,7 +24,7 @@ mod astray;
 mod build;
 mod commit;
 mod holds;
-mod leave;
+pub(crate) mod leave;
 mod peer;
 mod placing;
 mod reconcile;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crossbeam_channel::{Sender, bounded, unbounded};
 use replicator_common::control::WatcherChoice;
 use replicator_common::crashsafe::{self, Format, StateFileError};
-use replicator_common::id::{FileSystemId, ObjectId};
+use replicator_common::id::{BatchId, FileSystemId, ObjectId};
 use replicator_common::name::Name;
 use replicator_common::net::frame::Compression;
 use replicator_common::net::identity::{Fingerprint, Identity};
@@ -28,7 +28,7 @@ use crate::clock::Clock;
 use crate::engine::state::Shared;
 use crate::engine::{self, Command, Engine, Event, Parts, Start};
 use crate::handover::{self, Carried, Rest};
-use crate::index::{Index, Known, Mark, Store};
+use crate::index::{Index, Known, Store};
 use crate::journal::Journal;
 use crate::read::pool::Pool;
 use crate::read::sink::Wired;
@@ -148,8 +148,9 @@ impl Replication {
         let journal = Arc::new(Journal::open(&self.directory.join("journal"), mark.seq)?);
         let members = Arc::new(Members::default());
         let settings = watcher::Settings { rescan_interval: options.rescan_interval };
+        let newest = engine::leave::newest(&store)?;
         let left = handover::take(&self.directory, &configuration.source, supervisor)?
-            .filter(|rest| is_the_state_of(rest, &journal, &mark));
+            .filter(|rest| is_the_state_of(rest, &journal, newest));
         let (watcher, carried) = open_watcher(&root, &configuration, &settings, left)?;
         if root.is_file_system_root() || watcher.report().kind != WatcherKind::Fanotify {
             members.everything();
@@ -441,8 +442,8 @@ impl Replication {
 
 /// Whether journal and index are those that the process before left: neither
 /// was replaced, nor set aside as damaged.
-fn is_the_state_of(rest: &Rest, journal: &Journal, mark: &Mark) -> bool {
-    let same = (journal.last(), mark.batch) == (rest.seq, rest.batch) && journal.damage().is_none();
+fn is_the_state_of(rest: &Rest, journal: &Journal, newest: BatchId) -> bool {
+    let same = (journal.last(), newest) == (rest.seq, rest.batch) && journal.damage().is_none();
     if !same {
         tracing::warn!("journal and index are not as the process before left them");
     }

@@ -20,7 +20,7 @@ fn the_file_that_has_been_due_for_longest_comes_first() {
         (0..FILES).map(|n| (id(n), held(start, large(), Transfer::Waiting))).collect();
     let unreadable = HoldReason::Unreadable { error: String::new() };
     holds.insert(id(FILES), held(start, unreadable, Transfer::Waiting));
-    let running = Transfer::Running { number: TransferId(1), basis: None, since: start };
+    let running = Transfer::Running { number: TransferId(1), basis: None };
     holds.insert(id(FILES + 1), held(start, large(), running));
     let later = start + Duration::from_secs(3600);
     holds.insert(id(FILES + 2), held(later, large(), Transfer::Waiting));
