@@ -112,19 +112,30 @@ impl Service {
 fn a_restart_in_the_middle_of_a_storm_loses_nothing_and_walks_nowhere() {
     let mut service = Service::new();
     let (tree, outside) = (service.tree.clone(), service.outside.clone());
-    let storm = Workload { steps: 500, rate: Some(400.0), ..Workload::new() };
+    let storm = Workload { steps: 60, rate: Some(400.0), ..Workload::new() };
     for restart in 0..2 {
-        let storm = Workload { seed: storm.seed.wrapping_add(restart), ..storm.clone() };
-        let (tree, outside) = (tree.clone(), outside.clone());
-        let (name, worker) = (storm.to_string(), thread::spawn(move || storm.run(&tree, &outside)));
-        thread::sleep(Duration::from_secs(2));
-        service.hosts.terminate(Side::Source);
-        assert_eq!(service.hosts.manager().kept().len(), 1, "{name}");
-        assert!(!worker.is_finished(), "the storm was over before the daemon was: {name}");
-        thread::sleep(Duration::from_millis(1500));
-        service.change(&format!("nobody-runs-{restart}"));
-        service.hosts.start(Side::Source);
-        worker.join().unwrap();
+        let stop = AtomicBool::new(false);
+        let (name, seed) =
+            (format!("restart {restart}: {storm}"), storm.seed.wrapping_add(1000 * restart));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                // However long a restart takes, it is in the middle.
+                for round in 0.. {
+                    Workload { seed: seed.wrapping_add(round), ..storm.clone() }
+                        .run(&tree, &outside);
+                    if stop.load(Ordering::Acquire) {
+                        return;
+                    }
+                }
+            });
+            thread::sleep(Duration::from_millis(1500));
+            service.hosts.terminate(Side::Source);
+            assert_eq!(service.hosts.manager().kept().len(), 1, "{name}");
+            thread::sleep(Duration::from_millis(1000));
+            service.change(&format!("nobody-runs-{restart}"));
+            service.hosts.start(Side::Source);
+            stop.store(true, Ordering::Release);
+        });
         service.assert_resumed(&name);
         exact_again(&service);
     }
