@@ -147,14 +147,19 @@ pub struct Hosts {
 impl Hosts {
     /// Both daemons run and know nothing of each other.
     pub fn strangers() -> Self {
+        Self::strangers_on(FileSystem::Ext4, FileSystem::Xfs)
+    }
+
+    /// The same with the file systems of source and replica.
+    pub fn strangers_on(source: FileSystem, replica: FileSystem) -> Self {
         let share = serial::share();
         let mut hosts = Self {
             source_daemon: None,
             destination_daemon: None,
             network: Network::new(),
             scratch: Scratch::new("hosts"),
-            source: Mount::new(FileSystem::Ext4),
-            replica: Mount::new(FileSystem::Xfs),
+            source: Mount::new(source),
+            replica: Mount::new(replica),
             share: Some(share),
             manager: None,
         };
@@ -219,6 +224,19 @@ impl Hosts {
         assert!(self.slot(side).take().unwrap().terminate().success());
     }
 
+    /// Whether a daemon is there; it may have ended by itself.
+    pub fn is_started(&self, side: Side) -> bool {
+        match side {
+            Side::Source => self.source_daemon.is_some(),
+            Side::Destination => self.destination_daemon.is_some(),
+        }
+    }
+
+    /// A daemon's state directory.
+    pub fn state_dir(&self, side: Side) -> PathBuf {
+        self.scratch.path().join(side.name())
+    }
+
     /// Starts a daemon and waits until its API answers.
     pub fn start(&mut self, side: Side) {
         self.start_with(side, &[]);
@@ -230,7 +248,17 @@ impl Hosts {
         let mut check = Command::new(side.program());
         check.args(["check-config", "--config"]).arg(&config);
         run_to_end(check, Duration::from_secs(10)).success();
+        self.spawn_with(side, variables);
+        self.slot(side).as_mut().unwrap().wait_ready();
+    }
 
+    /// Starts a daemon that was started before, and waits for nothing.
+    pub fn spawn(&mut self, side: Side) {
+        self.spawn_with(side, &[]);
+    }
+
+    fn spawn_with(&mut self, side: Side, variables: &[(&str, &str)]) {
+        let config = self.config(side);
         let mut command = self.network.inside(side, side.program());
         command.args(["serve", "--config"]).arg(&config);
         if let (Side::Source, Some(manager)) = (side, &self.manager) {
@@ -238,9 +266,13 @@ impl Hosts {
         }
         let namespace = Path::new("/run/netns").join(self.network.namespace(side));
         let log = config.with_extension("log");
-        let mut daemon = Daemon::spawn(command, API, &log).in_namespace(namespace);
-        daemon.wait_ready();
+        let daemon = Daemon::spawn(command, API, &log).in_namespace(namespace);
         *self.slot(side) = Some(daemon);
+    }
+
+    /// Waits until the API of a daemon that was spawned answers.
+    pub fn wait_ready(&mut self, side: Side) {
+        self.slot(side).as_mut().unwrap().wait_ready();
     }
 
     fn slot(&mut self, side: Side) -> &mut Option<Daemon> {
@@ -248,11 +280,6 @@ impl Hosts {
             Side::Source => &mut self.source_daemon,
             Side::Destination => &mut self.destination_daemon,
         }
-    }
-
-    /// A daemon's state directory.
-    pub fn state_dir(&self, side: Side) -> PathBuf {
-        self.scratch.path().join(side.name())
     }
 
     fn config(&self, side: Side) -> PathBuf {
