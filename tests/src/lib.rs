@@ -15,6 +15,7 @@ pub mod compare;
 pub mod disk;
 pub mod hosts;
 pub mod line;
+pub mod manager;
 pub mod mounts;
 pub mod process;
 pub mod relay;

@@ -225,6 +225,12 @@ impl Daemon {
         self.await_end()
     }
 
+    /// SIGTERM, as a service manager stops it, and waits for the end.
+    pub fn terminate(mut self) -> ExitStatus {
+        self.signal(Signal::TERM);
+        self.await_end()
+    }
+
     /// `kill -9`, and waits for the end.
     pub fn kill(mut self) {
         self.signal(Signal::KILL);

@@ -56,6 +56,7 @@ impl Engine {
         );
         self.shared.connected(&session);
         self.settle(hello.committed)?;
+        self.unsettled = false;
         self.next_batch = hello.committed.next();
         if hello.reconcile && !self.root_known()? && self.reconcile.is_none() {
             self.start_reconcile(&session)?;
@@ -89,6 +90,7 @@ impl Engine {
         self.next_batch = BatchId(1);
         self.gap = None;
         self.skipped.clear();
+        self.unsettled = false;
         self.open_gap(
             if had_peer { "the replica is compared anew" } else { "initial sync" }.into(),
         )?;
@@ -232,7 +234,11 @@ impl Engine {
 
     /// Ends the doubt of another boot once nothing of its walk waits any more.
     fn compared_on_this_boot(&mut self) -> Result<(), EngineError> {
-        let waits = self.gap.is_some() || !self.holds.is_empty() || !self.in_flight.is_empty();
+        let waits = self.gap.is_some()
+            || !self.holds.is_empty()
+            || !self.in_flight.is_empty()
+            // What the walk of a process before left to this one (`leave`).
+            || !self.dirty.is_empty();
         if !waits {
             self.boot.remember()?;
             self.unproven = None;
