@@ -337,6 +337,7 @@ impl Source {
             acknowledged: tables.mark.batch,
             pending: tables.pending.last().map(|delta| delta.mark.batch),
             time: Timestamp(0),
+            previous: None,
         }
     }
 

@@ -66,7 +66,7 @@ impl Engine {
         let mut dirty = std::mem::take(&mut self.dirty);
         dirty.merge(std::mem::take(&mut self.astray));
         // Their records may have been trimmed with earlier batches, and held.
-        for batch in std::mem::take(&mut self.in_flight) {
+        for batch in self.in_flight.settle(BatchId(0)).lost {
             dirty.merge(batch.input);
         }
         dirty
