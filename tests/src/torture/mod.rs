@@ -172,7 +172,7 @@ impl Run {
     }
 
     /// What was acknowledged is not sent again: killed and started in quiet,
-    /// not a byte of content travels and nothing in the replica is touched.
+    /// not a byte of content travels and nothing in the replica is replaced.
     fn quiet_restart(&mut self) {
         let before = ballast::touched(&self.replica);
         let shipped = self.shipped();
