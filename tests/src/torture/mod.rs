@@ -2,7 +2,7 @@
 //! everything that must hold all the same.
 //!
 //! A run has an initial sync that is interrupted, then rounds until its time is
-//! up: writers write (`writers`), daemons are killed and started ([`chaos`]),
+//! up: writers write (`writers`), daemons are killed and started (`chaos`),
 //! what is claimed is held against what is there (`witness`); then the writers
 //! stop, the replica has to become identical, and a restart in quiet has to ship
 //! nothing. What never changes (`ballast`) must never be written to again, and
