@@ -21,5 +21,7 @@ pub mod relay;
 pub mod scenario;
 pub mod serial;
 pub mod stamps;
+pub mod torture;
 pub mod trace;
 pub mod workload;
+pub mod wreck;
