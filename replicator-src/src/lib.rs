@@ -13,6 +13,7 @@ pub mod fuzzing;
 pub mod handover;
 pub mod index;
 pub mod journal;
+pub mod ledger;
 mod places;
 pub mod plan;
 pub mod read;

@@ -367,6 +367,14 @@ impl Hosts {
         ip(&["-n", &self.network.namespace(Side::Source), "link", "set", CABLE, "up"]);
     }
 
+    /// The source's host has another address from now on.
+    pub fn move_source(&self, address: &str) {
+        let (namespace, old) = (self.network.namespace(Side::Source), Side::Source.address());
+        // (With the first address of a network, the kernel takes its others.)
+        ip(&["-n", &namespace, "address", "delete", &format!("{old}/24"), "dev", CABLE]);
+        ip(&["-n", &namespace, "address", "add", &format!("{address}/24"), "dev", CABLE]);
+    }
+
     /// Lets no more through from source to destination, in `tc`'s words.
     pub fn slow_cable(&self, rate: &str) {
         let mut command = self.network.inside(Side::Source, Path::new("tc"));

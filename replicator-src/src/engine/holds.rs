@@ -13,7 +13,8 @@ use replicator_common::wire::DataFrame;
 use super::{Engine, EngineError, Event};
 use crate::index::{Content, Known, View};
 use crate::journal::Record;
-use crate::plan::{Hold, HoldReason, Listing, Lookup, Tree};
+use crate::plan::waits::is_touched;
+use crate::plan::{Hold, HoldReason, Listing, Lookup, Resolve, Tree};
 use crate::read::lane::{Done, Job, LaneError};
 use crate::watcher::What;
 
@@ -338,7 +339,11 @@ impl Engine {
             Done::Gone => {
                 // What its entries lead to now is another matter.
                 self.redo_hold(&job.object);
-                self.holds.remove(&job.object);
+                if let Some(held) = self.holds.remove(&job.object) {
+                    let links = self.index.links(&job.object)?;
+                    let places = held.hold.entries.into_iter().chain(links);
+                    self.look_at_rest(&Resolve::default(), places.collect(), held.floor);
+                }
                 return Ok(());
             }
             Done::Away => {
@@ -415,20 +420,18 @@ impl Engine {
             return Ok(());
         }
         match record {
-            Record::Object { object, what } if what.content => {
+            Record::Object { object, .. } => {
                 if let Some(held) = self.holds.get_mut(object) {
-                    held.touched = true;
+                    held.touched |= is_touched(record, object, &held.hold.entries, None);
                 }
             }
-            Record::Named { directory, name, what } if what.content => {
+            Record::Named { directory, name, .. } => {
                 let known = self.index.entry(directory, name)?;
-                let place = (directory.clone(), name.clone());
                 for (object, held) in &mut self.holds {
-                    held.touched |=
-                        known.as_ref() == Some(object) || held.hold.entries.contains(&place);
+                    held.touched |= is_touched(record, object, &held.hold.entries, known.as_ref());
                 }
             }
-            _ => {}
+            Record::Entry { .. } | Record::Gap { .. } | Record::Barrier { .. } => {}
         }
         Ok(())
     }
@@ -456,7 +459,15 @@ impl Engine {
                 self.discard(held.transfer);
             }
         }
-        Ok(())
+        let mut failure = None;
+        self.owed.forget(|directory| match self.index.object(directory) {
+            Ok(known) => known.is_none(),
+            Err(error) => {
+                failure = Some(error);
+                false
+            }
+        });
+        failure.map_or(Ok(()), |error| Err(error.into()))
     }
 
     /// Content of `object` changes in the replica, or the object goes: running

@@ -32,7 +32,7 @@ mod report;
 mod resemble;
 pub mod state;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -49,6 +49,7 @@ use crate::clock::Clock;
 use crate::handover::{Carried, Rest};
 use crate::index::{Index, IndexError, Mark, View};
 use crate::journal::{Journal, JournalError};
+use crate::ledger::{Flights, Gap, Owed};
 use crate::plan::{Dirty, Listing, PlanError, Skip};
 use crate::read::lane::{Done, Job, LaneError};
 use crate::read::pool::Pool;
@@ -159,40 +160,14 @@ impl From<PlanError<IndexError, SourceError>> for EngineError {
     }
 }
 
-/// A stretch of time in which changes may have been missed.
-#[derive(Clone, Debug)]
-struct Gap {
-    /// Why, in words.
-    reason: String,
-    /// Every change before this is in the replica; the watermark waits here.
-    floor: Timestamp,
-    /// When it opened.
-    since: Timestamp,
-    /// When the walk that is to close it began.
-    walk_started: Timestamp,
-    /// Events were lost again while the walk ran: another walk must follow.
-    again: Option<String>,
-}
-
-/// A batch that was committed and is not acknowledged.
-struct InFlight {
-    mark: Mark,
-    /// Everything that was dirty when it was built: dirty again when it is lost.
-    input: Dirty,
-    /// The gap that it closed.
-    closed: Option<Gap>,
+/// What is kept of a batch under way, beside what [`crate::ledger`] does.
+struct Note {
     /// Objects that it drops.
     dropped: Vec<ObjectId>,
     /// Objects and bytes of regular content in it, for progress.
     progress: (u64, u64),
     committed_at: Instant,
     exact: bool,
-    /// The destination said that it is durable.
-    durable: bool,
-    /// What was covered before it: holds again when it is lost.
-    covered: Timestamp,
-    /// Every change before this moment is in the replica after it.
-    reached: Timestamp,
 }
 
 /// Where an engine begins.
@@ -241,13 +216,18 @@ pub struct Engine {
     /// Every change before this moment was absorbed, and is in a batch, held,
     /// an orphan, or in an open gap.
     covered: Timestamp,
+    /// Every change before this moment is in the replica once all that is under
+    /// way is.
+    reached: Timestamp,
     gap: Option<Gap>,
     holds: BTreeMap<ObjectId, Held>,
+    /// What waited and is looked at anew.
+    owed: Owed,
     /// Transfers that are being read.
     running: HashMap<TransferId, ObjectId>,
     /// Those of them that the destination says it has.
     arrived: BTreeSet<TransferId>,
-    in_flight: VecDeque<InFlight>,
+    in_flight: Flights<Note>,
     reconcile: Option<reconcile::Reconcile>,
     next_batch: BatchId,
     next_transfer: TransferId,
@@ -338,12 +318,14 @@ impl Engine {
             dirty: Dirty::default(),
             astray: Dirty::default(),
             covered: claimed,
+            reached: claimed,
             seen: Timestamp::NEVER,
             gap: None,
             holds: BTreeMap::new(),
+            owed: Owed::default(),
             running: HashMap::new(),
             arrived: BTreeSet::new(),
-            in_flight: VecDeque::new(),
+            in_flight: Flights::default(),
             reconcile: None,
             next_batch: mark.batch.next(),
             next_transfer: TransferId(1),
@@ -515,18 +497,8 @@ impl Engine {
         metrics::counter!("replicator_source_gaps_total").increment(1);
         self.shared.count(|counters| counters.gaps += 1);
         let now = self.clock.now();
-        match &mut self.gap {
-            Some(gap) => gap.again = Some(reason),
-            None => {
-                self.gap = Some(Gap {
-                    reason,
-                    floor: self.covered,
-                    since: now,
-                    walk_started: now,
-                    again: None,
-                });
-                self.start_walk()?;
-            }
+        if Gap::open(&mut self.gap, reason, self.covered, now) {
+            self.start_walk()?;
         }
         Ok(())
     }

@@ -47,6 +47,9 @@ const LANES: usize = 1;
 const REFRESH: Duration = Duration::from_secs(1);
 /// How much longer than the engine we wait for the engine's answer.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long an engine that is told to stop may go on to send before its
+/// connection is taken away.
+const LAST_FRAME: Duration = Duration::from_secs(5);
 /// Paths that a failover report names.
 const PATHS: usize = 1000;
 
@@ -252,9 +255,16 @@ impl Replication {
                 }
             }
         });
+        let link = session::Link {
+            identity: identity.clone(),
+            remote,
+            wired,
+            compression: Compression::Auto,
+            hurry: shared.hurry(),
+            silence: session::SILENCE,
+        };
         let hello = move || shared.hello();
-        let identity = identity.clone();
-        runtime.spawn(session::run(identity, remote, hello, wired, Compression::Auto, events))
+        runtime.spawn(session::run(link, hello, events))
     }
 
     /// Ends everything that runs, cleanly; what the next process needs to go on
@@ -269,6 +279,12 @@ impl Replication {
             stop.store(true, Ordering::Release);
             let _ = thread.join();
         }
+        // It may be handing frames to a destination that takes none.
+        let until = std::time::Instant::now() + LAST_FRAME;
+        while !running.engine.is_finished() && std::time::Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        running.link.abort();
         match running.engine.join() {
             Ok(None) => {}
             Ok(Some(rest)) => {
@@ -280,7 +296,6 @@ impl Replication {
             }
             Err(_) => tracing::error!("the engine panicked"),
         }
-        running.link.abort();
     }
 
     /// Asks the destination to fail over and returns its report, filled up with
@@ -350,12 +365,16 @@ impl Replication {
         configuration.save(&self.directory)?;
         drop(configuration);
         self.shared.set_desired(desired);
+        if desired == DesiredState::Enabled {
+            self.shared.call_now();
+        }
         self.post(Command::Nudge);
         Ok(())
     }
 
     /// Somebody waits for the watermark: where only a walk moves it, walk now.
     pub(super) fn nudge_for_wait(&self) {
+        self.shared.call_now();
         self.post(Command::Await);
     }
 
