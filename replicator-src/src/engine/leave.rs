@@ -66,8 +66,8 @@ impl Engine {
         let mut dirty = std::mem::take(&mut self.dirty);
         dirty.merge(std::mem::take(&mut self.astray));
         // Their records may have been trimmed with earlier batches, and held.
-        for batch in self.in_flight.settle(BatchId(0)).lost {
-            dirty.merge(batch.input);
+        for batch in self.in_flight.iter() {
+            dirty.merge(batch.input.clone());
         }
         dirty
     }
