@@ -23,6 +23,14 @@ e2e FILTER="":
 replay SEED TEST:
     REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-tests --tests -- --exact --nocapture {{ TEST }}
 
+# Simulates SEEDS replications in virtual time, with faults everywhere.
+simulate SEEDS="20000":
+    REPLICATOR_SEEDS={{ SEEDS }} cargo test --locked -p replicator-simulation --test seeds -- --nocapture
+
+# Replays one simulated replication: the seed that a failed simulation printed.
+simulate-one SEED:
+    REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-simulation --test seeds -- --nocapture
+
 # Looks for inputs that break TARGET (frame, journal_record, log_record or session) until stopped.
 # Needs nightly and cargo-fuzz: `rustup toolchain install nightly`, `cargo install cargo-fuzz`. What
 # it finds goes into fuzz/corpus/TARGET, which `cargo test` replays on stable.

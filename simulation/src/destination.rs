@@ -83,6 +83,8 @@ struct Process {
     marked: Option<BatchId>,
     doubt: bool,
     spoilt: bool,
+    /// An object was missing: the map is given up with the next session.
+    distrust: bool,
 }
 
 /// Why a step of the applier did not come to its end.
@@ -124,6 +126,8 @@ pub struct Destination {
     staged: u64,
     /// The replica is between two batches, and what the watermark says is told.
     pub settled: bool,
+    /// It was set back, and has begun no new life since.
+    back: bool,
     /// What others were told last.
     pub told: Standing,
     /// What happened last, in words.
@@ -156,6 +160,7 @@ impl Destination {
             lives: 101,
             staged: 0,
             settled: false,
+            back: false,
             told: standing,
             log: VecDeque::new(),
         }
@@ -203,6 +208,7 @@ impl Destination {
     fn renounce(&mut self, reason: &str) {
         self.say(|| format!("a new life: {reason}"));
         self.lives += 1;
+        self.back = false;
         let standing = Standing::new(life(self.lives), false);
         self.tree = Model::new(ROOT);
         self.tree.set_life(standing.incarnation);
@@ -230,6 +236,7 @@ impl Destination {
     /// Puts earlier states of the state directory and of the replica back; the
     /// process is down.
     pub fn set_back(&mut self, records: Option<Records>, tree: Option<Model>) {
+        self.back = true;
         self.say(|| format!("set back: {} {}", records.is_some(), tree.is_some()));
         if let Some(records) = records {
             (self.now, self.durable) = (records.clone(), records);
@@ -390,6 +397,10 @@ impl Destination {
             self.dies(Point::Applied)?;
             self.process().current = None;
             self.applied();
+            if self.process().distrust {
+                self.end_session(number, wires);
+                return Ok(());
+            }
             send(wires, number, Down::Applied(batch));
             return Ok(());
         }
@@ -413,14 +424,8 @@ impl Destination {
                     }
                     // The session ends, and the batch has to come again.
                     Err(Failed::Sync) => {
-                        let process = self.process();
-                        process.jobs.pop_front();
-                        process.session = None;
-                        if let Some(wire) = wires.get_mut(&number) {
-                            wire.broken = true;
-                            wire.up.clear();
-                            wire.data.iter_mut().for_each(VecDeque::clear);
-                        }
+                        self.process().jobs.pop_front();
+                        self.end_session(number, wires);
                         Err(Failed::Sync)
                     }
                     Err(other) => Err(other),
@@ -429,10 +434,23 @@ impl Destination {
         }
     }
 
+    fn end_session(&mut self, number: u64, wires: &mut BTreeMap<u64, Wire>) {
+        if self.process().session.as_ref().is_some_and(|(open, _)| *open == number) {
+            self.process().session = None;
+        }
+        if let Some(wire) = wires.get_mut(&number) {
+            wire.broken = true;
+            wire.up.clear();
+            wire.data.iter_mut().for_each(VecDeque::clear);
+        }
+    }
+
     fn begin(&mut self, number: u64, hello: &SourceHello, wires: &mut BTreeMap<u64, Wire>) {
-        if let Some(reason) = mismatch(&self.now.standing, hello) {
+        let lost = self.process().distrust.then_some("an object is missing");
+        if let Some(reason) = lost.or(mismatch(&self.now.standing, hello)) {
             self.renounce(reason);
             let process = self.process();
+            process.distrust = false;
             (process.marked, process.uncovered, process.needed) = (None, false, Vec::new());
         }
         self.tree.wipe_staging();
@@ -473,7 +491,9 @@ impl Destination {
         self.process().marked = Some(batch);
         let mut findings = Vec::new();
         let result = execute::run(&mut self.tree, steps, &mut findings);
-        assert!(findings.is_empty(), "{findings:?}\n{steps:#?}");
+        // Only what was set back can have lost anything.
+        assert!(findings.is_empty() || self.back, "{findings:?}\n{steps:#?}");
+        self.process().distrust |= !findings.is_empty();
         Ok(result?)
     }
 
@@ -482,7 +502,7 @@ impl Destination {
         self.write(false, |records| records.standing.applied = committed);
         assert!(self.told.watermark <= self.now.standing.watermark, "the watermark moves back");
         self.told = self.now.standing.clone();
-        self.settled = true;
+        self.settled = !self.process().distrust;
     }
 
     fn sync(&mut self, random: &mut StdRng) -> Result<(), Failed> {

@@ -101,11 +101,12 @@ impl Run {
 
     fn pass(&mut self) {
         self.steps += 1;
-        self.world.now += match self.random.random_range(0..50) {
+        let nanos = match self.random.random_range(0..50) {
             0 => 3_000_000_000,
             1..10 => self.random.random_range(1..300_000_000),
             _ => self.random.random_range(1..5_000_000),
         };
+        self.world.pass(nanos);
     }
 
     fn change(&mut self) {

@@ -25,6 +25,9 @@ pub const ROOT: u32 = 1;
 pub const OUTSIDE: u32 = 2;
 /// The tick of the file system's clock: change times are as coarse as this.
 const TICK: i64 = 4_000_000;
+/// A call takes no longer than this: what the engine relies on before it takes an
+/// orphan for outside.
+const LONGEST: i64 = 90_000_000;
 /// No system call has returned yet.
 const RUNNING: i64 = i64::MAX;
 
@@ -73,6 +76,7 @@ struct Past<T> {
 #[derive(Clone, Debug)]
 struct Call {
     number: u64,
+    made: i64,
     records: Vec<Record>,
 }
 
@@ -227,7 +231,7 @@ impl World {
         if self.log.len() > 60 {
             self.log.pop_front();
         }
-        self.calls.push(Call { number: self.number, records });
+        self.calls.push(Call { number: self.number, made: self.now, records });
         if random.random_bool(0.8) {
             self.give_back(self.calls.len() - 1);
         }
@@ -258,6 +262,14 @@ impl World {
         }
     }
 
+    /// Time passes; no call takes for ever.
+    pub fn pass(&mut self, nanos: i64) {
+        self.now += nanos;
+        while self.calls.first().is_some_and(|call| self.now - call.made > LONGEST) {
+            self.give_back(0);
+        }
+    }
+
     /// All calls return.
     pub fn finish_calls(&mut self) {
         while !self.calls.is_empty() {
@@ -271,8 +283,8 @@ impl World {
     }
 
     fn give_back(&mut self, at: usize) {
-        let Call { number, records } = self.calls.remove(at);
-        if number != self.number {
+        let Call { number, made, records } = self.calls.remove(at);
+        if made < self.now {
             self.busy = self.now;
         }
         for record in records {
@@ -282,7 +294,7 @@ impl World {
             }
         }
         let now = self.now;
-        if number != self.number {
+        if made < self.now {
             self.log.push_back(format!("{now} call {number} returns"));
         }
         let slots = self.slots.values_mut().flatten().filter(|(call, _)| *call == number);
