@@ -70,10 +70,18 @@ impl Journal {
     }
 
     /// The power goes: what was not flushed may be lost.
-    fn cut(&mut self, floor: Seq, random: &mut StdRng) {
+    fn cut(&mut self, random: &mut StdRng) {
         let keep = self.last - random.random_range(0..=self.records.len().min(5)) as u64;
         self.records.retain(|seq, _| *seq <= keep);
-        self.last = self.records.keys().last().copied().unwrap_or(0).max(floor.0);
+    }
+
+    /// It is opened, as the product's is.
+    fn open(&mut self, floor: Seq) {
+        let ends = (self.records.keys().next(), self.records.keys().next_back());
+        (self.trimmed, self.last) = match ends {
+            (Some(first), Some(last)) => (first - 1, *last.max(&floor.0)),
+            _ => (floor.0, floor.0),
+        };
     }
 }
 
@@ -261,6 +269,7 @@ impl Source {
         let hands = self.hands.clone();
         let clock = Clock::new(Wall::new(move || Timestamp(hands.load(Ordering::Relaxed))));
         let tables = self.store.read();
+        self.journal.open(tables.mark.seq);
         let claimed = tables.mark.watermark.unwrap_or(Timestamp::NEVER);
         let index = Index::new(self.store.clone()).unwrap();
         let orphans = index.orphans().unwrap();
@@ -308,7 +317,7 @@ impl Source {
         self.engine = None;
         self.store = Arc::new(self.store.after_crash());
         if power {
-            self.journal.cut(self.store.read().mark.seq, random);
+            self.journal.cut(random);
         }
         // Nobody watched.
         world.events.clear();
