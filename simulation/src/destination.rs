@@ -87,6 +87,10 @@ struct Process {
     distrust: bool,
 }
 
+/// The process dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Died;
+
 /// Why a step of the applier did not come to its end.
 enum Failed {
     /// The process dies.
@@ -140,6 +144,12 @@ fn life(number: u8) -> Incarnation {
 
 fn reserved() -> Name {
     Name::new(b".replicator").unwrap()
+}
+
+impl Default for Destination {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Destination {
@@ -272,7 +282,11 @@ impl Destination {
     }
 
     /// Takes in one message.
-    pub fn take(&mut self, wires: &mut BTreeMap<u64, Wire>, random: &mut StdRng) -> Result<(), ()> {
+    pub fn take(
+        &mut self,
+        wires: &mut BTreeMap<u64, Wire>,
+        random: &mut StdRng,
+    ) -> Result<(), Died> {
         let Some(process) = &self.process else { return Ok(()) };
         let number = wires.iter().rev().find(|(n, wire)| self.may_take(process, **n, wire));
         let Some(number) = number.map(|(number, _)| *number) else { return Ok(()) };
@@ -308,7 +322,7 @@ impl Destination {
                 Ok(()) => {}
                 // The stager tries again.
                 Err(Stop::Disk) => wire.data[stream].push_front(data),
-                Err(Stop::Crash) => return Err(()),
+                Err(Stop::Crash) => return Err(Died),
                 Err(Stop::Refused(what)) => panic!("{what}"),
             }
         } else if let (Some(message), Some((_, session))) =
@@ -370,12 +384,16 @@ impl Destination {
     // ---------------------------------------------------------------- applier
 
     /// One step of the applier. An error: the process dies.
-    pub fn work(&mut self, wires: &mut BTreeMap<u64, Wire>, random: &mut StdRng) -> Result<(), ()> {
+    pub fn work(
+        &mut self,
+        wires: &mut BTreeMap<u64, Wire>,
+        random: &mut StdRng,
+    ) -> Result<(), Died> {
         let result = self.step(wires, random);
         self.hand_on();
         match result {
             Ok(()) | Err(Failed::Disk | Failed::Sync) => Ok(()),
-            Err(Failed::Crash) => Err(()),
+            Err(Failed::Crash) => Err(Died),
         }
     }
 

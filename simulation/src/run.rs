@@ -7,7 +7,7 @@ use rand::{Rng, SeedableRng};
 use replicator_common::time::Timestamp;
 
 use crate::check;
-use crate::destination::{Destination, Point, Records};
+use crate::destination::{Destination, Died, Point, Records};
 use crate::net::Wire;
 use crate::source::{Journal, Source};
 use crate::store::Store;
@@ -28,6 +28,9 @@ struct Faults {
     back: u32,
 }
 
+/// What was saved of the source, and of the destination.
+type Saved = (Option<(Store, Journal)>, Option<(Records, Model)>);
+
 /// A run.
 pub struct Run {
     random: StdRng,
@@ -38,7 +41,7 @@ pub struct Run {
     faults: Faults,
     steps: u32,
     /// What was saved, to be put back.
-    saved: (Option<(Store, Journal)>, Option<(Records, Model)>),
+    saved: Saved,
     /// A side was set back: what it had acknowledged is not there any more.
     back: bool,
 }
@@ -139,7 +142,7 @@ impl Run {
         }
     }
 
-    fn survive(&mut self, result: Result<(), ()>) {
+    fn survive(&mut self, result: Result<(), Died>) {
         if result.is_err() {
             self.kill_destination();
         }

@@ -232,6 +232,12 @@ fn file_system() -> FileSystemId {
     "fs-00000000000000001".parse().unwrap()
 }
 
+impl Default for Source {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Source {
     /// A new one.
     pub fn new() -> Self {
@@ -931,7 +937,9 @@ impl Source {
         wires: &mut BTreeMap<u64, Wire>,
     ) {
         let life = self.life();
-        let Assembly { ops, mut delta, .. } = assembly;
+        let Assembly { mut ops, mut delta, .. } = assembly;
+        // They come in no particular order; a seed must give the same run.
+        ops.sort_by_cached_key(|op| format!("{op:?}"));
         let waits = self.waits();
         let engine = self.engine();
         let batch = engine.next_batch;
@@ -1005,7 +1013,7 @@ impl Source {
         let Some(session) = engine.session else { return };
         if engine.lanes.len() < 2 && random.random_bool(0.6) {
             let waits = |held: &&mut Held| matches!(held.transfer, Transfer::Waiting);
-            let waiting = engine.holds.iter_mut().map(|(object, held)| (object, held));
+            let waiting = engine.holds.iter_mut();
             let next =
                 waiting.map(|(object, held)| (object.clone(), held)).find(|(_, held)| waits(held));
             let Some((object, held)) = next else { return };

@@ -71,6 +71,9 @@ struct Past<T> {
     value: T,
 }
 
+/// States, oldest first, with the call that made each.
+type History<T> = Vec<(u64, Past<T>)>;
+
 /// A call that has had its effect and has not returned: its events are not told
 /// yet (trap 6).
 #[derive(Clone, Debug)]
@@ -97,8 +100,8 @@ pub struct World {
     /// Which call brought what is in the source into it, and when that returned.
     entered: BTreeMap<u32, (u64, i64)>,
     /// History, by slot and by inode; the number says which call made it.
-    slots: BTreeMap<(u32, Name), Vec<(u64, Past<Option<u32>>)>>,
-    bodies: BTreeMap<u32, Vec<(u64, Past<Body>)>>,
+    slots: BTreeMap<(u32, Name), History<Option<u32>>>,
+    bodies: BTreeMap<u32, History<Body>>,
     /// One operation after the other, in words.
     pub log: VecDeque<String>,
 }
@@ -110,6 +113,12 @@ fn name(n: u8) -> Name {
 /// Every name that an entry can have.
 pub fn names() -> impl Iterator<Item = Name> {
     (0..5).map(name)
+}
+
+impl Default for World {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl World {
