@@ -36,6 +36,11 @@ simulate-one SEED:
 torture SECONDS="600" SEED="":
     REPLICATOR_TORTURE_SECONDS={{ SECONDS }} REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-tests --test torture -- --nocapture
 
+# Random weather between two daemons for SECONDS; a failed run prints its SEED.
+network SECONDS="600" SEED="":
+    REPLICATOR_NETWORK_SECONDS={{ SECONDS }} {{ if SEED == "" { "" } else { "REPLICATOR_SEED=" + SEED } }} \
+        cargo test --locked -p replicator-tests --test network -- --exact --nocapture random_weather
+
 # Looks for inputs that break TARGET (frame, journal_record, log_record or session) until stopped.
 # Needs nightly and cargo-fuzz: `rustup toolchain install nightly`, `cargo install cargo-fuzz`. What
 # it finds goes into fuzz/corpus/TARGET, which `cargo test` replays on stable.

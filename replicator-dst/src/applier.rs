@@ -572,6 +572,7 @@ mod tests {
             destination_incarnation: Some(Incarnation([2; 16])),
             acknowledged: BatchId(acknowledged),
             pending: pending.map(BatchId),
+            previous: None,
             time: Timestamp(0),
         }
     }

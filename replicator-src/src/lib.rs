@@ -10,6 +10,7 @@ pub mod clock;
 pub mod engine;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod handover;
 pub mod index;
 pub mod journal;
 pub mod ledger;

@@ -351,6 +351,7 @@ impl Source {
             destination_incarnation: tables.peer,
             acknowledged: tables.mark.batch,
             pending: tables.pending.last().map(|delta| delta.mark.batch),
+            previous: None,
             time: Timestamp(0),
         }
     }

@@ -154,7 +154,7 @@ impl Engine {
     /// Looks into the journal between batches, so that what turns out to
     /// concern nobody (links removed elsewhere on the file system) makes none.
     pub(super) fn look_ahead(&mut self) -> Result<(), EngineError> {
-        if self.cursor < self.journal.last() && self.dirty.len() < RECORDS {
+        if !self.unsettled && self.cursor < self.journal.last() && self.dirty.len() < RECORDS {
             let mut draft = self.draft();
             self.take_records(&mut draft)?;
             // Barriers in between are covered when the next batch says so.

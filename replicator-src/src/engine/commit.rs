@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{BatchHeader, Op, PLAN_OPS_MAX, SourceMessage};
+use replicator_common::wire::{BatchHeader, FRAME_MAX, Op, PLAN_OPS_MAX, SourceMessage};
 
 use super::build::Draft;
 use super::{Engine, EngineError, Note, ended};
@@ -14,6 +14,10 @@ use crate::ledger::{Claim, Flight, Gap, Reach};
 use crate::plan::{Assembly, Dirty};
 use crate::read::sink::SinkError;
 use crate::session::Session;
+
+/// Bytes of operations in one frame; an operation is shorter on the wire than
+/// in memory, so the frame stays below its limit.
+const PLAN_BYTES: usize = FRAME_MAX / 2;
 
 /// A batch ready to be committed.
 pub(super) struct Ready {
@@ -181,11 +185,22 @@ fn send_plan(
     header: BatchHeader,
 ) -> Result<(), SinkError> {
     while !ops.is_empty() {
-        let rest = ops.split_off(ops.len().min(PLAN_OPS_MAX));
+        let rest = ops.split_off(frame_of(&ops));
         session.send(&SourceMessage::Plan { batch, ops })?;
         ops = rest;
     }
     session.send(&SourceMessage::Commit { batch, header })
+}
+
+/// How many of the operations go into one frame: few enough, and short enough
+/// together (see [`PLAN_BYTES`]), but at least one.
+fn frame_of(ops: &[Op]) -> usize {
+    let mut bytes = 0;
+    let fit = ops.iter().take(PLAN_OPS_MAX).take_while(|op| {
+        bytes += op.weight();
+        bytes <= PLAN_BYTES
+    });
+    fit.count().max(1)
 }
 
 /// Objects that go with the batch.
@@ -219,4 +234,37 @@ fn progress_of(delta: &Delta, equal: (u64, u64)) -> (u64, u64) {
         let size = if matches!(known.content, Content::None) { 0 } else { known.state.size };
         (objects + 1, bytes + size)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use replicator_common::net::frame::{Compression, encode_frame};
+    use replicator_common::object::{Attributes, Kind, ObjectState};
+    use replicator_common::wire::ContentSource;
+
+    #[test]
+    fn a_plan_of_long_operations_is_cut_into_frames_that_can_be_sent() {
+        let attributes =
+            Attributes { mode: 0o777, uid: 0, gid: 0, mtime: Timestamp(0), xattrs: Vec::new() };
+        let state = ObjectState { kind: Kind::Symlink, attributes, size: 4095, rdev: 0 };
+        let link = |n: u32| Op::Put {
+            object: ObjectId::new(1, &n.to_le_bytes()).unwrap(),
+            state: state.clone(),
+            content: ContentSource::Symlink { target: vec![b'x'; 4095] },
+            new: true,
+            links: 1,
+        };
+        let mut ops: Vec<Op> = (0..3 * PLAN_OPS_MAX as u32).map(link).collect();
+        let (mut frames, mut sent) = (0, 0);
+        while !ops.is_empty() {
+            let rest = ops.split_off(frame_of(&ops));
+            (frames, sent) = (frames + 1, sent + ops.len());
+            let message = SourceMessage::Plan { batch: BatchId(1), ops };
+            assert!(encode_frame(&message, Compression::Never).is_ok(), "frame {frames}");
+            ops = rest;
+        }
+        assert_eq!(sent, 3 * PLAN_OPS_MAX);
+        assert!(frames < 40, "{frames} frames for 49 MiB");
+    }
 }

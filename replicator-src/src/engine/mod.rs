@@ -16,6 +16,7 @@
 //! - `astray`: what is not where it was seen, for a source by names.
 //! - `peer`: what the destination says.
 //! - `reconcile`: a replica that was not empty.
+//! - `leave`: what the next process goes on from.
 //! - `report`: what is told of all that.
 //! - [`state`]: what the loop shares with those who ask.
 
@@ -23,6 +24,7 @@ mod astray;
 mod build;
 mod commit;
 mod holds;
+pub(crate) mod leave;
 mod peer;
 mod placing;
 mod reconcile;
@@ -44,6 +46,7 @@ use replicator_common::time::Timestamp;
 use crate::boot::Boot;
 use crate::capture::{Capture, CaptureError, Members};
 use crate::clock::Clock;
+use crate::handover::{Carried, Rest};
 use crate::index::{Index, IndexError, Mark, View};
 use crate::journal::{Journal, JournalError};
 use crate::ledger::{Flights, Gap, Owed};
@@ -97,15 +100,18 @@ pub type FailoverReply = Sender<Result<FailoverReport, String>>;
 pub enum Command {
     /// Build a batch now, even an empty one: somebody waits for the watermark.
     Nudge,
-    /// Walk the whole tree and compare.
-    Rescan(String),
+    /// The same, and where only a walk moves the watermark, walk now.
+    Await,
     /// Ask the destination to fail over, and answer with what it says within
     /// this time. After it, replication goes on.
     Delete(FailoverReply, Duration),
     /// Bring status up to date, and say when it is.
     Refresh(Sender<()>),
     /// End the loop.
-    Stop,
+    Stop {
+        /// Leave behind what the next process needs to go on without a walk.
+        hand_over: bool,
+    },
 }
 
 /// What can happen.
@@ -162,6 +168,15 @@ struct Note {
     progress: (u64, u64),
     committed_at: Instant,
     exact: bool,
+}
+
+/// Where an engine begins.
+pub enum Start {
+    /// The tree must be walked, and why: nothing proves that no change was
+    /// missed since the last run.
+    Walk(String),
+    /// Where the process before ended: its watch went on.
+    Resume(Box<Carried>),
 }
 
 /// Everything of one running replication, source side.
@@ -231,6 +246,11 @@ pub struct Engine {
     /// shipped meanwhile.
     failing: Option<(FailoverReply, Instant)>,
     stopping: bool,
+    /// Leave behind what the next process needs.
+    handing_over: bool,
+    /// The index lacks batches that the process before sent, until a session
+    /// says whether they took effect: it cannot tell yet what concerns the source.
+    unsettled: bool,
     /// Somebody waits for the watermark: the next heartbeat comes at once.
     urgent: bool,
     /// Bytes put on the wire by this replication, all sessions.
@@ -271,9 +291,8 @@ pub struct Parts {
 }
 
 impl Engine {
-    /// Puts the parts together. `reason` says why the tree must be walked at
-    /// the start: nothing proves that no change was missed since the last run.
-    pub fn new(parts: Parts, reason: &str) -> Result<Self, EngineError> {
+    /// Puts the parts together.
+    pub fn new(parts: Parts, start: Start) -> Result<Self, EngineError> {
         let mark = parts.index.store().mark()?;
         let now = Instant::now();
         let claimed = mark.watermark.unwrap_or(Timestamp::NEVER);
@@ -321,13 +340,18 @@ impl Engine {
             skipped: HashMap::new(),
             failing: None,
             stopping: false,
+            handing_over: false,
+            unsettled: false,
             urgent: false,
             wired: parts.wired,
             shipped_before: i128::from(mark.bytes_shipped),
         };
         engine.begin_clock()?;
         engine.greet()?;
-        engine.open_gap(reason.to_owned())?;
+        match start {
+            Start::Walk(reason) => engine.open_gap(reason)?,
+            Start::Resume(carried) => engine.resume(*carried)?,
+        }
         Ok(engine)
     }
 
@@ -339,8 +363,9 @@ impl Engine {
         Ok(())
     }
 
-    /// The loop. Returns when it is told to stop.
-    pub fn run(mut self) -> Result<(), EngineError> {
+    /// The loop. Returns when it is told to stop; with what the next process
+    /// needs to go on without a walk when it was asked for that, and could.
+    pub fn run(mut self) -> Result<Option<Rest>, EngineError> {
         self.refresh();
         while !self.stopping {
             if let Some(event) = self.wait() {
@@ -357,8 +382,11 @@ impl Engine {
             }
             self.publish();
         }
+        if self.handing_over {
+            return self.leave();
+        }
         self.journal.flush()?;
-        Ok(())
+        Ok(None)
     }
 
     fn wait(&self) -> Option<Event> {
@@ -392,7 +420,13 @@ impl Engine {
                 self.urgent = true;
                 Ok(())
             }
-            Event::Command(Command::Rescan(reason)) => self.open_gap(reason),
+            Event::Command(Command::Await) if !self.capture.proves() => {
+                self.open_gap("asked to wait".to_owned())
+            }
+            Event::Command(Command::Await) => {
+                self.urgent = true;
+                Ok(())
+            }
             Event::Command(Command::Delete(reply, patience)) => {
                 self.ask_failover(reply, patience);
                 Ok(())
@@ -403,8 +437,9 @@ impl Engine {
                 let _ = reply.send(());
                 Ok(())
             }
-            Event::Command(Command::Stop) => {
+            Event::Command(Command::Stop { hand_over }) => {
                 self.stopping = true;
+                self.handing_over = hand_over;
                 Ok(())
             }
         }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use replicator_common::id::BatchId;
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{DestinationMessage, Refusal, SourceMessage};
+use replicator_common::wire::{DestinationMessage, SourceMessage};
 
 use super::{Engine, EngineError, FailoverReply};
 use crate::index::{Index, View};
@@ -15,17 +15,19 @@ impl Engine {
     pub(super) fn link(&mut self, event: LinkEvent) -> Result<(), EngineError> {
         match event {
             LinkEvent::Connected(session) => self.connected(session),
-            LinkEvent::Lost { number, reason, refusal } => {
-                self.lost(number, &reason, refusal.as_ref())
+            LinkEvent::Lost { number, reason, refusal, next } => {
+                self.shared.lost(&reason, refusal.as_ref(), next);
+                self.lost(number, &reason)
             }
-            LinkEvent::Clocks { number, exchange } => {
+            LinkEvent::Clocks { number, exchange, room: _room } => {
                 if self.session.as_ref().is_some_and(|session| session.number == number) {
                     self.shared.clocks(&exchange);
                 }
                 Ok(())
             }
-            LinkEvent::Message { number, message } => {
-                if self.session.as_ref().is_none_or(|session| session.number != number) {
+            LinkEvent::Message { number, message, room: _room } => {
+                let ours = |session: &&Session| session.number == number && !session.is_rejected();
+                if self.session.as_ref().filter(ours).is_none() {
                     return Ok(());
                 }
                 self.message(*message)
@@ -54,6 +56,7 @@ impl Engine {
         );
         self.shared.connected(&session);
         self.settle(hello.committed)?;
+        self.unsettled = false;
         self.next_batch = hello.committed.next();
         if hello.reconcile && !self.root_known()? && self.reconcile.is_none() {
             self.start_reconcile(&session)?;
@@ -87,6 +90,7 @@ impl Engine {
         self.next_batch = BatchId(1);
         self.gap = None;
         self.skipped.clear();
+        self.unsettled = false;
         self.open_gap(
             if had_peer { "the replica is compared anew" } else { "initial sync" }.into(),
         )?;
@@ -132,14 +136,17 @@ impl Engine {
         Ok(())
     }
 
-    fn lost(
-        &mut self,
-        number: u64,
-        reason: &str,
-        refusal: Option<&Refusal>,
-    ) -> Result<(), EngineError> {
+    /// The destination broke the protocol. Nothing of what it said counts, and
+    /// the session ends; the link tells when it has.
+    pub(super) fn breach(&self, reason: String) {
+        tracing::warn!(reason, "the destination broke the protocol");
+        if let Some(session) = &self.session {
+            session.reject(reason);
+        }
+    }
+
+    fn lost(&mut self, number: u64, reason: &str) -> Result<(), EngineError> {
         tracing::debug!(number, reason, "no session");
-        self.shared.lost(reason, refusal);
         if self.session.as_ref().is_some_and(|session| session.number == number) {
             tracing::warn!(reason, "session lost");
             self.session = None;
@@ -156,6 +163,15 @@ impl Engine {
 
     fn message(&mut self, message: DestinationMessage) -> Result<(), EngineError> {
         match message {
+            // INVARIANT (acknowledged means durable): what was not sent cannot
+            // have arrived. Else the acknowledgement of a batch to come would
+            // trim the journal of what is in no batch yet.
+            DestinationMessage::Durable { batch } | DestinationMessage::Applied { batch, .. }
+                if batch >= self.next_batch =>
+            {
+                let next = self.next_batch;
+                self.breach(format!("it acknowledges batch {batch}, and {next} is the next"));
+            }
             DestinationMessage::Durable { batch } => {
                 self.in_flight.durable(batch);
             }
@@ -218,7 +234,11 @@ impl Engine {
 
     /// Ends the doubt of another boot once nothing of its walk waits any more.
     fn compared_on_this_boot(&mut self) -> Result<(), EngineError> {
-        let waits = self.gap.is_some() || !self.holds.is_empty() || !self.in_flight.is_empty();
+        let waits = self.gap.is_some()
+            || !self.holds.is_empty()
+            || !self.in_flight.is_empty()
+            // What the walk of a process before left to this one (`leave`).
+            || !self.dirty.is_empty();
         if !waits {
             self.boot.remember()?;
             self.unproven = None;
