@@ -23,6 +23,14 @@ e2e FILTER="":
 replay SEED TEST:
     REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-tests --tests -- --exact --nocapture {{ TEST }}
 
+# Simulates SEEDS replications in virtual time, with faults everywhere.
+simulate SEEDS="20000":
+    REPLICATOR_SEEDS={{ SEEDS }} cargo test --locked -p replicator-simulation --test seeds -- --nocapture
+
+# Replays one simulated replication: the seed that a failed simulation printed.
+simulate-one SEED:
+    REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-simulation --test seeds -- --nocapture
+
 # Kills both daemons at random instants under a random workload for so long (as root). A SEED, which a
 # failed run prints, names the victims, the moments and the workload.
 torture SECONDS="600" SEED="":

@@ -83,7 +83,13 @@ struct Process {
     marked: Option<BatchId>,
     doubt: bool,
     spoilt: bool,
+    /// An object was missing: the map is given up with the next session.
+    distrust: bool,
 }
+
+/// The process dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Died;
 
 /// Why a step of the applier did not come to its end.
 enum Failed {
@@ -124,6 +130,8 @@ pub struct Destination {
     staged: u64,
     /// The replica is between two batches, and what the watermark says is told.
     pub settled: bool,
+    /// It was set back, and has begun no new life since.
+    back: bool,
     /// What others were told last.
     pub told: Standing,
     /// What happened last, in words.
@@ -136,6 +144,12 @@ fn life(number: u8) -> Incarnation {
 
 fn reserved() -> Name {
     Name::new(b".replicator").unwrap()
+}
+
+impl Default for Destination {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Destination {
@@ -156,6 +170,7 @@ impl Destination {
             lives: 101,
             staged: 0,
             settled: false,
+            back: false,
             told: standing,
             log: VecDeque::new(),
         }
@@ -203,6 +218,7 @@ impl Destination {
     fn renounce(&mut self, reason: &str) {
         self.say(|| format!("a new life: {reason}"));
         self.lives += 1;
+        self.back = false;
         let standing = Standing::new(life(self.lives), false);
         self.tree = Model::new(ROOT);
         self.tree.set_life(standing.incarnation);
@@ -230,6 +246,7 @@ impl Destination {
     /// Puts earlier states of the state directory and of the replica back; the
     /// process is down.
     pub fn set_back(&mut self, records: Option<Records>, tree: Option<Model>) {
+        self.back = true;
         self.say(|| format!("set back: {} {}", records.is_some(), tree.is_some()));
         if let Some(records) = records {
             (self.now, self.durable) = (records.clone(), records);
@@ -265,7 +282,11 @@ impl Destination {
     }
 
     /// Takes in one message.
-    pub fn take(&mut self, wires: &mut BTreeMap<u64, Wire>, random: &mut StdRng) -> Result<(), ()> {
+    pub fn take(
+        &mut self,
+        wires: &mut BTreeMap<u64, Wire>,
+        random: &mut StdRng,
+    ) -> Result<(), Died> {
         let Some(process) = &self.process else { return Ok(()) };
         let number = wires.iter().rev().find(|(n, wire)| self.may_take(process, **n, wire));
         let Some(number) = number.map(|(number, _)| *number) else { return Ok(()) };
@@ -301,7 +322,7 @@ impl Destination {
                 Ok(()) => {}
                 // The stager tries again.
                 Err(Stop::Disk) => wire.data[stream].push_front(data),
-                Err(Stop::Crash) => return Err(()),
+                Err(Stop::Crash) => return Err(Died),
                 Err(Stop::Refused(what)) => panic!("{what}"),
             }
         } else if let (Some(message), Some((_, session))) =
@@ -363,12 +384,16 @@ impl Destination {
     // ---------------------------------------------------------------- applier
 
     /// One step of the applier. An error: the process dies.
-    pub fn work(&mut self, wires: &mut BTreeMap<u64, Wire>, random: &mut StdRng) -> Result<(), ()> {
+    pub fn work(
+        &mut self,
+        wires: &mut BTreeMap<u64, Wire>,
+        random: &mut StdRng,
+    ) -> Result<(), Died> {
         let result = self.step(wires, random);
         self.hand_on();
         match result {
             Ok(()) | Err(Failed::Disk | Failed::Sync) => Ok(()),
-            Err(Failed::Crash) => Err(()),
+            Err(Failed::Crash) => Err(Died),
         }
     }
 
@@ -390,6 +415,10 @@ impl Destination {
             self.dies(Point::Applied)?;
             self.process().current = None;
             self.applied();
+            if self.process().distrust {
+                self.end_session(number, wires);
+                return Ok(());
+            }
             send(wires, number, Down::Applied(batch));
             return Ok(());
         }
@@ -413,14 +442,8 @@ impl Destination {
                     }
                     // The session ends, and the batch has to come again.
                     Err(Failed::Sync) => {
-                        let process = self.process();
-                        process.jobs.pop_front();
-                        process.session = None;
-                        if let Some(wire) = wires.get_mut(&number) {
-                            wire.broken = true;
-                            wire.up.clear();
-                            wire.data.iter_mut().for_each(VecDeque::clear);
-                        }
+                        self.process().jobs.pop_front();
+                        self.end_session(number, wires);
                         Err(Failed::Sync)
                     }
                     Err(other) => Err(other),
@@ -429,10 +452,23 @@ impl Destination {
         }
     }
 
+    fn end_session(&mut self, number: u64, wires: &mut BTreeMap<u64, Wire>) {
+        if self.process().session.as_ref().is_some_and(|(open, _)| *open == number) {
+            self.process().session = None;
+        }
+        if let Some(wire) = wires.get_mut(&number) {
+            wire.broken = true;
+            wire.up.clear();
+            wire.data.iter_mut().for_each(VecDeque::clear);
+        }
+    }
+
     fn begin(&mut self, number: u64, hello: &SourceHello, wires: &mut BTreeMap<u64, Wire>) {
-        if let Some(reason) = mismatch(&self.now.standing, hello) {
+        let lost = self.process().distrust.then_some("an object is missing");
+        if let Some(reason) = lost.or(mismatch(&self.now.standing, hello)) {
             self.renounce(reason);
             let process = self.process();
+            process.distrust = false;
             (process.marked, process.uncovered, process.needed) = (None, false, Vec::new());
         }
         self.tree.wipe_staging();
@@ -473,7 +509,9 @@ impl Destination {
         self.process().marked = Some(batch);
         let mut findings = Vec::new();
         let result = execute::run(&mut self.tree, steps, &mut findings);
-        assert!(findings.is_empty(), "{findings:?}\n{steps:#?}");
+        // Only what was set back can have lost anything.
+        assert!(findings.is_empty() || self.back, "{findings:?}\n{steps:#?}");
+        self.process().distrust |= !findings.is_empty();
         Ok(result?)
     }
 
@@ -482,7 +520,7 @@ impl Destination {
         self.write(false, |records| records.standing.applied = committed);
         assert!(self.told.watermark <= self.now.standing.watermark, "the watermark moves back");
         self.told = self.now.standing.clone();
-        self.settled = true;
+        self.settled = !self.process().distrust;
     }
 
     fn sync(&mut self, random: &mut StdRng) -> Result<(), Failed> {

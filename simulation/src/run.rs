@@ -7,7 +7,7 @@ use rand::{Rng, SeedableRng};
 use replicator_common::time::Timestamp;
 
 use crate::check;
-use crate::destination::{Destination, Point, Records};
+use crate::destination::{Destination, Died, Point, Records};
 use crate::net::Wire;
 use crate::source::{Journal, Source};
 use crate::store::Store;
@@ -28,6 +28,9 @@ struct Faults {
     back: u32,
 }
 
+/// What was saved of the source, and of the destination.
+type Saved = (Option<(Store, Journal)>, Option<(Records, Model)>);
+
 /// A run.
 pub struct Run {
     random: StdRng,
@@ -38,7 +41,7 @@ pub struct Run {
     faults: Faults,
     steps: u32,
     /// What was saved, to be put back.
-    saved: (Option<(Store, Journal)>, Option<(Records, Model)>),
+    saved: Saved,
     /// A side was set back: what it had acknowledged is not there any more.
     back: bool,
 }
@@ -101,11 +104,12 @@ impl Run {
 
     fn pass(&mut self) {
         self.steps += 1;
-        self.world.now += match self.random.random_range(0..50) {
+        let nanos = match self.random.random_range(0..50) {
             0 => 3_000_000_000,
             1..10 => self.random.random_range(1..300_000_000),
             _ => self.random.random_range(1..5_000_000),
         };
+        self.world.pass(nanos);
     }
 
     fn change(&mut self) {
@@ -138,7 +142,7 @@ impl Run {
         }
     }
 
-    fn survive(&mut self, result: Result<(), ()>) {
+    fn survive(&mut self, result: Result<(), Died>) {
         if result.is_err() {
             self.kill_destination();
         }

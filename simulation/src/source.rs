@@ -70,10 +70,18 @@ impl Journal {
     }
 
     /// The power goes: what was not flushed may be lost.
-    fn cut(&mut self, floor: Seq, random: &mut StdRng) {
+    fn cut(&mut self, random: &mut StdRng) {
         let keep = self.last - random.random_range(0..=self.records.len().min(5)) as u64;
         self.records.retain(|seq, _| *seq <= keep);
-        self.last = self.records.keys().last().copied().unwrap_or(0).max(floor.0);
+    }
+
+    /// It is opened, as the product's is.
+    fn open(&mut self, floor: Seq) {
+        let ends = (self.records.keys().next(), self.records.keys().next_back());
+        (self.trimmed, self.last) = match ends {
+            (Some(first), Some(last)) => (first - 1, *last.max(&floor.0)),
+            _ => (floor.0, floor.0),
+        };
     }
 }
 
@@ -224,6 +232,12 @@ fn file_system() -> FileSystemId {
     "fs-00000000000000001".parse().unwrap()
 }
 
+impl Default for Source {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Source {
     /// A new one.
     pub fn new() -> Self {
@@ -261,6 +275,7 @@ impl Source {
         let hands = self.hands.clone();
         let clock = Clock::new(Wall::new(move || Timestamp(hands.load(Ordering::Relaxed))));
         let tables = self.store.read();
+        self.journal.open(tables.mark.seq);
         let claimed = tables.mark.watermark.unwrap_or(Timestamp::NEVER);
         let index = Index::new(self.store.clone()).unwrap();
         let orphans = index.orphans().unwrap();
@@ -308,7 +323,7 @@ impl Source {
         self.engine = None;
         self.store = Arc::new(self.store.after_crash());
         if power {
-            self.journal.cut(self.store.read().mark.seq, random);
+            self.journal.cut(random);
         }
         // Nobody watched.
         world.events.clear();
@@ -336,6 +351,7 @@ impl Source {
             destination_incarnation: tables.peer,
             acknowledged: tables.mark.batch,
             pending: tables.pending.last().map(|delta| delta.mark.batch),
+            previous: None,
             time: Timestamp(0),
             previous: None,
         }
@@ -923,7 +939,9 @@ impl Source {
         wires: &mut BTreeMap<u64, Wire>,
     ) {
         let life = self.life();
-        let Assembly { ops, mut delta, .. } = assembly;
+        let Assembly { mut ops, mut delta, .. } = assembly;
+        // They come in no particular order; a seed must give the same run.
+        ops.sort_by_cached_key(|op| format!("{op:?}"));
         let waits = self.waits();
         let engine = self.engine();
         let batch = engine.next_batch;
@@ -997,7 +1015,7 @@ impl Source {
         let Some(session) = engine.session else { return };
         if engine.lanes.len() < 2 && random.random_bool(0.6) {
             let waits = |held: &&mut Held| matches!(held.transfer, Transfer::Waiting);
-            let waiting = engine.holds.iter_mut().map(|(object, held)| (object, held));
+            let waiting = engine.holds.iter_mut();
             let next =
                 waiting.map(|(object, held)| (object.clone(), held)).find(|(_, held)| waits(held));
             let Some((object, held)) = next else { return };

@@ -25,6 +25,9 @@ pub const ROOT: u32 = 1;
 pub const OUTSIDE: u32 = 2;
 /// The tick of the file system's clock: change times are as coarse as this.
 const TICK: i64 = 4_000_000;
+/// A call takes no longer than this: what the engine relies on before it takes an
+/// orphan for outside.
+const LONGEST: i64 = 90_000_000;
 /// No system call has returned yet.
 const RUNNING: i64 = i64::MAX;
 
@@ -68,11 +71,15 @@ struct Past<T> {
     value: T,
 }
 
+/// States, oldest first, with the call that made each.
+type History<T> = Vec<(u64, Past<T>)>;
+
 /// A call that has had its effect and has not returned: its events are not told
 /// yet (trap 6).
 #[derive(Clone, Debug)]
 struct Call {
     number: u64,
+    made: i64,
     records: Vec<Record>,
 }
 
@@ -93,8 +100,8 @@ pub struct World {
     /// Which call brought what is in the source into it, and when that returned.
     entered: BTreeMap<u32, (u64, i64)>,
     /// History, by slot and by inode; the number says which call made it.
-    slots: BTreeMap<(u32, Name), Vec<(u64, Past<Option<u32>>)>>,
-    bodies: BTreeMap<u32, Vec<(u64, Past<Body>)>>,
+    slots: BTreeMap<(u32, Name), History<Option<u32>>>,
+    bodies: BTreeMap<u32, History<Body>>,
     /// One operation after the other, in words.
     pub log: VecDeque<String>,
 }
@@ -106,6 +113,12 @@ fn name(n: u8) -> Name {
 /// Every name that an entry can have.
 pub fn names() -> impl Iterator<Item = Name> {
     (0..5).map(name)
+}
+
+impl Default for World {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl World {
@@ -227,7 +240,7 @@ impl World {
         if self.log.len() > 60 {
             self.log.pop_front();
         }
-        self.calls.push(Call { number: self.number, records });
+        self.calls.push(Call { number: self.number, made: self.now, records });
         if random.random_bool(0.8) {
             self.give_back(self.calls.len() - 1);
         }
@@ -258,6 +271,14 @@ impl World {
         }
     }
 
+    /// Time passes; no call takes for ever.
+    pub fn pass(&mut self, nanos: i64) {
+        self.now += nanos;
+        while self.calls.first().is_some_and(|call| self.now - call.made > LONGEST) {
+            self.give_back(0);
+        }
+    }
+
     /// All calls return.
     pub fn finish_calls(&mut self) {
         while !self.calls.is_empty() {
@@ -271,8 +292,8 @@ impl World {
     }
 
     fn give_back(&mut self, at: usize) {
-        let Call { number, records } = self.calls.remove(at);
-        if number != self.number {
+        let Call { number, made, records } = self.calls.remove(at);
+        if made < self.now {
             self.busy = self.now;
         }
         for record in records {
@@ -282,7 +303,7 @@ impl World {
             }
         }
         let now = self.now;
-        if number != self.number {
+        if made < self.now {
             self.log.push_back(format!("{now} call {number} returns"));
         }
         let slots = self.slots.values_mut().flatten().filter(|(call, _)| *call == number);

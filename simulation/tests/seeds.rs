@@ -12,7 +12,7 @@ fn whatever_fails_the_promises_hold() {
         run(seed);
         return;
     }
-    let seeds = number("REPLICATOR_SEEDS").unwrap_or(3000);
+    let seeds = number("REPLICATOR_SEEDS").unwrap_or(2000);
     let mut steps = 0;
     for seed in 0..seeds {
         steps += u64::from(run(seed));
