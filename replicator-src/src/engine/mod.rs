@@ -14,6 +14,7 @@
 //! - `holds`: what waits, and the transfers of large files; `resemble`: what
 //!   such a file was probably made from.
 //! - `astray`: what is not where it was seen, for a source by names.
+//! - `refused`: what the destination has no place for now.
 //! - `peer`: what the destination says.
 //! - `reconcile`: a replica that was not empty.
 //! - `report`: what is told of all that.
@@ -26,6 +27,7 @@ mod holds;
 mod peer;
 mod placing;
 mod reconcile;
+mod refused;
 mod report;
 mod resemble;
 pub mod state;
@@ -225,6 +227,11 @@ pub struct Engine {
     /// Those of them that the destination says it has.
     arrived: BTreeSet<TransferId>,
     in_flight: VecDeque<InFlight>,
+    /// What the destination has no place for, until it is tried again.
+    refused: BTreeMap<ObjectId, refused::Refused>,
+    /// Counts readings: no two packed objects have the same version, so that one
+    /// of a batch that was given back is never taken for one of the next.
+    readings: u32,
     reconcile: Option<reconcile::Reconcile>,
     next_batch: BatchId,
     next_transfer: TransferId,
@@ -313,6 +320,8 @@ impl Engine {
             running: HashMap::new(),
             arrived: BTreeSet::new(),
             in_flight: VecDeque::new(),
+            refused: BTreeMap::new(),
+            readings: 0,
             reconcile: None,
             next_batch: mark.batch.next(),
             next_transfer: TransferId(1),
@@ -448,6 +457,7 @@ impl Engine {
             && self.reconcile.as_ref().is_none_or(reconcile::Reconcile::is_complete)
             && self.in_flight.len() < IN_FLIGHT
             && self.failing.is_none()
+            && !self.too_many_refused()
             && self.shared.desired() == DesiredState::Enabled
     }
 

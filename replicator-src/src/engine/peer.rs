@@ -99,7 +99,7 @@ impl Engine {
     }
 
     /// Batches up to `committed` took effect; later ones are built anew.
-    fn settle(&mut self, committed: BatchId) -> Result<(), EngineError> {
+    pub(super) fn settle(&mut self, committed: BatchId) -> Result<(), EngineError> {
         self.index.settle(committed)?;
         let mut reached = Timestamp::NEVER;
         for batch in std::mem::take(&mut self.in_flight) {
@@ -176,6 +176,12 @@ impl Engine {
             DestinationMessage::TransferRefused { transfer, reason } => {
                 self.transfer_refused(transfer, &reason);
             }
+            DestinationMessage::TransferUnplaced { transfer, reason } => {
+                self.transfer_unplaced(transfer, &reason);
+            }
+            DestinationMessage::Returned { batch, objects, last } => {
+                self.returned(batch, objects, last)?;
+            }
             DestinationMessage::Transferred { transfer } => self.transfer_arrived(transfer),
             DestinationMessage::FailedOver { report } => {
                 if let Some((reply, _)) = self.failing.take() {
@@ -225,6 +231,7 @@ impl Engine {
         self.journal.trim(mark.seq)?;
         self.shared.acknowledged(&mark, reached);
         self.shared.greeting_acknowledged(mark.batch);
+        self.forget_refused();
         Ok(())
     }
 

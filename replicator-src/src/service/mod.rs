@@ -2,6 +2,7 @@
 
 mod census;
 mod replication;
+mod supervise;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -114,6 +115,9 @@ pub struct SourceService {
     identity: Identity,
     runtime: tokio::runtime::Runtime,
     replications: Mutex<BTreeMap<FileSystemId, Arc<Replication>>>,
+    /// Nothing is started any more. Held while something is started, or taken
+    /// away.
+    closed: Mutex<bool>,
     _lock: StateLock,
 }
 
@@ -142,9 +146,12 @@ impl SourceService {
             identity,
             runtime,
             replications: Mutex::default(),
+            closed: Mutex::new(false),
             _lock: lock,
         });
         service.load()?;
+        let start = |source| ServiceError::Start { what: "the supervisor", source };
+        service.supervise().map_err(start)?;
         Ok(service)
     }
 
@@ -179,6 +186,7 @@ impl SourceService {
 
     /// Ends all replications cleanly. Blocks until their threads have ended.
     pub fn shutdown(&self) {
+        *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = true;
         let all: Vec<_> = self.all().values().cloned().collect();
         for replication in all {
             replication.stop();
@@ -330,6 +338,8 @@ impl Control for SourceService {
             }
             DeletionMode::LocalConfigurationOnly => replication.local_report(),
         };
+        // Not to be started again in between.
+        let _closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
         replication.stop();
         let id = replication.configuration().source;
         replication.remove().map_err(|error| ControlError::Internal(error.to_string()))?;

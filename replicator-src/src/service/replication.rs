@@ -209,6 +209,7 @@ impl Replication {
             })
             .map_err(start("the engine"))?;
         let census = census::start(root, self.shared.clone()).map_err(start("the census"))?;
+        self.shared.started();
         *self.running() = Some(Running { post: inbox.0, engine, link, census: Some(census) });
         Ok(())
     }
@@ -237,6 +238,14 @@ impl Replication {
         let hello = move || shared.hello();
         let identity = identity.clone();
         runtime.spawn(session::run(identity, remote, hello, wired, Compression::Auto, events))
+    }
+
+    /// Whether it ended by itself, or could not be started: with an error.
+    pub(super) fn has_ended(&self) -> bool {
+        match &*self.running() {
+            Some(running) => running.engine.is_finished(),
+            None => self.shared.failure().is_some(),
+        }
     }
 
     /// Ends everything that runs, cleanly. Repeatable.
