@@ -37,8 +37,8 @@ use crate::tree::Tree;
 
 /// After this long without a batch, applied steps are synced and their record goes.
 const IDLE: Duration = Duration::from_secs(2);
-/// Between attempts while the replica cannot take changes.
-const RETRY: Duration = Duration::from_secs(1);
+/// First and longest pause between attempts while the replica cannot take changes.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
 /// What the applier is asked to do.
 pub enum Job {
@@ -111,6 +111,8 @@ pub struct Applier {
     /// The store has been, or is to be, opened again, and what it holds was not
     /// believed yet: the last commit may be in it or not.
     astray: bool,
+    /// Before the next attempt of what did not work.
+    pause: Duration,
     /// An object that the map knows is not in the replica: what the map says
     /// can no longer be trusted, and the source has to reconcile.
     distrust: bool,
@@ -187,6 +189,7 @@ impl Applier {
             doubt: false,
             spoilt: false,
             astray: false,
+            pause: RETRY.0,
             distrust: false,
         })
     }
@@ -281,7 +284,8 @@ impl Applier {
         {
             tracing::debug!(%error, "the store cannot be opened again yet");
         }
-        let until = Instant::now() + RETRY;
+        let until = Instant::now() + self.pause;
+        self.pause = (self.pause * 2).min(RETRY.1);
         while Instant::now() < until {
             if self.replica.is_ending() {
                 return Err(Ended::Killed);
@@ -516,6 +520,7 @@ impl Applier {
             self.standing.applied = self.standing.committed;
             self.replica.store.note_standing(&self.standing)?;
         }
+        self.pause = RETRY.0;
         self.publish();
         Ok(())
     }

@@ -404,8 +404,7 @@ impl Shell {
 
     async fn commit(&mut self, batch: BatchId, header: BatchHeader) -> Result<(), SessionError> {
         self.session.commit(batch, header)?;
-        self.hand_on_whole().await?;
-        self.return_hopeless().await
+        self.hand_on_whole().await
     }
 
     async fn hand_on_whole(&mut self) -> Result<(), SessionError> {
@@ -417,7 +416,7 @@ impl Shell {
             let reply = self.progress.clone();
             hand_on(&self.context.jobs, Job::Batch { batch: Box::new(whole), reply }).await?;
         }
-        Ok(())
+        self.return_hopeless().await
     }
 
     /// Keeps a part of a plan beside what it names, so that a failover after a
@@ -507,8 +506,7 @@ impl Shell {
             }
         };
         self.writer.write(&message).await?;
-        self.hand_on_whole().await?;
-        self.return_hopeless().await
+        self.hand_on_whole().await
     }
 
     /// Gives the next batch back when some of it found no place, and the rest is

@@ -20,8 +20,8 @@ use crate::stage::{StageError, Stager};
 
 /// Encoded frames (of at most 4 MiB) that wait for a stager.
 const FRAMES_WAITING: usize = 2;
-/// Between attempts to stage while the replica's file system takes nothing.
-const RETRY: Duration = Duration::from_millis(500);
+/// First and longest pause between attempts to stage while the replica's file system takes nothing.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
 /// What the stagers tell the session.
 pub(crate) enum Event {
@@ -277,7 +277,7 @@ fn patiently<T>(
     events: &mpsc::Sender<Event>,
     mut attempt: impl FnMut() -> Result<T, StageError>,
 ) -> Result<Staged<T>, SessionError> {
-    let mut stalled = false;
+    let (mut stalled, mut pause) = (false, RETRY.0);
     loop {
         match attempt() {
             Ok(value) => {
@@ -309,6 +309,7 @@ fn patiently<T>(
         if replica.is_ending() || failing_over || events.is_closed() {
             return Err(SessionError::Closed);
         }
-        std::thread::sleep(RETRY);
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(RETRY.1);
     }
 }
