@@ -134,8 +134,7 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), StateFileError> {
     file.write_all(bytes).map_err(StateFileError::io("write", &temporary))?;
     // The content must be on disk before the name is: else a crash can leave
     // an empty file under the final name.
-    point("state-fsync", &temporary)?;
-    file.sync_all().map_err(StateFileError::io("sync", &temporary))?;
+    fsync(&file, &temporary)?;
     drop(file);
     point("state-rename", path)?;
     fs::rename(&temporary, path).map_err(StateFileError::io("rename into place", path))?;
@@ -150,6 +149,12 @@ pub fn remove(path: &Path) -> Result<(), StateFileError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(StateFileError::io("remove", path)(error)),
     }
+}
+
+/// Brings a file's content to stable storage.
+fn fsync(file: &File, path: &Path) -> Result<(), StateFileError> {
+    point("state-fsync", path)?;
+    file.sync_all().map_err(StateFileError::io("sync", path))
 }
 
 /// A fault point, named as [`crate::fault`] says.

@@ -186,6 +186,8 @@ impl Store {
     pub fn open(path: &Path, standing: impl FnOnce() -> Standing) -> Result<Self, StoreError> {
         let database = RwLock::new(Some(open_database(path)?));
         let store = Self { database, path: path.to_owned(), failed: AtomicBool::new(false) };
+        // Durability: immediate. The incarnation is told to the source, and to the
+        // replica, at once.
         store.write("open", Durability::Immediate, |transaction, store| {
             let mut meta = transaction.open_table(META).map_err(|e| store.err("open")(e.into()))?;
             transaction.open_table(OBJECTS).map_err(|e| store.err("open")(e.into()))?;
@@ -455,6 +457,9 @@ impl Store {
     }
 
     /// Adds to what was set aside.
+    ///
+    /// Durability: immediate. The step that set it aside is not found again by
+    /// redoing it, and the manifest would not say what the file was.
     pub fn note_set_aside(&self, items: &[SetAsideItem]) -> Result<(), StoreError> {
         self.write("note what was set aside", Durability::Immediate, |transaction, store| {
             store.add_set_aside(transaction, items)
@@ -509,6 +514,9 @@ impl Store {
 
     /// Begins a new life: nothing that was remembered of the replica is
     /// trusted any more (traps 14, 15).
+    ///
+    /// Durability: immediate. The new incarnation goes to the replica next, and
+    /// the source builds on it: a store that went back would be one of another life.
     pub fn renounce(&self, standing: &Standing) -> Result<(), StoreError> {
         let action = "begin a new incarnation";
         self.write(action, Durability::Immediate, |transaction, store| {

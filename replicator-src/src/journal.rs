@@ -219,11 +219,7 @@ impl Journal {
             self.db.flush().map_err(|e| self.store(e))?;
             // sled's own flush only starts the write (sync_file_range, as
             // strace shows); this makes the drive keep it.
-            let data = self.path.join("db");
-            self.point("journal-fdatasync")?;
-            std::fs::File::open(data)
-                .and_then(|file| file.sync_data())
-                .map_err(|error| self.store(error.into()))?;
+            self.fdatasync()?;
             self.flushed.store(last, Ordering::Release);
         }
         Ok(Seq(last))
@@ -284,6 +280,14 @@ impl Journal {
     /// Bytes on disk.
     pub fn size(&self) -> u64 {
         self.db.size_on_disk().unwrap_or(0)
+    }
+
+    /// Brings sled's file to stable storage.
+    fn fdatasync(&self) -> Result<(), JournalError> {
+        self.point("journal-fdatasync")?;
+        std::fs::File::open(self.path.join("db"))
+            .and_then(|file| file.sync_data())
+            .map_err(|error| self.store(error.into()))
     }
 
     /// A fault point.

@@ -372,6 +372,8 @@ impl Engine {
             }
             self.publish();
         }
+        // Records that came after the last flush: a start after a clean end needs
+        // them no less than one after a crash.
         self.journal.flush()?;
         Ok(())
     }
