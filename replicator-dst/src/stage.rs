@@ -58,6 +58,9 @@ pub enum StageError {
     },
 }
 
+/// The list of a patch that is being written, and its name in staging.
+type List = (Name, PatchWriter<BufWriter<File>>);
+
 /// A transfer that is under way.
 struct Open {
     object: ObjectId,
@@ -66,7 +69,7 @@ struct Open {
     basis: Option<OwnedFd>,
     name: Name,
     file: OwnedFd,
-    list: Option<(Name, PatchWriter<BufWriter<File>>)>,
+    list: Option<List>,
     /// Bytes of the object that the pieces covered so far.
     offset: u64,
     /// Bytes written to the literals of a patch.
@@ -236,7 +239,7 @@ impl Stager {
         begin: &TransferBegin,
         file: &OwnedFd,
         name: &Name,
-    ) -> Result<Option<(Name, PatchWriter<BufWriter<File>>)>, StageError> {
+    ) -> Result<Option<List>, StageError> {
         // A file larger than this file system can hold is found out now, not
         // when all of it has come, nor when a patch is applied that is logged.
         let sized = place::set_size(file, begin.state.size);
@@ -315,7 +318,7 @@ impl Stager {
     fn complete(
         &mut self,
         open: &Open,
-        list: Option<(Name, PatchWriter<BufWriter<File>>)>,
+        list: Option<List>,
         state: &ObjectState,
     ) -> Result<StagedTransfer, StageError> {
         if let Some((name, writer)) = list {
