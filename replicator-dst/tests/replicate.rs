@@ -621,13 +621,10 @@ async fn a_full_disk_gives_back_and_loses_nothing() {
     }
     source.plan(1, &batch.ops).await;
     source.commit(1, &batch).await;
-    let returned = loop {
-        match source.next().await {
-            DestinationMessage::Returned { batch: BatchId(1), objects, last: true } => {
-                break objects;
-            }
-            other => panic!("{other:?}"),
-        }
+    let told = source.next().await;
+    let DestinationMessage::Returned { batch: BatchId(1), objects: returned, last: true } = told
+    else {
+        panic!("{told:?}")
     };
     let why = &returned[0].1;
     assert!(why.contains("o space left") && why.contains("free space"), "{why}");
