@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::fault;
+
 /// Why a state file could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum StateFileError {
@@ -120,6 +122,7 @@ fn header(format: &Format, body: &[u8]) -> String {
 /// Puts `bytes` under `path`, mode 0600, atomically and durably.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), StateFileError> {
     let temporary = path.with_extension("new");
+    point("state-create", &temporary)?;
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)
@@ -127,22 +130,36 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), StateFileError> {
         .mode(0o600)
         .open(&temporary)
         .map_err(StateFileError::io("create", &temporary))?;
+    point("state-write", &temporary)?;
     file.write_all(bytes).map_err(StateFileError::io("write", &temporary))?;
     // The content must be on disk before the name is: else a crash can leave
     // an empty file under the final name.
-    file.sync_all().map_err(StateFileError::io("sync", &temporary))?;
+    fsync(&file, &temporary)?;
     drop(file);
+    point("state-rename", path)?;
     fs::rename(&temporary, path).map_err(StateFileError::io("rename into place", path))?;
     sync_parent(path)
 }
 
 /// Removes a file durably; it is no error when there is none.
 pub fn remove(path: &Path) -> Result<(), StateFileError> {
+    point("state-remove", path)?;
     match fs::remove_file(path) {
         Ok(()) => sync_parent(path),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(StateFileError::io("remove", path)(error)),
     }
+}
+
+/// Brings a file's content to stable storage.
+fn fsync(file: &File, path: &Path) -> Result<(), StateFileError> {
+    point("state-fsync", path)?;
+    file.sync_all().map_err(StateFileError::io("sync", path))
+}
+
+/// A fault point, named as [`crate::fault`] says.
+fn point(call: &'static str, path: &Path) -> Result<(), StateFileError> {
+    fault::at(call, path.display()).map_err(|error| StateFileError::io(call, path)(error.into()))
 }
 
 /// A rename or removal is durable only when its directory is.
@@ -151,6 +168,7 @@ fn sync_parent(path: &Path) -> Result<(), StateFileError> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
+    point("state-fsync-directory", parent)?;
     File::open(parent)
         .and_then(|directory| directory.sync_all())
         .map_err(StateFileError::io("sync directory", parent))

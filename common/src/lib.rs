@@ -16,6 +16,7 @@ pub mod config;
 pub mod control;
 pub mod crashsafe;
 pub mod daemon;
+pub mod fault;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod id;

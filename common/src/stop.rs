@@ -31,6 +31,12 @@ impl Stop {
             (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
         };
         let told = stop.clone();
+        {
+            let _context = runtime.enter();
+            // A file that grows beyond the process' limit is an error of the call
+            // (EFBIG), not the end of the process. A handler stays for good.
+            drop(signal(SignalKind::from_raw(libc::SIGXFSZ))?);
+        }
         std::thread::Builder::new()
             .name("signals".to_owned())
             .spawn(move || runtime.block_on(listen(told, interrupt, terminate)))?;

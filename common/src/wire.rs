@@ -354,6 +354,27 @@ pub enum DestinationMessage {
         /// When this was sent, by the destination's clock.
         answered: Timestamp,
     },
+    /// `batch` and all that follow are given back: these objects of it find no
+    /// place in the replica (its disk is full, the file is larger than it can
+    /// hold, …). All before it are applied. The source says
+    /// [`SourceMessage::Abandon`] for `batch`, and plans it and what follows
+    /// anew without these objects, which it tries again later.
+    Returned {
+        /// The batch.
+        batch: BatchId,
+        /// Objects, each with the reason.
+        objects: Vec<(ObjectId, String)>,
+        /// No further message names more of them.
+        last: bool,
+    },
+    /// The transfer finds no place in the replica, and nothing is left of it:
+    /// to be begun anew later.
+    TransferUnplaced {
+        /// The transfer.
+        transfer: TransferId,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// The destination introduces itself.

@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-use replicator_common::id::BatchId;
+use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::status::{FailoverReport, TimedError};
 use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
@@ -30,15 +30,15 @@ use crate::failover::{self, FailoverError};
 use crate::mark::{self, Mark};
 use crate::replica::{Point, Replica, ReplicaError, renounce, wipe_staging};
 use crate::seal::{SealError, needed_by, staged_bytes};
-use crate::session::WholeBatch;
+use crate::session::{StagedTransfer, WholeBatch};
 use crate::stage::Stager;
 use crate::store::{Commit, SetAsideItem, Standing, StoreError};
 use crate::tree::Tree;
 
 /// After this long without a batch, applied steps are synced and their record goes.
 const IDLE: Duration = Duration::from_secs(2);
-/// Between attempts while the replica cannot take changes.
-const RETRY: Duration = Duration::from_secs(1);
+/// First and longest pause between attempts while the replica cannot take changes.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
 /// What the applier is asked to do.
 pub enum Job {
@@ -76,6 +76,9 @@ pub enum Progress {
     Breach(String),
     /// The batch is given back; the source has to send it again.
     Unable(String),
+    /// The batch is given back because these objects, each with what stood in
+    /// the way, find no place here; it may come again without them.
+    Returned(BatchId, Vec<(ObjectId, String)>),
 }
 
 /// Why work was given up before its end.
@@ -105,6 +108,11 @@ pub struct Applier {
     /// then may be lost, whatever later syncs say (trap 16: an error is told
     /// once), so nothing of it is committed; the next session sends it again.
     spoilt: bool,
+    /// The store has been, or is to be, opened again, and what it holds was not
+    /// believed yet: the last commit may be in it or not.
+    astray: bool,
+    /// Before the next attempt of what did not work.
+    pause: Duration,
     /// An object that the map knows is not in the replica: what the map says
     /// can no longer be trusted, and the source has to reconcile.
     distrust: bool,
@@ -180,6 +188,8 @@ impl Applier {
             marked: None,
             doubt: false,
             spoilt: false,
+            astray: false,
+            pause: RETRY.0,
             distrust: false,
         })
     }
@@ -269,7 +279,13 @@ impl Applier {
     /// Says why nothing moves, and waits before the next attempt.
     fn wait_after(&mut self, error: &SealError) -> Result<(), Ended> {
         self.stall(error);
-        let until = Instant::now() + RETRY;
+        if self.replica.store.has_failed()
+            && let Err(error) = self.replica.store.reopen()
+        {
+            tracing::debug!(%error, "the store cannot be opened again yet");
+        }
+        let until = Instant::now() + self.pause;
+        self.pause = (self.pause * 2).min(RETRY.1);
         while Instant::now() < until {
             if self.replica.is_ending() {
                 return Err(Ended::Killed);
@@ -291,7 +307,7 @@ impl Applier {
             SealError::Area(error) => ReplicaError::Area(error),
             SealError::Sync(errno) => AreaError::system("sync", ".")(errno).into(),
             SealError::Breach(what) => AreaError::system("apply", what)(Errno::IO).into(),
-            SealError::Killed | SealError::Skipped => {
+            SealError::Unplaceable(_) | SealError::Killed | SealError::Skipped => {
                 AreaError::system("apply", "")(Errno::CANCELED).into()
             }
         })?;
@@ -335,8 +351,25 @@ impl Applier {
         self.replica.applied.store(self.standing.applied.0, Ordering::Release);
     }
 
+    /// After the disk failed under the store: opens it again, and believes what
+    /// is in it, as after a crash.
+    fn revive_store(&mut self) -> Result<(), SealError> {
+        if !self.replica.store.has_failed() && !self.astray {
+            return Ok(());
+        }
+        self.astray = true;
+        self.replica.store.reopen()?;
+        self.standing = self.replica.store.standing()?;
+        self.redo_once()?;
+        self.astray = false;
+        self.replica.shared().stalled = None;
+        tracing::info!(committed = %self.standing.committed, "the store can be used again");
+        Ok(())
+    }
+
     /// Lets a later sync cover what was applied, and forgets the record.
     fn cover(&mut self) -> Result<(), SealError> {
+        self.revive_store()?;
         if self.doubt {
             self.redo_once()?;
         }
@@ -376,6 +409,11 @@ impl Applier {
     ) -> Result<(), Ended> {
         let id = batch.batch;
         let bytes: u64 = batch.content.values().map(staged_bytes).sum();
+        if id != self.standing.committed.next() {
+            // It followed one that was given back.
+            self.discard_batch(&batch);
+            return Ok(());
+        }
         Stager::discard(&self.replica.area, &batch.superseded);
         let Some(steps) = self.seal_patiently(&batch, reply)? else { return Ok(()) };
         self.replica.shared().durable = self.standing.committed;
@@ -434,6 +472,22 @@ impl Applier {
                     let _ = reply.send(Progress::Breach(reason));
                     return Ok(None);
                 }
+                Err(SealError::Unplaceable(objects)) => {
+                    self.discard_batch(batch);
+                    for (object, cause) in &objects {
+                        tracing::warn!(%object, cause, "an object finds no place; it is given back");
+                    }
+                    let _ = reply.send(Progress::Returned(batch.batch, objects));
+                    return Ok(None);
+                }
+                // Whether the commit is on disk, nobody knows (see `Store`). So
+                // the session ends, and the next begins as after a crash.
+                Err(error @ SealError::Store(_)) if self.replica.store.has_failed() => {
+                    self.astray = true;
+                    self.stall(&error);
+                    let _ = reply.send(Progress::Unable(error.to_string()));
+                    return Ok(None);
+                }
                 // Retrying the sync would succeed and prove nothing: the error
                 // is told once. The batch has to come again, and so has what
                 // waited behind it.
@@ -447,6 +501,18 @@ impl Applier {
         }
     }
 
+    /// Removes what was staged for a batch that will not be applied.
+    fn discard_batch(&self, batch: &WholeBatch) {
+        let area = &self.replica.area;
+        let places: Vec<_> = batch.content.values().flat_map(StagedTransfer::places).collect();
+        Stager::discard(area, &places);
+        Stager::discard(area, &batch.superseded);
+        self.discard_rest(batch);
+        let bytes: u64 = batch.content.values().map(staged_bytes).sum();
+        let mut shared = self.replica.shared();
+        shared.staged_bytes = shared.staged_bytes.saturating_sub(bytes);
+    }
+
     /// The batch is visible.
     ///
     /// Durability: none. If this is lost, the steps are redone, to no effect.
@@ -455,6 +521,7 @@ impl Applier {
             self.standing.applied = self.standing.committed;
             self.replica.store.note_standing(&self.standing)?;
         }
+        self.pause = RETRY.0;
         self.publish();
         Ok(())
     }
@@ -463,6 +530,9 @@ impl Applier {
     fn seal(&mut self, batch: &WholeBatch) -> Result<Vec<Step>, SealError> {
         let start = Instant::now();
         let next = advance(&self.standing, batch.batch, &batch.header).ok_or(SealError::Skipped)?;
+        if self.astray {
+            return Err(SealError::Sync(Errno::IO));
+        }
         if batch.ops.is_empty() {
             // A heartbeat: nothing is staged, so nothing needs a sync. The
             // watermark is promised to others and must not be lost, hence the

@@ -28,7 +28,7 @@ const INCARNATION: Format = Format { name: "incarnation", version: 1 };
 #[derive(Debug, thiserror::Error)]
 pub enum AreaError {
     /// A system call failed.
-    #[error("cannot {action} {what} in the replica: {source}")]
+    #[error("cannot {action} {what} in the replica: {source}{}", advice(*source))]
     System {
         /// What was tried.
         action: &'static str,
@@ -47,6 +47,26 @@ impl AreaError {
     pub fn system(action: &'static str, what: impl ToString) -> impl FnOnce(Errno) -> Self {
         let what = what.to_string();
         move |source| Self::System { action, what, source }
+    }
+
+    /// Whether the error says something of the object, or of the space that is
+    /// left for it, so that others may fare better (deletions above all, which
+    /// make room). An error that every object would meet is waited out instead.
+    pub fn is_of_one_object(&self) -> bool {
+        let Self::System { source, .. } = self else { return false };
+        !matches!(*source, Errno::ROFS | Errno::MFILE | Errno::NFILE | Errno::NOMEM)
+    }
+}
+
+/// What an operator can do about an error, as the end of a sentence.
+fn advice(error: Errno) -> &'static str {
+    match error {
+        Errno::NOSPC => "; free space on the replica's file system",
+        Errno::DQUOT => "; raise the quota of the replica's file system",
+        Errno::FBIG => "; the replica's file system cannot hold a file of that size",
+        Errno::ROFS => "; remount the replica's file system for writing",
+        Errno::IO => "; look into the kernel's log for errors of the replica's disk",
+        _ => "",
     }
 }
 

@@ -13,6 +13,10 @@ use rustix::io::Errno;
 /// The most examples kept.
 const EXAMPLES_MAX: usize = 100;
 
+/// Bytes of names and values that every file system with xattrs can hold of one
+/// object: ext4 has one block for them.
+const XATTRS_SURE: usize = 3 << 10;
+
 /// Attributes that the kernel or its security modules keep by themselves:
 /// never removed from the replica (setting them is tried).
 const KERNEL_OWNED: [&[u8]; 4] =
@@ -90,6 +94,11 @@ fn set_xattrs(
     if present == *wanted {
         return Ok(false);
     }
+    // Xattrs that fit into no block are refused with the error of a full disk,
+    // and would be for ever.
+    let bytes: usize = wanted.iter().map(|xattr| xattr.name.len() + xattr.value.len()).sum();
+    let of_size =
+        |error| if error == Errno::NOSPC && bytes > XATTRS_SURE { Errno::TOOBIG } else { error };
     let mut failure = None;
     for old in &present {
         let stays = wanted.iter().any(|new| new.name == old.name);
@@ -99,7 +108,7 @@ fn set_xattrs(
     }
     for new in wanted {
         if !present.contains(new) {
-            failure = xattr::set(fd, new).err().or(failure);
+            failure = xattr::set(fd, new).err().map(of_size).or(failure);
         }
     }
     let result = failure.map_or(Ok(()), Err);

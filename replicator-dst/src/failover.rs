@@ -197,6 +197,7 @@ fn redo(replica: &Replica, tree: &mut Tree) -> Result<Vec<String>, FailoverError
     }
     let items: Vec<_> = findings.iter().filter_map(set_aside_item).collect();
     replica.store.note_set_aside(&items)?;
+    // Before the steps are forgotten, and the staged files that they need.
     place::sync_file_system(replica.protection.root()).map_err(AreaError::system("sync", "."))?;
     let mut standing = replica.store.standing()?;
     standing.applied = standing.committed;

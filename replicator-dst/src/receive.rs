@@ -29,7 +29,7 @@ use crate::apply::Place;
 use crate::area::AreaError;
 use crate::reconcile;
 use crate::replica::{APPLIER_SHARD, Replica, applier_staging};
-use crate::session::{Breach, Session};
+use crate::session::{Breach, Returned, Session};
 use crate::stage::Stager;
 use crate::store::Standing;
 use crate::streams::{Event, spawn_stager};
@@ -43,6 +43,8 @@ const HELLO: Duration = Duration::from_secs(10);
 const BEGIN: Duration = Duration::from_secs(60);
 /// Staging results that wait for the session.
 const EVENTS_WAITING: usize = 256;
+/// Objects of one message that gives a batch back.
+const RETURNED_MAX: usize = 4096;
 /// Between attempts to stage while the disk is full.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -117,6 +119,8 @@ struct Shell {
     session: Session,
     writer: FrameWriter<SendStream>,
     progress: mpsc::UnboundedSender<Progress>,
+    /// The last batch applied.
+    applied: BatchId,
     /// Parts of plans written for a failover, see [`Shell::keep_plan`].
     kept_plans: BTreeMap<BatchId, Vec<Place>>,
     plan_parts: u64,
@@ -219,6 +223,7 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
         session,
         writer,
         progress,
+        applied: standing.committed,
         kept_plans: BTreeMap::new(),
         plan_parts: 0,
         inventory: None,
@@ -431,7 +436,7 @@ impl Shell {
             let reply = self.progress.clone();
             hand_on(&self.context.jobs, Job::Batch { batch: Box::new(whole), reply }).await?;
         }
-        Ok(())
+        self.return_hopeless().await
     }
 
     /// Keeps a part of a plan beside what it names, so that a failover after a
@@ -468,6 +473,15 @@ impl Shell {
                 self.discard(late.as_slice());
                 self.hand_on_whole().await
             }
+            Event::Failed { batch, object, version, reason } => {
+                self.session.failed(batch, object, version, reason)?;
+                self.return_hopeless().await
+            }
+            Event::Unplaced { transfer, reason } => {
+                let message = DestinationMessage::TransferUnplaced { transfer, reason };
+                self.writer.write(&message).await?;
+                Ok(())
+            }
             Event::Transferred { transfer, object, staged } => {
                 self.session.transferred(transfer, object, *staged)?;
                 self.writer.write(&DestinationMessage::Transferred { transfer }).await?;
@@ -483,7 +497,7 @@ impl Shell {
                 self.writer.write(&message).await?;
                 Ok(())
             }
-            Event::Failed(error) => Err(error),
+            Event::Ended(error) => Err(error),
         }
     }
 
@@ -496,11 +510,16 @@ impl Shell {
                 DestinationMessage::Durable { batch }
             }
             Progress::Applied(batch) => {
+                self.applied = batch;
                 DestinationMessage::Applied { batch, time: Timestamp::now() }
             }
             Progress::Breach(reason) => {
                 self.context.replica.note_error(reason.as_str());
                 return Err(SessionError::Refused(Refusal::Protocol(reason)));
+            }
+            Progress::Returned(batch, objects) => {
+                let returned = self.session.give_back(batch, objects);
+                return self.give_back(returned).await;
             }
             Progress::Unable(reason) => {
                 return Err(SessionError::Refused(Refusal::Unable(reason)));
@@ -508,6 +527,34 @@ impl Shell {
         };
         self.writer.write(&message).await?;
         self.hand_on_whole().await
+    }
+
+    /// Gives the next batch back when some of it found no place, and the rest is
+    /// there.
+    async fn return_hopeless(&mut self) -> Result<(), SessionError> {
+        match self.session.next_returned(self.applied) {
+            Some(returned) => self.give_back(returned).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn give_back(&mut self, returned: Returned) -> Result<(), SessionError> {
+        let Returned { batch, objects, mut places } = returned;
+        for parts in self.kept_plans.split_off(&batch).into_values() {
+            places.extend(parts);
+        }
+        self.discard(&places);
+        if let Some((_, cause)) = objects.first() {
+            self.context.replica.note_error(cause.as_str());
+        }
+        // A message is one frame, which has a limit.
+        let mut parts = objects.chunks(RETURNED_MAX).peekable();
+        while let Some(part) = parts.next() {
+            let last = parts.peek().is_none();
+            let message = DestinationMessage::Returned { batch, objects: part.to_vec(), last };
+            self.writer.write(&message).await?;
+        }
+        Ok(())
     }
 
     /// The source asks for a part of the inventory. It is walked once a session.

@@ -33,6 +33,9 @@ pub(crate) enum SealError {
     Store(#[from] StoreError),
     #[error("{0}")]
     Breach(String),
+    /// These find no place in staging, the rest of the batch may.
+    #[error("{} objects cannot be staged", .0.len())]
+    Unplaceable(Vec<(ObjectId, String)>),
     /// What was written since the last good sync is in doubt (trap 16).
     #[error("the replica's file system could not be synced: {0}")]
     Sync(Errno),
@@ -98,6 +101,7 @@ impl Applier {
     /// Stages what needs no content from a data stream.
     pub(crate) fn stage_rest(&mut self, batch: &WholeBatch) -> Result<Staged, SealError> {
         let mut staged = Staged::new();
+        let mut unplaceable = Vec::new();
         for (number, op) in batch.ops.iter().enumerate() {
             let Op::Put { object, state, content, new, .. } = op else { continue };
             if let Some(arrived) = batch.content.get(object) {
@@ -109,12 +113,28 @@ impl Applier {
                 ContentSource::Unchanged if *new => None,
                 _ => continue,
             };
-            let name = format!("d{}.{number}", batch.batch);
-            let name = Name::new(name.as_bytes()).map_err(|e| SealError::Breach(e.to_string()))?;
-            let arrival = self.make(object, state, made, &name)?;
-            staged.insert(object.clone(), arrival);
+            match self.make(object, state, made, &made_name(batch, number)?) {
+                Ok(arrival) => drop(staged.insert(object.clone(), arrival)),
+                Err(SealError::Area(error)) if error.is_of_one_object() => {
+                    unplaceable.push((object.clone(), error.to_string()));
+                }
+                Err(error) => return Err(error),
+            }
         }
-        Ok(staged)
+        if unplaceable.is_empty() { Ok(staged) } else { Err(SealError::Unplaceable(unplaceable)) }
+    }
+
+    /// Removes what [`Self::stage_rest`] made. What stays is removed when the
+    /// next session begins.
+    pub(crate) fn discard_rest(&self, batch: &WholeBatch) {
+        let directory = self.replica.area.staging(crate::replica::APPLIER_SHARD);
+        for (number, op) in batch.ops.iter().enumerate() {
+            if let Op::Put { new: true, .. } = op
+                && let Ok(name) = made_name(batch, number)
+            {
+                let _ = crate::area::remove_tree(directory, &name);
+            }
+        }
     }
 
     fn make(
@@ -166,6 +186,12 @@ impl Applier {
         };
         Ok(Arrival::Whole { place, handle: found, state })
     }
+}
+
+/// What the `number`th object of a batch is called while it is staged.
+fn made_name(batch: &WholeBatch, number: usize) -> Result<Name, SealError> {
+    let name = format!("d{}.{number}", batch.batch);
+    Name::new(name.as_bytes()).map_err(|e| SealError::Breach(e.to_string()))
 }
 
 fn valid_target(target: &[u8]) -> bool {

@@ -94,7 +94,8 @@ pub enum StagedTransfer {
 }
 
 impl StagedTransfer {
-    fn places(&self) -> Vec<Place> {
+    /// Where it is.
+    pub fn places(&self) -> Vec<Place> {
         match self {
             Self::Whole(file) => vec![file.place.clone()],
             Self::Patch { literals, list, .. } => vec![literals.clone(), list.clone()],
@@ -130,6 +131,8 @@ struct Gathering {
     ops: Vec<Op>,
     header: Option<BatchHeader>,
     packed: HashMap<(ObjectId, u32), StagedFile>,
+    /// What arrived and could not be staged, with the reason.
+    failed: HashMap<(ObjectId, u32), String>,
     /// What the plan names and has not arrived; filled when `header` is.
     missing_packed: HashSet<(ObjectId, u32)>,
     missing_transfers: HashSet<TransferId>,
@@ -152,6 +155,20 @@ pub struct Session {
     /// INVARIANT (bounded resources): at most [`HELD_BYTES_MAX`], and what one
     /// message adds.
     held: usize,
+    /// This batch and all that follow were given back: what comes of their
+    /// plans is passed over until the source says that it begins anew.
+    returning: Option<BatchId>,
+}
+
+/// A batch that is given back to the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Returned {
+    /// Its number.
+    pub batch: BatchId,
+    /// What found no place, each with the reason.
+    pub objects: Vec<(ObjectId, String)>,
+    /// What was staged of it and of those behind it: to be deleted.
+    pub places: Vec<Place>,
 }
 
 impl Session {
@@ -164,6 +181,7 @@ impl Session {
             packed: 0,
             transfers: HashMap::new(),
             held: 0,
+            returning: None,
         }
     }
 
@@ -190,6 +208,9 @@ impl Session {
 
     /// Part of a plan arrived.
     pub fn plan(&mut self, batch: BatchId, ops: Vec<Op>) -> Result<(), Breach> {
+        if self.is_returned(batch) {
+            return Ok(());
+        }
         self.expect(batch)?;
         if ops.len() > PLAN_OPS_MAX {
             return Err(Breach::Frame { count: ops.len() });
@@ -206,6 +227,9 @@ impl Session {
 
     /// The plan is whole.
     pub fn commit(&mut self, batch: BatchId, header: BatchHeader) -> Result<(), Breach> {
+        if self.is_returned(batch) {
+            return Ok(());
+        }
         self.expect(batch)?;
         let ended: HashMap<_, _> =
             self.transfers.iter().map(|(id, (object, _))| (*id, object.clone())).collect();
@@ -249,7 +273,14 @@ impl Session {
     /// Packed objects of it that are still on their way will count for the
     /// batch of the same number that comes next; they do no harm there, since
     /// only what its plan names by version is used.
+    ///
+    /// Of a batch that was given back, nothing is deleted: what is staged now
+    /// may be of its next attempt already.
     pub fn abandon(&mut self, batch: BatchId) -> Result<Vec<Place>, Breach> {
+        if self.returning.take_if(|returned| *returned == batch).is_some() {
+            self.current = batch;
+            return Ok(Vec::new());
+        }
         self.expect(batch)?;
         let gathering = self.batches.remove(&batch).unwrap_or_default();
         self.packed -= gathering.packed.len();
@@ -284,6 +315,66 @@ impl Session {
         self.packed += usize::from(old.is_none());
         self.hold(weight)?;
         Ok(old.map(|old| old.place))
+    }
+
+    /// A packed object could not be staged. If its batch turns out to need it,
+    /// the batch is given back.
+    pub fn failed(
+        &mut self,
+        batch: BatchId,
+        object: ObjectId,
+        version: u32,
+        reason: String,
+    ) -> Result<(), Breach> {
+        if batch <= self.sealed {
+            return Ok(());
+        }
+        let gathering = self.gathering(batch)?;
+        if gathering.failed.len() >= PACKED_MAX {
+            return Err(Breach::TooManyPacked);
+        }
+        gathering.failed.insert((object, version), reason);
+        Ok(())
+    }
+
+    /// Whether a batch is one of those that were given back.
+    fn is_returned(&self, batch: BatchId) -> bool {
+        self.returning.is_some_and(|returned| batch >= returned)
+    }
+
+    /// The next batch, if all that is missing of it could not be staged. Only
+    /// when `applied`, the last batch applied, is the one before it: what is
+    /// given back must be what follows the replica as it is.
+    pub fn next_returned(&mut self, applied: BatchId) -> Option<Returned> {
+        let next = self.sealed.next();
+        let gathering = self.batches.get(&next).filter(|_| applied == self.sealed)?;
+        let missing = &gathering.missing_packed;
+        let hopeless = |key| gathering.failed.contains_key(key);
+        if gathering.header.is_none() || missing.is_empty() || !missing.iter().all(hopeless) {
+            return None;
+        }
+        let reason = |key: &(ObjectId, u32)| gathering.failed.get(key).cloned().unwrap_or_default();
+        let objects = missing.iter().map(|key| (key.0.clone(), reason(key))).collect();
+        Some(self.give_back(next, objects))
+    }
+
+    /// Forgets a batch and all that follow.
+    pub fn give_back(&mut self, batch: BatchId, objects: Vec<(ObjectId, String)>) -> Returned {
+        let mut places = Vec::new();
+        for gathering in self.batches.split_off(&batch).into_values() {
+            self.packed -= gathering.packed.len();
+            self.held -= gathering.weight;
+            places.extend(gathering.packed.into_values().map(|file| file.place));
+            for op in &gathering.ops {
+                let Op::Put { content: ContentSource::Transferred { transfer }, .. } = op else {
+                    continue;
+                };
+                places.extend(self.aborted(*transfer));
+            }
+        }
+        self.sealed = BatchId(batch.0 - 1);
+        self.returning = Some(batch);
+        Returned { batch, objects, places }
     }
 
     /// A transfer is staged as a whole.

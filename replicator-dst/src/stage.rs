@@ -58,6 +58,9 @@ pub enum StageError {
     },
 }
 
+/// The list of a patch that is being written, and its name in staging.
+type List = (Name, PatchWriter<BufWriter<File>>);
+
 /// A transfer that is under way.
 struct Open {
     object: ObjectId,
@@ -66,7 +69,7 @@ struct Open {
     basis: Option<OwnedFd>,
     name: Name,
     file: OwnedFd,
-    list: Option<(Name, PatchWriter<BufWriter<File>>)>,
+    list: Option<List>,
     /// Bytes of the object that the pieces covered so far.
     offset: u64,
     /// Bytes written to the literals of a patch.
@@ -210,15 +213,11 @@ impl Stager {
         let basis = self.basis(&begin)?;
         let name = self.name("t", begin.transfer, &begin.object);
         let file = self.create(&name, PRIVATE)?;
-        let list = match begin.layout {
-            Layout::Replace => None,
-            Layout::Patch => {
-                let name = self.name("l", begin.transfer, &begin.object);
-                let out = BufWriter::new(File::from(self.create(&name, PRIVATE)?));
-                let writer = PatchWriter::create(out).map_err(|e| io_failed(&e, &name))?;
-                Some((name, writer))
-            }
-        };
+        let list = self.prepare(&begin, &file, &name);
+        if list.is_err() {
+            Self::discard(&self.area, &[self.place(&name)]);
+        }
+        let list = list?;
         let open = Open {
             object: begin.object,
             state: begin.state,
@@ -232,6 +231,27 @@ impl Stager {
         };
         self.open.insert(begin.transfer, open);
         Ok(())
+    }
+
+    /// The rest that a transfer needs before its content comes.
+    fn prepare(
+        &mut self,
+        begin: &TransferBegin,
+        file: &OwnedFd,
+        name: &Name,
+    ) -> Result<Option<List>, StageError> {
+        // A file larger than this file system can hold is found out now, not
+        // when all of it has come, nor when a patch is applied that is logged.
+        let sized = place::set_size(file, begin.state.size);
+        sized.map_err(AreaError::system("set size of", name))?;
+        if begin.layout == Layout::Replace {
+            return Ok(None);
+        }
+        place::set_size(file, 0).map_err(AreaError::system("set size of", name))?;
+        let name = self.name("l", begin.transfer, &begin.object);
+        let out = BufWriter::new(File::from(self.create(&name, PRIVATE)?));
+        let writer = PatchWriter::create(out).map_err(|e| io_failed(&e, &name))?;
+        Ok(Some((name, writer)))
     }
 
     /// The basis, if it is what the source believes (trap 5).
@@ -283,23 +303,36 @@ impl Stager {
             let reason = format!("{} bytes arrived of a file of {}", open.offset, state.size);
             return Err(StageError::Refused { transfer, reason });
         }
-        let staged = match open.list.take() {
-            Some((name, writer)) => {
-                writer.finish().map_err(|e| io_failed(&e, &name))?;
-                StagedTransfer::Patch {
-                    literals: self.place(&open.name),
-                    list: self.place(&name),
-                    bytes: open.literal,
-                }
+        let list = open.list.take();
+        let places = [Some(&open.name), list.as_ref().map(|(name, _)| name)];
+        let places: Vec<_> = places.into_iter().flatten().map(|name| self.place(name)).collect();
+        match self.complete(&open, list, &state) {
+            Ok(staged) => Ok(Some((open.object, staged))),
+            Err(error) => {
+                Self::discard(&self.area, &places);
+                Err(error)
             }
-            None => {
-                place::set_size(&open.file, state.size)
-                    .map_err(AreaError::system("set size of", &open.name))?;
-                let (file, name) = (&open.file, &open.name);
-                StagedTransfer::Whole(self.finish(file, name, &open.object, &state, state.size)?)
-            }
-        };
-        Ok(Some((open.object, staged)))
+        }
+    }
+
+    fn complete(
+        &mut self,
+        open: &Open,
+        list: Option<List>,
+        state: &ObjectState,
+    ) -> Result<StagedTransfer, StageError> {
+        if let Some((name, writer)) = list {
+            writer.finish().map_err(|e| io_failed(&e, &name))?;
+            return Ok(StagedTransfer::Patch {
+                literals: self.place(&open.name),
+                list: self.place(&name),
+                bytes: open.literal,
+            });
+        }
+        place::set_size(&open.file, state.size)
+            .map_err(AreaError::system("set size of", &open.name))?;
+        let whole = self.finish(&open.file, &open.name, &open.object, state, state.size)?;
+        Ok(StagedTransfer::Whole(whole))
     }
 
     /// Bytes of the object that have come so far; `None` when it is not open here.

@@ -12,9 +12,12 @@
 //! Versions so far: 1.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 use replicator_common::codec::{self, CodecError};
+use replicator_common::fault;
 use replicator_common::id::{BatchId, Incarnation, ObjectId};
 use replicator_common::status::{Shortfalls, TimedError};
 use replicator_common::time::Timestamp;
@@ -157,20 +160,34 @@ pub struct Commit<'a> {
 }
 
 /// The store.
+///
+/// After an error of the disk redb refuses everything until its file is opened
+/// anew ([`Store::reopen`]), for it cannot know what the disk holds: what was
+/// being committed then may be there or not, as after a crash.
 #[derive(Debug)]
 pub struct Store {
-    database: Database,
+    /// `None` while it could not be opened again.
+    database: RwLock<Option<Arc<Database>>>,
     path: PathBuf,
+    /// The disk failed: nothing works before [`Store::reopen`].
+    failed: AtomicBool,
+}
+
+/// Opens the store's file.
+fn open_database(path: &Path) -> Result<Arc<Database>, StoreError> {
+    let mut builder = Database::builder();
+    builder.set_cache_size(CACHE_BYTES);
+    let database = fault::open_store(&builder, path);
+    database.map(Arc::new).map_err(|error| failed(path, "open")(error.into()))
 }
 
 impl Store {
     /// Opens the store, or makes it with `standing`.
     pub fn open(path: &Path, standing: impl FnOnce() -> Standing) -> Result<Self, StoreError> {
-        let database = Database::builder()
-            .set_cache_size(CACHE_BYTES)
-            .create(path)
-            .map_err(|error| failed(path, "open")(error.into()))?;
-        let store = Self { database, path: path.to_owned() };
+        let database = RwLock::new(Some(open_database(path)?));
+        let store = Self { database, path: path.to_owned(), failed: AtomicBool::new(false) };
+        // Durability: immediate. The incarnation is told to the source, and to the
+        // replica, at once.
         store.write("open", Durability::Immediate, |transaction, store| {
             let mut meta = transaction.open_table(META).map_err(|e| store.err("open")(e.into()))?;
             transaction.open_table(OBJECTS).map_err(|e| store.err("open")(e.into()))?;
@@ -200,7 +217,37 @@ impl Store {
     }
 
     fn err(&self, action: &'static str) -> impl FnOnce(redb::Error) -> StoreError {
-        failed(&self.path, action)
+        move |source| {
+            if is_of_the_disk(&source) {
+                self.failed.store(true, Ordering::Release);
+            }
+            failed(&self.path, action)(source)
+        }
+    }
+
+    fn database(&self) -> Result<Arc<Database>, StoreError> {
+        let open = self.database.read().unwrap_or_else(PoisonError::into_inner).clone();
+        open.ok_or_else(|| self.err("use")(redb::Error::PreviousIo))
+    }
+
+    /// Whether the disk failed under it, so that nothing works any more.
+    pub fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    /// Opens the file anew after the disk failed. What was being committed when
+    /// it did is in it or not: ask [`Self::standing`].
+    ///
+    /// # Errors
+    /// The disk fails still, or somebody reads in the old one still: to be tried
+    /// again.
+    pub fn reopen(&self) -> Result<(), StoreError> {
+        let mut database = self.database.write().unwrap_or_else(PoisonError::into_inner);
+        // Closed first: a file that is open is locked.
+        *database = None;
+        *database = Some(open_database(&self.path)?);
+        self.failed.store(false, Ordering::Release);
+        Ok(())
     }
 
     fn encode<T: Serialize + ?Sized>(&self, value: &T) -> Result<Vec<u8>, StoreError> {
@@ -220,7 +267,7 @@ impl Store {
         change: impl FnOnce(&redb::WriteTransaction, &Self) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
         let mut transaction =
-            self.database.begin_write().map_err(|e| self.err(action)(e.into()))?;
+            self.database()?.begin_write().map_err(|e| self.err(action)(e.into()))?;
         transaction.set_durability(durability).map_err(|e| self.err(action)(e.into()))?;
         // Else redb walks the whole file after an unclean end, which failover
         // would have to wait for.
@@ -233,7 +280,7 @@ impl Store {
     /// Where the replica stands.
     pub fn standing(&self) -> Result<Standing, StoreError> {
         let action = "read the standing";
-        let read = self.database.begin_read().map_err(|e| self.err(action)(e.into()))?;
+        let read = self.database()?.begin_read().map_err(|e| self.err(action)(e.into()))?;
         let meta = read.open_table(META).map_err(|e| self.err(action)(e.into()))?;
         match meta.get("standing").map_err(|e| self.err(action)(e.into()))? {
             Some(row) => self.decode(row.value()),
@@ -322,7 +369,7 @@ impl Store {
     /// The mark that is durable in the replica, as far as the store knows.
     pub fn marked(&self) -> Result<Option<BatchId>, StoreError> {
         let action = "read the mark";
-        let read = self.database.begin_read().map_err(|e| self.err(action)(e.into()))?;
+        let read = self.database()?.begin_read().map_err(|e| self.err(action)(e.into()))?;
         let meta = read.open_table(META).map_err(|e| self.err(action)(e.into()))?;
         let row = meta.get("marked").map_err(|e| self.err(action)(e.into()))?;
         row.map(|row| self.decode(row.value())).transpose()
@@ -410,6 +457,9 @@ impl Store {
     }
 
     /// Adds to what was set aside.
+    ///
+    /// Durability: immediate. The step that set it aside is not found again by
+    /// redoing it, and the manifest would not say what the file was.
     pub fn note_set_aside(&self, items: &[SetAsideItem]) -> Result<(), StoreError> {
         self.write("note what was set aside", Durability::Immediate, |transaction, store| {
             store.add_set_aside(transaction, items)
@@ -419,7 +469,7 @@ impl Store {
     /// All that was set aside.
     pub fn set_aside(&self) -> Result<Vec<SetAsideItem>, StoreError> {
         let action = "read what was set aside";
-        let read = self.database.begin_read().map_err(|e| self.err(action)(e.into()))?;
+        let read = self.database()?.begin_read().map_err(|e| self.err(action)(e.into()))?;
         let table = read.open_table(SET_ASIDE).map_err(|e| self.err(action)(e.into()))?;
         let mut items = Vec::new();
         for row in table.iter().map_err(|e| self.err(action)(e.into()))? {
@@ -432,7 +482,7 @@ impl Store {
     /// The logged steps, row by row in order, with their batch.
     pub fn each_logged(&self, mut see: impl FnMut(BatchId, Vec<Step>)) -> Result<(), StoreError> {
         let action = "read the log";
-        let read = self.database.begin_read().map_err(|e| self.err(action)(e.into()))?;
+        let read = self.database()?.begin_read().map_err(|e| self.err(action)(e.into()))?;
         let table = read.open_table(LOG).map_err(|e| self.err(action)(e.into()))?;
         for row in table.iter().map_err(|e| self.err(action)(e.into()))? {
             let (key, row) = row.map_err(|e| self.err(action)(e.into()))?;
@@ -448,7 +498,7 @@ impl Store {
             return Ok(orphans);
         }
         let action = "look for orphans";
-        let read = self.database.begin_read().map_err(|e| self.err(action)(e.into()))?;
+        let read = self.database()?.begin_read().map_err(|e| self.err(action)(e.into()))?;
         let table = read.open_table(OBJECTS).map_err(|e| self.err(action)(e.into()))?;
         for row in table.iter().map_err(|e| self.err(action)(e.into()))? {
             let (key, row) = row.map_err(|e| self.err(action)(e.into()))?;
@@ -464,6 +514,9 @@ impl Store {
 
     /// Begins a new life: nothing that was remembered of the replica is
     /// trusted any more (traps 14, 15).
+    ///
+    /// Durability: immediate. The new incarnation goes to the replica next, and
+    /// the source builds on it: a store that went back would be one of another life.
     pub fn renounce(&self, standing: &Standing) -> Result<(), StoreError> {
         let action = "begin a new incarnation";
         self.write(action, Durability::Immediate, |transaction, store| {
@@ -489,7 +542,7 @@ impl Store {
     /// The objects map as it is now.
     pub fn snapshot(&self) -> Result<Snapshot<'_>, StoreError> {
         let action = "read the objects map";
-        let read = self.database.begin_read().map_err(|e| self.err(action)(e.into()))?;
+        let read = self.database()?.begin_read().map_err(|e| self.err(action)(e.into()))?;
         let table = read.open_table(OBJECTS).map_err(|e| self.err(action)(e.into()))?;
         Ok(Snapshot { store: self, table })
     }
@@ -511,6 +564,11 @@ impl Objects for Store {
     fn get(&self, object: &ObjectId) -> Result<Option<Known>, StoreError> {
         self.snapshot()?.get(object)
     }
+}
+
+/// Whether the store's file could not be read or written.
+fn is_of_the_disk(error: &redb::Error) -> bool {
+    matches!(error, redb::Error::Io(_) | redb::Error::PreviousIo)
 }
 
 fn failed(path: &Path, action: &'static str) -> impl FnOnce(redb::Error) -> StoreError {

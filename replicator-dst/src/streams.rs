@@ -20,16 +20,42 @@ use crate::stage::{StageError, Stager};
 
 /// Encoded frames (of at most 4 MiB) that wait for a stager.
 const FRAMES_WAITING: usize = 2;
-/// Between attempts to stage while the disk is full.
-const RETRY: Duration = Duration::from_millis(500);
+/// First and longest pause between attempts to stage while the replica's file system takes nothing.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
 /// What the stagers tell the session.
 pub(crate) enum Event {
-    Packed { batch: BatchId, object: ObjectId, version: u32, file: Box<StagedFile> },
-    Transferred { transfer: TransferId, object: ObjectId, staged: Box<StagedTransfer> },
-    Aborted { transfer: TransferId },
-    Refused { transfer: TransferId, reason: String },
-    Failed(SessionError),
+    Packed {
+        batch: BatchId,
+        object: ObjectId,
+        version: u32,
+        file: Box<StagedFile>,
+    },
+    Transferred {
+        transfer: TransferId,
+        object: ObjectId,
+        staged: Box<StagedTransfer>,
+    },
+    Aborted {
+        transfer: TransferId,
+    },
+    Refused {
+        transfer: TransferId,
+        reason: String,
+    },
+    /// A packed object finds no place here.
+    Failed {
+        batch: BatchId,
+        object: ObjectId,
+        version: u32,
+        reason: String,
+    },
+    /// A transfer finds no place here.
+    Unplaced {
+        transfer: TransferId,
+        reason: String,
+    },
+    Ended(SessionError),
 }
 
 /// Reads a data stream on a task and stages it on a thread.
@@ -63,7 +89,7 @@ pub(crate) fn spawn_stager(
                 }
                 Ok(None) => return,
                 Err(error) => {
-                    let _ = failed.send(Event::Failed(SessionError::unread(error))).await;
+                    let _ = failed.send(Event::Ended(SessionError::unread(error))).await;
                     return;
                 }
             }
@@ -83,7 +109,7 @@ pub(crate) fn spawn_stager(
     if let Err(error) = spawned {
         tracing::error!(%error, "no thread for a data stream");
         let refusal = Refusal::Unable(format!("no thread for a data stream: {error}"));
-        let _ = events.try_send(Event::Failed(SessionError::Refused(refusal)));
+        let _ = events.try_send(Event::Ended(SessionError::Refused(refusal)));
     }
 }
 
@@ -143,7 +169,7 @@ fn stage_all(
         let shortfalls = std::mem::take(&mut stager.shortfalls);
         attributes::merge(&mut replica.shared().standing.shortfalls, shortfalls);
         if let Err(error) = result {
-            let _ = events.blocking_send(Event::Failed(error));
+            let _ = events.blocking_send(Event::Ended(error));
             return;
         }
     }
@@ -159,26 +185,43 @@ fn stage_one(
     match frame {
         DataFrame::Pack { batch, objects } => {
             for packed in objects {
-                let Some(file) = patiently(replica, events, || stager.pack(batch, &packed))? else {
-                    continue;
-                };
-                replica.shared().staged_bytes += file.bytes;
-                metrics::counter!("replicator_destination_staged_objects_total").increment(1);
-                let (object, version) = (packed.object, packed.version);
-                tell(Event::Packed { batch, object, version, file: Box::new(file) })?;
+                let (object, version) = (packed.object.clone(), packed.version);
+                match patiently(replica, events, || stager.pack(batch, &packed))? {
+                    Staged::Done(file) => {
+                        replica.shared().staged_bytes += file.bytes;
+                        metrics::counter!("replicator_destination_staged_objects_total")
+                            .increment(1);
+                        tell(Event::Packed { batch, object, version, file: Box::new(file) })?;
+                    }
+                    Staged::Unplaced(reason) => {
+                        tell(Event::Failed { batch, object, version, reason })?;
+                    }
+                    Staged::Refused => {}
+                }
             }
             Ok(())
         }
         DataFrame::TransferBegin(begin) => {
-            patiently(replica, events, || stager.begin(begin.clone())).map(drop)
+            match patiently(replica, events, || stager.begin(begin.clone()))? {
+                Staged::Unplaced(reason) => {
+                    tell(Event::Unplaced { transfer: begin.transfer, reason })
+                }
+                Staged::Done(()) | Staged::Refused => Ok(()),
+            }
         }
         DataFrame::TransferPieces { transfer, pieces } => {
             // One by one: a piece that failed half-way is written again at the
             // same place, those before it are not.
             for piece in &pieces {
-                patiently(replica, events, || {
-                    stager.pieces(transfer, std::slice::from_ref(piece))
-                })?;
+                let piece = std::slice::from_ref(piece);
+                if let Staged::Unplaced(reason) =
+                    patiently(replica, events, || stager.pieces(transfer, piece))?
+                {
+                    // What came of it makes room for others. The rest is passed over.
+                    stager.abort(transfer);
+                    replica.shared().arriving.remove(&transfer);
+                    return tell(Event::Unplaced { transfer, reason });
+                }
             }
             if let Some(bytes) = stager.staged(transfer) {
                 replica.shared().arriving.insert(transfer, bytes);
@@ -196,7 +239,14 @@ fn stage_one(
                 Err(StageError::Breach(reason)) => {
                     Err(SessionError::Refused(Refusal::Protocol(reason)))
                 }
-                Err(error) => tell(Event::Refused { transfer, reason: error.to_string() }),
+                Err(StageError::Refused { reason, .. }) => {
+                    tell(Event::Refused { transfer, reason })
+                }
+                Err(error) => {
+                    let reason = error.to_string();
+                    replica.note_error(reason.as_str());
+                    tell(Event::Unplaced { transfer, reason })
+                }
             }
         }
         DataFrame::TransferAbort { transfer } => {
@@ -209,28 +259,44 @@ fn stage_one(
     }
 }
 
-/// Tries until it works, as long as trying again may help: a full disk stalls,
-/// it does not lose. `None` for a transfer that was refused.
+/// What came of an attempt to stage.
+enum Staged<T> {
+    Done(T),
+    /// The source has been told to send the transfer anew.
+    Refused,
+    /// There is no place for it; why.
+    Unplaced(String),
+}
+
+/// Tries until it works, as long as that is a matter of the whole file system:
+/// one that is read-only stalls, it does not lose. What finds no place by itself
+/// is given up, so that nothing waits behind it: on a full disk, deletions and
+/// what is small go on.
 fn patiently<T>(
     replica: &Replica,
     events: &mpsc::Sender<Event>,
     mut attempt: impl FnMut() -> Result<T, StageError>,
-) -> Result<Option<T>, SessionError> {
-    let mut stalled = false;
+) -> Result<Staged<T>, SessionError> {
+    let (mut stalled, mut pause) = (false, RETRY.0);
     loop {
         match attempt() {
             Ok(value) => {
                 if stalled {
                     replica.shared().stalled = None;
                 }
-                return Ok(Some(value));
+                return Ok(Staged::Done(value));
             }
             Err(StageError::Breach(reason)) => {
                 return Err(SessionError::Refused(Refusal::Protocol(reason)));
             }
             Err(StageError::Refused { transfer, reason }) => {
                 let told = events.blocking_send(Event::Refused { transfer, reason });
-                return told.map(|()| None).map_err(|_| SessionError::Closed);
+                return told.map(|()| Staged::Refused).map_err(|_| SessionError::Closed);
+            }
+            Err(StageError::Area(error)) if error.is_of_one_object() => {
+                tracing::warn!(%error, "cannot stage, given back");
+                replica.note_error(error.to_string());
+                return Ok(Staged::Unplaced(error.to_string()));
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot stage, trying again");
@@ -243,6 +309,7 @@ fn patiently<T>(
         if replica.is_ending() || failing_over || events.is_closed() {
             return Err(SessionError::Closed);
         }
-        std::thread::sleep(RETRY);
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(RETRY.1);
     }
 }

@@ -592,7 +592,7 @@ fn mount(options: &str, path: &std::path::Path) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_disk_stalls_and_loses_nothing() {
+async fn a_full_disk_gives_back_and_loses_nothing() {
     let mut world = World::new();
     std::fs::create_dir(&world.replica).unwrap();
     if !mount("size=2m,mode=755", &world.replica) {
@@ -621,23 +621,39 @@ async fn a_full_disk_stalls_and_loses_nothing() {
     }
     source.plan(1, &batch.ops).await;
     source.commit(1, &batch).await;
-    let stalled = || service.list()[0].destination.as_ref().unwrap().stalled.clone();
-    for _ in 0..200 {
-        if stalled().is_some() {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+    let told = source.next().await;
+    let DestinationMessage::Returned { batch: BatchId(1), objects: returned, last: true } = told
+    else {
+        panic!("{told:?}")
+    };
+    let why = &returned[0].1;
+    assert!(why.contains("o space left") && why.contains("free space"), "{why}");
+    let fits = 12 - returned.len();
+    assert!((1..12).contains(&fits), "{returned:?}");
+    let error = service.list()[0].destination.as_ref().unwrap().last_error.clone();
+    assert!(error.is_some_and(|error| error.error.contains("o space left")));
+    // What was planned behind it before the source knew is passed over.
+    let heartbeat = Batch::new();
+    source.plan(2, &[]).await;
+    source.commit(2, &heartbeat).await;
+    source.writer.write(&SourceMessage::Abandon { batch: BatchId(1) }).await.unwrap();
+    // Without those that found no place, the batch does.
+    let mut rest = Batch::new().root();
+    let gave = |n: u8| returned.iter().any(|(object, _)| *object == id(n));
+    for n in (1..=12).filter(|n| !gave(*n)) {
+        rest = rest.file(n, ROOT, &format!("f{n}"), &content).reread();
     }
-    assert!(stalled().is_some_and(|why| why.contains("space")), "{:?}", stalled());
+    source.apply(1, &rest).await;
+    // A deletion makes room.
+    let gone = (1..=12).find(|n| !gave(*n)).unwrap();
+    let drop_one = Batch::new().directory(ROOT).entry(ROOT, &format!("f{gone}"), Some(gone), None);
+    source.apply(2, &drop_one.op(Op::Drop { object: id(gone) })).await;
     assert!(mount("remount,size=64m", &door));
-    loop {
-        match source.next().await {
-            DestinationMessage::Applied { .. } => break,
-            DestinationMessage::Durable { .. } => {}
-            other => panic!("{other:?}"),
-        }
+    let mut late = Batch::new().directory(ROOT);
+    for n in (1..=12).filter(|n| gave(*n) || *n == gone) {
+        late = late.file(n, ROOT, &format!("f{n}"), &content).reread();
     }
-    assert_eq!(stalled(), None);
+    source.apply(3, &late).await;
     for n in 1..=12 {
         assert_eq!(std::fs::read(world.replica.join(format!("f{n}"))).unwrap(), content);
     }

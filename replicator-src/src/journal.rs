@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use replicator_common::codec::{self, CodecError};
+use replicator_common::fault;
 use replicator_common::id::{ObjectId, Seq};
 use replicator_common::name::Name;
 use replicator_common::time::Timestamp;
@@ -191,6 +192,7 @@ impl Journal {
     /// Called by the capture thread alone.
     pub fn append(&self, new: &[Record]) -> Result<Seq, JournalError> {
         let mut seq = self.last.load(Ordering::Relaxed);
+        self.point("journal-append")?;
         for part in new.chunks(APPEND_MAX) {
             let mut batch = sled::Batch::default();
             for record in part {
@@ -213,13 +215,11 @@ impl Journal {
             // The reason for this sync: a record that survives a crash marks
             // what must be read again even where a rescan would see nothing
             // (a store that shares its ctime with an earlier reading).
+            self.point("journal-flush")?;
             self.db.flush().map_err(|e| self.store(e))?;
             // sled's own flush only starts the write (sync_file_range, as
             // strace shows); this makes the drive keep it.
-            let data = self.path.join("db");
-            std::fs::File::open(data)
-                .and_then(|file| file.sync_data())
-                .map_err(|error| self.store(error.into()))?;
+            self.fdatasync()?;
             self.flushed.store(last, Ordering::Release);
         }
         Ok(Seq(last))
@@ -280,6 +280,20 @@ impl Journal {
     /// Bytes on disk.
     pub fn size(&self) -> u64 {
         self.db.size_on_disk().unwrap_or(0)
+    }
+
+    /// Brings sled's file to stable storage.
+    fn fdatasync(&self) -> Result<(), JournalError> {
+        self.point("journal-fdatasync")?;
+        std::fs::File::open(self.path.join("db"))
+            .and_then(|file| file.sync_data())
+            .map_err(|error| self.store(error.into()))
+    }
+
+    /// A fault point.
+    fn point(&self, call: &'static str) -> Result<(), JournalError> {
+        fault::at(call, self.path.display())
+            .map_err(|error| self.store(std::io::Error::from(error).into()))
     }
 
     fn store(&self, source: sled::Error) -> JournalError {

@@ -353,7 +353,6 @@ impl Source {
             pending: tables.pending.last().map(|delta| delta.mark.batch),
             previous: None,
             time: Timestamp(0),
-            previous: None,
         }
     }
 

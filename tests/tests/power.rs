@@ -73,6 +73,15 @@ fn trap_7_what_is_acknowledged_was_flushed_by_calls_that_flush() {
     // The applier's private clone of the mount is attached nowhere: its root is
     // all the path that it has. That it is the replica's, the images show.
     let clone = |path: &Path| path == Path::new("/");
+    // Small state files: their content before their name, their name at once.
+    let (start, all) = (Timestamp::NEVER, batches[0].0);
+    for file in ["configuration.new", "config.new", "incarnation.new", "destination.new"] {
+        let content = within(&calls, "fsync", (start, all), ends(file)).next();
+        let content = content.unwrap_or_else(|| panic!("no fsync of {file}: {calls:#?}"));
+        let parent = content.path.parent().unwrap();
+        let named = within(&calls, "fsync", (content.end, all), |path| path == parent).next();
+        assert!(named.is_some(), "no fsync of the directory of {file}: {calls:#?}");
+    }
     for span in batches {
         let index = within(&calls, "fdatasync", span, ends("index.redb")).next();
         let index = index.unwrap_or_else(|| panic!("no sync of the index: {calls:#?}"));

@@ -27,6 +27,7 @@ use crate::sys::stat;
 /// # Errors
 /// `EPERM` without `CAP_SYS_ADMIN`, `ENOSYS` before Linux 5.12.
 pub fn clone_tree(path: &Path) -> Result<OwnedFd, Errno> {
+    crate::fault::at("mount", "clone_tree")?;
     clone(CWD, path, OpenTreeFlags::empty())
 }
 
@@ -77,6 +78,7 @@ pub fn btrfs_top(device: &Path, read_only_device: bool) -> Result<OwnedFd, Errno
 /// `EINVAL` when `mount` is not the root of a mount, `EPERM` without
 /// `CAP_SYS_ADMIN`.
 pub fn set_read_only(mount: BorrowedFd<'_>, read_only: bool) -> Result<(), Errno> {
+    crate::fault::at("mount", "set_read_only")?;
     let flag = libc::MOUNT_ATTR_RDONLY;
     let (set, clear) = if read_only { (flag, 0) } else { (0, flag) };
     set_attributes(mount, &attributes(set, clear, 0))
@@ -109,6 +111,7 @@ fn set_attributes(mount: BorrowedFd<'_>, attributes: &libc::mount_attr) -> Resul
 /// # Errors
 /// `EPERM` without `CAP_SYS_ADMIN`, `ENOENT` when there is no such path.
 pub fn move_mount(clone: BorrowedFd<'_>, path: &Path) -> Result<(), Errno> {
+    crate::fault::at("mount", "move_mount")?;
     rustix::mount::move_mount(clone, c"", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
 }
 
@@ -118,6 +121,7 @@ pub fn move_mount(clone: BorrowedFd<'_>, path: &Path) -> Result<(), Errno> {
 /// # Errors
 /// `EBUSY` when it is in use, `EINVAL` when `path` is not a mount point.
 pub fn unmount(path: &Path) -> Result<(), Errno> {
+    crate::fault::at("mount", "unmount")?;
     rustix::mount::unmount(path, UnmountFlags::NOFOLLOW)
 }
 

@@ -14,6 +14,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
+use crate::fault;
 use crate::name::Name;
 use crate::object::Kind;
 use crate::sys::proc_path;
@@ -48,6 +49,7 @@ pub fn open_parent(directory: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
 /// Opens an existing regular file. `O_NONBLOCK` keeps a FIFO that stands there
 /// by mistake from blocking.
 pub fn open_file(directory: BorrowedFd<'_>, name: &Name, flags: OFlags) -> Result<OwnedFd, Errno> {
+    fault::at("open", name)?;
     let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     rustix::fs::openat(directory, name.as_bytes(), flags, Mode::empty())
 }
@@ -66,22 +68,26 @@ pub fn create_file_with(
     name: &Name,
     mode: u32,
 ) -> Result<OwnedFd, Errno> {
+    fault::at("create", name)?;
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(directory, name.as_bytes(), flags, Mode::from_raw_mode(mode & 0o777))
 }
 
 /// A real descriptor from any descriptor of the object: what `O_PATH` lacks.
 pub fn reopen(fd: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd, Errno> {
+    fault::at("open", "")?;
     rustix::fs::open(proc_path(fd), flags | OFlags::CLOEXEC, Mode::empty())
 }
 
 /// Makes a directory, mode 0700.
 pub fn make_directory(directory: BorrowedFd<'_>, name: &Name) -> Result<(), Errno> {
+    fault::at("mkdir", name)?;
     rustix::fs::mkdirat(directory, name.as_bytes(), Mode::RWXU)
 }
 
 /// Makes a symbolic link. The target is stored, never followed.
 pub fn make_symlink(target: &[u8], directory: BorrowedFd<'_>, name: &Name) -> Result<(), Errno> {
+    fault::at("symlink", name)?;
     rustix::fs::symlinkat(target, directory, name.as_bytes())
 }
 
@@ -92,6 +98,7 @@ pub fn make_device(
     kind: Kind,
     rdev: u64,
 ) -> Result<(), Errno> {
+    fault::at("mknod", name)?;
     let kind = match kind {
         Kind::BlockDevice => FileType::BlockDevice,
         Kind::CharDevice => FileType::CharacterDevice,
@@ -112,6 +119,7 @@ pub fn rename(
     to: BorrowedFd<'_>,
     new: &Name,
 ) -> Result<(), Errno> {
+    fault::at("rename", new)?;
     rustix::fs::renameat(from, name.as_bytes(), to, new.as_bytes())
 }
 
@@ -123,23 +131,27 @@ pub fn rename_no_replace(
     to: BorrowedFd<'_>,
     new: &Name,
 ) -> Result<(), Errno> {
+    fault::at("rename", new)?;
     rustix::fs::renameat_with(from, name.as_bytes(), to, new.as_bytes(), RenameFlags::NOREPLACE)
 }
 
 /// Gives the object behind a descriptor one more name. Goes through
 /// `/proc/self/fd`, for which no capability is needed.
 pub fn link(object: BorrowedFd<'_>, to: BorrowedFd<'_>, new: &Name) -> Result<(), Errno> {
+    fault::at("link", new)?;
     let from = proc_path(object);
     rustix::fs::linkat(rustix::fs::CWD, from, to, new.as_bytes(), AtFlags::SYMLINK_FOLLOW)
 }
 
 /// Removes a name of anything but a directory.
 pub fn unlink(directory: BorrowedFd<'_>, name: &Name) -> Result<(), Errno> {
+    fault::at("unlink", name)?;
     rustix::fs::unlinkat(directory, name.as_bytes(), AtFlags::empty())
 }
 
 /// Removes an empty directory.
 pub fn remove_directory(directory: BorrowedFd<'_>, name: &Name) -> Result<(), Errno> {
+    fault::at("rmdir", name)?;
     rustix::fs::unlinkat(directory, name.as_bytes(), AtFlags::REMOVEDIR)
 }
 
@@ -166,6 +178,7 @@ pub fn list(directory: BorrowedFd<'_>) -> Result<Vec<(Name, Option<Kind>)>, Errn
 /// Sets owner and group. `EINVAL` for the id that nobody has: the kernel would
 /// take it for "leave it as it is".
 pub fn set_owner(fd: BorrowedFd<'_>, uid: u32, gid: u32) -> Result<(), Errno> {
+    fault::at("chown", "")?;
     if uid == u32::MAX || gid == u32::MAX {
         return Err(Errno::INVAL);
     }
@@ -175,6 +188,7 @@ pub fn set_owner(fd: BorrowedFd<'_>, uid: u32, gid: u32) -> Result<(), Errno> {
 
 /// Sets permission bits (`07777`). Symbolic links have none: `EOPNOTSUPP`.
 pub fn set_mode(fd: BorrowedFd<'_>, mode: u32) -> Result<(), Errno> {
+    fault::at("chmod", "")?;
     let mode = Mode::from_raw_mode(mode & 0o7777);
     match rustix::fs::fchmod(fd, mode) {
         // `O_PATH`.
@@ -185,6 +199,7 @@ pub fn set_mode(fd: BorrowedFd<'_>, mode: u32) -> Result<(), Errno> {
 
 /// Sets the time of last modification; the time of last access stays.
 pub fn set_mtime(fd: BorrowedFd<'_>, mtime: Timestamp) -> Result<(), Errno> {
+    fault::at("utimens", "")?;
     let times = Timestamps {
         last_access: Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_OMIT },
         last_modification: Timespec {
@@ -197,6 +212,7 @@ pub fn set_mtime(fd: BorrowedFd<'_>, mtime: Timestamp) -> Result<(), Errno> {
 
 /// Writes all of `bytes` at `offset` of a file open for writing.
 pub fn write_at(fd: impl AsFd, mut bytes: &[u8], mut offset: u64) -> Result<(), Errno> {
+    fault::at("write", "")?;
     while !bytes.is_empty() {
         match rustix::io::pwrite(fd.as_fd(), bytes, offset) {
             Ok(0) => return Err(Errno::IO),
@@ -234,6 +250,7 @@ pub fn copy_range(
     mut to_offset: u64,
     length: u64,
 ) -> Result<u64, Errno> {
+    fault::at("copy", "")?;
     let mut left = length;
     let mut by_hand = false;
     while left > 0 {
@@ -274,6 +291,7 @@ pub fn copy_range(
 /// Makes a run of a file a hole; its size stays. Where the file system has no
 /// holes, zeros are written instead.
 pub fn punch(fd: impl AsFd, offset: u64, length: u64) -> Result<(), Errno> {
+    fault::at("punch", "")?;
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     match rustix::fs::fallocate(fd.as_fd(), flags, offset, length) {
         Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
@@ -292,6 +310,7 @@ pub fn punch(fd: impl AsFd, offset: u64, length: u64) -> Result<(), Errno> {
 
 /// Sets a file's size; what is added is a hole.
 pub fn set_size(fd: impl AsFd, size: u64) -> Result<(), Errno> {
+    fault::at("truncate", "")?;
     rustix::fs::ftruncate(fd, size)
 }
 
@@ -312,6 +331,7 @@ pub fn next_data(fd: impl AsFd, offset: u64) -> Result<Option<(u64, u64)>, Errno
 /// not `O_PATH`) to stable storage. An error of writeback is told once to each
 /// descriptor that was open when it happened.
 pub fn sync_file_system(fd: impl AsFd) -> Result<(), Errno> {
+    fault::at("syncfs", "")?;
     rustix::fs::syncfs(fd)
 }
 

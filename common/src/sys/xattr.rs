@@ -70,6 +70,7 @@ fn get(path: &str, name: &[u8]) -> Result<Vec<u8>, Errno> {
 
 /// Sets one attribute, new or not.
 pub fn set(fd: BorrowedFd<'_>, xattr: &Xattr) -> Result<(), Errno> {
+    crate::fault::at("setxattr", String::from_utf8_lossy(&xattr.name))?;
     rustix::fs::setxattr(proc_path(fd), xattr.name.as_slice(), &xattr.value, XattrFlags::empty())
 }
 

@@ -121,6 +121,21 @@ impl Batch {
         self
     }
 
+    /// The same content, read once more: under new version numbers.
+    pub fn reread(mut self) -> Self {
+        let mut next = std::collections::HashMap::new();
+        for pack in &mut self.packs {
+            pack.version += 1;
+            next.insert(pack.object.clone(), pack.version);
+        }
+        for op in &mut self.ops {
+            if let Op::Put { object, content: ContentSource::Packed { version }, .. } = op {
+                *version = next[object];
+            }
+        }
+        self
+    }
+
     pub fn op(mut self, op: Op) -> Self {
         self.ops.push(op);
         self
@@ -303,6 +318,11 @@ impl FakeSource {
                 None => panic!("the destination ended the session"),
             }
         }
+    }
+
+    /// The next message, reports included; `None` when the session has ended.
+    pub async fn heard(&mut self) -> Option<DestinationMessage> {
+        self.try_next().await
     }
 
     async fn try_next(&mut self) -> Option<DestinationMessage> {

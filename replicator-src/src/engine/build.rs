@@ -44,7 +44,6 @@ pub(super) struct Draft {
     pub(super) input: Dirty,
     /// What it covers.
     pub(super) span: Span,
-    pub(super) version: u32,
     pub(super) packed: u64,
     /// New content bytes of the large files that it places.
     pub(super) fresh: u64,
@@ -109,7 +108,6 @@ impl Engine {
                 self.covered.max(self.seen),
                 self.dirty.listings.is_empty(),
             ),
-            version: 0,
             packed: 0,
             fresh: 0,
             placed: BTreeMap::new(),
@@ -226,8 +224,8 @@ impl Engine {
             }
             left = left.saturating_sub(needs.len());
             let items = self.items(draft, needs)?;
-            draft.version += 1;
-            reading.add(items, draft.version)?;
+            self.readings = self.readings.wrapping_add(1);
+            reading.add(items, self.readings)?;
             if left == 0 || self.dirty.listings.is_empty() || draft.resolve.full(self.budget(left))
             {
                 break;
@@ -267,6 +265,10 @@ impl Engine {
     ) -> Result<Vec<Item>, EngineError> {
         let mut items = Vec::with_capacity(needs.len());
         for (object, need) in needs {
+            if let Some(outcome) = self.still_refused(&object) {
+                draft.outcomes.insert(object, outcome);
+                continue;
+            }
             if self.take_ready(draft, &object, &need)? {
                 continue;
             }

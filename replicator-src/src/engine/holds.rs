@@ -104,7 +104,7 @@ impl Engine {
             .filter(|held| match held.hold.reason {
                 HoldReason::Large { .. } if self.may_be_astray(held) => true,
                 HoldReason::Large { .. } => transfers && matches!(held.transfer, Transfer::Waiting),
-                HoldReason::Unreadable { .. } => true,
+                HoldReason::Unreadable { .. } | HoldReason::Refused { .. } => true,
             })
             .map(|held| held.due.saturating_duration_since(now))
             .min()
@@ -128,6 +128,10 @@ impl Engine {
         for (object, hold) in holds {
             let delay = match hold.reason {
                 HoldReason::Unreadable { .. } => RETRY,
+                HoldReason::Refused { .. } => self
+                    .refused
+                    .get(&object)
+                    .map_or(RETRY, |one| one.due.saturating_duration_since(now)),
                 // A walk finds what was there before; events find what is
                 // being written now.
                 HoldReason::Large { .. } if walking => Duration::ZERO,
@@ -166,8 +170,8 @@ impl Engine {
             .holds
             .iter()
             .filter(|(_, held)| {
-                let unreadable = matches!(held.hold.reason, HoldReason::Unreadable { .. });
-                (unreadable || self.may_be_astray(held)) && held.due <= now
+                let waits = !matches!(held.hold.reason, HoldReason::Large { .. });
+                (waits || self.may_be_astray(held)) && held.due <= now
             })
             .map(|(object, _)| object.clone())
             .collect();
@@ -194,8 +198,7 @@ impl Engine {
             self.dirty.entry(directory, name, what);
         }
         self.dirty.object(object.clone(), what);
-        if held.hold.entries.is_empty() && matches!(held.hold.reason, HoldReason::Unreadable { .. })
-        {
+        if held.hold.entries.is_empty() && !matches!(held.hold.reason, HoldReason::Large { .. }) {
             // A directory that could not be listed, or a file: for that, this
             // comes to nothing.
             self.dirty.listings.push_back(Listing::new(object.clone(), true));
@@ -375,6 +378,9 @@ impl Engine {
     pub(super) fn transfer_arrived(&mut self, transfer: TransferId) {
         if self.running.contains_key(&transfer) {
             // The lane's own word is still to come.
+            if let Some(object) = self.running.get(&transfer) {
+                self.refused.remove(object);
+            }
             self.arrived.insert(transfer);
             return;
         }
@@ -383,6 +389,7 @@ impl Engine {
             match &mut held.transfer {
                 Transfer::Ready { number, arrived, .. } if *number == transfer => {
                     *arrived = true;
+                    self.refused.remove(id);
                     object = Some(id.clone());
                 }
                 _ => {}

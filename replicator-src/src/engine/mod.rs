@@ -14,6 +14,7 @@
 //! - `holds`: what waits, and the transfers of large files; `resemble`: what
 //!   such a file was probably made from.
 //! - `astray`: what is not where it was seen, for a source by names.
+//! - `refused`: what the destination has no place for now.
 //! - `peer`: what the destination says.
 //! - `reconcile`: a replica that was not empty.
 //! - `leave`: what the next process goes on from.
@@ -28,6 +29,7 @@ pub(crate) mod leave;
 mod peer;
 mod placing;
 mod reconcile;
+mod refused;
 mod report;
 mod resemble;
 pub mod state;
@@ -228,6 +230,11 @@ pub struct Engine {
     /// Those of them that the destination says it has.
     arrived: BTreeSet<TransferId>,
     in_flight: Flights<Note>,
+    /// What the destination has no place for, until it is tried again.
+    refused: BTreeMap<ObjectId, refused::Refused>,
+    /// Counts readings: no two packed objects have the same version, so that one
+    /// of a batch that was given back is never taken for one of the next.
+    readings: u32,
     reconcile: Option<reconcile::Reconcile>,
     next_batch: BatchId,
     next_transfer: TransferId,
@@ -326,6 +333,8 @@ impl Engine {
             running: HashMap::new(),
             arrived: BTreeSet::new(),
             in_flight: Flights::default(),
+            refused: BTreeMap::new(),
+            readings: 0,
             reconcile: None,
             next_batch: mark.batch.next(),
             next_transfer: TransferId(1),
@@ -385,6 +394,8 @@ impl Engine {
         if self.handing_over {
             return self.leave();
         }
+        // Records that came after the last flush: a start after a clean end needs
+        // them no less than one after a crash.
         self.journal.flush()?;
         Ok(None)
     }
@@ -477,6 +488,7 @@ impl Engine {
             && self.reconcile.as_ref().is_none_or(reconcile::Reconcile::is_complete)
             && self.in_flight.len() < IN_FLIGHT
             && self.failing.is_none()
+            && !self.too_many_refused()
             && self.shared.desired() == DesiredState::Enabled
     }
 

@@ -103,7 +103,7 @@ impl Engine {
     }
 
     /// Batches up to `committed` took effect; later ones are built anew.
-    fn settle(&mut self, committed: BatchId) -> Result<(), EngineError> {
+    pub(super) fn settle(&mut self, committed: BatchId) -> Result<(), EngineError> {
         self.index.settle(committed)?;
         let settled = self.in_flight.settle(committed);
         let mut reached = Timestamp::NEVER;
@@ -181,6 +181,12 @@ impl Engine {
             DestinationMessage::TransferRefused { transfer, reason } => {
                 self.transfer_refused(transfer, &reason);
             }
+            DestinationMessage::TransferUnplaced { transfer, reason } => {
+                self.transfer_unplaced(transfer, &reason);
+            }
+            DestinationMessage::Returned { batch, objects, last } => {
+                self.returned(batch, objects, last)?;
+            }
             DestinationMessage::Transferred { transfer } => self.transfer_arrived(transfer),
             DestinationMessage::FailedOver { report } => {
                 if let Some((reply, _)) = self.failing.take() {
@@ -229,6 +235,7 @@ impl Engine {
         self.journal.trim(mark.seq)?;
         self.shared.acknowledged(&mark, reached);
         self.shared.greeting_acknowledged(mark.batch);
+        self.forget_refused();
         self.compared_on_this_boot()
     }
 

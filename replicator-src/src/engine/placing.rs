@@ -198,7 +198,7 @@ impl Engine {
         if held.transfer.is_under_way() {
             let size = match held.hold.reason {
                 HoldReason::Large { size } => size,
-                HoldReason::Unreadable { .. } => 0,
+                HoldReason::Unreadable { .. } | HoldReason::Refused { .. } => 0,
             };
             draft.outcomes.insert(object.clone(), Outcome::Large { size });
             // An event told so, perhaps by a name that the hold does not know.

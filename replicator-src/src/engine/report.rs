@@ -19,6 +19,11 @@ const EXAMPLES: usize = 100;
 /// Deepest path that is spelt out.
 const DEPTH: usize = 4096;
 
+/// Why something that the destination has no place for waits.
+fn refused(cause: &str) -> String {
+    format!("has no place at the destination: {cause}; it is tried again")
+}
+
 impl Engine {
     /// Refreshes status, and tells the destination, when it is time to.
     pub(super) fn publish(&mut self) {
@@ -115,6 +120,7 @@ impl Engine {
         }
         for (object, held) in self.holds.iter().take(EXAMPLES) {
             let (reason, bytes_left) = match &held.hold.reason {
+                HoldReason::Refused { error } => (refused(error), None),
                 HoldReason::Unreadable { error } => (format!("cannot be read: {error}"), None),
                 HoldReason::Large { size } => {
                     let came = held.transfer.number().and_then(|n| arriving.get(&n).copied());
@@ -122,7 +128,9 @@ impl Engine {
                         Transfer::Ready { arrived: true, .. } => *size,
                         _ => came.unwrap_or(0),
                     };
-                    ("large file".to_owned(), Some(size.saturating_sub(sent)))
+                    let refused = self.refused.get(object).map(|one| refused(&one.cause));
+                    let reason = refused.unwrap_or_else(|| "large file".to_owned());
+                    (reason, Some(size.saturating_sub(sent)))
                 }
             };
             let path = match held.hold.entries.first() {

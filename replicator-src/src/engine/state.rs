@@ -275,6 +275,11 @@ impl Shared {
         self.moved.notify_all();
     }
 
+    /// An error that an operator should know.
+    pub fn noted(&self, error: String) {
+        self.lock().report.last_error = Some(TimedError { time: Timestamp::now(), error });
+    }
+
     /// A file could not be read.
     pub fn unreadable(&self, path: String, error: &str) {
         let mut inner = self.lock();
@@ -356,6 +361,11 @@ impl Shared {
         inner.report.message = Some(error.clone());
         inner.failure = Some(error);
         self.moved.notify_all();
+    }
+
+    /// An engine runs, again perhaps: what ended the last one is over.
+    pub fn started(&self) {
+        self.lock().failure = None;
     }
 
     // --------------------------------------------------------- for the service

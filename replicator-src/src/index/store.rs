@@ -28,6 +28,7 @@ use redb::{
 };
 use replicator_common::chunk::Chunk;
 use replicator_common::codec::{self, CodecError};
+use replicator_common::fault;
 use replicator_common::id::{BatchId, Incarnation, ObjectId};
 use replicator_common::name::Name;
 use serde::Serialize;
@@ -122,14 +123,12 @@ fn split_key(key: &[u8]) -> Option<(ObjectId, &[u8])> {
 impl Store {
     /// Opens or makes the index in the file `path`.
     pub fn open(path: &Path) -> Result<Self, IndexError> {
-        let db =
-            redb::Builder::new().set_cache_size(CACHE_BYTES).create(path).map_err(|error| {
-                match error {
-                    redb::DatabaseError::DatabaseAlreadyOpen => {
-                        IndexError::InUse { path: path.to_owned() }
-                    }
-                    other => failed(path)(other),
+        let db = fault::open_store(redb::Builder::new().set_cache_size(CACHE_BYTES), path)
+            .map_err(|error| match error {
+                redb::DatabaseError::DatabaseAlreadyOpen => {
+                    IndexError::InUse { path: path.to_owned() }
                 }
+                other => failed(path)(other),
             })?;
         let store = Self { db, path: path.to_owned() };
         store.make_tables()?;
@@ -161,6 +160,7 @@ impl Store {
                 write.open_table(table).map_err(failed(&self.path))?;
             }
         }
+        // Durable, as is the default: the incarnation is told to the destination.
         write.commit().map_err(failed(&self.path))
     }
 
@@ -184,6 +184,7 @@ impl Store {
     /// that died: numbers are reserved by the thousand).
     pub fn reserve_lists(&self, count: u64) -> Result<u64, IndexError> {
         let next: u64 = self.meta("next_list")?.unwrap_or(1);
+        // Durable: a number that was given twice would have two lists under it.
         let write = self.begin(Durability::Immediate)?;
         self.put_meta(&write, "next_list", &(next + count))?;
         write.commit().map_err(failed(&self.path))?;
@@ -206,6 +207,8 @@ impl Store {
     }
 
     fn set_meta<T: Serialize>(&self, key: &str, value: &T) -> Result<(), IndexError> {
+        // Durable: the next session trusts the index, or compares anew, by these
+        // words; and a reconciliation begun must not look like one never begun.
         let write = self.begin(Durability::Immediate)?;
         self.put_meta(&write, key, value)?;
         write.commit().map_err(failed(&self.path))
@@ -214,6 +217,7 @@ impl Store {
     /// Forgets everything and takes a new incarnation: the index describes an
     /// empty replica of a destination that is not known yet.
     pub fn reset(&self) -> Result<(), IndexError> {
+        // Durable: the greeting that follows names the new incarnation.
         let write = self.begin(Durability::Immediate)?;
         for table in [OBJECTS, ENTRIES, LINKS, CHUNKS, ORPHANS, PENDING] {
             write.delete_table(table).map_err(failed(&self.path))?;
@@ -305,6 +309,7 @@ impl Store {
     /// `committed` took effect, later ones did not.
     pub fn settle(&self, committed: BatchId) -> Result<(), IndexError> {
         let pending = self.pending()?;
+        // Durable: batches are numbered on from here, and the journal is trimmed.
         let write = self.begin(Durability::Immediate)?;
         for delta in pending.iter().filter(|delta| delta.mark.batch <= committed) {
             self.merge(&write, delta)?;

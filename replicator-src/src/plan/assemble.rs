@@ -55,6 +55,11 @@ pub enum Outcome {
         /// What the system said.
         error: String,
     },
+    /// The destination has no place for it now.
+    Refused {
+        /// What the destination said.
+        error: String,
+    },
 }
 
 /// Why something waits.
@@ -68,6 +73,11 @@ pub enum HoldReason {
     /// It cannot be read.
     Unreadable {
         /// What the system said.
+        error: String,
+    },
+    /// The destination has no place for it.
+    Refused {
+        /// What the destination said.
         error: String,
     },
 }
@@ -264,6 +274,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         let reason = match self.outcomes.get(object) {
             Some(Outcome::Large { size }) => HoldReason::Large { size: *size },
             Some(Outcome::Unreadable { error }) => HoldReason::Unreadable { error: error.clone() },
+            Some(Outcome::Refused { error }) => HoldReason::Refused { error: error.clone() },
             Some(Outcome::Away) => {
                 let (directory, name) = place.clone();
                 self.out.astray.entry(directory, name, What::default());
@@ -544,6 +555,10 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             (Some(Outcome::Unreadable { error }), Some(old)) => {
                 let reason = HoldReason::Unreadable { error: error.clone() };
                 self.hold_content(&object, reason);
+                old.clone()
+            }
+            (Some(Outcome::Refused { error }), Some(old)) => {
+                self.hold_content(&object, HoldReason::Refused { error: error.clone() });
                 old.clone()
             }
             (Some(Outcome::Away), Some(old)) => {

@@ -512,6 +512,9 @@ impl<'a> Out<'a> {
     }
 
     fn flush(&mut self) -> Result<(), LaneError> {
+        if self.sink.is_cancelled(self.transfer.0) {
+            return Err(SinkError::Closed.into());
+        }
         if !self.pieces.is_empty() {
             let pieces = std::mem::take(&mut self.pieces);
             let frame = DataFrame::TransferPieces { transfer: self.transfer, pieces };

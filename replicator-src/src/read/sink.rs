@@ -1,7 +1,8 @@
 //! Where readers put encoded frames: the data streams of one session.
 
-use std::sync::Arc;
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use replicator_common::net::frame::{Compression, FrameError, encode_frame};
 use replicator_common::wire::{DataFrame, Piece};
@@ -76,6 +77,8 @@ pub struct Sink {
     next: Arc<AtomicUsize>,
     wired: Arc<Wired>,
     compression: Compression,
+    /// Transfers of which the destination wants no more.
+    cancelled: Arc<Mutex<HashSet<u64>>>,
 }
 
 impl Sink {
@@ -86,7 +89,13 @@ impl Sink {
         wired: Arc<Wired>,
         compression: Compression,
     ) -> Self {
-        Self { streams: Arc::new(streams), next: Arc::default(), wired, compression }
+        Self {
+            streams: Arc::new(streams),
+            next: Arc::default(),
+            wired,
+            compression,
+            cancelled: Arc::default(),
+        }
     }
 
     /// Sends a pack on one of the streams for packs.
@@ -101,6 +110,16 @@ impl Sink {
         let half = self.streams.len() / 2;
         let rest = (self.streams.len() - half).max(1);
         half + (number % rest as u64) as usize
+    }
+
+    /// The destination wants no more of the `number`th transfer.
+    pub fn cancel(&self, number: u64) {
+        self.cancelled.lock().unwrap_or_else(PoisonError::into_inner).insert(number);
+    }
+
+    /// Whether the destination wants no more of a transfer.
+    pub fn is_cancelled(&self, number: u64) -> bool {
+        self.cancelled.lock().unwrap_or_else(PoisonError::into_inner).contains(&number)
     }
 
     /// Sends a frame on a stream.

@@ -2,6 +2,7 @@
 
 mod census;
 mod replication;
+mod supervise;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -117,6 +118,9 @@ pub struct SourceService {
     runtime: tokio::runtime::Runtime,
     replications: Mutex<BTreeMap<FileSystemId, Arc<Replication>>>,
     supervisor: Arc<Supervisor>,
+    /// Nothing is started any more. Held while something is started, or taken
+    /// away.
+    closed: Mutex<bool>,
     _lock: StateLock,
 }
 
@@ -156,9 +160,12 @@ impl SourceService {
             runtime,
             replications: Mutex::default(),
             supervisor,
+            closed: Mutex::new(false),
             _lock: lock,
         });
         service.load()?;
+        let start = |source| ServiceError::Start { what: "the supervisor", source };
+        service.supervise().map_err(start)?;
         Ok(service)
     }
 
@@ -195,6 +202,7 @@ impl SourceService {
 
     /// Ends all replications cleanly. Blocks until their threads have ended.
     pub fn shutdown(&self) {
+        *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = true;
         let all: Vec<_> = self.all().values().cloned().collect();
         for replication in all {
             replication.stop(&self.supervisor);
@@ -346,6 +354,8 @@ impl Control for SourceService {
             }
             DeletionMode::LocalConfigurationOnly => replication.local_report(),
         };
+        // Not to be started again in between.
+        let _closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
         replication.stop(&Supervisor::nobody());
         let id = replication.configuration().source;
         replication.remove().map_err(|error| ControlError::Internal(error.to_string()))?;

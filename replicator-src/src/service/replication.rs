@@ -230,6 +230,7 @@ impl Replication {
         } else {
             Some(census::start(root, self.shared.clone()).map_err(start("the census"))?)
         };
+        self.shared.started();
         *self.running() = Some(Running { post: inbox.0, engine, link, census });
         Ok(())
     }
@@ -265,6 +266,14 @@ impl Replication {
         };
         let hello = move || shared.hello();
         runtime.spawn(session::run(link, hello, events))
+    }
+
+    /// Whether it ended by itself, or could not be started: with an error.
+    pub(super) fn has_ended(&self) -> bool {
+        match &*self.running() {
+            Some(running) => running.engine.is_finished(),
+            None => self.shared.failure().is_some(),
+        }
     }
 
     /// Ends everything that runs, cleanly; what the next process needs to go on

@@ -1,0 +1,363 @@
+//! Disks that fill and fail, for real: the replica's, the destination's and the
+//! source's state, files that cannot be read or stored. What is affected is
+//! named in status and tried again, all else goes on, nothing is claimed that is
+//! not so, and nobody has to lend a hand when the fault is over.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use replicator_common::status::{ReplicationStatus, Status};
+use replicator_common::time::Timestamp;
+use replicator_tests::binary;
+use replicator_tests::compare;
+use replicator_tests::mounts::FileSystem::{self, Ext4, Tmpfs, Xfs};
+use replicator_tests::mounts::{Mount, Scratch, run};
+use replicator_tests::process::{Daemon, free_port};
+use replicator_tests::scenario::patience;
+use replicator_tests::serial::{self, Share};
+
+const MIB: u64 = 1 << 20;
+
+/// A source, a replica and state, on file systems that a test fills.
+struct Disks {
+    // Dropped in this order.
+    door: Scratch,
+    logs: Scratch,
+    state: PathBuf,
+    source: Mount,
+    replica: Mount,
+    small: Mount,
+    _share: Share,
+}
+
+impl Disks {
+    /// `state` names the part of the state directory that gets a small file
+    /// system of its own (`source` or `destination`).
+    fn new(source: FileSystem, replica: (FileSystem, u64), state: Option<&str>) -> Self {
+        let share = serial::share();
+        let (source, replica) = (Mount::new(source), Mount::with_size(replica.0, replica.1));
+        let (small, logs, door) =
+            (Mount::with_size(Ext4, 32 * MIB), Scratch::new("disks"), Scratch::new("door"));
+        // A way to the replica's file system that is not read-only.
+        let way = door.path().join("mnt");
+        fs::create_dir(&way).unwrap();
+        run(Command::new("mount").arg("--bind").arg(replica.path()).arg(&way));
+        let directory = logs.path().join("state");
+        fs::create_dir(&directory).unwrap();
+        fs::create_dir(source.path().join("source")).unwrap();
+        fs::create_dir(replica.path().join("replica")).unwrap();
+        let disks = Self { door, logs, state: directory, source, replica, small, _share: share };
+        if let Some(part) = state {
+            assert!(disks.start().interrupt().success());
+            let part = disks.state.join(part);
+            run(Command::new("cp").arg("-a").arg(part.join(".")).arg(disks.small.path()));
+            run(Command::new("mount").arg("--bind").arg(disks.small.path()).arg(&part));
+        }
+        disks
+    }
+
+    fn source(&self) -> PathBuf {
+        self.source.path().join("source")
+    }
+
+    fn replica(&self) -> PathBuf {
+        self.replica.path().join("replica")
+    }
+
+    /// The replica's file system, by the way that stays writable.
+    fn door(&self) -> PathBuf {
+        self.door.path().join("mnt")
+    }
+
+    fn command(&self, port: u16) -> Command {
+        let mut command = Command::new(binary::replicator());
+        command.arg("run").arg(self.source()).arg(self.replica());
+        command.arg("--state-dir").arg(&self.state);
+        command.args(["--api", &format!("127.0.0.1:{port}"), "--watcher", "fanotify"]);
+        command
+    }
+
+    fn start_as(&self, change: impl FnOnce(Command) -> Command) -> Daemon {
+        let port = free_port();
+        let command = change(self.command(port));
+        let log = self.logs.path().join("log");
+        let mut daemon = Daemon::spawn(command, &format!("http://127.0.0.1:{port}"), &log);
+        daemon.wait_ready();
+        daemon.wait_enabled(patience());
+        daemon
+    }
+
+    fn start(&self) -> Daemon {
+        self.start_as(|command| command)
+    }
+
+    /// Writes a file; the moment at which that was done.
+    fn write(&self, name: &str, bytes: u64) -> Timestamp {
+        fs::write(self.source().join(name), content(name, bytes)).unwrap();
+        Timestamp::now()
+    }
+
+    /// Waits until the source's `name` is in the replica as it is.
+    #[track_caller]
+    fn await_same(&self, daemon: &mut Daemon, name: &str) {
+        daemon.poll_until(patience(), &format!("{name} is in the replica"), |_| {
+            let (source, replica) = (self.source().join(name), self.replica().join(name));
+            (fs::read(source).ok() == fs::read(replica).ok()).then_some(())
+        });
+    }
+
+    /// Waits until all is replicated, through errors that are not over yet.
+    #[track_caller]
+    fn settle(&self, daemon: &mut Daemon, what: &str) {
+        daemon.poll_until(patience(), what, |daemon| daemon.try_wait(Duration::from_secs(5)).ok());
+        compare::assert_same(&self.source(), &self.replica(), &what);
+    }
+}
+
+/// Bytes that nothing compresses, of which no two names share any.
+fn content(name: &str, bytes: u64) -> Vec<u8> {
+    let mut content = vec![0; bytes as usize];
+    blake3::Hasher::new().update(name.as_bytes()).finalize_xof().fill(&mut content);
+    content
+}
+
+/// Takes all of a file system but for about `left` bytes.
+fn fill(path: &Path, left: u64) -> PathBuf {
+    let filler = path.join("filler");
+    rustix::fs::sync();
+    let found = rustix::fs::statvfs(path).unwrap();
+    let free = found.f_bfree * found.f_frsize;
+    let bytes = free.saturating_sub(left).to_string();
+    run(Command::new("fallocate").args(["-l", &bytes]).arg(&filler));
+    filler
+}
+
+/// Takes all of a file system, to the last block.
+fn fill_up(path: &Path) -> PathBuf {
+    let filler = path.join("filler");
+    // It fails in the end: that is the point.
+    let _ = Command::new("dd")
+        .args(["if=/dev/zero", "bs=4096", "conv=fsync", "status=none"])
+        .arg(format!("of={}", filler.display()))
+        .output();
+    filler
+}
+
+/// What the watermark waits for, as path and reason.
+fn blockers(status: &Status) -> Vec<(String, String)> {
+    let Some(source) = status.source.as_ref() else { return Vec::new() };
+    let named =
+        |b: &replicator_common::status::Blocker| b.path.clone().map(|p| (p, b.reason.clone()));
+    source.blocked_by.iter().filter_map(named).collect()
+}
+
+/// Waits until `name` is named as what waits, with these words in the reason.
+#[track_caller]
+fn await_named(daemon: &mut Daemon, name: &str, words: &[&str]) -> Status {
+    daemon.poll_until(patience(), &format!("{name} is named with {words:?}"), |daemon| {
+        let status = daemon.try_status()?;
+        let told = blockers(&status)
+            .into_iter()
+            .any(|(path, reason)| path == name && words.iter().all(|word| reason.contains(word)));
+        told.then_some(status)
+    })
+}
+
+fn watermark(daemon: &Daemon) -> Timestamp {
+    daemon.status().destination.unwrap().last_replicated.unwrap()
+}
+
+/// Waits until some text of status has the words.
+#[track_caller]
+fn await_told(daemon: &mut Daemon, words: &str) {
+    daemon.poll_until(patience(), &format!("status says {words}"), |daemon| {
+        let status = daemon.try_status()?;
+        let destination = status.destination.as_ref();
+        let texts = [
+            status.status_message.clone(),
+            status.source.as_ref().and_then(|s| s.last_error.as_ref()).map(|e| e.error.clone()),
+            destination.and_then(|d| d.stalled.clone()),
+            destination.and_then(|d| d.last_error.as_ref()).map(|e| e.error.clone()),
+        ];
+        texts.iter().flatten().any(|text| text.contains(words)).then_some(())
+    });
+}
+
+/// What fits goes on, deletions above all; what does not is named and comes
+/// when there is room.
+fn a_full_replica(kind: FileSystem) {
+    let disks = Disks::new(Tmpfs, (kind, 400 * MIB), None);
+    for name in ["old-1", "old-2", "old-3"] {
+        disks.write(name, 10 * MIB);
+    }
+    let mut daemon = disks.start();
+    let filler = fill(&disks.door(), 5 * MIB);
+    let written = disks.write("large", 40 * MIB);
+    let words = ["no place at the destination", "o space left", "free space"];
+    await_named(&mut daemon, "large", &words);
+    // Beside it, all goes on that has room, and the watermark stays before it.
+    disks.write("small", 1000);
+    disks.await_same(&mut daemon, "small");
+    assert!(!disks.replica().join("large").exists());
+    assert!(watermark(&daemon) < written, "claimed, and not there");
+    // More small ones than there is room for.
+    for number in 0..100 {
+        disks.write(&format!("many-{number:02}"), 200_000);
+    }
+    daemon.poll_until(patience(), "a small file is named", |daemon| {
+        let all = blockers(&daemon.try_status()?);
+        all.iter()
+            .any(|(path, why)| path.starts_with("many-") && why.contains("o space left"))
+            .then_some(())
+    });
+    // A deletion is replicated to a full disk, and makes room there.
+    for name in ["old-1", "old-2"] {
+        fs::remove_file(disks.source().join(name)).unwrap();
+        disks.await_same(&mut daemon, name);
+    }
+    for number in 0..100 {
+        disks.await_same(&mut daemon, &format!("many-{number:02}"));
+    }
+    fs::remove_file(filler).unwrap();
+    disks.settle(&mut daemon, "there is room again");
+    assert!(watermark(&daemon) > written);
+    assert!(blockers(&daemon.status()).is_empty());
+    assert!(daemon.interrupt().success());
+}
+
+#[test]
+fn a_full_replica_ext4() {
+    a_full_replica(Ext4);
+}
+
+#[test]
+fn a_full_replica_xfs() {
+    a_full_replica(Xfs);
+}
+
+/// One file that can never be stored does not stop the others.
+#[test]
+fn a_file_larger_than_the_replica_can_hold() {
+    let disks = Disks::new(Xfs, (Ext4, 64 * MIB), None);
+    let mut daemon = disks.start();
+    let huge = fs::File::create(disks.source().join("huge")).unwrap();
+    huge.set_len(5 << 40).unwrap();
+    await_named(&mut daemon, "huge", &["ile too large", "cannot hold a file of that size"]);
+    disks.write("other", 100_000);
+    disks.write("other-large", MIB);
+    for name in ["other", "other-large"] {
+        disks.await_same(&mut daemon, name);
+    }
+    huge.set_len(1 << 20).unwrap();
+    disks.settle(&mut daemon, "the file is smaller");
+    assert!(daemon.interrupt().success());
+}
+
+/// Runs `mount -o remount,…` until nothing is open that stands in the way.
+fn remount(path: &Path, how: &str, daemon: &mut Daemon) {
+    daemon.poll_until(patience(), &format!("remounted {how}"), |_| {
+        let mut command = Command::new("mount");
+        let output = command.args(["-o", &format!("remount,{how}")]).arg(path).output().unwrap();
+        output.status.success().then_some(())
+    });
+}
+
+#[test]
+fn a_replica_that_turns_read_only() {
+    let disks = Disks::new(Tmpfs, (Ext4, 64 * MIB), None);
+    disks.write("before", 1000);
+    let mut daemon = disks.start();
+    remount(&disks.door(), "ro", &mut daemon);
+    let written = disks.write("small", 1000);
+    disks.write("large", MIB);
+    fs::remove_file(disks.source().join("before")).unwrap();
+    await_told(&mut daemon, "ead-only file system");
+    assert!(watermark(&daemon) < written, "claimed, and not there");
+    assert!(disks.replica().join("before").exists());
+    remount(&disks.door(), "rw", &mut daemon);
+    disks.settle(&mut daemon, "it is writable again");
+    assert!(daemon.interrupt().success());
+}
+
+/// State that cannot be written: nothing is lost meanwhile, nothing is claimed,
+/// and when there is room again, all goes on by itself.
+fn full_state(part: &str) {
+    let disks = Disks::new(Tmpfs, (Ext4, 128 * MIB), Some(part));
+    disks.write("before", 1000);
+    let mut daemon = disks.start();
+    disks.settle(&mut daemon, "before the disk is full");
+    let filler = fill_up(disks.small.path());
+    let mut number = 0;
+    // Until the stores have used up what they had taken before.
+    daemon.poll_until(patience(), "status names the full disk", |daemon| {
+        for _ in 0..200 {
+            number += 1;
+            disks.write(&format!("file-{number}"), 100);
+        }
+        std::thread::sleep(Duration::from_millis(200));
+        let text = format!("{:?}", daemon.try_status()?);
+        text.contains("o space left").then_some(())
+    });
+    println!("{part}: {number} files until it was told");
+    // Changes while it is full: in place, a deletion, a rename.
+    let written = disks.write("before", 2000);
+    fs::remove_file(disks.source().join("file-1")).unwrap();
+    fs::rename(disks.source().join("file-2"), disks.source().join("moved")).unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    let claimed = watermark(&daemon);
+    let there = fs::read(disks.replica().join("before")).unwrap().len();
+    assert!(there == 2000 || claimed < written, "{claimed} is claimed, {written} is not there");
+    fs::remove_file(filler).unwrap();
+    disks.settle(&mut daemon, "there is room for state again");
+    daemon.poll_until(patience(), "the status is ENABLED again", |daemon| {
+        (daemon.try_status()?.status == ReplicationStatus::Enabled).then_some(())
+    });
+    assert!(daemon.interrupt().success());
+}
+
+#[test]
+fn the_source_has_no_room_for_its_state() {
+    full_state("source");
+}
+
+#[test]
+fn the_destination_has_no_room_for_its_state() {
+    full_state("destination");
+}
+
+/// A bad spot of the source's disk: reads of one file fail.
+#[test]
+fn a_file_of_the_source_that_cannot_be_read() {
+    let disks = Disks::new(Ext4, (Ext4, 64 * MIB), None);
+    disks.write("good", 5000);
+    disks.write("bad", 5000);
+    disks.write("bad-large", MIB);
+    let bad: Vec<_> = ["bad", "bad-large"].map(|name| disks.source().join(name)).to_vec();
+    let trace = disks.logs.path().join("strace");
+    let port = free_port();
+    let inner = disks.command(port);
+    let mut command = Command::new("strace");
+    command.args(["-D", "-f", "-qq", "-e", "trace=pread64,read"]);
+    command.args(["-e", "inject=pread64,read:error=EIO"]);
+    for path in &bad {
+        command.arg("-P").arg(path);
+    }
+    command.arg("-o").arg(trace).arg(inner.get_program()).args(inner.get_args());
+    let log = disks.logs.path().join("log");
+    let mut daemon = Daemon::spawn(command, &format!("http://127.0.0.1:{port}"), &log);
+    daemon.wait_ready();
+    for name in ["bad", "bad-large"] {
+        await_named(&mut daemon, name, &["cannot be read", "nput/output error"]);
+    }
+    disks.await_same(&mut daemon, "good");
+    disks.write("later", 300_000);
+    disks.await_same(&mut daemon, "later");
+    assert!(!disks.replica().join("bad").exists() && !disks.replica().join("bad-large").exists());
+    // Under other names, they can be read.
+    fs::rename(&bad[0], disks.source().join("fine")).unwrap();
+    fs::rename(&bad[1], disks.source().join("fine-large")).unwrap();
+    disks.settle(&mut daemon, "all can be read");
+    assert!(daemon.interrupt().success());
+}
