@@ -378,7 +378,13 @@ fn the_client_speaks_what_the_server_does() {
 
     let seven = Some(id(7).to_string());
     assert_eq!(client.pause(seven.clone()).unwrap().status, ReplicationStatus::Paused);
-    assert_eq!(client.resume(seven.clone()).unwrap().status, ReplicationStatus::Enabled);
+    assert_eq!(
+        client
+            .resume(&own::ResumeBody { id: seven.clone(), accept_deletions: false })
+            .unwrap()
+            .status,
+        ReplicationStatus::Enabled
+    );
     let second = std::time::Duration::from_secs(1);
     assert_eq!(client.wait(seven.clone(), second).unwrap().source_file_system_id, id(7).as_str());
     assert!(client.wait(seven.clone(), std::time::Duration::ZERO).unwrap_err().is_timeout());

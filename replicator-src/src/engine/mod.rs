@@ -10,6 +10,7 @@
 //! beside it and talk to it through its inbox.
 //!
 //! - `build`: how a batch comes about.
+//! - [`halt`]: deletions that look like an accident.
 //! - `holds`: what waits, and the transfers of large files.
 //! - `peer`: what the destination says.
 //! - `reconcile`: a replica that was not empty.
@@ -18,6 +19,7 @@
 mod astray;
 mod build;
 mod commit;
+pub mod halt;
 mod holds;
 mod peer;
 mod placing;
@@ -30,6 +32,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, select};
+use replicator_common::crashsafe::StateFileError;
 use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
 use replicator_common::status::{DesiredState, FailoverReport};
@@ -45,6 +48,7 @@ use crate::read::pool::Pool;
 use crate::read::sink::{SinkError, Wired};
 use crate::session::{LinkEvent, Session};
 use crate::source::{Opener, SourceError, SourceTree};
+use halt::Halt;
 use holds::Held;
 use state::Shared;
 
@@ -96,6 +100,9 @@ pub enum Command {
     Delete(FailoverReply, Duration),
     /// Bring status up to date, and say when it is.
     Refresh(Sender<()>),
+    /// Let the deletions through for which replication has halted, and say
+    /// when they may go.
+    AcceptDeletions(Sender<()>),
     /// End the loop.
     Stop,
 }
@@ -132,6 +139,9 @@ pub enum EngineError {
     /// Capturing failed.
     #[error(transparent)]
     Capture(#[from] CaptureError),
+    /// A state file.
+    #[error(transparent)]
+    State(#[from] StateFileError),
 }
 
 impl From<PlanError<IndexError, SourceError>> for EngineError {
@@ -167,6 +177,8 @@ struct InFlight {
     closed: Option<Gap>,
     /// Objects that it drops.
     dropped: Vec<ObjectId>,
+    /// How many of them count as deleted (see [`halt`]).
+    deletions: u64,
     /// Objects and bytes of regular content in it, for progress.
     progress: (u64, u64),
     committed_at: Instant,
@@ -221,6 +233,7 @@ pub struct Engine {
     arrived: BTreeSet<TransferId>,
     in_flight: VecDeque<InFlight>,
     reconcile: Option<reconcile::Reconcile>,
+    halt: Halt,
     next_batch: BatchId,
     next_transfer: TransferId,
     lists: std::ops::Range<u64>,
@@ -271,6 +284,8 @@ pub struct Parts {
     pub captured: Receiver<()>,
     /// What is shared with those who ask.
     pub shared: Arc<Shared>,
+    /// Whether replication has halted, and when it is to.
+    pub halt: Halt,
     /// Counts the bytes put on the wire.
     pub wired: Arc<Wired>,
 }
@@ -309,6 +324,7 @@ impl Engine {
             arrived: BTreeSet::new(),
             in_flight: VecDeque::new(),
             reconcile: None,
+            halt: parts.halt,
             next_batch: mark.batch.next(),
             next_transfer: TransferId(1),
             lists: 0..0,
@@ -326,6 +342,7 @@ impl Engine {
             wired: parts.wired,
             shipped_before: i128::from(mark.bytes_shipped),
         };
+        engine.shared.halted(engine.halt.halted());
         engine.begin_clock()?;
         engine.greet()?;
         engine.open_gap(reason.to_owned())?;
@@ -405,6 +422,12 @@ impl Engine {
                 let _ = reply.send(());
                 Ok(())
             }
+            Event::Command(Command::AcceptDeletions(reply)) => {
+                self.accept_deletions()?;
+                // Whoever asked may have given up waiting.
+                let _ = reply.send(());
+                Ok(())
+            }
             Event::Command(Command::Stop) => {
                 self.stopping = true;
                 Ok(())
@@ -444,6 +467,7 @@ impl Engine {
             && self.reconcile.as_ref().is_none_or(reconcile::Reconcile::is_complete)
             && self.in_flight.len() < IN_FLIGHT
             && self.failing.is_none()
+            && self.halt.halted().is_none()
             && self.shared.desired() == DesiredState::Enabled
     }
 
