@@ -52,7 +52,7 @@ pub enum Command {
     /// Stops shipping changes; they are journaled
     Pause(Target),
     /// Ships changes again
-    Resume(Target),
+    Resume(Resume),
 }
 
 #[derive(Debug, Args)]
@@ -147,6 +147,15 @@ pub struct Target {
     /// The file system at either end; may be left out where there is only one
     #[arg(long, value_name = "ID")]
     pub source_file_system_id: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Resume {
+    #[command(flatten)]
+    pub target: Target,
+    /// Lets the deletions through for which replication has halted
+    #[arg(long)]
+    pub accept_deletions: bool,
 }
 
 #[derive(Debug, Args)]

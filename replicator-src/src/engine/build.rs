@@ -311,6 +311,8 @@ impl Engine {
         let root = self.opener.root().id.clone();
         let (index, tree) = (&self.index, &mut self.tree);
         let mut assembly = assemble(&draft.resolve, &draft.outcomes, &root, settings, index, tree)?;
+        let Some(checked) = self.check_deletions(draft, &assembly)? else { return Ok(()) };
+        draft = checked;
         self.note_skipped(&draft, &dropped_by(&assembly.delta));
         let placed = self.settle_placed(&mut draft, &assembly);
         self.release_holds(&draft, &assembly.holds, &placed);
@@ -338,7 +340,12 @@ impl Engine {
             self.dirty.entry(directory, name, crate::watcher::What::default());
             draft.exact = false;
         }
+        let through = !behind && self.dirty.is_empty() && self.gap.is_none();
+        let last = self.accepts_deletions() && draft.reached && through && assembly.orphans == 0;
         self.commit(draft, assembly, closed)?;
+        if last {
+            self.end_acceptance();
+        }
         self.forget_dropped()
     }
 
@@ -362,8 +369,8 @@ impl Engine {
         Ok(None)
     }
 
-    /// The session ended before the batch was committed.
-    fn give_up(&mut self, draft: Draft) {
+    /// The batch is not committed: the session ended, or it deletes too much.
+    pub(super) fn give_up(&mut self, draft: Draft) {
         self.dirty.merge(draft.input);
         for (object, placed) in draft.placed {
             self.discard_file(placed.number, &placed.file);

@@ -22,6 +22,8 @@ pub(super) struct Ready {
     pub(super) input: Dirty,
     pub(super) closed: Option<Gap>,
     pub(super) dropped: Vec<ObjectId>,
+    /// How many of them count as deleted.
+    pub(super) deletions: u64,
     pub(super) progress: (u64, u64),
     pub(super) objects: u64,
     /// What was covered before it.
@@ -41,6 +43,9 @@ impl Engine {
         let (header, reached) = self.header(&draft, &assembly, closed.as_ref());
         let changed = replaced_content(&assembly.delta, draft.batch);
         self.spoil(&changed);
+        // Accepted ones do not add up to the next halt.
+        let accepted = self.accepts_deletions();
+        let deletions = if accepted { 0 } else { self.halt.deletions(&assembly) };
         for object in assembly.linked {
             self.members.add_linked(object);
         }
@@ -56,6 +61,7 @@ impl Engine {
             input,
             closed,
             dropped,
+            deletions,
             progress,
             objects,
             covered,
@@ -96,6 +102,7 @@ impl Engine {
             input,
             closed,
             dropped,
+            deletions: ready.deletions,
             progress,
             committed_at: Instant::now(),
             exact: header.exact.is_some(),

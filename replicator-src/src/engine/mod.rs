@@ -11,6 +11,7 @@
 //!
 //! - `build`: how a batch comes about; `placing`: what it takes of large files
 //!   and leaves to wait; `commit`: its end.
+//! - [`halt`]: deletions that look like an accident.
 //! - `holds`: what waits, and the transfers of large files; `resemble`: what
 //!   such a file was probably made from.
 //! - `astray`: what is not where it was seen, for a source by names.
@@ -22,6 +23,7 @@
 mod astray;
 mod build;
 mod commit;
+pub mod halt;
 mod holds;
 mod peer;
 mod placing;
@@ -35,6 +37,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, select};
+use replicator_common::crashsafe::StateFileError;
 use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
 use replicator_common::status::{DesiredState, FailoverReport};
@@ -50,6 +53,7 @@ use crate::read::pool::Pool;
 use crate::read::sink::{SinkError, Wired};
 use crate::session::{LinkEvent, Session};
 use crate::source::{Opener, SourceError, SourceTree};
+use halt::Halt;
 use holds::Held;
 use state::Shared;
 
@@ -101,6 +105,9 @@ pub enum Command {
     Delete(FailoverReply, Duration),
     /// Bring status up to date, and say when it is.
     Refresh(Sender<()>),
+    /// Let the deletions through for which replication has halted, and say
+    /// when they may go.
+    AcceptDeletions(Sender<()>),
     /// End the loop.
     Stop,
 }
@@ -137,6 +144,9 @@ pub enum EngineError {
     /// Capturing failed.
     #[error(transparent)]
     Capture(#[from] CaptureError),
+    /// A state file.
+    #[error(transparent)]
+    State(#[from] StateFileError),
 }
 
 impl From<PlanError<IndexError, SourceError>> for EngineError {
@@ -172,6 +182,8 @@ struct InFlight {
     closed: Option<Gap>,
     /// Objects that it drops.
     dropped: Vec<ObjectId>,
+    /// How many of them count as deleted (see [`halt`]).
+    deletions: u64,
     /// Objects and bytes of regular content in it, for progress.
     progress: (u64, u64),
     committed_at: Instant,
@@ -226,6 +238,7 @@ pub struct Engine {
     arrived: BTreeSet<TransferId>,
     in_flight: VecDeque<InFlight>,
     reconcile: Option<reconcile::Reconcile>,
+    halt: Halt,
     next_batch: BatchId,
     next_transfer: TransferId,
     lists: std::ops::Range<u64>,
@@ -276,6 +289,8 @@ pub struct Parts {
     pub captured: Receiver<()>,
     /// What is shared with those who ask.
     pub shared: Arc<Shared>,
+    /// Whether replication has halted, and when it is to.
+    pub halt: Halt,
     /// Counts the bytes put on the wire.
     pub wired: Arc<Wired>,
 }
@@ -314,6 +329,7 @@ impl Engine {
             arrived: BTreeSet::new(),
             in_flight: VecDeque::new(),
             reconcile: None,
+            halt: parts.halt,
             next_batch: mark.batch.next(),
             next_transfer: TransferId(1),
             lists: 0..0,
@@ -331,6 +347,7 @@ impl Engine {
             wired: parts.wired,
             shipped_before: i128::from(mark.bytes_shipped),
         };
+        engine.shared.halted(engine.halt.halted());
         engine.begin_clock()?;
         engine.greet()?;
         engine.open_gap(reason.to_owned())?;
@@ -409,6 +426,12 @@ impl Engine {
                 let _ = reply.send(());
                 Ok(())
             }
+            Event::Command(Command::AcceptDeletions(reply)) => {
+                self.accept_deletions()?;
+                // Whoever asked may have given up waiting.
+                let _ = reply.send(());
+                Ok(())
+            }
             Event::Command(Command::Stop) => {
                 self.stopping = true;
                 Ok(())
@@ -448,6 +471,7 @@ impl Engine {
             && self.reconcile.as_ref().is_none_or(reconcile::Reconcile::is_complete)
             && self.in_flight.len() < IN_FLIGHT
             && self.failing.is_none()
+            && self.halt.halted().is_none()
             && self.shared.desired() == DesiredState::Enabled
     }
 

@@ -107,6 +107,7 @@ impl Engine {
                 reached = reached.max(batch.reached);
                 self.journal.trim(batch.mark.seq)?;
                 self.shared.progressed(batch.progress);
+                self.halt.followed(batch.deletions, Instant::now());
                 continue;
             }
             self.covered = self.covered.min(batch.covered);
@@ -202,6 +203,7 @@ impl Engine {
             metrics::histogram!("replicator_source_batch_seconds")
                 .record(done.committed_at.elapsed().as_secs_f64());
             self.shared.progressed(done.progress);
+            self.halt.followed(done.deletions, Instant::now());
             self.shared.count(|counters| {
                 counters.batches += 1;
                 counters.exact_batches += u64::from(done.exact);

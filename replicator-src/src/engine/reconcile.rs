@@ -268,6 +268,7 @@ impl Engine {
             input: Default::default(),
             closed: None,
             dropped: Vec::new(),
+            deletions: 0,
             progress: (0, 0),
             objects: 0,
             covered: Timestamp::NEVER,

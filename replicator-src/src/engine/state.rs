@@ -16,6 +16,7 @@ use replicator_common::status::{
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{Refusal, SourceHello};
 
+use super::halt::{HINT, Halted};
 use crate::clock::Clock;
 use crate::index::Mark;
 use crate::session::Session;
@@ -44,6 +45,8 @@ struct Inner {
     complete: bool,
     failure: Option<String>,
     refusal: Option<String>,
+    /// Why nothing is shipped until the operator says so, and what to say.
+    halted: Option<String>,
     progress: Meter,
     /// How far the destination's clock is from the wall clock here.
     clocks: Estimate,
@@ -110,6 +113,7 @@ impl Shared {
             complete: mark.watermark.is_some(),
             failure: None,
             refusal: None,
+            halted: None,
             progress: Meter::default(),
             clocks: Estimate::default(),
             closed: false,
@@ -331,6 +335,15 @@ impl Shared {
         inner.report.message = message;
     }
 
+    /// Replication has halted, or goes on.
+    pub fn halted(&self, halted: Option<&Halted>) {
+        let mut inner = self.lock();
+        inner.halted = halted
+            .map(|halted| format!("halted since {}: {}; {HINT}", halted.since, halted.reason));
+        (inner.report.status, inner.report.message) = judge(&inner, true);
+        self.moved.notify_all();
+    }
+
     /// The engine's loop ended with an error.
     pub fn failed(&self, error: String) {
         let mut inner = self.lock();
@@ -352,6 +365,11 @@ impl Shared {
     /// The destination's last report, and when it arrived.
     pub fn destination(&self) -> Option<(DestinationReport, Timestamp)> {
         self.lock().destination.clone()
+    }
+
+    /// Why replication has halted and what lets it go on, if it has.
+    pub fn halt(&self) -> Option<String> {
+        self.lock().halted.clone()
     }
 
     /// Why the engine ended, if it did.
@@ -385,7 +403,8 @@ impl Shared {
             if inner.reached >= moment {
                 return Some(Ok(inner.report.watermark));
             }
-            if let Some(failure) = inner.failure.clone().or_else(|| inner.refusal.clone()) {
+            let stopped = inner.failure.as_ref().or(inner.refusal.as_ref());
+            if let Some(failure) = stopped.or(inner.halted.as_ref()).cloned() {
                 return Some(Err(failure));
             }
             if inner.closed {
@@ -432,6 +451,9 @@ fn judge(inner: &Inner, in_flight: bool) -> (ReplicationStatus, Option<String>) 
     }
     if inner.closed {
         return (ReplicationStatus::Deleting, None);
+    }
+    if let Some(halted) = &inner.halted {
+        return (ReplicationStatus::Halted, Some(halted.clone()));
     }
     if inner.report.desired == DesiredState::Paused {
         let status = if in_flight { ReplicationStatus::Pausing } else { ReplicationStatus::Paused };

@@ -1,6 +1,6 @@
 //! The stored index with the deltas under way laid over it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use replicator_common::id::{BatchId, ObjectId};
@@ -116,6 +116,24 @@ impl Index {
         self.layers.clear();
         self.snapshot = self.store.snapshot()?;
         Ok(lost)
+    }
+}
+
+impl Index {
+    /// How many objects the replica has once the batches under way are there.
+    pub fn count(&self) -> Result<u64, IndexError> {
+        let mut count = self.snapshot.count()?;
+        let touched: BTreeSet<&ObjectId> =
+            self.layers.iter().flat_map(|layer| layer.objects.keys()).collect();
+        for object in touched {
+            let before = self.snapshot.object(object)?.is_some();
+            match (before, self.object(object)?.is_some()) {
+                (true, false) => count = count.saturating_sub(1),
+                (false, true) => count += 1,
+                _ => {}
+            }
+        }
+        Ok(count)
     }
 }
 

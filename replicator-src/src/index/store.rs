@@ -24,7 +24,8 @@
 use std::path::{Path, PathBuf};
 
 use redb::{
-    Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction,
+    Database, Durability, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition,
+    WriteTransaction,
 };
 use replicator_common::chunk::Chunk;
 use replicator_common::codec::{self, CodecError};
@@ -558,6 +559,11 @@ impl Snapshot {
             found.push((object, self.row("orphans", value.value())?));
         }
         Ok(found)
+    }
+
+    /// How many objects there are.
+    pub fn count(&self) -> Result<u64, IndexError> {
+        self.objects.len().map_err(failed(&self.path))
     }
 
     /// Calls `each` with every object; stops at the first error.

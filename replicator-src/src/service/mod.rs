@@ -21,6 +21,7 @@ use replicator_common::status::{DesiredState, FailoverReport, Status};
 use replicator_common::time::Timestamp;
 
 use crate::clock::Wall;
+use crate::engine::halt::HaltRule;
 use crate::engine::{self, EngineError};
 use crate::index::IndexError;
 use crate::journal::JournalError;
@@ -48,6 +49,8 @@ pub struct SourceOptions {
     pub rescan_interval: Duration,
     /// Content bytes of small files in one batch, at most.
     pub max_batch_bytes: u64,
+    /// When deletions halt replication.
+    pub halt: HaltRule,
     /// Where the wall clock is read: tests set it back.
     pub wall: Wall,
 }
@@ -63,6 +66,7 @@ impl SourceOptions {
             settle: engine.settle,
             rescan_interval: Duration::from_secs(60),
             max_batch_bytes: engine.batch_bytes,
+            halt: HaltRule::default(),
             wall: Wall::default(),
         }
     }
@@ -364,9 +368,24 @@ impl Control for SourceService {
         desired: DesiredState,
     ) -> Result<Status, ControlError> {
         let replication = self.get(source)?;
+        if desired == DesiredState::Enabled
+            && let Some(halted) = replication.shared().halt()
+        {
+            return Err(ControlError::Conflict(halted));
+        }
         replication
             .set_desired(desired)
             .map_err(|error| ControlError::Internal(error.to_string()))?;
         Ok(replication.status())
+    }
+
+    fn accept_deletions(&self, source: &FileSystemId) -> Result<Status, ControlError> {
+        let replication = self.get(source)?;
+        if replication.shared().halt().is_some() && !replication.accept_deletions() {
+            return Err(ControlError::Conflict(
+                "the replication does not run: see its status".to_owned(),
+            ));
+        }
+        self.set_desired(source, DesiredState::Enabled)
     }
 }

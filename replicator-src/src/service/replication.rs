@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use super::{ServiceError, SourceOptions, census};
 use crate::capture::{Capture, Members};
 use crate::clock::Clock;
+use crate::engine::halt::Halt;
 use crate::engine::state::Shared;
 use crate::engine::{self, Command, Engine, Event, Parts};
 use crate::index::{Index, Store};
@@ -193,6 +194,7 @@ impl Replication {
                 inbox: inbox.clone(),
                 captured: announced,
                 shared: self.shared.clone(),
+                halt: Halt::open(options.halt, self.directory.join("halted"))?,
                 wired: wired.clone(),
             },
             &reason,
@@ -323,6 +325,14 @@ impl Replication {
         self.shared.set_desired(desired);
         self.post(Command::Nudge);
         Ok(())
+    }
+
+    /// Lets the deletions through for which replication has halted; whether
+    /// that was done.
+    pub(super) fn accept_deletions(&self) -> bool {
+        let (reply, done) = bounded(1);
+        self.post(Command::AcceptDeletions(reply));
+        done.recv_timeout(ANSWER).is_ok()
     }
 
     /// Somebody waits for the watermark: where only a walk moves it, walk now.
