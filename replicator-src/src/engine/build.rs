@@ -344,7 +344,7 @@ impl Engine {
         let last = self.accepts_deletions() && draft.reached && through && assembly.orphans == 0;
         self.commit(draft, assembly, closed)?;
         if last {
-            self.end_acceptance();
+            self.end_acceptance()?;
         }
         self.forget_dropped()
     }

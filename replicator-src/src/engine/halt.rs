@@ -1,30 +1,39 @@
 //! Deletions on a scale that looks like an accident stop replication before
 //! they reach the replica, which may be the only other copy.
 //!
+//! What counts is the end of objects that the replica has had for long (see
+//! [`super::window`]), not by how much the source shrinks: a tree whose files
+//! were all removed and others put in their place has shrunk by nothing, and has
+//! lost everything. Files that come and go are no accident; they never count.
+//!
 //! INVARIANT: a batch with which the deletions of the last while would reach the
 //! share that is set is given up before its delta is prepared and its commit is
 //! sent: as if the session had ended, everything that was dirty stays dirty.
 //! That replication has halted is on disk, so that a restart halts as well;
 //! only the operator's word removes it.
 
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashSet};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use replicator_common::crashsafe::{self, Format, StateFileError};
-use replicator_common::id::ObjectId;
+use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::time::Timestamp;
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 use super::build::Draft;
+use super::window::Window;
 use super::{Engine, EngineError};
-use crate::index::View;
+use crate::index::{Noted, View};
 use crate::plan::Assembly;
 
 /// Format of the file that says that a replication has halted. Versions: 1,
 /// the first.
 const FORMAT: Format = Format { name: "source-halted", version: 1 };
+/// A source that is emptied halts however few objects it had, from this number
+/// on, young ones apart.
+const EMPTIED_MIN: u64 = 2;
 /// What lets a halted replication go on.
 pub const HINT: &str =
     "if the deletions are meant, let them through with `replicator resume --accept-deletions`";
@@ -73,8 +82,8 @@ pub struct Halt {
     /// Deletions go through until none that were there at the operator's word
     /// are left.
     accepted: bool,
-    /// Deletions that the replica has followed, oldest first.
-    recent: VecDeque<(Instant, u64)>,
+    /// Deletions that batches brought lately, and objects that do not count.
+    window: Window,
     /// Orphans whose names others took: when they are dropped, they were
     /// replaced, not deleted. No more than there are orphans.
     replaced: HashSet<ObjectId>,
@@ -84,8 +93,8 @@ impl Halt {
     /// With what the last process left at `path`.
     pub fn open(rule: HaltRule, path: PathBuf) -> Result<Self, StateFileError> {
         let halted = crashsafe::read(&path, &FORMAT)?;
-        let (recent, replaced) = (VecDeque::new(), HashSet::new());
-        Ok(Self { rule, path, halted, accepted: false, recent, replaced })
+        let window = Window::new(rule.window, rule.percent, Instant::now());
+        Ok(Self { rule, path, halted, accepted: false, window, replaced: HashSet::new() })
     }
 
     /// That replication has halted, if it has.
@@ -93,27 +102,43 @@ impl Halt {
         self.halted.as_ref()
     }
 
-    /// Deletions of a batch reached the replica.
-    pub(super) fn followed(&mut self, deletions: u64, now: Instant) {
-        if deletions > 0 {
-            self.recent.push_back((now, deletions));
+    /// See [`Window::note`].
+    pub(super) fn note(
+        &mut self,
+        batch: BatchId,
+        deletions: u64,
+        born: Vec<ObjectId>,
+        now: (Instant, Timestamp),
+    ) -> Noted {
+        match self.rule.percent {
+            0 => Noted::default(),
+            _ => self.window.note(batch, deletions, born, now),
         }
     }
 
-    /// Deletions that the replica has followed within the window.
-    fn recent(&mut self, now: Instant) -> u64 {
-        let window = self.rule.window;
-        while self.recent.pop_front_if(|(at, _)| now.duration_since(*at) > window).is_some() {}
-        self.recent.iter().map(|(_, deletions)| deletions).sum()
+    /// See [`Window::lost_after`].
+    pub(super) fn lost_after(&mut self, committed: BatchId) {
+        self.window.lost_after(committed);
     }
 
-    /// How many objects the batch deletes. Not one whose name leads to another
-    /// object after it: it was replaced.
+    /// These are gone from the replica.
+    pub(super) fn gone(&mut self, objects: &[ObjectId]) {
+        self.window.gone(objects);
+    }
+
+    /// The replica is compared anew: nothing is known of it.
+    pub(super) fn begin_anew(&mut self) {
+        self.window.clear();
+        self.replaced.clear();
+    }
+
+    /// How many objects the batch deletes, young ones apart. Not one whose name
+    /// leads to another object after it: it was replaced.
     pub(super) fn deletions(&self, assembly: &Assembly) -> u64 {
         let replaced = replaced_by(assembly);
         let gone = assembly.delta.objects.iter().filter(|(_, known)| known.is_none());
         gone.filter(|(object, _)| {
-            !object.is_foreign() && !replaced.contains(object) && !self.replaced.contains(object)
+            !object.is_foreign() && !self.window.is_young(object) && !replaced.contains(object) && !self.replaced.contains(object)
         })
         .count() as u64
     }
@@ -165,8 +190,7 @@ impl Engine {
             return Ok(None);
         }
         let deletions = self.halt.deletions(assembly);
-        let under_way = self.in_flight.iter().map(|batch| batch.deletions).sum::<u64>();
-        let before = self.halt.recent(Instant::now()) + under_way;
+        let before = self.halt.window.deletions(Instant::now());
         let deleted = before + deletions;
         if deletions > 0 && deleted >= rule.min {
             let objects = self.objects()? + before;
@@ -179,7 +203,7 @@ impl Engine {
         }
         if self.empties_root(assembly)? {
             let objects = self.objects()?;
-            if objects >= rule.min {
+            if objects.saturating_sub(self.halt.window.young()) >= EMPTIED_MIN {
                 return Ok(Some(format!(
                     "the source is empty; the replica holds {objects} objects"
                 )));
@@ -249,11 +273,22 @@ impl Engine {
 
     /// A batch is about to be committed after which nothing is left of what was
     /// dirty: from here on deletions count anew.
-    pub(super) fn end_acceptance(&mut self) {
+    pub(super) fn end_acceptance(&mut self) -> Result<(), EngineError> {
         if std::mem::take(&mut self.halt.accepted) {
             tracing::info!("the accepted deletions are through");
-            self.halt.recent.clear();
+            self.halt.window.forgive();
+            self.index.store().forgive_deletions()?;
         }
+        Ok(())
+    }
+
+    /// A restart does not make the guard blind: what the process before this
+    /// saw counts on.
+    pub(super) fn recall_deletions(&mut self) -> Result<(), EngineError> {
+        let known = self.index.store().remembered()?;
+        let now = (Instant::now(), self.clock.now());
+        self.halt.window.recall(known.deletions, known.young, now);
+        Ok(())
     }
 
     /// Whether deletions are accepted now.
@@ -282,18 +317,5 @@ mod tests {
         assert!(!never.forbids(5000, 5000));
         let all = HaltRule { percent: 100, ..rule };
         assert!(all.forbids(5000, 5000) && !all.forbids(4999, 5000));
-    }
-
-    #[test]
-    fn deletions_count_together_within_the_window() {
-        let rule = HaltRule { window: Duration::from_secs(10), ..HaltRule::default() };
-        let directory = tempfile::tempdir().unwrap();
-        let mut halt = Halt::open(rule, directory.path().join("halted")).unwrap();
-        let start = Instant::now();
-        halt.followed(3, start);
-        halt.followed(4, start + Duration::from_secs(6));
-        assert_eq!(halt.recent(start + Duration::from_secs(10)), 7);
-        assert_eq!(halt.recent(start + Duration::from_secs(11)), 4);
-        assert_eq!(halt.recent(start + Duration::from_secs(17)), 0);
     }
 }

@@ -11,7 +11,7 @@
 //!
 //! - `build`: how a batch comes about; `placing`: what it takes of large files
 //!   and leaves to wait; `commit`: its end.
-//! - [`halt`]: deletions that look like an accident.
+//! - [`halt`]: deletions that look like an accident; `window`: which count.
 //! - `holds`: what waits, and the transfers of large files; `resemble`: what
 //!   such a file was probably made from.
 //! - `astray`: what is not where it was seen, for a source by names.
@@ -31,6 +31,7 @@ mod reconcile;
 mod report;
 mod resemble;
 pub mod state;
+mod window;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -182,8 +183,6 @@ struct InFlight {
     closed: Option<Gap>,
     /// Objects that it drops.
     dropped: Vec<ObjectId>,
-    /// How many of them count as deleted (see [`halt`]).
-    deletions: u64,
     /// Objects and bytes of regular content in it, for progress.
     progress: (u64, u64),
     committed_at: Instant,
@@ -349,6 +348,7 @@ impl Engine {
         };
         engine.shared.halted(engine.halt.halted());
         engine.begin_clock()?;
+        engine.recall_deletions()?;
         engine.greet()?;
         engine.open_gap(reason.to_owned())?;
         Ok(engine)

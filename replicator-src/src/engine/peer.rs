@@ -73,6 +73,7 @@ impl Engine {
         }
         self.index.store().reset()?;
         self.index = Index::new(self.index.store().clone())?;
+        self.halt.begin_anew();
         self.in_flight.clear();
         self.reset_transfers();
         self.holds.clear();
@@ -101,13 +102,14 @@ impl Engine {
     /// Batches up to `committed` took effect; later ones are built anew.
     fn settle(&mut self, committed: BatchId) -> Result<(), EngineError> {
         self.index.settle(committed)?;
+        self.halt.lost_after(committed);
         let mut reached = Timestamp::NEVER;
         for batch in std::mem::take(&mut self.in_flight) {
             if batch.mark.batch <= committed {
                 reached = reached.max(batch.reached);
                 self.journal.trim(batch.mark.seq)?;
                 self.shared.progressed(batch.progress);
-                self.halt.followed(batch.deletions, Instant::now());
+                self.halt.gone(&batch.dropped);
                 continue;
             }
             self.covered = self.covered.min(batch.covered);
@@ -203,7 +205,7 @@ impl Engine {
             metrics::histogram!("replicator_source_batch_seconds")
                 .record(done.committed_at.elapsed().as_secs_f64());
             self.shared.progressed(done.progress);
-            self.halt.followed(done.deletions, Instant::now());
+            self.halt.gone(&done.dropped);
             self.shared.count(|counters| {
                 counters.batches += 1;
                 counters.exact_batches += u64::from(done.exact);

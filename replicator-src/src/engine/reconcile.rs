@@ -269,6 +269,7 @@ impl Engine {
             closed: None,
             dropped: Vec::new(),
             deletions: 0,
+            born: Vec::new(),
             progress: (0, 0),
             objects: 0,
             covered: Timestamp::NEVER,

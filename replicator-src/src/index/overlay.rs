@@ -7,6 +7,7 @@ use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::name::Name;
 
 use super::known::{Delta, Known, Mark, Orphan};
+use super::noted::Noted;
 use super::store::{IndexError, Snapshot, Store};
 use super::view::View;
 
@@ -63,13 +64,13 @@ impl Index {
         &self.store
     }
 
-    /// Makes a batch's delta durable and lays it over the rest. Merges what
+    /// Makes a batch's delta durable, and what is noted with it, and lays it over the rest. Merges what
     /// was acknowledged.
-    pub fn prepare(&mut self, delta: Delta) -> Result<(), IndexError> {
+    pub fn prepare(&mut self, delta: Delta, noted: &Noted) -> Result<(), IndexError> {
         let delta = Arc::new(delta);
         let acknowledged = self.take_acknowledged();
         let merged: Vec<&Delta> = acknowledged.iter().map(AsRef::as_ref).collect();
-        self.store.prepare(Some(&delta), &merged)?;
+        self.store.prepare(Some((&delta, noted)), &merged)?;
         self.layers.push(Layer::new(delta));
         self.snapshot = self.store.snapshot()?;
         Ok(())
