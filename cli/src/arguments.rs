@@ -83,6 +83,15 @@ pub struct Run {
     /// Replicates device nodes too
     #[arg(long)]
     pub devices: bool,
+    /// Halts when this share of the source's objects is deleted within ten
+    /// minutes; 0: never
+    #[arg(long, value_name = "PERCENT", default_value_t = 50)]
+    #[arg(value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub halt_deletions_percent: u8,
+    /// Fewer deletions than these, in objects, are no such share
+    #[arg(long, value_name = "OBJECTS", default_value_t = 1000)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    pub halt_deletions_min: u64,
 }
 
 #[derive(Debug, Args)]

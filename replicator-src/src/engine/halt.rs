@@ -38,6 +38,9 @@ const EMPTIED_MIN: u64 = 2;
 pub const HINT: &str =
     "if the deletions are meant, let them through with `replicator resume --accept-deletions`";
 
+/// What lets a replication go on whose source is not where it was.
+pub const RETURN_HINT: &str = "the replica is as it was; mount the source there again, with `mount`, and replication goes on by itself (if it is lost, make the replica writable with `replicator failover`)";
+
 /// When deletions halt replication.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HaltRule {

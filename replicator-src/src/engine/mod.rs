@@ -41,8 +41,9 @@ use crossbeam_channel::{Receiver, Sender, select};
 use replicator_common::crashsafe::StateFileError;
 use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
-use replicator_common::status::{DesiredState, FailoverReport};
+use replicator_common::status::{DesiredState, FailoverReport, SourceReport};
 use replicator_common::time::Timestamp;
+use replicator_common::wire::SourceMessage;
 
 use crate::capture::{Capture, CaptureError, Members};
 use crate::clock::Clock;
@@ -127,6 +128,15 @@ impl From<LinkEvent> for Event {
     fn from(event: LinkEvent) -> Self {
         Self::Link(event)
     }
+}
+
+/// How the loop ended without trouble that stays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It was told to.
+    Stopped,
+    /// The source was unmounted, mounted over or replaced; status says so.
+    Vanished,
 }
 
 /// Why the loop ended. All of it is trouble with the source or its state; the
@@ -362,8 +372,36 @@ impl Engine {
         Ok(())
     }
 
-    /// The loop. Returns when it is told to stop.
-    pub fn run(mut self) -> Result<(), EngineError> {
+    /// The loop. Returns when it is told to stop, or when the source is not
+    /// where it was.
+    pub fn run(mut self) -> Result<Ended, EngineError> {
+        let result = self.run_loop();
+        // What went wrong with a source that is not there went wrong because of
+        // that.
+        if let Err(error) = result {
+            if self.opener.root().still_there() {
+                return Err(error);
+            }
+            self.vanish(&error.to_string());
+            return Ok(Ended::Vanished);
+        }
+        Ok(Ended::Stopped)
+    }
+
+    /// Says that the source is not where it was, to the destination as well.
+    fn vanish(&mut self, reason: &str) {
+        tracing::error!(reason, "replication halted: the source is not there");
+        metrics::counter!("replicator_source_halts_total").increment(1);
+        self.refresh();
+        self.shared.vanished(reason);
+        if let Some(session) = &self.session {
+            let report = SourceReport { time: Timestamp::now(), ..self.shared.report() };
+            // Nobody may be listening any more.
+            let _ = session.send(&SourceMessage::Report(Box::new(report)));
+        }
+    }
+
+    fn run_loop(&mut self) -> Result<(), EngineError> {
         self.refresh();
         while !self.stopping {
             if let Some(event) = self.wait() {

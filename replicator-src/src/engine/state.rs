@@ -16,7 +16,7 @@ use replicator_common::status::{
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{Refusal, SourceHello};
 
-use super::halt::{HINT, Halted};
+use super::halt::{HINT, Halted, RETURN_HINT};
 use crate::clock::Clock;
 use crate::index::Mark;
 use crate::session::Session;
@@ -47,6 +47,8 @@ struct Inner {
     refusal: Option<String>,
     /// Why nothing is shipped until the operator says so, and what to say.
     halted: Option<String>,
+    /// Since when the source is not where it was.
+    vanished: Option<Timestamp>,
     progress: Meter,
     /// How far the destination's clock is from the wall clock here.
     clocks: Estimate,
@@ -114,6 +116,7 @@ impl Shared {
             failure: None,
             refusal: None,
             halted: None,
+            vanished: None,
             progress: Meter::default(),
             clocks: Estimate::default(),
             closed: false,
@@ -342,6 +345,39 @@ impl Shared {
             .map(|halted| format!("halted since {}: {}; {HINT}", halted.since, halted.reason));
         (inner.report.status, inner.report.message) = judge(&inner, true);
         self.moved.notify_all();
+    }
+
+    /// The source is not where it was; nothing runs until it is there again.
+    pub fn vanished(&self, reason: &str) {
+        let mut inner = self.lock();
+        let now = Timestamp::now();
+        inner.report.last_error = Some(TimedError { time: now, error: reason.to_owned() });
+        let since = inner.vanished.get_or_insert(now).to_owned();
+        inner.halted = Some(format!("halted since {since}: {reason}; {RETURN_HINT}"));
+        (inner.report.status, inner.report.message) = judge(&inner, false);
+        let reason = format!("halted: {reason}");
+        inner.report.blocked_by =
+            vec![Blocker { reason, path: None, bytes_left: None, since }];
+        self.moved.notify_all();
+    }
+
+    /// No session is sought any more, for now.
+    pub fn unlinked(&self) {
+        let link = &mut self.lock().report.link;
+        if std::mem::take(&mut link.connected) {
+            link.since = Timestamp::now();
+        }
+        link.round_trip_micros = None;
+    }
+
+    /// The source is there again.
+    pub fn returned(&self) {
+        let mut inner = self.lock();
+        if inner.vanished.take().is_some() {
+            inner.halted = None;
+            inner.report.blocked_by.clear();
+            (inner.report.status, inner.report.message) = judge(&inner, false);
+        }
     }
 
     /// The engine's loop ended with an error.

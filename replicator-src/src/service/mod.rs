@@ -1,6 +1,7 @@
 //! A source daemon's replications: made, listed, paused, deleted.
 
 mod census;
+mod keeper;
 mod replication;
 
 use std::collections::BTreeMap;
@@ -124,7 +125,7 @@ pub struct SourceService {
 impl SourceService {
     /// Opens the state directory and starts every replication in it. One that
     /// cannot start (its source is gone, say) does not keep the others from
-    /// it: its status is ERROR and says why.
+    /// it: its status is ERROR, or HALTED, and says why.
     pub fn open(options: SourceOptions) -> Result<Arc<Self>, ServiceError> {
         crashsafe::create_directory(&options.state_dir)?;
         let lock = StateLock::acquire(&options.state_dir)?;
@@ -177,7 +178,6 @@ impl SourceService {
     }
 
     fn start(&self, replication: &Arc<Replication>) -> Result<(), ServiceError> {
-        self.check_state_outside(&replication.configuration().path)?;
         replication.start(&self.options, &self.identity, self.runtime.handle())
     }
 
@@ -208,29 +208,13 @@ impl SourceService {
             .ok_or_else(|| ControlError::FileSystemNotFound(id.clone()))
     }
 
-    /// Our own writes would be replicated, and raise events, for ever (trap 18).
-    fn check_state_outside(&self, source: &Path) -> Result<(), ServiceError> {
-        let state = &self.options.state_dir;
-        let inside = ancestry::is_within(state, source).map_err(|error| {
-            ServiceError::Refused(format!("cannot look at {}: {error}", source.display()))
-        })?;
-        if inside {
-            return Err(ServiceError::Refused(format!(
-                "the state directory {} lies inside the source {}: choose one outside",
-                state.display(),
-                source.display()
-            )));
-        }
-        Ok(())
-    }
-
     /// Checks a source before anything is made for it.
     fn check_source(&self, request: &CreateRequest) -> Result<Root, ControlError> {
         let refuse = |error: ServiceError| ControlError::Validation(error.to_string());
         let path = std::path::absolute(&request.source)
             .map_err(|error| ControlError::Validation(error.to_string()))?;
         let root = Root::open(&path).map_err(|error| refuse(error.into()))?;
-        self.check_state_outside(&path).map_err(refuse)?;
+        check_state_outside(&self.options.state_dir, &path).map_err(refuse)?;
         for other in self.all().values() {
             let configuration = other.configuration();
             // Root directories of two file systems may have equal handles.
@@ -265,6 +249,21 @@ impl SourceService {
     }
 }
 
+/// Our own writes would be replicated, and raise events, for ever (trap 18).
+fn check_state_outside(state: &Path, source: &Path) -> Result<(), ServiceError> {
+    let inside = ancestry::is_within(state, source).map_err(|error| {
+        ServiceError::Refused(format!("cannot look at {}: {error}", source.display()))
+    })?;
+    if inside {
+        return Err(ServiceError::Refused(format!(
+            "the state directory {} lies inside the source {}: choose one outside",
+            state.display(),
+            source.display()
+        )));
+    }
+    Ok(())
+}
+
 impl Drop for SourceService {
     fn drop(&mut self) {
         self.shutdown();
@@ -294,6 +293,7 @@ impl Control for SourceService {
             destination_region: Some(enrolled.region).filter(|region| is_region(region)),
             path: root.path.clone(),
             root_born: root.born(),
+            file_system: root.file_system(),
             root: root.id,
             address: token.address.clone(),
             fingerprint: token.fingerprint,
@@ -383,7 +383,9 @@ impl Control for SourceService {
         let replication = self.get(source)?;
         if replication.shared().halt().is_some() && !replication.accept_deletions() {
             return Err(ControlError::Conflict(
-                "the replication does not run: see its status".to_owned(),
+                replication.shared().halt().unwrap_or_else(|| {
+                    "the replication does not run: see its status".to_owned()
+                }),
             ));
         }
         self.set_desired(source, DesiredState::Enabled)

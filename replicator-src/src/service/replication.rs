@@ -1,46 +1,28 @@
 //! One replication: its configuration on disk, its engine and link.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam_channel::{Sender, bounded, unbounded};
+use crossbeam_channel::bounded;
 use replicator_common::control::WatcherChoice;
 use replicator_common::crashsafe::{self, Format, StateFileError};
 use replicator_common::id::{FileSystemId, ObjectId};
-use replicator_common::name::Name;
-use replicator_common::net::frame::Compression;
-use replicator_common::net::identity::{Fingerprint, Identity};
-use replicator_common::object::Kind;
+use replicator_common::net::identity::Fingerprint;
 use replicator_common::status::{
-    DesiredState, FailoverReport, ReplicationStatus, Status, WatcherKind,
+    DesiredState, FailoverReport, ReplicationStatus, Status,
 };
 use replicator_common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{ServiceError, SourceOptions, census};
-use crate::capture::{Capture, Members};
+use super::keeper::{Keeper, Running};
+use super::{ServiceError, SourceOptions};
 use crate::clock::Clock;
-use crate::engine::halt::Halt;
 use crate::engine::state::Shared;
-use crate::engine::{self, Command, Engine, Event, Parts};
-use crate::index::{Index, Store};
-use crate::journal::Journal;
-use crate::read::pool::Pool;
-use crate::read::sink::Wired;
-use crate::session::{self, Remote};
-use crate::source::{Filter, Opener, Places, Root, SourceTree};
-use crate::watcher::{self, DirectoryWatch};
+use crate::engine::{Command, Event};
 
 /// Format of a configuration file. Versions: 1, the first.
 const FORMAT: Format = Format { name: "source-replication", version: 1 };
-/// Threads that read small objects. On two cores and a disk that is not in the
-/// cache, two of four wait for the disk at any time; more gave nothing.
-const READERS: usize = 4;
-/// Threads that send large files.
-const LANES: usize = 1;
 /// How long a waiter is kept for status to be brought up to date.
 const REFRESH: Duration = Duration::from_secs(1);
 /// How much longer than the engine we wait for the engine's answer.
@@ -65,6 +47,10 @@ pub(super) struct Configuration {
     pub(super) root: ObjectId,
     /// When it was made, where the file system keeps that.
     pub(super) root_born: Option<Timestamp>,
+    /// Its file system's name for itself (see [`crate::source::Root::file_system`]); not known
+    /// of configurations that were made before it was kept.
+    #[serde(default)]
+    pub(super) file_system: Option<u64>,
     pub(super) address: String,
     pub(super) fingerprint: Fingerprint,
     pub(super) creation_time: Timestamp,
@@ -87,19 +73,15 @@ impl Configuration {
 
 /// One replication, running or not.
 pub(super) struct Replication {
-    directory: PathBuf,
+    pub(super) directory: PathBuf,
     /// This side's.
     region: String,
     configuration: Mutex<Configuration>,
-    shared: Arc<Shared>,
-    running: Mutex<Option<Running>>,
-}
-
-struct Running {
-    post: Sender<Event>,
-    engine: JoinHandle<()>,
-    link: tokio::task::JoinHandle<()>,
-    census: Option<(JoinHandle<()>, Arc<AtomicBool>)>,
+    pub(super) shared: Arc<Shared>,
+    /// What keeps it running, once it was started.
+    pub(super) keeper: Mutex<Option<Keeper>>,
+    /// What runs now: nothing while the source is not there.
+    pub(super) running: Mutex<Option<Running>>,
 }
 
 impl Replication {
@@ -120,140 +102,9 @@ impl Replication {
             region: options.region.clone(),
             configuration: Mutex::new(configuration),
             shared,
+            keeper: Mutex::default(),
             running: Mutex::default(),
         }))
-    }
-
-    /// Starts watching and shipping.
-    pub(super) fn start(
-        self: &Arc<Self>,
-        options: &SourceOptions,
-        identity: &Identity,
-        runtime: &tokio::runtime::Handle,
-    ) -> Result<(), ServiceError> {
-        let configuration = self.configuration();
-        let root = Arc::new(Root::open(&configuration.path)?);
-        if root.id != configuration.root || root.born() != configuration.root_born {
-            return Err(ServiceError::Refused(format!(
-                "{} is not the directory that was replicated: another file system is mounted there, or none",
-                configuration.path.display()
-            )));
-        }
-        let store = Arc::new(Store::open(&self.directory.join("index.redb"))?);
-        let mark = store.mark()?;
-        self.shared.acknowledged(&mark, Timestamp::NEVER);
-        let journal = Arc::new(Journal::open(&self.directory.join("journal"), mark.seq)?);
-        let members = Arc::new(Members::default());
-        let settings = watcher::Settings { rescan_interval: options.rescan_interval };
-        let watcher = watcher::open(root.fd(), &root.path, configuration.watcher, &settings)?;
-        if root.is_file_system_root() || watcher.report().kind != WatcherKind::Fanotify {
-            members.everything();
-        } else {
-            load_members(&root, &store, &members)?;
-        }
-        let (captured, announced) = bounded(1);
-        let start = |what| move |source| ServiceError::Start { what, source };
-        let capture = Capture::start(
-            watcher,
-            journal.clone(),
-            members.clone(),
-            captured,
-            self.shared.clock(),
-        )
-        .map_err(start("the capture thread"))?;
-        let opener = Opener::new(root.clone(), Arc::<Places>::default());
-        let watch = Arc::new(Joining { members: members.clone(), inner: capture.directories() });
-        let filter = Filter {
-            devices: configuration.devices,
-            reserved: Name::new(format!(".replicator-{}", configuration.source).as_bytes()).ok(),
-        };
-        let tree = SourceTree::new(opener.clone(), filter, watch);
-        let pool = Pool::start(&opener, &store, READERS, LANES).map_err(start("readers"))?;
-        let inbox = unbounded();
-        let wired = Arc::<Wired>::default();
-        let reason = if mark.watermark.is_some() { "restart" } else { "initial sync" };
-        let reason = match journal.damage() {
-            Some(damage) => format!("{reason}, and {damage}"),
-            None => reason.to_owned(),
-        };
-        let engine = Engine::new(
-            Parts {
-                settings: engine::Settings {
-                    heartbeat: options.heartbeat,
-                    settle: options.settle,
-                    batch_bytes: options.max_batch_bytes,
-                    ..engine::Settings::default()
-                },
-                opener,
-                tree,
-                index: Index::new(store)?,
-                journal,
-                capture,
-                members,
-                pool,
-                inbox: inbox.clone(),
-                captured: announced,
-                shared: self.shared.clone(),
-                halt: Halt::open(options.halt, self.directory.join("halted"))?,
-                wired: wired.clone(),
-            },
-            &reason,
-        )?;
-        let link = self.start_link(identity, runtime, wired, inbox.0.clone());
-        let shared = self.shared.clone();
-        let engine = std::thread::Builder::new()
-            .name("engine".to_owned())
-            .spawn(move || {
-                if let Err(error) = engine.run() {
-                    tracing::error!(%error, "replication stopped");
-                    shared.failed(error.to_string());
-                }
-            })
-            .map_err(start("the engine"))?;
-        let census = census::start(root, self.shared.clone()).map_err(start("the census"))?;
-        *self.running() = Some(Running { post: inbox.0, engine, link, census: Some(census) });
-        Ok(())
-    }
-
-    fn start_link(
-        &self,
-        identity: &Identity,
-        runtime: &tokio::runtime::Handle,
-        wired: Arc<Wired>,
-        post: Sender<Event>,
-    ) -> tokio::task::JoinHandle<()> {
-        let configuration = self.configuration();
-        let remote =
-            Remote { address: configuration.address, fingerprint: configuration.fingerprint };
-        let shared = self.shared.clone();
-        let (events, inbox) = unbounded();
-        // The link's events and the engine's are of different types; this
-        // thread joins them. It ends with the link.
-        std::thread::spawn(move || {
-            for event in inbox {
-                if post.send(Event::Link(event)).is_err() {
-                    return;
-                }
-            }
-        });
-        let hello = move || shared.hello();
-        let identity = identity.clone();
-        runtime.spawn(session::run(identity, remote, hello, wired, Compression::Auto, events))
-    }
-
-    /// Ends everything that runs, cleanly. Repeatable.
-    pub(super) fn stop(&self) {
-        let Some(running) = self.running().take() else { return };
-        // The engine may have ended by itself.
-        let _ = running.post.send(Event::Command(Command::Stop));
-        if let Some((thread, stop)) = running.census {
-            stop.store(true, Ordering::Release);
-            let _ = thread.join();
-        }
-        if running.engine.join().is_err() {
-            tracing::error!("the engine panicked");
-        }
-        running.link.abort();
     }
 
     /// Asks the destination to fail over and returns its report, filled up with
@@ -351,7 +202,7 @@ impl Replication {
         let _ = done.recv_timeout(REFRESH);
     }
 
-    fn post(&self, command: Command) {
+    pub(super) fn post(&self, command: Command) {
         if let Some(running) = &*self.running() {
             // An engine that has ended says so in status.
             let _ = running.post.send(Event::Command(command));
@@ -374,7 +225,7 @@ impl Replication {
         self.configuration.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn running(&self) -> MutexGuard<'_, Option<Running>> {
+    pub(super) fn running(&self) -> MutexGuard<'_, Option<Running>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -420,45 +271,6 @@ impl Replication {
             source: Some(source),
             destination: self.shared.destination().map(|(report, _)| report),
         }
-    }
-}
-
-/// The capture thread must know which directories are ours before the first
-/// event: those of the index now, others as they are listed. Only where a mark
-/// tells of the whole file system, and the source is a part of that; a watch on
-/// each directory tells of what is or was ours, also of files that are open
-/// under names in directories that are gone.
-fn load_members(root: &Root, store: &Store, members: &Members) -> Result<(), ServiceError> {
-    members.add_directory(root.id.clone());
-    store.snapshot()?.each_object(|object, known| {
-        if known.state.kind == Kind::Directory {
-            members.add_directory(object);
-        } else if known.nlink > known.links {
-            members.add_linked(object);
-        }
-    })?;
-    Ok(())
-}
-
-/// A directory joins the known set, then the watcher's, before it is listed.
-struct Joining {
-    members: Arc<Members>,
-    inner: Arc<dyn DirectoryWatch>,
-}
-
-impl DirectoryWatch for Joining {
-    fn before_listing(&self, directory: std::os::fd::BorrowedFd<'_>, id: &ObjectId) {
-        self.members.add_directory(id.clone());
-        self.inner.before_listing(directory, id);
-    }
-
-    fn found(&self, id: &ObjectId) {
-        self.members.add_directory(id.clone());
-    }
-
-    fn linked(&self, directory: std::os::fd::BorrowedFd<'_>, name: &Name, id: &ObjectId) {
-        self.members.add_linked(id.clone());
-        self.inner.linked(directory, name, id);
     }
 }
 
