@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use replicator_common::time::Timestamp;
@@ -16,12 +17,30 @@ pub struct Stamper {
     root: PathBuf,
     /// By name: the versions in order, each with the moment after its close.
     written: Mutex<HashMap<String, Vec<(u64, Timestamp)>>>,
+    /// By how much the source's clock is ahead of ours, nanoseconds.
+    ahead: AtomicI64,
 }
 
 impl Stamper {
     /// Writes below `root`.
     pub fn new(root: &Path) -> Self {
-        Self { root: root.to_owned(), written: Mutex::new(HashMap::new()) }
+        Self { root: root.to_owned(), written: Mutex::new(HashMap::new()), ahead: AtomicI64::new(0) }
+    }
+
+    /// The source's clock, by which claims are made, was set: it is so many
+    /// seconds ahead of the true time.
+    pub fn set_clock(&self, ahead: i64) {
+        self.ahead.store(ahead * 1_000_000_000, Ordering::SeqCst);
+    }
+
+    /// Forgets what was written so far: claims about it say nothing any more.
+    pub fn forget(&self) {
+        self.written.lock().unwrap_or_else(|p| p.into_inner()).clear();
+    }
+
+    /// What the source's clock shows.
+    pub fn now(&self) -> Timestamp {
+        Timestamp::now().offset(self.ahead.load(Ordering::SeqCst))
     }
 
     /// Writes version `version` (from 1) of `name`. The first version of a
@@ -47,7 +66,7 @@ impl Stamper {
         let mut written = self.written.lock().unwrap_or_else(|p| p.into_inner());
         // Taken after the system call returned: what closed before a claimed
         // time certainly has a stamp before it.
-        written.entry(name.to_owned()).or_default().push((version, Timestamp::now()));
+        written.entry(name.to_owned()).or_default().push((version, self.now()));
         Ok(())
     }
 
