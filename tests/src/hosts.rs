@@ -227,6 +227,11 @@ impl Hosts {
         self.source.path()
     }
 
+    /// Mounts the source again, after the test unmounted it.
+    pub fn attach_source(&self) {
+        self.source.attach();
+    }
+
     /// The replica, a file system of its own.
     pub fn replica(&self) -> &Path {
         self.replica.path()

@@ -24,7 +24,11 @@ pub struct Stamper {
 impl Stamper {
     /// Writes below `root`.
     pub fn new(root: &Path) -> Self {
-        Self { root: root.to_owned(), written: Mutex::new(HashMap::new()), ahead: AtomicI64::new(0) }
+        Self {
+            root: root.to_owned(),
+            written: Mutex::new(HashMap::new()),
+            ahead: AtomicI64::new(0),
+        }
     }
 
     /// The source's clock, by which claims are made, was set: it is so many

@@ -120,6 +120,22 @@ impl Run {
         if side == Side::Source {
             self.stamper.set_clock(ahead);
         }
+        // Else nothing is shown.
+        let start = Instant::now();
+        loop {
+            let status = self.status(side);
+            let shown = match side {
+                Side::Source => status.source.map(|one| one.time),
+                Side::Destination => status.destination.map(|one| one.time),
+            };
+            let expected = Timestamp::now().offset(ahead * 1_000_000_000);
+            let apart = shown.map(|shown| shown.0.abs_diff(expected.0));
+            if apart.is_some_and(|apart| apart < 60_000_000_000) {
+                return;
+            }
+            assert!(start.elapsed() < patience(), "{side:?} shows {shown:?}, not {expected}");
+            thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// A restart compares change times, which are true, with what the source

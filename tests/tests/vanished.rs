@@ -5,10 +5,11 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use replicator_common::status::ReplicationStatus;
 use replicator_tests::compare;
+use replicator_tests::hosts::{Hosts, Side};
 use replicator_tests::mounts::FileSystem::{Ext4, Xfs};
 use replicator_tests::mounts::{FileSystem, Mount, run};
 use replicator_tests::process::{Daemon, replicator};
@@ -146,4 +147,28 @@ fn another_file_system_in_its_place_and_over_a_restart() {
         await_return(&pair, &mut daemon, "back");
         compare::assert_same(pair.source(), pair.replica(), &"back");
     }
+}
+
+/// The operator of the replica must not think that all is well, or that it is
+/// the network.
+#[test]
+fn the_destination_s_status_says_so_too() {
+    let hosts = Hosts::enrolled();
+    unmount(hosts.source(), UnmountFlags::DETACH).unwrap();
+    for side in [Side::Source, Side::Destination] {
+        let start = Instant::now();
+        loop {
+            let status = hosts.daemon(side).status();
+            let message = status.status_message.unwrap_or_default();
+            if status.status == ReplicationStatus::Halted && message.contains("`mount`") {
+                break;
+            }
+            assert!(start.elapsed() < patience(), "{side:?}: {:?} {message}", status.status);
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+    assert_eq!(fs::read(hosts.replica().join("directory/file")).unwrap(), b"content");
+    hosts.attach_source();
+    hosts.await_enabled(Side::Destination);
+    hosts.settle(&"mounted again");
 }

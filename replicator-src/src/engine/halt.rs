@@ -141,7 +141,10 @@ impl Halt {
         let replaced = replaced_by(assembly);
         let gone = assembly.delta.objects.iter().filter(|(_, known)| known.is_none());
         gone.filter(|(object, _)| {
-            !object.is_foreign() && !self.window.is_young(object) && !replaced.contains(object) && !self.replaced.contains(object)
+            !object.is_foreign()
+                && !self.window.is_young(object)
+                && !replaced.contains(object)
+                && !self.replaced.contains(object)
         })
         .count() as u64
     }

@@ -45,6 +45,7 @@ use replicator_common::status::{DesiredState, FailoverReport, SourceReport};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::SourceMessage;
 
+use crate::boot::Boot;
 use crate::capture::{Capture, CaptureError, Members};
 use crate::clock::Clock;
 use crate::index::{Index, IndexError, Mark, View};
@@ -66,6 +67,9 @@ const IN_FLIGHT: usize = 2;
 const REFRESH: Duration = Duration::from_millis(200);
 /// How often the destination gets our report.
 const REPORT: Duration = Duration::from_millis(500);
+
+/// How long the destination is given to hear that the source is not there.
+const GOODBYE: Duration = Duration::from_secs(1);
 
 /// What the operator may set.
 #[derive(Clone, Debug)]
@@ -155,7 +159,7 @@ pub enum EngineError {
     /// Capturing failed.
     #[error(transparent)]
     Capture(#[from] CaptureError),
-    /// A state file.
+    /// A state file failed.
     #[error(transparent)]
     State(#[from] StateFileError),
 }
@@ -211,6 +215,9 @@ struct InFlight {
 /// `claimed`, which was told to others.
 pub struct Engine {
     settings: Settings,
+    boot: Boot,
+    /// What the first walk on this boot must not take for proven.
+    unproven: Option<Timestamp>,
     opener: Opener,
     tree: SourceTree,
     index: Index,
@@ -278,6 +285,8 @@ pub struct Engine {
 pub struct Parts {
     /// Settings.
     pub settings: Settings,
+    /// The start of the kernel that the source was last compared under.
+    pub boot: Boot,
     /// Opens objects.
     pub opener: Opener,
     /// Looks at the source.
@@ -313,6 +322,8 @@ impl Engine {
         let claimed = mark.watermark.unwrap_or(Timestamp::NEVER);
         let mut engine = Self {
             settings: parts.settings,
+            unproven: parts.boot.unproven(claimed),
+            boot: parts.boot,
             opener: parts.opener,
             tree: parts.tree,
             index: parts.index,
@@ -394,10 +405,22 @@ impl Engine {
         metrics::counter!("replicator_source_halts_total").increment(1);
         self.refresh();
         self.shared.vanished(reason);
-        if let Some(session) = &self.session {
-            let report = SourceReport { time: Timestamp::now(), ..self.shared.report() };
-            // Nobody may be listening any more.
-            let _ = session.send(&SourceMessage::Report(Box::new(report)));
+        let report = SourceReport { time: Timestamp::now(), ..self.shared.report() };
+        let said = report.time;
+        let message = SourceMessage::Report(Box::new(report));
+        // What is sent is lost when the session ends at once: until it is
+        // answered, or nobody seems to be listening.
+        let until = Instant::now() + GOODBYE;
+        if self.session.as_ref().is_some_and(|session| session.send(&message).is_ok()) {
+            while let Ok(event) = self.inbox.recv_deadline(until) {
+                match event {
+                    Event::Link(LinkEvent::Clocks { exchange, .. }) if exchange.sent == said => {
+                        break;
+                    }
+                    Event::Link(LinkEvent::Lost { .. }) | Event::Command(Command::Stop) => break,
+                    _ => {}
+                }
+            }
         }
     }
 

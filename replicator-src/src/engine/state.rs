@@ -356,8 +356,7 @@ impl Shared {
         inner.halted = Some(format!("halted since {since}: {reason}; {RETURN_HINT}"));
         (inner.report.status, inner.report.message) = judge(&inner, false);
         let reason = format!("halted: {reason}");
-        inner.report.blocked_by =
-            vec![Blocker { reason, path: None, bytes_left: None, since }];
+        inner.report.blocked_by = vec![Blocker { reason, path: None, bytes_left: None, since }];
         self.moved.notify_all();
     }
 

@@ -288,7 +288,8 @@ mod tests {
         let start = Instant::now();
         let mut first = Window::new(10 * SECOND, 50, start);
         note(&mut first, 1, 5, &[1], start);
-        let noted = first.note(BatchId(2), 6, vec![id(2)], (start + 2 * SECOND, Timestamp(1 << 60)));
+        let noted =
+            first.note(BatchId(2), 6, vec![id(2)], (start + 2 * SECOND, Timestamp(1 << 60)));
         let mut next = Window::new(10 * SECOND, 50, start);
         let young = noted.born.iter().map(|object| (object.clone(), noted.at)).collect();
         let now = (start + 50 * SECOND, Timestamp(1 << 60).offset(7_000_000_000));

@@ -22,6 +22,7 @@ use replicator_common::time::Timestamp;
 
 use super::replication::{Configuration, Replication};
 use super::{ServiceError, SourceOptions, census, check_state_outside};
+use crate::boot::Boot;
 use crate::capture::{Capture, Members};
 use crate::engine::halt::Halt;
 use crate::engine::{self, Command, Ended, Engine, Event, Parts};
@@ -234,6 +235,7 @@ impl Replication {
         };
         let parts = Parts {
             settings: settings(options),
+            boot: Boot::open(&self.directory.join("boot"))?,
             opener,
             tree,
             index: Index::new(store)?,

@@ -383,9 +383,10 @@ impl Control for SourceService {
         let replication = self.get(source)?;
         if replication.shared().halt().is_some() && !replication.accept_deletions() {
             return Err(ControlError::Conflict(
-                replication.shared().halt().unwrap_or_else(|| {
-                    "the replication does not run: see its status".to_owned()
-                }),
+                replication
+                    .shared()
+                    .halt()
+                    .unwrap_or_else(|| "the replication does not run: see its status".to_owned()),
             ));
         }
         self.set_desired(source, DesiredState::Enabled)

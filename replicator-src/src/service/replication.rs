@@ -9,9 +9,7 @@ use replicator_common::control::WatcherChoice;
 use replicator_common::crashsafe::{self, Format, StateFileError};
 use replicator_common::id::{FileSystemId, ObjectId};
 use replicator_common::net::identity::Fingerprint;
-use replicator_common::status::{
-    DesiredState, FailoverReport, ReplicationStatus, Status,
-};
+use replicator_common::status::{DesiredState, FailoverReport, ReplicationStatus, Status};
 use replicator_common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
