@@ -71,8 +71,16 @@ impl Engine {
     pub(super) fn build(&mut self) -> Result<(), EngineError> {
         self.last_build = Instant::now();
         self.urgent = false;
-        let Some(session) = self.session.take() else { return Ok(()) };
+        if self.session.is_none() {
+            return Ok(());
+        }
+        // First: when the source is not there any more, the session is needed
+        // to say so.
         let mut draft = self.begin()?;
+        let Some(session) = self.session.take() else {
+            self.give_up(draft);
+            return Ok(());
+        };
         let result = self.fill(&mut draft, &session);
         self.session = Some(session);
         match result {
