@@ -26,8 +26,8 @@ pub enum ReplicationStatus {
     /// Replication cannot go on without help; `StatusMessage` says why.
     Error,
     /// So much was deleted on the source that the replica does not follow until
-    /// the operator says so; changes are journaled. A word of ours: EFS's API
-    /// says `ERROR`.
+    /// the operator says so, while changes are journaled; or the source is not
+    /// mounted where it was. A word of ours: EFS's API says `ERROR`.
     Halted,
 }
 
