@@ -55,9 +55,21 @@ impl Disk {
     }
 
     fn attach(&self) {
-        let mut command = Command::new("mount");
-        command.args(["-o", "loop", "-t", self.kind.as_str()]);
-        run(command.arg(self.image()).arg(self.path()));
+        let mount = || {
+            let mut command = Command::new("mount");
+            command.args(["-o", "loop", "-t", self.kind.as_str()]);
+            command.arg(self.image()).arg(self.path());
+            command
+        };
+        // The mount before may take a moment to go, if a process that was killed
+        // had it in use; xfs does not mount twice what has one UUID.
+        for _ in 0..100 {
+            if mount().output().is_ok_and(|output| output.status.success()) {
+                return;
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        run(&mut mount());
     }
 
     /// What a power cut would leave now, kept for [`Self::cut_back_to`].

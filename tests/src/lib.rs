@@ -19,5 +19,7 @@ pub mod process;
 pub mod scenario;
 pub mod serial;
 pub mod stamps;
+pub mod torture;
 pub mod trace;
 pub mod workload;
+pub mod wreck;

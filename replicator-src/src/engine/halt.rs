@@ -2,7 +2,7 @@
 //! they reach the replica, which may be the only other copy.
 //!
 //! What counts is the end of objects that the replica has had for long (see
-//! [`super::window`]), not by how much the source shrinks: a tree whose files
+//! `window`), not by how much the source shrinks: a tree whose files
 //! were all removed and others put in their place has shrunk by nothing, and has
 //! lost everything. Files that come and go are no accident; they never count.
 //!
