@@ -52,7 +52,7 @@ pub enum Command {
     /// Stops shipping changes; they are journaled
     Pause(Target),
     /// Ships changes again
-    Resume(Target),
+    Resume(Resume),
 }
 
 #[derive(Debug, Args)]
@@ -83,6 +83,15 @@ pub struct Run {
     /// Replicates device nodes too
     #[arg(long)]
     pub devices: bool,
+    /// Halts when this share of the source's objects is deleted within ten
+    /// minutes; 0: never
+    #[arg(long, value_name = "PERCENT", default_value_t = 50)]
+    #[arg(value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub halt_deletions_percent: u8,
+    /// Fewer deletions than these, in objects, are no such share
+    #[arg(long, value_name = "OBJECTS", default_value_t = 1000)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    pub halt_deletions_min: u64,
 }
 
 #[derive(Debug, Args)]
@@ -147,6 +156,15 @@ pub struct Target {
     /// The file system at either end; may be left out where there is only one
     #[arg(long, value_name = "ID")]
     pub source_file_system_id: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Resume {
+    #[command(flatten)]
+    pub target: Target,
+    /// Lets the deletions through for which replication has halted
+    #[arg(long)]
+    pub accept_deletions: bool,
 }
 
 #[derive(Debug, Args)]

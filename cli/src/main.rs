@@ -39,7 +39,7 @@ fn main() -> ExitCode {
         Command::Status(arguments) => status::run(endpoint, &arguments),
         Command::Wait(arguments) => commands::wait::run(endpoint, &arguments),
         Command::Pause(target) => commands::pause::pause(endpoint, &target),
-        Command::Resume(target) => commands::pause::resume(endpoint, &target),
+        Command::Resume(arguments) => commands::pause::resume(endpoint, &arguments),
     };
     exit::report(result)
 }

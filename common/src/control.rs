@@ -106,10 +106,19 @@ pub trait Control: Send + Sync + 'static {
     fn wait(&self, source: &FileSystemId, timeout: Duration) -> Result<Timestamp, ControlError>;
 
     /// Pauses or resumes shipping. Changes are captured either way. On a
-    /// destination: stops taking batches.
+    /// destination: stops taking batches. What has halted is not resumed so: a
+    /// conflict that says to accept the deletions.
     fn set_desired(
         &self,
         source: &FileSystemId,
         desired: DesiredState,
     ) -> Result<Status, ControlError>;
+
+    /// Resumes, and lets the deletions through for which replication has halted.
+    /// Where it has not, they count on as always. Only a source halts.
+    fn accept_deletions(&self, source: &FileSystemId) -> Result<Status, ControlError> {
+        Err(ControlError::Validation(format!(
+            "only the source of {source} can accept deletions: ask its daemon"
+        )))
+    }
 }

@@ -25,6 +25,10 @@ pub enum ReplicationStatus {
     Deleting,
     /// Replication cannot go on without help; `StatusMessage` says why.
     Error,
+    /// So much was deleted on the source that the replica does not follow until
+    /// the operator says so, while changes are journaled; or the source is not
+    /// mounted where it was. A word of ours: EFS's API says `ERROR`.
+    Halted,
 }
 
 impl ReplicationStatus {
@@ -37,6 +41,7 @@ impl ReplicationStatus {
             Self::Paused => "PAUSED",
             Self::Deleting => "DELETING",
             Self::Error => "ERROR",
+            Self::Halted => "HALTED",
         }
     }
 }

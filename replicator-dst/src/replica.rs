@@ -330,7 +330,11 @@ impl Replica {
             (ReplicationStatus::Paused, None)
         } else if !shared.standing.complete {
             (ReplicationStatus::Enabling, away(&shared.link))
-        } else if let (Some(source), true) = (&shared.source, shared.link.connected) {
+        } else if let Some(source) = &shared.source
+            && (shared.link.connected || source.status == ReplicationStatus::Halted)
+        {
+            // A source that halted because it is not there ends its session
+            // with that word.
             (source.status, source.message.clone())
         } else {
             (ReplicationStatus::Enabled, away(&shared.link))

@@ -1,6 +1,7 @@
 //! The service, as the daemon's configuration describes it.
 
 use replicator_common::config::SourceConfig;
+use replicator_src::engine::halt::HaltRule;
 use replicator_src::service::SourceOptions;
 
 /// The configuration's part that the service needs.
@@ -11,6 +12,11 @@ pub fn options(config: &SourceConfig) -> SourceOptions {
         settle: config.settle.get(),
         rescan_interval: config.rescan_interval.get(),
         max_batch_bytes: config.max_batch_bytes.get(),
+        halt: HaltRule {
+            percent: config.halt_deletions_percent,
+            min: config.halt_deletions_min,
+            window: config.halt_deletions_window.get(),
+        },
         ..SourceOptions::new(config.state_dir.clone())
     }
 }

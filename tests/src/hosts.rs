@@ -130,6 +130,35 @@ fn ip(arguments: &[&str]) {
     run(Command::new("ip").args(arguments));
 }
 
+/// The library of `faketime`, which stands between a program and its clock.
+#[derive(Debug)]
+struct Preload {
+    library: String,
+}
+
+impl Preload {
+    /// Asks `faketime` where its library is.
+    fn find() -> Self {
+        let output = run(Command::new("faketime").args(["-m", "-f", "+0", "env"]));
+        let library = output.lines().find_map(|line| line.strip_prefix("LD_PRELOAD="));
+        Self { library: library.expect("faketime preloads its library").to_owned() }
+    }
+
+    /// The program reads its wall clock by `clock` from now on.
+    fn apply(&self, command: &mut Command, clock: &Path) {
+        command.env("LD_PRELOAD", &self.library).env("FAKETIME_TIMESTAMP_FILE", clock);
+        for name in [
+            "DONT_FAKE_MONOTONIC",
+            "FAKETIME_DONT_FAKE_MONOTONIC",
+            "FAKETIME_NO_CACHE",
+            "FAKETIME_DISABLE_SHM",
+            "NO_FAKE_STAT",
+        ] {
+            command.env(name, "1");
+        }
+    }
+}
+
 /// Both hosts with their daemons and file systems.
 #[derive(Debug)]
 pub struct Hosts {
@@ -142,16 +171,27 @@ pub struct Hosts {
     share: Option<Share>,
     /// Starts the source's daemon, with variables that it gets wrong.
     manager: Option<Manager>,
+    /// The daemons read a wall clock that the test sets.
+    clocks: Option<Preload>,
 }
 
 impl Hosts {
     /// Both daemons run and know nothing of each other.
     pub fn strangers() -> Self {
-        Self::strangers_on(FileSystem::Ext4, FileSystem::Xfs)
+        Self::make(FileSystem::Ext4, FileSystem::Xfs, None)
     }
 
     /// The same with the file systems of source and replica.
     pub fn strangers_on(source: FileSystem, replica: FileSystem) -> Self {
+        Self::make(source, replica, None)
+    }
+
+    /// Strangers with wall clocks that can be set (see [`Self::set_clock`]).
+    pub fn with_clocks() -> Self {
+        Self::make(FileSystem::Ext4, FileSystem::Xfs, Some(Preload::find()))
+    }
+
+    fn make(source: FileSystem, replica: FileSystem, clocks: Option<Preload>) -> Self {
         let share = serial::share();
         let mut hosts = Self {
             source_daemon: None,
@@ -162,7 +202,11 @@ impl Hosts {
             replica: Mount::new(replica),
             share: Some(share),
             manager: None,
+            clocks,
         };
+        if hosts.clocks.is_some() {
+            Side::BOTH.into_iter().for_each(|side| hosts.set_clock(side, 0));
+        }
         hosts.start(Side::Destination);
         hosts.start(Side::Source);
         hosts
@@ -184,7 +228,13 @@ impl Hosts {
 
     /// Both are enrolled, and a small tree is replicated.
     pub fn enrolled() -> Self {
-        let hosts = Self::strangers();
+        Self::strangers().enrol()
+    }
+
+    /// Strangers are enrolled, and a small tree is replicated.
+    #[must_use]
+    pub fn enrol(self) -> Self {
+        let hosts = self;
         let directory = hosts.source().join("directory");
         fs::create_dir(&directory).unwrap();
         fs::write(directory.join("file"), "content").unwrap();
@@ -198,6 +248,11 @@ impl Hosts {
     /// The source's tree, a file system of its own.
     pub fn source(&self) -> &Path {
         self.source.path()
+    }
+
+    /// Mounts the source again, after the test unmounted it.
+    pub fn attach_source(&self) {
+        self.source.attach();
     }
 
     /// The replica, a file system of its own.
@@ -264,10 +319,28 @@ impl Hosts {
         if let (Side::Source, Some(manager)) = (side, &self.manager) {
             command = manager.service(&command, variables);
         }
+        if let Some(preload) = &self.clocks {
+            preload.apply(&mut command, &self.clock(side));
+        }
         let namespace = Path::new("/run/netns").join(self.network.namespace(side));
         let log = config.with_extension("log");
         let daemon = Daemon::spawn(command, API, &log).in_namespace(namespace);
         *self.slot(side) = Some(daemon);
+    }
+
+    fn clock(&self, side: Side) -> PathBuf {
+        self.scratch.path().join(format!("{}.clock", side.name()))
+    }
+
+    /// Sets the wall clock that a daemon reads, at once: so many seconds ahead of
+    /// the true time (behind it when negative). What the kernel stamps on files,
+    /// and clocks that only ever go on, stay as they are.
+    pub fn set_clock(&self, side: Side, ahead: i64) {
+        assert!(self.clocks.is_some(), "only with `Hosts::with_clocks`");
+        let (path, new) = (self.clock(side), self.clock(side).with_extension("new"));
+        fs::write(&new, format!("{ahead:+}s\n")).unwrap();
+        // Never half written for who reads it at each look at the clock.
+        fs::rename(new, path).unwrap();
     }
 
     /// Waits until the API of a daemon that was spawned answers.

@@ -96,6 +96,10 @@ impl Control for Both {
     ) -> Result<Status, ControlError> {
         self.source.set_desired(source, desired).map(|status| self.merge(status))
     }
+
+    fn accept_deletions(&self, source: &FileSystemId) -> Result<Status, ControlError> {
+        self.source.accept_deletions(source).map(|status| self.merge(status))
+    }
 }
 
 #[cfg(test)]

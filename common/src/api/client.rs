@@ -186,8 +186,8 @@ impl Client {
     }
 
     /// Ships again.
-    pub fn resume(&self, id: Option<String>) -> Result<Status, ClientError> {
-        let body = json!({ "id": id });
+    pub fn resume(&self, body: &own::ResumeBody) -> Result<Status, ClientError> {
+        let body = self.write(body)?;
         self.read(self.call("POST", "/replicator/v1/resume", Some(body), Some(ASK_TIME))?)
     }
 

@@ -87,7 +87,11 @@ impl Configuration {
             original_source_file_system_arn: arn,
             creation_time: seconds(status.creation_time),
             destinations: vec![Destination {
-                status: status.status,
+                status: match status.status {
+                    // EFS has no word for it, and its clients know only EFS's.
+                    ReplicationStatus::Halted => ReplicationStatus::Error,
+                    status => status,
+                },
                 file_system_id: status.destination_file_system_id.to_string(),
                 region: status.destination_file_system_region.clone(),
                 last_replicated_timestamp: last_replicated(status).map(seconds),

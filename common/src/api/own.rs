@@ -38,6 +38,18 @@ pub struct Target {
     pub id: Option<String>,
 }
 
+/// Ships again.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResumeBody {
+    /// As in [`Target`].
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub id: Option<String>,
+    /// Lets the deletions through for which replication has halted.
+    #[serde(default)]
+    pub accept_deletions: bool,
+}
+
 /// Waits until what was done on the source so far is on the replica.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

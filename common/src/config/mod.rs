@@ -132,6 +132,22 @@ fn absolute_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, 
     Err(serde::de::Error::custom(format!("expected an absolute path, got {path:?}")))
 }
 
+fn percent<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u8, D::Error> {
+    within(deserializer, 0, 100).map(|percent| percent as u8)
+}
+
+fn objects<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    within(deserializer, 1, 1_000_000_000)
+}
+
+fn within<'de, D: Deserializer<'de>>(deserializer: D, min: u64, max: u64) -> Result<u64, D::Error> {
+    let number = i64::deserialize(deserializer)?;
+    let valid = u64::try_from(number).ok().filter(|number| (min..=max).contains(number));
+    valid.ok_or_else(|| {
+        serde::de::Error::custom(format!("{number} is out of bounds (expected {min} to {max})"))
+    })
+}
+
 fn region<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     let text = String::deserialize(deserializer)?;
     if is_region(&text) {

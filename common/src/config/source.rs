@@ -48,6 +48,17 @@ pub struct SourceConfig {
     /// The most content bytes of small files in one batch, which bounds what
     /// is staged for it. 1 MiB to 4 GiB, default 64 MiB.
     pub max_batch_bytes: Size<{ 1 << 20 }, { 4 << 30 }>,
+    /// The share of the source's objects, in percent, with whose deletion within
+    /// `halt_deletions_window` replication halts before the replica follows.
+    /// 0 (never) to 100, default 50.
+    #[serde(deserialize_with = "super::percent")]
+    pub halt_deletions_percent: u8,
+    /// Fewer deletions than these, in objects, never halt replication. 1 to
+    /// 1,000,000,000, default 1000.
+    #[serde(deserialize_with = "super::objects")]
+    pub halt_deletions_min: u64,
+    /// Within which time deletions count together. 1 s to 7 d, default 10 min.
+    pub halt_deletions_window: Interval<1000, 604_800_000>,
     /// The watcher of a configuration whose creation names none: `auto`,
     /// `fanotify`, `inotify` or `scan`. Default `auto`.
     pub watcher: WatcherChoice,
@@ -73,6 +84,9 @@ impl Default for SourceConfig {
             settle: Interval::from_millis(500),
             rescan_interval: Interval::from_millis(60_000),
             max_batch_bytes: Size::from_bytes(64 << 20),
+            halt_deletions_percent: 50,
+            halt_deletions_min: 1000,
+            halt_deletions_window: Interval::from_millis(600_000),
             watcher: WatcherChoice::Auto,
             devices: false,
             log: "info".to_owned(),

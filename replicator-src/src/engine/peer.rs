@@ -74,6 +74,7 @@ impl Engine {
         }
         self.index.store().reset()?;
         self.index = Index::new(self.index.store().clone())?;
+        self.halt.begin_anew();
         self.in_flight.clear();
         self.reset_transfers();
         self.holds.clear();
@@ -105,12 +106,14 @@ impl Engine {
     /// Batches up to `committed` took effect; later ones are built anew.
     pub(super) fn settle(&mut self, committed: BatchId) -> Result<(), EngineError> {
         self.index.settle(committed)?;
+        self.halt.lost_after(committed);
         let settled = self.in_flight.settle(committed);
         let mut reached = Timestamp::NEVER;
         for batch in settled.done {
             reached = reached.max(batch.reached);
             self.journal.trim(batch.mark.seq)?;
             self.shared.progressed(batch.note.progress);
+            self.halt.gone(&batch.note.dropped);
         }
         for mut batch in settled.lost {
             let floors = self.holds.values_mut().map(|held| &mut held.floor);
@@ -212,6 +215,7 @@ impl Engine {
             metrics::histogram!("replicator_source_batch_seconds")
                 .record(done.note.committed_at.elapsed().as_secs_f64());
             self.shared.progressed(done.note.progress);
+            self.halt.gone(&done.note.dropped);
             self.shared.count(|counters| {
                 counters.batches += 1;
                 counters.exact_batches += u64::from(done.note.exact);
