@@ -16,6 +16,7 @@ pub mod config;
 pub mod control;
 pub mod crashsafe;
 pub mod daemon;
+pub mod describe;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod id;
@@ -28,4 +29,5 @@ pub mod status;
 pub mod stop;
 pub mod sys;
 pub mod time;
+pub mod verification;
 pub mod wire;

@@ -2,6 +2,7 @@
 
 use replicator_common::config::SourceConfig;
 use replicator_src::service::SourceOptions;
+use replicator_src::verify::Settings as Verify;
 
 /// The configuration's part that the service needs.
 pub fn options(config: &SourceConfig) -> SourceOptions {
@@ -11,6 +12,10 @@ pub fn options(config: &SourceConfig) -> SourceOptions {
         settle: config.settle.get(),
         rescan_interval: config.rescan_interval.get(),
         max_batch_bytes: config.max_batch_bytes.get(),
+        verify: Verify {
+            interval: config.verify_interval.0.map(|interval| interval.get()),
+            rate: config.verify_rate.get(),
+        },
         ..SourceOptions::new(config.state_dir.clone())
     }
 }

@@ -17,4 +17,5 @@ pub mod read;
 pub mod service;
 pub mod session;
 pub mod source;
+pub mod verify;
 pub mod watcher;

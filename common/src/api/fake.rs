@@ -72,6 +72,7 @@ fn report() -> SourceReport {
         },
         counters: Counters::default(),
         last_error: None,
+        verification: Default::default(),
     }
 }
 

@@ -8,6 +8,7 @@ pub mod fanotify;
 pub mod handle;
 pub mod mount;
 pub mod place;
+pub mod quiet;
 pub mod stat;
 pub mod xattr;
 

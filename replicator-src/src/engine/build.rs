@@ -181,6 +181,7 @@ impl Engine {
                 Record::Barrier { .. } if *seq <= self.inherited => {}
                 Record::Barrier { time } => draft.time = draft.time.max(*time),
                 other => {
+                    self.touched.record(other);
                     self.touch_holds(other)?;
                     self.dirty.absorb(other);
                 }
@@ -288,7 +289,7 @@ impl Engine {
             }
             let known = match need.new {
                 true => None,
-                false => self.index.object(&object)?,
+                false => self.disbelieve(&object, self.index.object(&object)?),
             };
             items.push(Item { object, need, known });
         }

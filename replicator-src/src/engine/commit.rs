@@ -45,6 +45,7 @@ impl Engine {
             self.members.add_linked(object);
         }
         let Assembly { ops, delta, .. } = assembly;
+        self.settle_forced(&ops);
         let dropped = dropped_by(&delta);
         let progress = progress_of(&delta, draft.resolve.equal);
         let objects = ops.iter().filter(|op| matches!(op, Op::Put { .. })).count() as u64;
@@ -83,6 +84,7 @@ impl Engine {
         delta.dead_lists.append(&mut self.dead_lists);
         metrics::histogram!("replicator_source_batch_operations").record(ops.len() as f64);
         let start = Instant::now();
+        let subjects = self.touched.sent(&delta);
         self.index.prepare(delta)?;
         tracing::debug!(%batch, operations = ops.len(), took = ?start.elapsed(), "prepared");
         // From here on the destination may have it, whatever becomes of the
@@ -102,6 +104,7 @@ impl Engine {
             durable: false,
             covered: ready.covered,
             reached: ready.reached,
+            subjects,
         });
         let sent = match &self.session {
             Some(session) => send_plan(session, batch, ops, header),

@@ -17,6 +17,7 @@
 //! - `peer`: what the destination says.
 //! - `reconcile`: a replica that was not empty.
 //! - `report`: what is told of all that.
+//! - [`verify`]: what verification asks of the loop.
 //! - [`state`]: what the loop shares with those who ask.
 
 mod astray;
@@ -29,12 +30,14 @@ mod reconcile;
 mod report;
 mod resemble;
 pub mod state;
+pub mod verify;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, select};
+use replicator_common::describe::Description;
 use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
 use replicator_common::status::{DesiredState, FailoverReport};
@@ -50,6 +53,7 @@ use crate::read::pool::Pool;
 use crate::read::sink::{SinkError, Wired};
 use crate::session::{LinkEvent, Session};
 use crate::source::{Opener, SourceError, SourceTree};
+use crate::watcher::What;
 use holds::Held;
 use state::Shared;
 
@@ -113,6 +117,8 @@ pub enum Event {
     Transfer(Box<Job>, Result<Done, LaneError>),
     /// Somebody asks.
     Command(Command),
+    /// The verifier asks.
+    Verify(verify::Query),
 }
 
 impl From<LinkEvent> for Event {
@@ -182,6 +188,8 @@ struct InFlight {
     covered: Timestamp,
     /// Every change before this moment is in the replica after it.
     reached: Timestamp,
+    /// What it touches, where verification wants to know.
+    subjects: Option<Vec<verify::Subject>>,
 }
 
 /// Everything of one running replication, source side.
@@ -245,6 +253,12 @@ pub struct Engine {
     stopping: bool,
     /// Somebody waits for the watermark: the next heartbeat comes at once.
     urgent: bool,
+    /// What changed of late, for verification.
+    touched: verify::Touched,
+    /// Objects to be sent again whatever the index says of them.
+    forced: BTreeMap<ObjectId, What>,
+    /// Who waits for the destination to describe something, in order.
+    asked: VecDeque<Sender<Description>>,
     /// Bytes put on the wire by this replication, all sessions.
     wired: Arc<Wired>,
     /// Content bytes shipped by processes before this, less what this one had
@@ -278,6 +292,8 @@ pub struct Parts {
     pub shared: Arc<Shared>,
     /// Counts the bytes put on the wire.
     pub wired: Arc<Wired>,
+    /// The engine's moments, shared with the verifier.
+    pub ticks: Arc<verify::Ticks>,
 }
 
 impl Engine {
@@ -328,6 +344,9 @@ impl Engine {
             failing: None,
             stopping: false,
             urgent: false,
+            touched: verify::Touched::new(parts.ticks),
+            forced: BTreeMap::new(),
+            asked: VecDeque::new(),
             wired: parts.wired,
             shipped_before: i128::from(mark.bytes_shipped),
         };
@@ -394,6 +413,7 @@ impl Engine {
         match event {
             Event::Link(event) => self.link(event),
             Event::Transfer(job, result) => self.transfer_done(&job, result),
+            Event::Verify(query) => self.verify(query),
             Event::Command(Command::Nudge) => {
                 self.urgent = true;
                 Ok(())

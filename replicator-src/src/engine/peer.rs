@@ -67,13 +67,16 @@ impl Engine {
     /// The index does not describe this replica: one of the sides was set back,
     /// replaced, or is new (trap 14). The index starts anew under a new
     /// incarnation, and the session with it.
-    fn distrust(&mut self, session: Session, had_peer: bool) -> Result<(), EngineError> {
+    pub(super) fn distrust(&mut self, session: Session, had_peer: bool) -> Result<(), EngineError> {
         if had_peer {
             tracing::warn!("the two sides do not remember the same history; comparing anew");
         }
         self.index.store().reset()?;
         self.index = Index::new(self.index.store().clone())?;
         self.in_flight.clear();
+        self.touched.forget();
+        self.forced.clear();
+        self.asked.clear();
         self.reset_transfers();
         self.holds.clear();
         self.dirty = Default::default();
@@ -101,6 +104,7 @@ impl Engine {
     /// Batches up to `committed` took effect; later ones are built anew.
     fn settle(&mut self, committed: BatchId) -> Result<(), EngineError> {
         self.index.settle(committed)?;
+        self.touched.forget();
         let mut reached = Timestamp::NEVER;
         for batch in std::mem::take(&mut self.in_flight) {
             if batch.mark.batch <= committed {
@@ -152,6 +156,7 @@ impl Engine {
         if self.session.as_ref().is_some_and(|session| session.number == number) {
             tracing::warn!(reason, "session lost");
             self.session = None;
+            self.asked.clear();
             self.reset_transfers();
             if self.reconcile.as_ref().is_some_and(|reconcile| !reconcile.is_complete()) {
                 self.reconcile = None;
@@ -177,6 +182,7 @@ impl Engine {
                 self.transfer_refused(transfer, &reason);
             }
             DestinationMessage::Transferred { transfer } => self.transfer_arrived(transfer),
+            DestinationMessage::Described(description) => self.described(*description),
             DestinationMessage::FailedOver { report } => {
                 if let Some((reply, _)) = self.failing.take() {
                     // Whoever asked may have given up waiting.
@@ -217,6 +223,7 @@ impl Engine {
                     self.capture.directories().forget(object);
                 }
             }
+            self.touched.applied(done.subjects);
             merged = Some(done.mark);
             reached = reached.max(done.reached);
         }

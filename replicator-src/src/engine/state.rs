@@ -14,6 +14,7 @@ use replicator_common::status::{
     ReplicationStatus, Skipped, SourceReport, StageLag, TimedError, WatcherKind, WatcherReport,
 };
 use replicator_common::time::Timestamp;
+use replicator_common::verification::Verification;
 use replicator_common::wire::{Refusal, SourceHello};
 
 use crate::clock::Clock;
@@ -100,6 +101,7 @@ impl Shared {
             },
             counters: Counters::default(),
             last_error: None,
+            verification: Default::default(),
         };
         let inner = Inner {
             report,
@@ -257,6 +259,11 @@ impl Shared {
         counters.bytes_shipped = mark.bytes_shipped;
         counters.objects_shipped = mark.objects_shipped;
         self.moved.notify_all();
+    }
+
+    /// What is known of verification.
+    pub fn verified(&self, verification: Verification) {
+        self.lock().report.verification = verification;
     }
 
     /// A file could not be read.

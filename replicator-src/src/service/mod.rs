@@ -19,6 +19,7 @@ use replicator_common::net::identity::{Identity, IdentityError};
 use replicator_common::net::token::Token;
 use replicator_common::status::{DesiredState, FailoverReport, Status};
 use replicator_common::time::Timestamp;
+use replicator_common::verification::{Findings, PassOptions};
 
 use crate::clock::Wall;
 use crate::engine::{self, EngineError};
@@ -48,6 +49,8 @@ pub struct SourceOptions {
     pub rescan_interval: Duration,
     /// Content bytes of small files in one batch, at most.
     pub max_batch_bytes: u64,
+    /// How often, and how fast, source and replica are compared.
+    pub verify: crate::verify::Settings,
     /// Where the wall clock is read: tests set it back.
     pub wall: Wall,
 }
@@ -63,6 +66,7 @@ impl SourceOptions {
             settle: engine.settle,
             rescan_interval: Duration::from_secs(60),
             max_batch_bytes: engine.batch_bytes,
+            verify: crate::verify::Settings::default(),
             wall: Wall::default(),
         }
     }
@@ -368,5 +372,18 @@ impl Control for SourceService {
             .set_desired(desired)
             .map_err(|error| ControlError::Internal(error.to_string()))?;
         Ok(replication.status())
+    }
+
+    fn verify(&self, source: &FileSystemId, options: PassOptions) -> Result<u64, ControlError> {
+        self.get(source)?.verify(options).map_err(ControlError::Conflict)
+    }
+
+    fn findings(
+        &self,
+        source: &FileSystemId,
+        pass: u64,
+        after: u64,
+    ) -> Result<Findings, ControlError> {
+        self.get(source)?.findings(pass, after).map_err(ControlError::Conflict)
     }
 }

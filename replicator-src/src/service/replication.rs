@@ -18,12 +18,14 @@ use replicator_common::status::{
     DesiredState, FailoverReport, ReplicationStatus, Status, WatcherKind,
 };
 use replicator_common::time::Timestamp;
+use replicator_common::verification::{Findings, PassOptions};
 use serde::{Deserialize, Serialize};
 
 use super::{ServiceError, SourceOptions, census};
 use crate::capture::{Capture, Members};
 use crate::clock::Clock;
 use crate::engine::state::Shared;
+use crate::engine::verify::Ticks;
 use crate::engine::{self, Command, Engine, Event, Parts};
 use crate::index::{Index, Store};
 use crate::journal::Journal;
@@ -31,6 +33,7 @@ use crate::read::pool::Pool;
 use crate::read::sink::Wired;
 use crate::session::{self, Remote};
 use crate::source::{Filter, Opener, Places, Root, SourceTree};
+use crate::verify::{self, Verifier};
 use crate::watcher::{self, DirectoryWatch};
 
 /// Format of a configuration file. Versions: 1, the first.
@@ -99,6 +102,7 @@ struct Running {
     engine: JoinHandle<()>,
     link: tokio::task::JoinHandle<()>,
     census: Option<(JoinHandle<()>, Arc<AtomicBool>)>,
+    verifier: Arc<Verifier>,
 }
 
 impl Replication {
@@ -166,7 +170,10 @@ impl Replication {
             devices: configuration.devices,
             reserved: Name::new(format!(".replicator-{}", configuration.source).as_bytes()).ok(),
         };
+        // Verification looks and watches nothing.
+        let idle = SourceTree::new(opener.clone(), filter.clone(), Arc::new(NoWatch));
         let tree = SourceTree::new(opener.clone(), filter, watch);
+        let ticks = Arc::<Ticks>::default();
         let pool = Pool::start(&opener, &store, READERS, LANES).map_err(start("readers"))?;
         let inbox = unbounded();
         let wired = Arc::<Wired>::default();
@@ -185,7 +192,7 @@ impl Replication {
                 },
                 opener,
                 tree,
-                index: Index::new(store)?,
+                index: Index::new(store.clone())?,
                 journal,
                 capture,
                 members,
@@ -194,6 +201,7 @@ impl Replication {
                 captured: announced,
                 shared: self.shared.clone(),
                 wired: wired.clone(),
+                ticks: ticks.clone(),
             },
             &reason,
         )?;
@@ -209,7 +217,18 @@ impl Replication {
             })
             .map_err(start("the engine"))?;
         let census = census::start(root, self.shared.clone()).map_err(start("the census"))?;
-        *self.running() = Some(Running { post: inbox.0, engine, link, census: Some(census) });
+        let parts = verify::Parts {
+            settings: options.verify,
+            tree: idle,
+            store,
+            post: inbox.0.clone(),
+            ticks,
+            shared: self.shared.clone(),
+        };
+        let verifier =
+            Arc::new(Verifier::start(parts, &self.directory).map_err(start("the verifier"))?);
+        let census = Some(census);
+        *self.running() = Some(Running { post: inbox.0, engine, link, census, verifier });
         Ok(())
     }
 
@@ -242,6 +261,7 @@ impl Replication {
     /// Ends everything that runs, cleanly. Repeatable.
     pub(super) fn stop(&self) {
         let Some(running) = self.running().take() else { return };
+        running.verifier.stop();
         // The engine may have ended by itself.
         let _ = running.post.send(Event::Command(Command::Stop));
         if let Some((thread, stop)) = running.census {
@@ -252,6 +272,23 @@ impl Replication {
             tracing::error!("the engine panicked");
         }
         running.link.abort();
+    }
+
+    /// Begins a pass of verification; gives its number.
+    pub(super) fn verify(&self, options: PassOptions) -> Result<u64, String> {
+        self.verifier()?.begin(options)
+    }
+
+    fn verifier(&self) -> Result<Arc<Verifier>, String> {
+        let running = self.running();
+        let verifier = running.as_ref().map(|running| running.verifier.clone());
+        verifier.ok_or_else(|| "the replication does not run".to_owned())
+    }
+
+    /// What a pass of verification has found.
+    pub(super) fn findings(&self, pass: u64, after: u64) -> Result<Findings, String> {
+        let findings = self.verifier()?.findings(pass, after);
+        findings.ok_or_else(|| format!("verification {pass} is not the last one"))
     }
 
     /// Asks the destination to fail over and returns its report, filled up with
@@ -428,6 +465,13 @@ fn load_members(root: &Root, store: &Store, members: &Members) -> Result<(), Ser
         }
     })?;
     Ok(())
+}
+
+/// For looking at directories that others watch.
+struct NoWatch;
+
+impl DirectoryWatch for NoWatch {
+    fn before_listing(&self, _: std::os::fd::BorrowedFd<'_>, _: &ObjectId) {}
 }
 
 /// A directory joins the known set, then the watcher's, before it is listed.
