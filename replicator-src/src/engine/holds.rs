@@ -250,6 +250,7 @@ impl Engine {
             return Ok(());
         };
         held.touched = false;
+        held.whole = whole;
         held.transfer = Transfer::Running { number, basis, since: Instant::now() };
         self.running.insert(number, object);
         let post = self.post.clone();
