@@ -139,11 +139,18 @@ pub struct Hosts {
     source: Mount,
     replica: Mount,
     share: Option<Share>,
+    /// Further lines of the source's configuration.
+    source_lines: String,
 }
 
 impl Hosts {
     /// Both daemons run and know nothing of each other.
     pub fn strangers() -> Self {
+        Self::strangers_with("")
+    }
+
+    /// The same, with further lines in the source's configuration.
+    pub fn strangers_with(source_lines: &str) -> Self {
         let share = serial::share();
         let mut hosts = Self {
             source_daemon: None,
@@ -153,6 +160,7 @@ impl Hosts {
             source: Mount::new(FileSystem::Ext4),
             replica: Mount::new(FileSystem::Xfs),
             share: Some(share),
+            source_lines: source_lines.to_owned(),
         };
         hosts.start(Side::Destination);
         hosts.start(Side::Source);
@@ -162,6 +170,13 @@ impl Hosts {
     /// Both are enrolled, and a small tree is replicated.
     pub fn enrolled() -> Self {
         let hosts = Self::strangers();
+        hosts.enrol();
+        hosts
+    }
+
+    /// Enrols strangers, and replicates a small tree.
+    pub fn enrol(&self) {
+        let hosts = self;
         let directory = hosts.source().join("directory");
         fs::create_dir(&directory).unwrap();
         fs::write(directory.join("file"), "content").unwrap();
@@ -169,7 +184,6 @@ impl Hosts {
         assert!(created["SourceFileSystemId"].is_string(), "EFS's JSON: {created}");
         hosts.await_enabled(Side::Source);
         hosts.settle(&"enrolled");
-        hosts
     }
 
     /// The source's tree, a file system of its own.
@@ -227,7 +241,7 @@ impl Hosts {
         let (path, state) = (self.config(side), self.scratch.path().join(side.name()));
         let region = side.region();
         let addresses = match side {
-            Side::Source => String::new(),
+            Side::Source => self.source_lines.clone(),
             Side::Destination => {
                 format!("listen = \"[::]:{LISTEN}\"\nadvertise = \"{}:{LISTEN}\"\n", side.address())
             }

@@ -282,9 +282,7 @@ impl Engine {
             }
             self.look_ahead()?;
         }
-        // Where whole directories wait to be looked at, anything in them may.
-        let looking = !self.dirty.listings.is_empty() || !self.astray.listings.is_empty();
-        if self.cursor < barrier.seq || looking || !self.is_settled() {
+        if self.cursor < barrier.seq || !self.is_settled() {
             return Ok(None);
         }
         for subject in subjects {
@@ -307,17 +305,25 @@ impl Engine {
             return Ok(true);
         }
         let waits = |of: &dyn Fn(&Dirty) -> bool| of(&self.dirty) || of(&self.astray);
+        // Where whole directories wait to be looked at, anything in them may be
+        // as it is for that reason.
+        let listed = |directory: &ObjectId| {
+            waits(&|dirty| {
+                dirty.listings.iter().any(|one| one.deep || one.directory == *directory)
+            })
+        };
         match subject {
             Subject::Entry(directory, name) => {
                 let place = (directory.clone(), name.clone());
                 let held = self.holds.values().any(|held| held.hold.entries.contains(&place));
                 let gone = self.index.object(directory)?.is_none();
+                let held = held || self.holds.contains_key(directory) || listed(directory);
                 Ok(gone || held || waits(&|dirty| dirty.entries.contains_key(&place)))
             }
             Subject::Object(object) => {
                 let Some(known) = self.index.object(object)? else { return Ok(true) };
                 let orphan = known.entry.is_none() && *object != self.opener.root().id;
-                let held = self.holds.contains_key(object);
+                let held = self.holds.contains_key(object) || listed(object);
                 if orphan || held || waits(&|dirty| dirty.objects.contains_key(object)) {
                     return Ok(true);
                 }
@@ -325,7 +331,8 @@ impl Engine {
                 for (directory, name) in self.index.links(object)? {
                     let entry = Subject::Entry(directory.clone(), name.clone());
                     let place = (directory, name);
-                    if self.touched.since(&entry, since)
+                    if listed(&place.0)
+                        || self.touched.since(&entry, since)
                         || waits(&|dirty| dirty.entries.contains_key(&place))
                     {
                         return Ok(true);

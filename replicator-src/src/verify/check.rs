@@ -165,7 +165,18 @@ impl Checker {
             return Verdict::NotNow;
         };
         let Some(described) = described.into_iter().next() else { return Verdict::NotNow };
-        self.compare(object, &seen, hash, described, abilities)
+        let verdict = self.compare(object, &seen, hash, described, abilities);
+        let large = seen.state.kind == Kind::File && !small;
+        match &verdict {
+            // What is wrong with its time may be wrong with its content.
+            Verdict::Different(found) if large && found.kind == DifferenceKind::Attributes => {
+                match self.content(object, 0) {
+                    Verdict::Equal => verdict,
+                    other => other,
+                }
+            }
+            _ => verdict,
+        }
     }
 
     /// Compares an object that both sides have described.

@@ -1,5 +1,6 @@
 //! The verifier's thread: waits for the next pass, makes it, tells of it.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
 use replicator_common::time::Timestamp;
-use replicator_common::verification::{Difference, OBJECT_COST, PassOptions};
+use replicator_common::verification::{Difference, DifferenceKind, OBJECT_COST, PassOptions};
 use replicator_common::wire::{Hash, PACK_MAX};
 
 use super::board::Board;
@@ -55,6 +56,8 @@ pub(super) struct Thread {
     cursor: Option<ObjectId>,
     /// The pass has differences that stayed.
     stayed: bool,
+    /// Objects whose content was found to differ.
+    content: HashSet<ObjectId>,
     saved: Instant,
     pace: Pace,
 }
@@ -78,6 +81,7 @@ impl Thread {
             queue: Queue::default(),
             cursor: None,
             stayed: false,
+            content: HashSet::new(),
             saved: Instant::now(),
             pace: Pace::new(None),
         }
@@ -93,6 +97,7 @@ impl Thread {
             self.checker.ticks.set_active(true);
             let ended = self.pass();
             self.queue.clear();
+            self.content.clear();
             self.checker.rest();
             self.checker.ticks.set_active(false);
             // The engine may have ended.
@@ -300,18 +305,18 @@ impl Thread {
 
     /// What is due beside the walk: requests, second looks, saving, pausing.
     fn turn(&mut self) -> Result<(), Stopped> {
-        self.listen()?;
-        while let Some(waiting) = self.queue.take(Instant::now()) {
-            self.settle(waiting);
+        loop {
             self.listen()?;
-        }
-        if self.saved.elapsed() >= SAVE {
-            self.save();
-        }
-        self.pace.add(std::mem::take(&mut self.checker.read));
-        while let Some(pause) = self.pace.pause() {
+            while let Some(waiting) = self.queue.take(Instant::now()) {
+                self.settle(waiting);
+                self.listen()?;
+            }
+            if self.saved.elapsed() >= SAVE {
+                self.save();
+            }
+            self.pace.add(std::mem::take(&mut self.checker.read));
+            let Some(pause) = self.pace.pause() else { break };
             std::thread::sleep(pause.min(PULSE));
-            self.listen()?;
         }
         if self.queue.len() == 0 {
             self.checker.ticks.settle(self.checker.ticks.now());
@@ -583,6 +588,19 @@ impl Thread {
     }
 
     fn different(&mut self, waiting: Waiting, found: Found, now: Instant) {
+        // A large file is met twice: for its state, and for its content.
+        let content = match &waiting.item {
+            Item::Object(object) | Item::Content(object, _)
+                if found.kind == DifferenceKind::Content =>
+            {
+                Some(object.clone())
+            }
+            _ => None,
+        };
+        let known = content.as_ref().is_some_and(|object| self.content.contains(object));
+        if known && matches!(waiting.stage, Stage::Suspect) {
+            return;
+        }
         let repair = self.record.running.as_ref().is_some_and(|running| running.options.repair);
         let difference = match &waiting.stage {
             Stage::Doubt => return self.queue.put_back(waiting.suspect(now)),
@@ -602,8 +620,14 @@ impl Thread {
             return;
         }
         if !repair {
+            self.content.extend(content);
             return self.tell(difference, false);
         }
+        if !self.checker.repair(found.repair) {
+            // Batches are under way.
+            return self.queue.put_back(waiting.soon(now));
+        }
+        self.content.extend(content);
         if matches!(waiting.stage, Stage::Suspect) {
             tracing::warn!(
                 kind = difference.kind.as_str(),
@@ -613,11 +637,7 @@ impl Thread {
                 "the replica differs and is put right"
             );
         }
-        if self.checker.repair(found.repair) {
-            self.queue.put_back(waiting.repairing(difference, now));
-        } else {
-            self.queue.put_back(waiting.later(now));
-        }
+        self.queue.put_back(waiting.repairing(difference, now));
     }
 
     fn tell(&mut self, difference: Difference, repaired: bool) {

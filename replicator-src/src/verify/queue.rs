@@ -61,6 +61,12 @@ impl Waiting {
         self
     }
 
+    /// It is a difference that cannot be put right just now.
+    pub(super) fn soon(mut self, now: Instant) -> Self {
+        self.due = now + FIRST;
+        self
+    }
+
     /// It could not be told now, for reasons that are not its own.
     pub(super) fn later(mut self, now: Instant) -> Self {
         self.due = now + SECOND;
