@@ -33,7 +33,8 @@ pub enum Side {
 }
 
 impl Side {
-    const BOTH: [Self; 2] = [Self::Source, Self::Destination];
+    /// Both of them.
+    pub const BOTH: [Self; 2] = [Self::Source, Self::Destination];
 
     fn name(self) -> &'static str {
         match self {

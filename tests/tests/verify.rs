@@ -448,17 +448,13 @@ fn the_daemons_verify_by_themselves() {
     let mut hosts = Hosts::strangers_with("verify_interval = \"1s\"\n");
     let door = BackDoor::new(hosts.replica());
     hosts.enrol();
-    for (round, killed) in [None, Some(Side::Destination), Some(Side::Source)].iter().enumerate() {
+    for (round, killed) in Side::BOTH.into_iter().enumerate() {
         let name = format!("directory/file-{round}");
         fs::write(hosts.source().join(&name), format!("round {round}")).unwrap();
         hosts.settle(&round);
-        if let Some(side) = killed {
-            hosts.kill(*side);
-        }
+        hosts.kill(killed);
         door.flip(&name, 2);
-        if let Some(side) = killed {
-            hosts.start(*side);
-        }
+        hosts.start(killed);
         let start = Timestamp::now();
         for side in [Side::Source, Side::Destination] {
             let found = await_verification(&hosts, side, |now| {
@@ -473,8 +469,11 @@ fn the_daemons_verify_by_themselves() {
     let refused = hosts.on(Side::Destination, &["verify"]);
     assert_eq!(refused.code, Some(1), "{refused:#?}");
     assert!(refused.stderr.contains("only the source verifies"), "{refused:#?}");
+    let described = hosts.on(Side::Source, &["describe-replication-configurations"]).json();
+    let destination = &described["Replications"][0]["Destinations"][0];
+    assert!(destination["LastVerifiedTimestamp"].is_number(), "{described}");
     let status = hosts.on(Side::Destination, &["status"]).success();
-    assert!(status.stdout.contains("verified up to"), "{}", status.stdout);
+    assert!(status.stdout.contains("  verified        up to 2"), "{}", status.stdout);
 }
 
 fn await_verification(
