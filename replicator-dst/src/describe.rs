@@ -52,9 +52,8 @@ impl Describer {
         answers: mpsc::UnboundedSender<Description>,
     ) -> std::io::Result<Self> {
         let (questions, inbox) = sync_channel(QUESTIONS_MAX);
-        std::thread::Builder::new()
-            .name(format!("describe-{}", replica.config.source))
-            .spawn(move || {
+        std::thread::Builder::new().name(format!("describe-{}", replica.config.source)).spawn(
+            move || {
                 quiet::background_thread();
                 let mut look = Look::new(replica);
                 for question in inbox {
@@ -62,7 +61,8 @@ impl Describer {
                         return;
                     }
                 }
-            })?;
+            },
+        )?;
         Ok(Self { questions })
     }
 
@@ -213,13 +213,18 @@ impl Look {
 
     fn range(&mut self, object: &ObjectId, offset: u64, length: u64) -> RangeSeen {
         let file = match self.open(object, OFlags::PATH) {
-            Ok(Some(fd)) => open_content(fd.as_fd()).map_err(|error| error.to_string()),
+            Ok(Some(fd)) => match stat::of_fd(&fd) {
+                Ok(stat) if stat.kind == Kind::File => open_content(fd.as_fd()),
+                // Opening a device would do something.
+                Ok(_) => return RangeSeen::Missing,
+                Err(error) => Err(error),
+            }
+            .map_err(|error| error.to_string()),
             Ok(None) => return RangeSeen::Missing,
             Err(error) => Err(error),
         };
-        let read = file.and_then(|file| {
-            self.hash(&file, offset, length).map_err(|error| error.to_string())
-        });
+        let read = file
+            .and_then(|file| self.hash(&file, offset, length).map_err(|error| error.to_string()));
         match read {
             Ok((length, hash)) => RangeSeen::Read { length, hash },
             Err(error) => RangeSeen::Unreadable(error),

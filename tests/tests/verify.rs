@@ -13,8 +13,8 @@ use std::time::{Duration, Instant, SystemTime};
 use replicator_common::time::Timestamp;
 use replicator_common::verification::{Difference, DifferenceKind, Verification};
 use replicator_tests::compare;
-use replicator_tests::mounts::FileSystem::{Btrfs, Ext4, Xfs};
 use replicator_tests::hosts::{Hosts, Side};
+use replicator_tests::mounts::FileSystem::{Btrfs, Ext4, Xfs};
 use replicator_tests::mounts::{Scratch, run};
 use replicator_tests::process::{Daemon, Ended, replicator};
 use replicator_tests::scenario::{Layout, Pair, patience};
@@ -161,8 +161,7 @@ fn a_bit_that_flipped_in_the_replica_is_found_and_put_right() {
     let ended = verify(&daemon, &[]);
     let found = differences(&ended);
     let content = DifferenceKind::Content;
-    let mut expected =
-        vec![(content, "d/file-7"), (content, "d/linked-1"), (content, "large")];
+    let mut expected = vec![(content, "d/file-7"), (content, "d/linked-1"), (content, "large")];
     // Either of its names is the object's.
     let linked: Vec<_> = found.iter().map(|one| one.path.as_str()).collect();
     let big = if linked.contains(&"d/big-linked") { "d/big-linked" } else { "d/e/big-linked" };

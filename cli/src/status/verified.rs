@@ -45,7 +45,10 @@ pub(super) fn rows(rows: &mut Rows, now: &Verification, time_now: Timestamp) {
         ));
     }
     rows.list("verified", lines);
-    rows.list("differed", now.differences.iter().rev().take(DIFFERENCES).map(|one| difference(one, time_now)));
+    rows.list(
+        "differed",
+        now.differences.iter().rev().take(DIFFERENCES).map(|one| difference(one, time_now)),
+    );
     rows.list("not verified", paths(&now.errors));
 }
 

@@ -69,10 +69,7 @@ impl Api {
                 let source = self.find(body.id.as_deref())?;
                 let options = PassOptions { repair: body.repair, rate: body.bytes_per_second };
                 let pass = self.control.verify(&source, options)?;
-                Answer::json(&own::VerifyAnswer {
-                    source_file_system_id: source.to_string(),
-                    pass,
-                })
+                Answer::json(&own::VerifyAnswer { source_file_system_id: source.to_string(), pass })
             }
             Operation::Own(Own::Findings) => {
                 let body: own::FindingsBody = parse(body)?;

@@ -215,10 +215,7 @@ impl Touched {
 }
 
 fn entry_subjects(directory: &ObjectId, name: &Name) -> [Subject; 2] {
-    [
-        Subject::Object(directory.clone()),
-        Subject::Entry(directory.clone(), name.clone()),
-    ]
+    [Subject::Object(directory.clone()), Subject::Entry(directory.clone(), name.clone())]
 }
 
 impl Engine {
@@ -308,9 +305,7 @@ impl Engine {
         // Where whole directories wait to be looked at, anything in them may be
         // as it is for that reason.
         let listed = |directory: &ObjectId| {
-            waits(&|dirty| {
-                dirty.listings.iter().any(|one| one.deep || one.directory == *directory)
-            })
+            waits(&|dirty| dirty.listings.iter().any(|one| one.deep || one.directory == *directory))
         };
         match subject {
             Subject::Entry(directory, name) => {

@@ -87,10 +87,13 @@ impl Board {
 
     /// Something could not be read.
     pub(super) fn unreadable(&self, path: String, error: String) {
-        tracing::warn!(path, error, "cannot be read and was not verified");
         self.change(|now| {
+            // It is met again when the session was lost meanwhile.
+            if now.errors.iter().any(|known| known.path == path) {
+                return;
+            }
+            tracing::warn!(path, error, "cannot be read and was not verified");
             now.read_errors += 1;
-            now.errors.retain(|known| known.path != path);
             if now.errors.len() >= EXAMPLES_MAX {
                 now.errors.remove(0);
             }

@@ -355,7 +355,15 @@ impl Checker {
             _ => return Verdict::Equal,
         };
         let silent = false;
-        Verdict::Different(Box::new(Found { kind, source, replica, repair, silent, subjects, ctime }))
+        Verdict::Different(Box::new(Found {
+            kind,
+            source,
+            replica,
+            repair,
+            silent,
+            subjects,
+            ctime,
+        }))
     }
 
     /// Whether the replica has an object under any name; `None` when that cannot

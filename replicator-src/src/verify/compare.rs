@@ -32,7 +32,13 @@ pub fn attributes(
     let mask = if abilities.chown { 0o7777 } else { 0o1777 };
     let modes = source.kind != Kind::Symlink && (a.mode ^ b.mode) & mask != 0;
     note(modes, format!("mode {:04o}", a.mode), format!("mode {:04o}", b.mode));
-    let mtime = |of: &Attributes| format!("mtime {}.{:09}", of.mtime.0.div_euclid(1_000_000_000), of.mtime.0.rem_euclid(1_000_000_000));
+    let mtime = |of: &Attributes| {
+        format!(
+            "mtime {}.{:09}",
+            of.mtime.0.div_euclid(1_000_000_000),
+            of.mtime.0.rem_euclid(1_000_000_000)
+        )
+    };
     note(!same_time(a.mtime, b.mtime), mtime(a), mtime(b));
     let (x, y) = (comparable(&a.xattrs, abilities), comparable(&b.xattrs, abilities));
     note(x != y, xattrs(&x, &y), xattrs(&y, &x));
@@ -76,7 +82,11 @@ fn xattrs(own: &[&Xattr], other: &[&Xattr]) -> String {
         .filter(|xattr| !other.contains(xattr))
         .map(|xattr| String::from_utf8_lossy(&xattr.name).into_owned())
         .collect();
-    if names.is_empty() { "no such xattrs".to_owned() } else { format!("xattrs {}", names.join(" ")) }
+    if names.is_empty() {
+        "no such xattrs".to_owned()
+    } else {
+        format!("xattrs {}", names.join(" "))
+    }
 }
 
 #[cfg(test)]

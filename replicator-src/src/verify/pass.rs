@@ -238,6 +238,7 @@ impl Thread {
             let Some((last, _)) = chunk.last() else { break };
             let next = last.clone();
             while !self.examine(&chunk)? {
+                std::thread::sleep(PATIENCE);
                 self.wait_until_ready()?;
                 self.turn()?;
             }
@@ -426,10 +427,7 @@ impl Thread {
 
     /// Hashes of the small files among the objects, read while the destination
     /// reads its own. What could not be read has none.
-    fn hashes(
-        &mut self,
-        seen: &[(&ObjectId, &Known, Seen)],
-    ) -> Result<Vec<Option<Hash>>, Stopped> {
+    fn hashes(&mut self, seen: &[(&ObjectId, &Known, Seen)]) -> Result<Vec<Option<Hash>>, Stopped> {
         let mut hashes = Vec::with_capacity(seen.len());
         for (object, known, found) in seen {
             let mut cost = OBJECT_COST;

@@ -87,7 +87,8 @@ mod tests {
         let mut running = Running::new(PassOptions { repair: true, rate: None }, true);
         assert_eq!(running.cursor(), None);
         running.set_cursor(Some(&object));
-        let record = Record { running: Some(running), next: Some(Timestamp(7)), ..Record::default() };
+        let record =
+            Record { running: Some(running), next: Some(Timestamp(7)), ..Record::default() };
         file.write(&record).unwrap();
         let read = file.read();
         assert_eq!(read, record);
