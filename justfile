@@ -23,6 +23,11 @@ e2e FILTER="":
 replay SEED TEST:
     REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-tests --tests -- --exact --nocapture {{ TEST }}
 
+# Kills both daemons at random instants under a random workload for so long (as root). A SEED, which a
+# failed run prints, names the victims, the moments and the workload.
+torture SECONDS="600" SEED="":
+    REPLICATOR_TORTURE_SECONDS={{ SECONDS }} REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-tests --test torture -- --nocapture
+
 # Looks for inputs that break TARGET (frame, journal_record, log_record or session) until stopped.
 # Needs nightly and cargo-fuzz: `rustup toolchain install nightly`, `cargo install cargo-fuzz`. What
 # it finds goes into fuzz/corpus/TARGET, which `cargo test` replays on stable.

@@ -57,12 +57,22 @@ impl StateLock {
             }
             Err(error) => return Err(failed(error.into())),
         }
-        file.set_len(0)
+        let written = file
+            .set_len(0)
             .and_then(|()| file.rewind())
-            .and_then(|()| writeln!(file, "{}", std::process::id()))
-            .map_err(failed)?;
+            .and_then(|()| writeln!(file, "{}", std::process::id()));
+        match written {
+            // The lock is held all the same; the id is for people. A full disk
+            // must not keep anybody from failing over.
+            Err(error) if is_full(&error) => {}
+            written => written.map_err(failed)?,
+        }
         Ok(Self { _file: file })
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 fn owner(file: &mut File) -> String {

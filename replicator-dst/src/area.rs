@@ -187,7 +187,12 @@ impl Area {
     }
 
     fn incarnation_path(&self) -> PathBuf {
-        PathBuf::from(proc_path(self.hidden.as_fd())).join("incarnation")
+        self.hidden_path().join("incarnation")
+    }
+
+    /// A path on the writable side to our hidden directory, good in this process.
+    pub fn hidden_path(&self) -> PathBuf {
+        PathBuf::from(proc_path(self.hidden.as_fd()))
     }
 
     /// The incarnation that this replica says it belongs to.

@@ -35,6 +35,7 @@ use crate::readonly::{self, ReadOnlyError};
 use crate::replica::{
     Config, Point, Replica, ReplicaError, ReplicaOptions, last_replicated, time_since_last_sync,
 };
+use crate::reserve;
 use crate::seal::{join, needed_by};
 use crate::stage::Stager;
 use crate::store::{SetAsideItem, StoreError};
@@ -128,6 +129,9 @@ struct Record {
 /// Fails over. The applier's thread calls this, or [`offline`]; nobody else
 /// writes to the replica meanwhile.
 pub fn run(replica: &Replica, tree: &mut Tree) -> Result<FailoverReport, FailoverError> {
+    // What follows writes, and the disks may be full.
+    reserve::give_back(&replica.directory);
+    reserve::give_back(&replica.area.hidden_path());
     let path = replica.directory.join(RECORD_FILE);
     let mut record: Record = match crashsafe::read(&path, &RECORD)? {
         Some(record) => record,
@@ -523,12 +527,32 @@ fn set_aside(
     Ok(Some(name.to_string()))
 }
 
-/// Removes the configuration first: without it the rest is only litter.
+/// Removes the configuration first: without it the rest is only litter. The
+/// record goes last: it says that the litter is ours to remove.
 fn forget(directory: &Path) -> Result<(), FailoverError> {
     Config::remove(directory)?;
-    crashsafe::remove(&directory.join("store.redb"))?;
+    Ok(clear(directory)?)
+}
+
+fn clear(directory: &Path) -> Result<(), StateFileError> {
+    // What ends in .new was being written when somebody died.
+    for name in ["store.redb", "config.new", "failover.new"] {
+        crashsafe::remove(&directory.join(name))?;
+    }
+    reserve::give_back(directory);
     crashsafe::remove(&directory.join(RECORD_FILE))?;
     // What else stands there is not ours to delete.
+    let _ = std::fs::remove_dir(directory);
+    Ok(())
+}
+
+/// Removes what a failover that was interrupted at its very end has left of a
+/// directory without a configuration.
+pub(crate) fn sweep(directory: &Path) -> Result<(), StateFileError> {
+    if begun(directory) {
+        return clear(directory);
+    }
+    // Only when it is empty.
     let _ = std::fs::remove_dir(directory);
     Ok(())
 }
@@ -559,6 +583,8 @@ pub fn offline(
 
 /// Opens a replica only to fail over; also ends a failover that was interrupted.
 pub fn open_and_run(directory: &Path, config: Config) -> Result<FailoverReport, FailoverError> {
+    // Even opening the store writes.
+    reserve::give_back(directory);
     if let Some(record) = crashsafe::read::<Record>(&directory.join(RECORD_FILE), &RECORD)?
         && record.released
     {

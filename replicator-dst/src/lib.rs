@@ -23,6 +23,7 @@ pub mod readonly;
 pub mod receive;
 pub mod reconcile;
 pub mod replica;
+pub mod reserve;
 pub mod seal;
 pub mod service;
 pub mod session;

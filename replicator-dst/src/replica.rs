@@ -25,6 +25,7 @@ use crate::area::{Area, AreaError, hidden_name};
 use crate::locate::Locator;
 use crate::mark;
 use crate::readonly::{Protection, ReadOnlyError};
+use crate::reserve;
 use crate::store::{SetAsideItem, Standing, Store, StoreError};
 use crate::tree;
 
@@ -205,6 +206,9 @@ impl Replica {
             clock_offset_nanos: standing.clock_offset,
             last_error: None,
         };
+        reserve::keep(directory);
+        reserve::keep(&area.hidden_path());
+        let told = told_before_redo(&standing);
         let mut abilities = tree::abilities(&area);
         abilities.handles &= !options.by_path;
         let shared = Shared {
@@ -217,7 +221,7 @@ impl Replica {
             source: None,
             heard: None,
             desired: config.desired,
-            standing: standing.clone(),
+            standing: told,
         };
         Ok(Arc::new(Self {
             directory: directory.to_owned(),
@@ -234,6 +238,21 @@ impl Replica {
             shared: Mutex::new(shared),
             config,
         }))
+    }
+
+    /// Whether the last logged batch is applied: what is told of the replica is
+    /// all that is known then.
+    pub fn is_redone(&self) -> bool {
+        self.applied.load(Ordering::Acquire) >= self.shared().durable.0
+    }
+
+    /// Waits until the replica is between batches, or says why it cannot be: so
+    /// that who asks next finds the claims that were made before a crash. One
+    /// that is not there by `until` claims nothing until it is.
+    pub fn await_redo(&self, until: Instant) {
+        while !self.is_redone() && self.shared().stalled.is_none() && Instant::now() < until {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
     }
 
     /// The changing part. A panic of another holder leaves it usable: each
@@ -327,6 +346,18 @@ impl Replica {
             destination: Some(destination),
         }
     }
+}
+
+/// What may be told of a replica that was just opened. While the last logged
+/// batch has to be redone, part of it may be missing, so nothing is claimed: what
+/// the store holds are the claims of that batch.
+fn told_before_redo(standing: &Standing) -> Standing {
+    let mut told = standing.clone();
+    if standing.applied < standing.committed {
+        told.watermark = Timestamp::NEVER;
+        told.last_consistent = None;
+    }
+    told
 }
 
 /// EFS's LastReplicatedTimestamp. The source sends [`Timestamp::NEVER`] until

@@ -39,6 +39,8 @@ use crate::suitable::{self, Unsuitable};
 
 /// How long stagers and the applier may take to come to an end.
 const QUIET: Duration = Duration::from_secs(10);
+/// How long the start waits for batches that have to be redone.
+const REDO: Duration = Duration::from_secs(5);
 /// How long the endpoint may take to say that its connections are closed. It
 /// would go on for three round trips in case the word is lost; then a source
 /// finds out by itself.
@@ -182,6 +184,8 @@ impl DestinationService {
                 }
             }
         }
+        let until = Instant::now() + REDO;
+        running.values().for_each(|one| one.replica.await_redo(until));
         let endpoint = quic::listen(options.listen, &identity, book.clone())?;
         let inner = Arc::new(Inner {
             options,

@@ -17,6 +17,7 @@ use replicator_common::net::identity::Fingerprint;
 use replicator_common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::failover;
 use crate::replica::Config;
 
 const VERSION: Format = Format { name: "destination", version: 1 };
@@ -52,15 +53,17 @@ fn check_version(directory: &Path) -> Result<(), StateFileError> {
 }
 
 /// The configurations, by their directories. One whose failover got as far as
-/// removing the configuration is none any more.
+/// removing the configuration is none any more; what it left is removed. To be
+/// called by the process that holds the state directory.
 pub fn replicas(directory: &Path) -> Result<Vec<(PathBuf, Config)>, StateFileError> {
     let parent = directory.join("replicas");
     crashsafe::create_directory(&parent)?;
     let mut found = Vec::new();
     for entry in std::fs::read_dir(&parent).map_err(StateFileError::io("list", &parent))? {
         let path = entry.map_err(StateFileError::io("list", &parent))?.path();
-        if let Some(config) = Config::read(&path)? {
-            found.push((path, config));
+        match Config::read(&path)? {
+            Some(config) => found.push((path, config)),
+            None => failover::sweep(&path)?,
         }
     }
     found.sort_by_key(|(_, config)| config.creation_time);

@@ -8,16 +8,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::{Batch, FakeSource, ROOT, World, id, state};
+use common::{Batch, FakeSource, ROOT, World, id, once, state};
 use replicator_common::control::{Control, DeletionMode};
 use replicator_common::id::{BatchId, TransferId};
 use replicator_common::object::Kind;
+use replicator_common::status::Status;
+use replicator_common::time::Timestamp;
 use replicator_common::wire::{
     ContentSource, DataFrame, DestinationMessage, Hash, Layout, Op, Piece, SourceMessage,
     TransferBegin,
 };
 use replicator_dst::readonly::Protection;
-use replicator_dst::replica::Point;
+use replicator_dst::replica::{Point, Replica};
 use replicator_dst::service::DestinationService;
 
 fn finish(world: &World, service: &DestinationService) {
@@ -194,4 +196,50 @@ fn trap_16_the_descriptor_that_is_synced_is_real() {
     assert!(!flags.contains(rustix::fs::OFlags::PATH), "{flags:?}");
     rustix::fs::syncfs(protection.root()).unwrap();
     protection.release().unwrap();
+}
+
+/// After a crash the store holds the claims of a batch that is logged and not
+/// applied: nobody is told of them before it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_redone_yet_is_not_claimed() {
+    let mut world = World::new();
+    let service = world.open(None).await;
+    world.enrol(&service, false).await;
+    world.connect(&service, 0).await.apply(1, &Batch::new().root()).await;
+    let claimed = |status: &Status| status.destination.as_ref().unwrap().last_replicated.unwrap();
+    let first = claimed(&service.list()[0]);
+    service.shutdown().await;
+    drop(service);
+
+    let service = world.open(Some(once(Point::Committed))).await;
+    let mut source = world.connect(&service, 1).await;
+    source.send(2, &Batch::new().directory(ROOT).file(2, ROOT, "a", b"alpha")).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    service.shutdown().await;
+    drop((service, source));
+
+    let (directory, config) = replicator_dst::state::replicas(&world.state).unwrap().remove(0);
+    let options = replicator_dst::replica::ReplicaOptions::default();
+    let mut opened = None;
+    for _ in 0..200 {
+        // The one before may still be closing its store.
+        match Replica::open(&directory, config.clone(), options.clone()) {
+            Ok(replica) => {
+                opened = Some(replica);
+                break;
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+    let replica = opened.expect("the replica can be opened");
+    assert!(!world.replica.join("a").exists() && !replica.is_redone());
+    let told = replica.report(Timestamp::now());
+    assert_eq!((told.last_replicated, told.last_consistent), (None, None));
+    drop(replica);
+
+    let service = world.open(None).await;
+    // No waiting: the claim is there as soon as anybody can ask.
+    assert!(claimed(&service.list()[0]) > first);
+    assert!(world.replica.join("a").exists());
+    service.delete(&world.source, DeletionMode::LocalConfigurationOnly).unwrap();
 }

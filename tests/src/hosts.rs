@@ -147,19 +147,24 @@ pub struct Hosts {
 impl Hosts {
     /// Both daemons run and know nothing of each other.
     pub fn strangers() -> Self {
-        Self::strangers_with("")
+        Self::strangers_on(FileSystem::Ext4, FileSystem::Xfs)
+    }
+
+    /// The same with the file systems of source and replica.
+    pub fn strangers_on(source: FileSystem, replica: FileSystem) -> Self {
+        Self::strangers_with(source, replica, "")
     }
 
     /// The same, with further lines in the source's configuration.
-    pub fn strangers_with(source_lines: &str) -> Self {
+    pub fn strangers_with(source: FileSystem, replica: FileSystem, source_lines: &str) -> Self {
         let share = serial::share();
         let mut hosts = Self {
             source_daemon: None,
             destination_daemon: None,
             network: Network::new(),
             scratch: Scratch::new("hosts"),
-            source: Mount::new(FileSystem::Ext4),
-            replica: Mount::new(FileSystem::Xfs),
+            source: Mount::new(source),
+            replica: Mount::new(replica),
             share: Some(share),
             source_lines: source_lines.to_owned(),
         };
@@ -211,20 +216,43 @@ impl Hosts {
         self.slot(side).take().unwrap().kill();
     }
 
+    /// Whether a daemon is there; it may have ended by itself.
+    pub fn is_started(&self, side: Side) -> bool {
+        match side {
+            Side::Source => self.source_daemon.is_some(),
+            Side::Destination => self.destination_daemon.is_some(),
+        }
+    }
+
+    /// A daemon's state directory.
+    pub fn state_dir(&self, side: Side) -> PathBuf {
+        self.scratch.path().join(side.name())
+    }
+
     /// Starts a daemon and waits until its API answers.
     pub fn start(&mut self, side: Side) {
         let config = self.write_config(side);
         let mut check = Command::new(side.program());
         check.args(["check-config", "--config"]).arg(&config);
         run_to_end(check, Duration::from_secs(10)).success();
+        self.spawn(side);
+        self.slot(side).as_mut().unwrap().wait_ready();
+    }
 
+    /// Starts a daemon that was started before, and waits for nothing.
+    pub fn spawn(&mut self, side: Side) {
+        let config = self.config(side);
         let mut command = self.network.inside(side, side.program());
         command.args(["serve", "--config"]).arg(&config);
         let namespace = Path::new("/run/netns").join(self.network.namespace(side));
         let log = config.with_extension("log");
-        let mut daemon = Daemon::spawn(command, API, &log).in_namespace(namespace);
-        daemon.wait_ready();
+        let daemon = Daemon::spawn(command, API, &log).in_namespace(namespace);
         *self.slot(side) = Some(daemon);
+    }
+
+    /// Waits until the API of a daemon that was spawned answers.
+    pub fn wait_ready(&mut self, side: Side) {
+        self.slot(side).as_mut().unwrap().wait_ready();
     }
 
     fn slot(&mut self, side: Side) -> &mut Option<Daemon> {
@@ -239,7 +267,7 @@ impl Hosts {
     }
 
     fn write_config(&self, side: Side) -> PathBuf {
-        let (path, state) = (self.config(side), self.scratch.path().join(side.name()));
+        let (path, state) = (self.config(side), self.state_dir(side));
         let region = side.region();
         let addresses = match side {
             Side::Source => self.source_lines.clone(),

@@ -10,6 +10,7 @@
 //! that was skipped looks exactly like one that passed.
 
 pub mod binary;
+pub mod cgroup;
 pub mod compare;
 pub mod disk;
 pub mod hosts;
@@ -18,5 +19,7 @@ pub mod process;
 pub mod scenario;
 pub mod serial;
 pub mod stamps;
+pub mod torture;
 pub mod trace;
 pub mod workload;
+pub mod wreck;

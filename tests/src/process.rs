@@ -211,12 +211,18 @@ impl Daemon {
         assert_eq!(status.signal(), Some(libc::SIGKILL));
     }
 
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+
     /// Waits for the end of a process that ends by itself.
     pub fn join(mut self, limit: Duration) -> ExitStatus {
         self.await_end_within(limit)
     }
 
-    fn signal(&self, signal: Signal) {
+    /// Sends a signal, and waits for nothing.
+    pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_child(&self.child);
         rustix::process::kill_process(pid, signal).unwrap();
     }

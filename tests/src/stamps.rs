@@ -5,23 +5,71 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use replicator_common::time::Timestamp;
+
+/// What a name holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum State {
+    /// Nothing.
+    Gone,
+    /// That version of the file that was first called so.
+    Is(String, u64),
+}
+
+/// A name's change from one state to the next.
+#[derive(Clone, Debug)]
+struct Change {
+    to: State,
+    /// The moment after the system call that made it; `None` while it runs.
+    /// Taken after the call returned: what was done before a claimed time
+    /// certainly has an end before it.
+    done: Option<Timestamp>,
+}
 
 /// Writes stamped files and remembers when each version was closed.
 #[derive(Debug)]
 pub struct Stamper {
     root: PathBuf,
-    /// By name: the versions in order, each with the moment after its close.
-    written: Mutex<HashMap<String, Vec<(u64, Timestamp)>>>,
+    /// By name: its changes in order.
+    changes: Mutex<HashMap<String, Vec<Change>>>,
 }
 
 impl Stamper {
     /// Writes below `root`.
     pub fn new(root: &Path) -> Self {
-        Self { root: root.to_owned(), written: Mutex::new(HashMap::new()) }
+        Self { root: root.to_owned(), changes: Mutex::default() }
+    }
+
+    /// Where it writes.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    fn changes(&self) -> MutexGuard<'_, HashMap<String, Vec<Change>>> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes changes and remembers them; each name is one thread's at a time.
+    fn change(
+        &self,
+        all: &[(&str, State)],
+        make: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<()> {
+        for (name, to) in all {
+            let change = Change { to: to.clone(), done: None };
+            self.changes().entry((*name).to_owned()).or_default().push(change);
+        }
+        make()?;
+        let done = Some(Timestamp::now());
+        for (name, _) in all {
+            let mut changes = self.changes();
+            let last = changes.get_mut(*name).and_then(|changes| changes.last_mut());
+            last.expect("it was put there above").done = done;
+        }
+        Ok(())
     }
 
     /// Writes version `version` (from 1) of `name`. The first version of a
@@ -34,48 +82,88 @@ impl Stamper {
         if let Some(directory) = path.parent() {
             fs::create_dir_all(directory)?;
         }
-        if name.ends_with(".log") {
-            let mut log = File::options().append(true).create(true).open(&path)?;
-            log.write_all(line(name, version).as_bytes())?;
-        } else if version == 1 {
-            fs::write(&path, content(name, version))?;
-        } else {
-            let temporary = path.with_extension("new");
-            fs::write(&temporary, content(name, version))?;
-            fs::rename(&temporary, &path)?;
-        }
-        let mut written = self.written.lock().unwrap_or_else(|p| p.into_inner());
-        // Taken after the system call returned: what closed before a claimed
-        // time certainly has a stamp before it.
-        written.entry(name.to_owned()).or_default().push((version, Timestamp::now()));
-        Ok(())
+        self.change(&[(name, State::Is(name.to_owned(), version))], || {
+            if name.ends_with(".log") {
+                let mut log = File::options().append(true).create(true).open(&path)?;
+                log.write_all(line(name, version).as_bytes())
+            } else if version == 1 {
+                fs::write(&path, content(name, version))
+            } else {
+                let temporary = path.with_extension("new");
+                fs::write(&temporary, content(name, version))?;
+                fs::rename(&temporary, &path)
+            }
+        })
     }
 
-    /// Holds a claim, that everything closed before `claimed` is on `replica`,
+    /// Removes `name`.
+    pub fn remove(&self, name: &str) -> io::Result<()> {
+        self.change(&[(name, State::Gone)], || fs::remove_file(self.root.join(name)))
+    }
+
+    /// Renames a file, which is no log, over whatever stands under `to`.
+    pub fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        let held = self.changes().get(from).and_then(|all| all.last()).map(|last| last.to.clone());
+        let held = held.unwrap_or(State::Gone);
+        self.change(&[(to, held), (from, State::Gone)], || {
+            fs::rename(self.root.join(from), self.root.join(to))
+        })
+    }
+
+    /// Holds a claim, that everything done before `claimed` is on `replica`,
     /// against what is there now. Gives the names that break it.
     pub fn broken_claims(&self, replica: &Path, claimed: Timestamp) -> Vec<String> {
-        let expected: Vec<(String, u64)> = {
-            let written = self.written.lock().unwrap_or_else(|p| p.into_inner());
-            let due = |versions: &Vec<(u64, Timestamp)>| {
-                versions.iter().rev().find(|(_, closed)| *closed < claimed).map(|(v, _)| *v)
-            };
-            written.iter().filter_map(|(name, v)| Some((name.clone(), due(v)?))).collect()
+        let due = |changes: &Vec<Change>| {
+            changes.iter().rposition(|change| change.done.is_some_and(|done| done < claimed))
         };
-        let broken = |(name, version): &(String, u64)| {
-            let found = version_of(replica, name);
-            // A later version may be there already: the claim is about what is
-            // there at least.
-            (found.is_none_or(|found| found < *version))
-                .then(|| format!("{name}: version {found:?}, version {version} was claimed"))
+        let expected: Vec<(String, usize)> = {
+            let changes = self.changes();
+            changes.iter().filter_map(|(name, all)| Some((name.clone(), due(all)?))).collect()
         };
-        expected.iter().filter_map(broken).collect()
+        let look = |(name, due): (String, usize)| (state_of(replica, &name), name, due);
+        let found: Vec<_> = expected.into_iter().map(look).collect();
+        // Later states may be there already, whose making began by now: the
+        // claim is about what is there at least.
+        let changes = self.changes();
+        let broken = |(found, name, due): (Option<State>, String, usize)| {
+            let allowed = &changes[&name][due..];
+            let holds = found.as_ref().is_some_and(|found| {
+                allowed
+                    .iter()
+                    .any(|change| change.to == *found || reaches(found, &change.to, &name))
+            });
+            let claimed = &allowed[0].to;
+            (!holds).then(|| format!("{name}: {found:?}, claimed was {claimed:?}"))
+        };
+        found.into_iter().filter_map(broken).collect()
     }
 
-    /// Versions written so far.
+    /// Changes made so far.
     pub fn count(&self) -> usize {
-        let written = self.written.lock().unwrap_or_else(|p| p.into_inner());
-        written.values().map(Vec::len).sum()
+        self.changes().values().map(Vec::len).sum()
     }
+}
+
+/// Whether a log holds all the lines of a version, and perhaps more.
+fn reaches(found: &State, least: &State, name: &str) -> bool {
+    match (found, least) {
+        (State::Is(_, found), State::Is(_, least)) => name.ends_with(".log") && found >= least,
+        _ => false,
+    }
+}
+
+/// What a name holds; `None` when it is torn.
+fn state_of(root: &Path, name: &str) -> Option<State> {
+    if let Err(error) = fs::symlink_metadata(root.join(name)) {
+        return (error.kind() == io::ErrorKind::NotFound).then_some(State::Gone);
+    }
+    let text = fs::read_to_string(root.join(name)).ok()?;
+    if name.ends_with(".log") {
+        return version_of(root, name).map(|version| State::Is(name.to_owned(), version));
+    }
+    let (born, version) = text.lines().next()?.rsplit_once(' ')?;
+    let version = version.parse().ok()?;
+    (text == content(born, version)).then(|| State::Is(born.to_owned(), version))
 }
 
 fn line(name: &str, version: u64) -> String {
@@ -152,5 +240,30 @@ mod tests {
         assert_eq!(stamper.broken_claims(&replica, after).len(), 0, "a line more has begun");
         fs::write(replica.join("x.log"), "x.log 1\nx.log ").unwrap();
         assert_eq!(stamper.broken_claims(&replica, after).len(), 1, "a line is missing");
+    }
+
+    #[test]
+    fn what_was_moved_and_removed_is_looked_for_too() {
+        let scratch = Scratch::new("stamps");
+        let (source, replica) = (scratch.path().join("source"), scratch.path().join("replica"));
+        let stamper = Stamper::new(&source);
+        fs::create_dir_all(&replica).unwrap();
+        stamper.write("a", 1).unwrap();
+        stamper.write("c", 1).unwrap();
+        let before = Timestamp::now();
+        stamper.rename("a", "b").unwrap();
+        stamper.remove("c").unwrap();
+        let after = Timestamp::now();
+        assert_eq!(stamper.broken_claims(&source, after), Vec::<String>::new());
+        fs::write(replica.join("a"), content("a", 1)).unwrap();
+        fs::write(replica.join("c"), content("c", 1)).unwrap();
+        assert_eq!(stamper.broken_claims(&replica, before), Vec::<String>::new(), "not moved yet");
+        assert_eq!(stamper.broken_claims(&replica, after).len(), 3, "a and c stand, b does not");
+        fs::rename(replica.join("a"), replica.join("b")).unwrap();
+        fs::remove_file(replica.join("c")).unwrap();
+        assert_eq!(stamper.broken_claims(&replica, before), Vec::<String>::new(), "ahead");
+        assert_eq!(stamper.broken_claims(&replica, after), Vec::<String>::new(), "there");
+        fs::write(replica.join("b"), content("b", 1)).unwrap();
+        assert_eq!(stamper.broken_claims(&replica, after).len(), 1, "another file's content");
     }
 }

@@ -444,7 +444,7 @@ fn spoil_image(image: &Path, needle: &[u8]) {
 /// either daemon was killed.
 #[test]
 fn the_daemons_verify_by_themselves() {
-    let mut hosts = Hosts::strangers_with("verify_interval = \"1s\"\n");
+    let mut hosts = Hosts::strangers_with(Ext4, Xfs, "verify_interval = \"1s\"\n");
     let door = BackDoor::new(hosts.replica());
     hosts.enrol();
     for (round, killed) in Side::BOTH.into_iter().enumerate() {

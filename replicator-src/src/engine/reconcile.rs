@@ -21,9 +21,7 @@ use replicator_common::id::{BatchId, ObjectId, ReplicaHandle};
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{
-    BatchHeader, Extent, InventoryContent, InventoryItem, Op, SourceMessage,
-};
+use replicator_common::wire::{BatchHeader, InventoryContent, InventoryItem, Op, SourceMessage};
 use rustix::fs::OFlags;
 
 use super::{Engine, EngineError, IN_FLIGHT};
@@ -222,10 +220,7 @@ impl Engine {
             InventoryContent::None => Content::None,
             InventoryContent::Symlink(target) => Content::Symlink(target.to_vec()),
             InventoryContent::Hash(hash) => {
-                let size = item.state.size;
-                let dense = [Extent { offset: 0, length: size }];
-                let extents = if size == 0 { &dense[..0] } else { &dense[..] };
-                Content::Whole(small::whole_hash(size, extents, hash))
+                Content::Whole(small::whole_hash(item.state.size, hash))
             }
             InventoryContent::Chunks { average, chunks, more } => {
                 let mut all = match state.partial.take() {

@@ -19,6 +19,7 @@ use replicator_common::wire::{DataFrame, Extent, Hash, Layout, PIECE_MAX, Piece,
 use rustix::io::Errno;
 
 use super::extents;
+use super::same;
 use super::sink::{Sink, SinkError};
 use super::small::{read_full, state_of};
 use crate::clock::Clock;
@@ -26,7 +27,7 @@ use crate::index::{Content, IndexError, Known, Store};
 use crate::source::{Opened, Opener};
 
 /// Stands for the bytes of a hole in chunk lists.
-const HOLE: Hash = Hash([0; 32]);
+pub(super) const HOLE: Hash = Hash([0; 32]);
 
 /// A large file to send.
 #[derive(Clone, Debug)]
@@ -280,7 +281,7 @@ fn delta(
         chunks.push(chunk);
         Ok(())
     })?;
-    if basis.own && chunks == basis.chunks {
+    if basis.own && (chunks == basis.chunks || same::content(fd, &chunks, &basis.chunks)?) {
         return Ok(None);
     }
     let runs = plan_runs(&chunks, &basis.chunks);

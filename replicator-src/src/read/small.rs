@@ -121,7 +121,7 @@ fn read_open(
             }
             let (extents, bytes) = content(fd.as_fd(), stat)?;
             let hash = Hash::of(&bytes);
-            let content = Content::Whole(whole_hash(stat.size, &extents, &hash));
+            let content = Content::Whole(whole(stat.size, &extents, &bytes, &hash));
             match known {
                 Some(known) if known.content == content => {
                     Ok(compare(known, basic(content, known.version)))
@@ -238,15 +238,77 @@ pub fn read_full(fd: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> Result<u
     Ok(filled)
 }
 
-/// What tells whether a small file's content is the same: its size, where data
-/// lies, and the data.
-pub fn whole_hash(size: u64, extents: &[Extent], bytes: &Hash) -> Hash {
+/// What tells whether a small file's content is the same: its bytes as a reader
+/// sees them, holes read as zeros. `data` is the hash of `bytes`.
+///
+/// Where holes lie is not part of it: the kernel's answer to that changes when
+/// dirty pages are written back, so it would tell of changes that nobody made.
+fn whole(size: u64, extents: &[Extent], bytes: &[u8], data: &Hash) -> Hash {
+    let dense = extents.iter().map(|extent| extent.length).sum::<u64>() == size;
+    if dense {
+        return whole_hash(size, data);
+    }
+    let mut hasher = blake3::Hasher::new();
+    let (mut at, mut rest) = (0, bytes);
+    for extent in extents {
+        zeros(&mut hasher, extent.offset - at);
+        let (part, after) = rest.split_at(extent.length as usize);
+        hasher.update(part);
+        (at, rest) = (extent.offset + extent.length, after);
+    }
+    zeros(&mut hasher, size.saturating_sub(at));
+    whole_hash(size, &Hash(*hasher.finalize().as_bytes()))
+}
+
+/// Hashes so many zeros.
+fn zeros(hasher: &mut blake3::Hasher, mut count: u64) {
+    const ZEROS: [u8; 4096] = [0; 4096];
+    while count > 0 {
+        let part = count.min(ZEROS.len() as u64);
+        hasher.update(&ZEROS[..part as usize]);
+        count -= part;
+    }
+}
+
+/// The same of a file whose whole content has the hash `content`, holes read as
+/// zeros.
+pub fn whole_hash(size: u64, content: &Hash) -> Hash {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&size.to_le_bytes());
-    for extent in extents {
-        hasher.update(&extent.offset.to_le_bytes());
-        hasher.update(&extent.length.to_le_bytes());
+    if size > 0 {
+        // One extent over all of it: so the index has known dense files from
+        // the beginning, and they need not be sent again.
+        hasher.update(&0u64.to_le_bytes());
+        hasher.update(&size.to_le_bytes());
     }
-    hasher.update(&bytes.0);
+    hasher.update(&content.0);
     Hash(*hasher.finalize().as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_is_the_same_wherever_its_holes_lie() {
+        let extent = |offset, length| Extent { offset, length };
+        let content = [vec![0; 5000], vec![7; 100], vec![0; 4900]].concat();
+        let whole_of = |extents: &[Extent]| {
+            let part = |e: &Extent| &content[e.offset as usize..(e.offset + e.length) as usize];
+            let bytes: Vec<u8> = extents.iter().flat_map(part).copied().collect();
+            whole(10_000, extents, &bytes, &Hash::of(&bytes))
+        };
+        let dense = whole_of(&[extent(0, 10_000)]);
+        assert_eq!(dense, whole_hash(10_000, &Hash::of(&content)));
+        for sparse in [
+            &[extent(4096, 4096)][..],
+            &[extent(0, 5050), extent(5050, 50)],
+            &[extent(5000, 100), extent(9000, 1000)],
+        ] {
+            assert_eq!(whole_of(sparse), dense, "{sparse:?}");
+        }
+        assert_ne!(whole_of(&[extent(0, 5000)]), dense);
+        let empty = Hash::of(&[]);
+        assert_eq!(whole(0, &[], &[], &empty), whole_hash(0, &empty));
+    }
 }

@@ -22,6 +22,7 @@ use replicator_common::verification::{Findings, PassOptions};
 use serde::{Deserialize, Serialize};
 
 use super::{ServiceError, SourceOptions, census};
+use crate::boot::Boot;
 use crate::capture::{Capture, Members};
 use crate::clock::Clock;
 use crate::engine::state::Shared;
@@ -190,6 +191,7 @@ impl Replication {
                     batch_bytes: options.max_batch_bytes,
                     ..engine::Settings::default()
                 },
+                boot: Boot::open(&self.directory.join("boot"))?,
                 opener,
                 tree,
                 index: Index::new(store.clone())?,
