@@ -4,7 +4,7 @@
 //! Source and replica are looked at without stopping either. A difference means
 //! something only when nothing that the engine knows of could explain it: no
 //! change that waits, is held, travels or travelled since before the first of the
-//! two looks. [`Touched`] remembers the last part. (That a system call may have
+//! two looks. `Touched` remembers the last part. (That a system call may have
 //! had its effect and not its event yet is the asker's to know, from change
 //! times.)
 //!

@@ -7,7 +7,7 @@
 //! does it, at a bounded rate.
 //!
 //! What differs at the first look proves nothing: both sides change. It is looked
-//! at again by itself ([`check`]), and only what two such looks show, while
+//! at again by itself (`check`), and only what two such looks show, while
 //! nothing that the engine knows of explains it and its change time lies well
 //! before the watermark, is a difference. It is counted and told once it was put
 //! right, and looked at once more.
@@ -15,8 +15,8 @@
 //! INVARIANT: what verification does to the replica goes through batches; content
 //! that cannot be read is never a difference.
 //!
-//! - `pass`: the thread; `queue`: what is to be looked at again; [`check`]: one
-//!   comparison; `look`: the source's side; [`compare`]: pure.
+//! - `pass`: the thread; `queue`: what is to be looked at again; `check`: one
+//!   comparison; `look`: the source's side; `compare`: pure.
 //! - `record`: what a restart goes on with; `board`: what is told.
 
 mod board;
