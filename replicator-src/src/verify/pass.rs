@@ -71,6 +71,8 @@ impl Thread {
         record: Record,
         requests: Receiver<Request>,
     ) -> Self {
+        // From the first, for the record is written again before the pass goes on.
+        let cursor = record.running.as_ref().and_then(Running::cursor);
         Self {
             checker,
             board,
@@ -79,7 +81,7 @@ impl Thread {
             record,
             requests,
             queue: Queue::default(),
-            cursor: None,
+            cursor,
             stayed: false,
             content: HashSet::new(),
             saved: Instant::now(),
@@ -225,7 +227,6 @@ impl Thread {
 
     fn pass(&mut self) -> Result<(), Stopped> {
         let Some(running) = self.record.running.clone() else { return Ok(()) };
-        self.cursor = running.cursor();
         let now = self.board.verification();
         self.stayed = now.found() > now.repaired;
         self.wait_until_ready()?;
