@@ -23,10 +23,23 @@ e2e FILTER="":
 replay SEED TEST:
     REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-tests --tests -- --exact --nocapture {{ TEST }}
 
+# Simulates SEEDS replications in virtual time, with faults everywhere.
+simulate SEEDS="20000":
+    REPLICATOR_SEEDS={{ SEEDS }} cargo test --locked -p replicator-simulation --test seeds -- --nocapture
+
+# Replays one simulated replication: the seed that a failed simulation printed.
+simulate-one SEED:
+    REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-simulation --test seeds -- --nocapture
+
 # Kills both daemons at random instants under a random workload for so long (as root). A SEED, which a
 # failed run prints, names the victims, the moments and the workload.
 torture SECONDS="600" SEED="":
     REPLICATOR_TORTURE_SECONDS={{ SECONDS }} REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-tests --test torture -- --nocapture
+
+# Random weather between two daemons for SECONDS; a failed run prints its SEED.
+network SECONDS="600" SEED="":
+    REPLICATOR_NETWORK_SECONDS={{ SECONDS }} {{ if SEED == "" { "" } else { "REPLICATOR_SEED=" + SEED } }} \
+        cargo test --locked -p replicator-tests --test network -- --exact --nocapture random_weather
 
 # Looks for inputs that break TARGET (frame, journal_record, log_record or session) until stopped.
 # Needs nightly and cargo-fuzz: `rustup toolchain install nightly`, `cargo install cargo-fuzz`. What

@@ -186,6 +186,18 @@ impl Incarnation {
     }
 }
 
+/// A random 128-bit value that names one session between a source and a
+/// destination. Whoever knows it took part in that session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionId(pub [u8; 16]);
+
+impl SessionId {
+    /// A new one from the thread's cryptographic generator.
+    pub fn random() -> Self {
+        Self(rand::random())
+    }
+}
+
 impl fmt::Debug for Incarnation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", hex::encode(self.0))

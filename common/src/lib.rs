@@ -27,6 +27,7 @@ pub mod net;
 pub mod object;
 pub mod status;
 pub mod stop;
+pub mod supervisor;
 pub mod sys;
 pub mod time;
 pub mod verification;

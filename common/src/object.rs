@@ -97,3 +97,11 @@ pub struct ObjectState {
     /// Device number (`st_rdev`) of device nodes, else 0.
     pub rdev: u64,
 }
+
+impl ObjectState {
+    /// Bytes that its xattrs take in memory, about; the rest has a fixed size.
+    pub fn weight(&self) -> usize {
+        let xattrs = self.attributes.xattrs.iter();
+        xattrs.map(|xattr| size_of::<Xattr>() + xattr.name.len() + xattr.value.len()).sum()
+    }
+}

@@ -298,6 +298,9 @@ pub struct Link {
     pub clock_offset_nanos: Option<i64>,
     /// Why the last session ended or could not be opened.
     pub last_error: Option<String>,
+    /// When the source tries again, while there is no connection; in the past
+    /// while it tries. `None` at the destination, which only waits.
+    pub next_attempt: Option<Timestamp>,
 }
 
 /// The source's view.

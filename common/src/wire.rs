@@ -26,14 +26,16 @@
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
-use crate::id::{BatchId, FileSystemId, Incarnation, ObjectId, ReplicaHandle, Seq, TransferId};
+use crate::id::{
+    BatchId, FileSystemId, Incarnation, ObjectId, ReplicaHandle, Seq, SessionId, TransferId,
+};
 use crate::name::Name;
 use crate::object::ObjectState;
 use crate::status::SourceReport;
 use crate::time::Timestamp;
 
 /// ALPN of a replication connection; the number is the protocol's version.
-pub const ALPN: &[u8] = b"replicator/1";
+pub const ALPN: &[u8] = b"replicator/2";
 /// ALPN of an enrolment connection.
 pub const ALPN_ENROL: &[u8] = b"replicator-enrol/1";
 /// The most bytes of one frame's body, compressed or not.
@@ -133,6 +135,11 @@ pub struct SourceHello {
     /// A batch whose index delta is durable on the source but whose
     /// acknowledgement never arrived.
     pub pending: Option<BatchId>,
+    /// The session that this process had last, as [`DestinationHello::session`]
+    /// named it. It shows that a session that looks open at the destination is
+    /// the newcomer's own: that one is replaced at once, another's only when it
+    /// is dead.
+    pub previous: Option<SessionId>,
     /// The source's clock at sending.
     pub time: Timestamp,
 }
@@ -240,6 +247,36 @@ pub enum Op {
     },
 }
 
+impl Op {
+    /// Bytes that it takes in memory, about.
+    pub fn weight(&self) -> usize {
+        size_of::<Self>()
+            + match self {
+                Self::Put { object, state, content, .. } => {
+                    let target = match content {
+                        ContentSource::Symlink { target } => target.len(),
+                        _ => 0,
+                    };
+                    object.as_bytes().len() + state.weight() + target
+                }
+                Self::Entry { directory, name, old, new } => {
+                    let objects = [Some(directory), old.as_ref(), new.as_ref()];
+                    let objects = objects.into_iter().flatten();
+                    objects.map(|object| object.as_bytes().len()).sum::<usize>()
+                        + name.as_bytes().len()
+                }
+                Self::Adopt { object, handle, directory, name, .. } => {
+                    let objects = [object, handle, directory].map(|object| object.as_bytes().len());
+                    objects.iter().sum::<usize>() + name.as_bytes().len()
+                }
+                Self::Drop { object }
+                | Self::Orphan { object }
+                | Self::Root { object }
+                | Self::SetAside { object } => object.as_bytes().len(),
+            }
+    }
+}
+
 /// Where a [`Op::Put`] takes content from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ContentSource {
@@ -330,6 +367,8 @@ pub enum DestinationMessage {
 pub struct DestinationHello {
     /// The replica's file system.
     pub destination: FileSystemId,
+    /// This session.
+    pub session: SessionId,
     /// This life of the destination's state.
     pub incarnation: Incarnation,
     /// The last batch that is durable here (it will be applied before the next).
@@ -397,9 +436,15 @@ pub enum Refusal {
         /// The source's file system.
         source_id: FileSystemId,
     },
-    /// Another session of this configuration is open and alive.
-    #[error("another session of this configuration is open")]
-    Busy,
+    /// Another source with the same certificate has a session of this
+    /// configuration, and is alive: one of the two is a copy.
+    #[error(
+        "another source with this one's identity is connected, from {peer}: one of the two is a copy (of a machine or a state directory); stop it and delete its state directory"
+    )]
+    Busy {
+        /// Its address.
+        peer: String,
+    },
     /// The source broke the protocol.
     #[error("protocol error: {0}")]
     Protocol(String),

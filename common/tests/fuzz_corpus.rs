@@ -62,6 +62,7 @@ fn from_source() -> Vec<(&'static str, SourceMessage)> {
         destination_incarnation: Some(Incarnation([8; 16])),
         acknowledged: BatchId(2),
         pending: Some(batch),
+        previous: None,
         time: Timestamp(1),
     };
     vec![

@@ -291,7 +291,9 @@ impl Applier {
             SealError::Area(error) => ReplicaError::Area(error),
             SealError::Sync(errno) => AreaError::system("sync", ".")(errno).into(),
             SealError::Breach(what) => AreaError::system("apply", what)(Errno::IO).into(),
-            SealError::Killed => AreaError::system("apply", "")(Errno::CANCELED).into(),
+            SealError::Killed | SealError::Skipped => {
+                AreaError::system("apply", "")(Errno::CANCELED).into()
+            }
         })?;
         let lost = "an object was missing in the replica";
         let distrust = self.distrust.then_some(lost);
@@ -433,8 +435,9 @@ impl Applier {
                     return Ok(None);
                 }
                 // Retrying the sync would succeed and prove nothing: the error
-                // is told once. The batch has to come again.
-                Err(error @ SealError::Sync(_)) => {
+                // is told once. The batch has to come again, and so has what
+                // waited behind it.
+                Err(error @ (SealError::Sync(_) | SealError::Skipped)) => {
                     self.stall(&error);
                     let _ = reply.send(Progress::Unable(error.to_string()));
                     return Ok(None);
@@ -459,7 +462,7 @@ impl Applier {
     /// Makes a batch durable; returns the steps to run.
     fn seal(&mut self, batch: &WholeBatch) -> Result<Vec<Step>, SealError> {
         let start = Instant::now();
-        let next = advance(&self.standing, batch.batch, &batch.header);
+        let next = advance(&self.standing, batch.batch, &batch.header).ok_or(SealError::Skipped)?;
         if batch.ops.is_empty() {
             // A heartbeat: nothing is staged, so nothing needs a sync. The
             // watermark is promised to others and must not be lost, hence the
@@ -516,7 +519,14 @@ pub(crate) fn set_aside_item(finding: &Finding) -> Option<SetAsideItem> {
 
 /// The standing after a batch. Watermarks never move back, whatever the source
 /// says.
-fn advance(standing: &Standing, batch: BatchId, header: &BatchHeader) -> Standing {
+///
+/// INVARIANT: batches commit without holes. One that was given back may have
+/// others behind it in the queue; `None` says that the batch is such a one. (Else
+/// the next greeting would take the one that was given back for committed.)
+pub fn advance(standing: &Standing, batch: BatchId, header: &BatchHeader) -> Option<Standing> {
+    if batch != standing.committed.next() {
+        return None;
+    }
     let mut next = standing.clone();
     next.committed = batch;
     next.watermark = standing.watermark.max(header.watermark);
@@ -528,11 +538,11 @@ fn advance(standing: &Standing, batch: BatchId, header: &BatchHeader) -> Standin
     next.batches.1 += u64::from(header.exact.is_some());
     next.bytes.0 = next.bytes.0.saturating_add(header.bytes_changed);
     next.bytes.1 = next.bytes.1.saturating_add(header.bytes_shipped);
-    next
+    Some(next)
 }
 
 /// Why source and destination are not of one history (trap 14), if so.
-fn mismatch(standing: &Standing, hello: &SourceHello) -> Option<&'static str> {
+pub fn mismatch(standing: &Standing, hello: &SourceHello) -> Option<&'static str> {
     let fresh = standing.committed == BatchId(0)
         && standing.source_incarnation.is_none_or(|known| known == hello.incarnation);
     if fresh && hello.acknowledged == BatchId(0) {
@@ -562,6 +572,7 @@ mod tests {
             destination_incarnation: Some(Incarnation([2; 16])),
             acknowledged: BatchId(acknowledged),
             pending: pending.map(BatchId),
+            previous: None,
             time: Timestamp(0),
         }
     }
@@ -597,7 +608,8 @@ mod tests {
             bytes_changed: 0,
             bytes_shipped: 0,
         };
-        let next = advance(&standing, BatchId(1), &header);
+        let next = advance(&standing, BatchId(1), &header).unwrap();
         assert_eq!((next.watermark, next.last_consistent), (Timestamp(100), Some(Timestamp(90))));
+        assert_eq!(advance(&standing, BatchId(2), &header), None, "a hole");
     }
 }

@@ -81,6 +81,7 @@ impl Broken {
                 round_trip_micros: None,
                 clock_offset_nanos: None,
                 last_error: None,
+                next_attempt: None,
             },
             last_error: Some(self.error.clone()),
         }

@@ -14,6 +14,7 @@ use replicator_common::config::DestinationConfig;
 use replicator_common::daemon::{check_config, end, load};
 use replicator_common::logging;
 use replicator_common::stop::Stop;
+use replicator_common::supervisor::Supervisor;
 use tracing::info;
 
 use daemon::Daemon;
@@ -94,6 +95,7 @@ fn token(arguments: &TokenArguments) -> anyhow::Result<()> {
 }
 
 fn serve(path: &Path) -> anyhow::Result<()> {
+    let (supervisor, _) = Supervisor::from_environment();
     let config: DestinationConfig = load(path)?;
     logging::init(&config.log, config.log_format)?;
     let stop = Stop::on_signals().context("cannot listen for signals")?;
@@ -110,8 +112,10 @@ fn serve(path: &Path) -> anyhow::Result<()> {
         "serving"
     );
     tokens::offer(&config, &*daemon.control(), &*daemon.tokens());
+    supervisor.ready();
     stop.wait();
     info!("stopping");
+    supervisor.stopping();
     server.stop();
     daemon.shutdown();
     info!("stopped");

@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 use quinn::{Connection, RecvStream, SendStream};
 use replicator_common::describe::{Describe, Description};
-use replicator_common::id::BatchId;
+use replicator_common::id::{BatchId, SessionId};
 use replicator_common::name::Name;
 use replicator_common::net::frame::{FrameError, FrameReader, FrameWriter};
+use replicator_common::net::quic;
 use replicator_common::status::DesiredState;
 use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
@@ -53,6 +54,9 @@ pub enum SessionError {
     /// The connection or a stream broke.
     #[error("connection: {0}")]
     Connection(#[from] quinn::ConnectionError),
+    /// The connection ended, for this reason.
+    #[error("{0}")]
+    Ended(String),
     /// A frame could not be read or written.
     #[error(transparent)]
     Frame(#[from] FrameError),
@@ -71,6 +75,14 @@ pub enum SessionError {
 }
 
 impl SessionError {
+    /// The connection's own word of its end says more than a stream's.
+    fn of(connection: &Connection, error: Self) -> Self {
+        match (error, quic::ending(connection)) {
+            (Self::Frame(_) | Self::Connection(_), Some(ending)) => Self::Ended(ending),
+            (error, _) => error,
+        }
+    }
+
     /// A frame could not be read: the stream broke, or what came is no frame,
     /// which is the source's doing.
     pub(crate) fn unread(error: FrameError) -> Self {
@@ -97,6 +109,8 @@ pub struct SessionContext {
     pub fail_over: Arc<dyn Fn() -> Option<DestinationMessage> + Send + Sync>,
     /// What the service wants to be the session's last word.
     pub last_word: mpsc::UnboundedReceiver<DestinationMessage>,
+    /// The session's name.
+    pub session: SessionId,
 }
 
 struct Shell {
@@ -165,12 +179,14 @@ pub async fn run(greeting: Greeting, context: SessionContext) -> SessionError {
     let connection = greeting.connection.clone();
     let error = match session(greeting, context).await {
         Ok(()) => SessionError::Closed,
-        Err(error) => error,
+        Err(error) => SessionError::of(&connection, error),
     };
     close(&connection, &error);
     let mut shared = replica.shared();
-    shared.link.connected = false;
-    shared.link.since = Timestamp::now();
+    // A session that did not come about changes nothing of that.
+    if std::mem::replace(&mut shared.link.connected, false) {
+        shared.link.since = Timestamp::now();
+    }
     shared.link.round_trip_micros = None;
     shared.link.last_error = Some(error.to_string());
     error
@@ -199,7 +215,7 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
         "session begins"
     );
     let clocks = (hello.time, received);
-    greet(&mut writer, &context.replica, &connection, clocks, &standing).await?;
+    greet(&mut writer, &context, &connection, clocks, &standing).await?;
     let (progress, progressed) = mpsc::unbounded_channel();
     // Bounded by the questions that may wait.
     let (described, descriptions) = mpsc::unbounded_channel();
@@ -279,11 +295,12 @@ async fn hand_on(jobs: &Sender<Job>, job: Job) -> Result<(), SessionError> {
 
 async fn greet(
     writer: &mut FrameWriter<SendStream>,
-    replica: &Replica,
+    context: &SessionContext,
     connection: &Connection,
     (echo, received): (Timestamp, Timestamp),
     standing: &Standing,
 ) -> Result<(), SessionError> {
+    let replica = &context.replica;
     {
         let mut shared = replica.shared();
         shared.link.connected = true;
@@ -293,6 +310,7 @@ async fn greet(
     }
     let message = DestinationMessage::Hello(DestinationHello {
         destination: replica.config.destination.clone(),
+        session: context.session,
         incarnation: standing.incarnation,
         committed: standing.committed,
         watermark: standing.watermark,
@@ -306,7 +324,8 @@ async fn greet(
     Ok(())
 }
 
-/// Keeps what the source says of our clock: by how much it is ahead of its own.
+/// Keeps what the source says of our clock: by how much it is ahead of its own;
+/// and from where it says it, which may change within a connection.
 fn note_clock(replica: &Replica, connection: &Connection, ahead: Option<i64>) {
     let round_trip = connection.rtt();
     let mut shared = replica.shared();
@@ -315,6 +334,7 @@ fn note_clock(replica: &Replica, connection: &Connection, ahead: Option<i64>) {
         shared.link.clock_offset_nanos = ahead;
     }
     shared.link.round_trip_micros = u64::try_from(round_trip.as_micros()).ok();
+    shared.link.peer = connection.remote_address().to_string();
 }
 
 impl Shell {

@@ -205,6 +205,7 @@ impl Replica {
             round_trip_micros: None,
             clock_offset_nanos: standing.clock_offset,
             last_error: None,
+            next_attempt: None,
         };
         reserve::keep(directory);
         reserve::keep(&area.hidden_path());
@@ -328,11 +329,11 @@ impl Replica {
         } else if shared.desired == DesiredState::Paused {
             (ReplicationStatus::Paused, None)
         } else if !shared.standing.complete {
-            (ReplicationStatus::Enabling, None)
+            (ReplicationStatus::Enabling, away(&shared.link))
         } else if let (Some(source), true) = (&shared.source, shared.link.connected) {
             (source.status, source.message.clone())
         } else {
-            (ReplicationStatus::Enabled, Some("the source is not connected".to_owned()))
+            (ReplicationStatus::Enabled, away(&shared.link))
         };
         Status {
             source_file_system_id: self.config.source.clone(),
@@ -358,6 +359,16 @@ fn told_before_redo(standing: &Standing) -> Standing {
         told.last_consistent = None;
     }
     told
+}
+
+/// That there is no connection, since when and why. The destination cannot do
+/// anything about it.
+fn away(link: &Link) -> Option<String> {
+    let since = || format!("the source has not been connected since {}", link.since);
+    (!link.connected).then(|| match &link.last_error {
+        Some(reason) => format!("{}: {reason}; it is for the source to connect", since()),
+        None => format!("{}; it is for the source to connect", since()),
+    })
 }
 
 /// EFS's LastReplicatedTimestamp. The source sends [`Timestamp::NEVER`] until

@@ -36,6 +36,9 @@ pub(crate) enum SealError {
     /// What was written since the last good sync is in doubt (trap 16).
     #[error("the replica's file system could not be synced: {0}")]
     Sync(Errno),
+    /// The one before it was given back: it comes again after that.
+    #[error("the batch before this one was given back")]
+    Skipped,
     /// By a test.
     #[error("killed")]
     Killed,

@@ -14,7 +14,7 @@ use quinn::{Connection, Endpoint};
 use replicator_common::config::is_region;
 use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode};
 use replicator_common::crashsafe::{self, StateFileError};
-use replicator_common::id::FileSystemId;
+use replicator_common::id::{FileSystemId, SessionId};
 use replicator_common::lock::StateLock;
 use replicator_common::net::NetError;
 use replicator_common::net::enrol::{
@@ -107,27 +107,80 @@ fn heard_from(replica: &Replica) -> bool {
     false
 }
 
+/// How long a session that looks open may be silent before another source takes
+/// its place. A living one answers our reports, two a second, within a round
+/// trip.
+const ALIVE: Duration = Duration::from_millis(1500);
+
+/// A session that is or was open.
+struct Open {
+    name: SessionId,
+    connection: Connection,
+    /// The way to say its last word.
+    say: mpsc::UnboundedSender<DestinationMessage>,
+}
+
+/// Whether anything arrives on a connection from now on, for a while. (Not
+/// whether the source speaks: it may be busy. That its host answers is enough.)
+async fn is_alive(connection: &Connection) -> bool {
+    let until = Instant::now() + ALIVE;
+    let begin = connection.stats().udp_rx.datagrams;
+    while connection.close_reason().is_none() && Instant::now() < until {
+        if connection.stats().udp_rx.datagrams > begin {
+            return true;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    false
+}
+
 /// One configuration that runs.
 struct Running {
     replica: Arc<Replica>,
     jobs: Sender<Job>,
     thread: Mutex<Option<JoinHandle<()>>>,
-    /// The session's connection, and the way to say its last word.
-    session: Mutex<Option<(Connection, mpsc::UnboundedSender<DestinationMessage>)>>,
+    /// The last session, unless it was closed here.
+    session: Mutex<Option<Open>>,
+    /// Held while one decides whether to take the other's place.
+    succession: tokio::sync::Mutex<()>,
     /// Held by the session: the next one waits until it has ended.
     gate: tokio::sync::Mutex<()>,
 }
 
 impl Running {
-    fn session(
-        &self,
-    ) -> MutexGuard<'_, Option<(Connection, mpsc::UnboundedSender<DestinationMessage>)>> {
+    fn session(&self) -> MutexGuard<'_, Option<Open>> {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A new session takes the place of the last one, which may hang on a
+    /// connection that is long dead. Not if that is alive and another's: then
+    /// there are two sources with one identity, and each would undo what the
+    /// other does.
+    async fn succeed(
+        &self,
+        greeting: &Greeting,
+        name: SessionId,
+        connection: &Connection,
+    ) -> Result<mpsc::UnboundedReceiver<DestinationMessage>, Refusal> {
+        let _one = self.succession.lock().await;
+        let last = self.session().as_ref().map(|open| (open.name, open.connection.clone()));
+        if let Some((name, connection)) = last
+            && greeting.hello.previous != Some(name)
+            && is_alive(&connection).await
+        {
+            return Err(Refusal::Busy { peer: connection.remote_address().to_string() });
+        }
+        let (say, last_word) = mpsc::unbounded_channel();
+        let open = Open { name, connection: connection.clone(), say };
+        if let Some(old) = self.session().replace(open) {
+            old.connection.close(CLOSE_DONE, b"replaced by a newer session");
+        }
+        Ok(last_word)
+    }
+
     fn close_session(&self, why: &str) {
-        if let Some((connection, _)) = self.session().take() {
-            connection.close(CLOSE_DONE, why.as_bytes());
+        if let Some(open) = self.session().take() {
+            open.connection.close(CLOSE_DONE, why.as_bytes());
         }
     }
 }
@@ -291,6 +344,7 @@ fn start(
         jobs,
         thread: Mutex::new(Some(thread)),
         session: Mutex::new(None),
+        succession: tokio::sync::Mutex::new(()),
         gate: tokio::sync::Mutex::new(()),
     }))
 }
@@ -401,12 +455,19 @@ impl Inner {
         greeting: Greeting,
         running: Arc<Running>,
     ) {
-        let (say, last_word) = mpsc::unbounded_channel();
-        // A new session of the same, authenticated peer replaces the old one:
-        // the old one may hang on a connection that is long dead.
-        if let Some((old, _)) = running.session().replace((connection.clone(), say)) {
-            old.close(CLOSE_DONE, b"replaced by a newer session");
-        }
+        let name = SessionId::random();
+        let last_word = match running.succeed(&greeting, name, &connection).await {
+            Ok(last_word) => last_word,
+            Err(refusal) => {
+                let error = greeting.refuse(refusal).await;
+                running.replica.note_error(format!(
+                    "a source that has this one's identity and is not it was refused at {}",
+                    connection.remote_address()
+                ));
+                tracing::warn!(peer = %connection.remote_address(), reason = %error, "no session");
+                return receive::close(&connection, &error);
+            }
+        };
         let _gate = running.gate.lock().await;
         let source = running.replica.config.source.clone();
         let fail_over = {
@@ -424,6 +485,7 @@ impl Inner {
             jobs: running.jobs.clone(),
             fail_over: Arc::new(fail_over),
             last_word,
+            session: name,
         };
         let error = receive::run(greeting, context).await;
         tracing::info!(%source, reason = %error, "session ended");
@@ -585,9 +647,9 @@ impl Control for DestinationService {
         }
         let result = self.inner.fail_over(source);
         let report = result.map_err(|error| ControlError::Internal(error.to_string()))?;
-        if let Some((_, say)) = running.session().take() {
+        if let Some(open) = running.session().take() {
             let report = Box::new(report.clone());
-            let _ = say.send(DestinationMessage::FailedOver { report });
+            let _ = open.say.send(DestinationMessage::FailedOver { report });
         }
         Ok(report)
     }

@@ -23,6 +23,12 @@ pub const BATCHES_AHEAD_MAX: u64 = 64;
 /// The most transfers that are open or wait for their batch.
 pub const TRANSFERS_MAX: usize = 1 << 16;
 
+/// The most bytes of memory that plans, and what is known of staged objects, may
+/// take until their batches are handed on. An honest source has three batches
+/// under way, of some 50,000 operations each at most; only the xattrs of its
+/// objects can make that more than some 50 MiB.
+pub const HELD_BYTES_MAX: usize = 512 << 20;
+
 /// How the source broke the protocol. The session ends with it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs)]
@@ -43,6 +49,8 @@ pub enum Breach {
     TooManyPacked,
     #[error("more than {TRANSFERS_MAX} transfers wait for their batches")]
     TooManyTransfers,
+    #[error("plans and attributes of more than {} MiB wait for their batches", HELD_BYTES_MAX >> 20)]
+    TooLong,
     #[error("transfer {transfer} is of another object than the plan says")]
     WrongObject { transfer: TransferId },
     #[error("the content that batch {batch} names for object {object} was given up or used before")]
@@ -60,6 +68,13 @@ pub struct StagedFile {
     pub state: ObjectState,
     /// Bytes it takes up.
     pub bytes: u64,
+}
+
+impl StagedFile {
+    /// Bytes of memory, about.
+    fn weight(&self) -> usize {
+        size_of::<Self>() + self.state.weight()
+    }
 }
 
 /// What a finished transfer left in staging.
@@ -83,6 +98,14 @@ impl StagedTransfer {
         match self {
             Self::Whole(file) => vec![file.place.clone()],
             Self::Patch { literals, list, .. } => vec![literals.clone(), list.clone()],
+        }
+    }
+
+    /// Bytes of memory, about.
+    fn weight(&self) -> usize {
+        match self {
+            Self::Whole(file) => file.weight(),
+            Self::Patch { .. } => size_of::<Self>(),
         }
     }
 }
@@ -110,6 +133,8 @@ struct Gathering {
     /// What the plan names and has not arrived; filled when `header` is.
     missing_packed: HashSet<(ObjectId, u32)>,
     missing_transfers: HashSet<TransferId>,
+    /// Bytes of memory that it takes: goes with it from [`Session::held`].
+    weight: usize,
 }
 
 /// The session's state.
@@ -122,6 +147,11 @@ pub struct Session {
     batches: BTreeMap<BatchId, Gathering>,
     packed: usize,
     transfers: HashMap<TransferId, (ObjectId, StagedTransfer)>,
+    /// Bytes of memory that all this takes.
+    ///
+    /// INVARIANT (bounded resources): at most [`HELD_BYTES_MAX`], and what one
+    /// message adds.
+    held: usize,
 }
 
 impl Session {
@@ -133,6 +163,7 @@ impl Session {
             batches: BTreeMap::new(),
             packed: 0,
             transfers: HashMap::new(),
+            held: 0,
         }
     }
 
@@ -141,6 +172,12 @@ impl Session {
             return Err(Breach::Ahead { sealed: self.sealed, found: batch });
         }
         Ok(self.batches.entry(batch).or_default())
+    }
+
+    /// So much more is to be held.
+    fn hold(&mut self, bytes: usize) -> Result<(), Breach> {
+        self.held = self.held.saturating_add(bytes);
+        if self.held > HELD_BYTES_MAX { Err(Breach::TooLong) } else { Ok(()) }
     }
 
     fn expect(&self, batch: BatchId) -> Result<(), Breach> {
@@ -161,8 +198,10 @@ impl Session {
         if gathering.ops.len() + ops.len() > BATCH_OPS_MAX {
             return Err(Breach::Ops { batch });
         }
+        let weight = ops.iter().map(Op::weight).sum();
         gathering.ops.extend(ops);
-        Ok(())
+        gathering.weight += weight;
+        self.hold(weight)
     }
 
     /// The plan is whole.
@@ -214,6 +253,7 @@ impl Session {
         self.expect(batch)?;
         let gathering = self.batches.remove(&batch).unwrap_or_default();
         self.packed -= gathering.packed.len();
+        self.held -= gathering.weight;
         Ok(gathering.packed.into_values().map(|file| file.place).collect())
     }
 
@@ -235,13 +275,15 @@ impl Session {
         let key = (object, version);
         let gathering = self.gathering(batch)?;
         gathering.missing_packed.remove(&key);
-        match gathering.packed.insert(key, file) {
-            Some(old) => Ok(Some(old.place)),
-            None => {
-                self.packed += 1;
-                Ok(None)
-            }
-        }
+        let weight = file.weight();
+        gathering.weight += weight;
+        let old = gathering.packed.insert(key, file);
+        let gone = old.as_ref().map_or(0, StagedFile::weight);
+        gathering.weight -= gone;
+        self.held -= gone;
+        self.packed += usize::from(old.is_none());
+        self.hold(weight)?;
+        Ok(old.map(|old| old.place))
     }
 
     /// A transfer is staged as a whole.
@@ -257,13 +299,18 @@ impl Session {
         for gathering in self.batches.values_mut() {
             gathering.missing_transfers.remove(&transfer);
         }
-        self.transfers.insert(transfer, (object, staged));
-        Ok(())
+        let weight = staged.weight();
+        if let Some((_, old)) = self.transfers.insert(transfer, (object, staged)) {
+            self.held -= old.weight();
+        }
+        self.hold(weight)
     }
 
     /// A transfer that had ended is given up. Returns what to delete.
     pub fn aborted(&mut self, transfer: TransferId) -> Vec<Place> {
-        self.transfers.remove(&transfer).map(|(_, staged)| staged.places()).unwrap_or_default()
+        let Some((_, staged)) = self.transfers.remove(&transfer) else { return Vec::new() };
+        self.held -= staged.weight();
+        staged.places()
     }
 
     /// The next batch that is whole, in order.
@@ -277,12 +324,13 @@ impl Session {
         if !whole {
             return Ok(None);
         }
-        let Some(Gathering { ops, header: Some(header), mut packed, .. }) =
+        let Some(Gathering { ops, header: Some(header), mut packed, weight, .. }) =
             self.batches.remove(&next)
         else {
             return Ok(None);
         };
         self.packed -= packed.len();
+        self.held -= weight;
         self.sealed = next;
         let mut content = HashMap::new();
         for op in &ops {
@@ -295,7 +343,10 @@ impl Session {
                     Some((of, _)) if of != *object => {
                         return Err(Breach::WrongObject { transfer: *transfer });
                     }
-                    other => other.map(|(_, staged)| staged),
+                    other => other.map(|(_, staged)| {
+                        self.held -= staged.weight();
+                        staged
+                    }),
                 },
                 ContentSource::Unchanged | ContentSource::Symlink { .. } => continue,
             };
@@ -411,6 +462,52 @@ mod tests {
         session.commit(BatchId(1), header(1, 0)).unwrap();
         assert_eq!(session.aborted(transfer).len(), 1);
         assert!(matches!(session.next_whole(), Err(Breach::Gone { .. })));
+    }
+
+    /// Of what is counted as held, nothing is left when all of it is gone.
+    #[test]
+    fn plans_are_bounded_by_their_bytes_too() {
+        let link = |n| Op::Put {
+            object: id(n),
+            state: state(),
+            content: ContentSource::Symlink { target: vec![b'x'; 1 << 20] },
+            new: true,
+            links: 1,
+        };
+        let mut session = Session::new(BatchId(0));
+        let room = HELD_BYTES_MAX >> 20;
+        for _ in 1..room {
+            session.plan(BatchId(1), vec![link(1)]).unwrap();
+        }
+        assert!(matches!(session.plan(BatchId(1), vec![link(1)]), Err(Breach::TooLong)));
+
+        let mut session = Session::new(BatchId(0));
+        let heavy = |name: &[u8]| {
+            let xattr = replicator_common::object::Xattr { name: vec![1], value: vec![0; 9999] };
+            let mut file = file(name);
+            file.state.attributes.xattrs.push(xattr);
+            file
+        };
+        for batch in [BatchId(1), BatchId(2)] {
+            session.packed(batch, id(1), 1, heavy(b"a")).unwrap();
+            session.packed(batch, id(1), 1, heavy(b"again")).unwrap();
+            let named = ContentSource::Transferred { transfer: TransferId(7) };
+            session.plan(batch, vec![put(1, ContentSource::Packed { version: 1 })]).unwrap();
+            session.plan(batch, vec![put(2, named)]).unwrap();
+            for _ in 0..2 {
+                let whole = StagedTransfer::Whole(heavy(b"big"));
+                session.transferred(TransferId(7), id(2), whole).unwrap();
+            }
+            assert!(session.held > 20_000);
+            if batch == BatchId(1) {
+                session.commit(batch, header(2, 1)).unwrap();
+                assert!(session.next_whole().unwrap().is_some());
+            } else {
+                session.abandon(batch).unwrap();
+                session.aborted(TransferId(7));
+            }
+            assert_eq!(session.held, 0, "{batch}");
+        }
     }
 
     #[test]

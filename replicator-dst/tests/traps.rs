@@ -243,3 +243,38 @@ async fn what_is_not_redone_yet_is_not_claimed() {
     assert!(world.replica.join("a").exists());
     service.delete(&world.source, DeletionMode::LocalConfigurationOnly).unwrap();
 }
+
+/// A batch that is given back may have another behind it in the queue. Were that
+/// one committed, the next greeting would take both for committed, and what the
+/// first had brought would never come again.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_behind_a_batch_that_is_given_back_is_not_committed() {
+    let mut world = World::new();
+    let fails = Arc::new(AtomicBool::new(false));
+    let armed = fails.clone();
+    let hook = Arc::new(move |at| {
+        let now = at == Point::Sync && armed.load(Ordering::SeqCst);
+        if now {
+            // The other one is in the queue by the time that this one fails.
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        now && armed.swap(false, Ordering::SeqCst)
+    });
+    let service = world.open(Some(hook)).await;
+    world.enrol(&service, false).await;
+    let mut source = world.connect(&service, 0).await;
+    source.apply(1, &Batch::new().root().file(2, ROOT, "a", b"alpha")).await;
+    let second = Batch::new().directory(ROOT).file(3, ROOT, "b", b"beta");
+    fails.store(true, Ordering::SeqCst);
+    source.send(2, &second).await;
+    source.send(3, &Batch::new()).await;
+    let reason = refusal(&mut source).await;
+    assert!(reason.contains("synced"), "{reason}");
+    drop(source);
+
+    let mut source = world.connect(&service, 1).await;
+    assert_eq!(source.hello.as_ref().unwrap().committed, BatchId(1));
+    source.apply(2, &second).await;
+    assert_eq!(std::fs::read(world.replica.join("b")).unwrap(), b"beta");
+    finish(&world, &service);
+}

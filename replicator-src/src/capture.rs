@@ -14,7 +14,7 @@ use replicator_common::time::Timestamp;
 
 use crate::clock::Clock;
 use crate::journal::{Journal, JournalError, Record};
-use crate::watcher::{Change, DirectoryWatch, Waker, WatchError, Watcher, What};
+use crate::watcher::{Change, DirectoryWatch, Queue, Waker, WatchError, Watcher, What};
 
 /// How long one read of the watcher waits; only bounds how stale its report
 /// can get, barriers and stops wake it.
@@ -72,6 +72,12 @@ impl Members {
 
     fn has_linked(&self, id: &ObjectId) -> bool {
         self.linked.read().unwrap_or_else(PoisonError::into_inner).contains(id)
+    }
+
+    /// Objects with names that may lie outside; at most `most`, else `None`.
+    pub fn linked(&self, most: usize) -> Option<Vec<ObjectId>> {
+        let linked = self.linked.read().unwrap_or_else(PoisonError::into_inner);
+        (linked.len() <= most).then(|| linked.iter().cloned().collect())
     }
 
     /// Keeps for good what [`Recent`] would forget: an object that got a name
@@ -152,7 +158,12 @@ impl Recent {
     const MOST: usize = 8192;
 
     fn note(&mut self, change: &Change) {
-        let Change::Object { object, via: None, .. } = change else { return };
+        if let Change::Object { object, via: None, .. } = change {
+            self.add(object);
+        }
+    }
+
+    fn add(&mut self, object: &ObjectId) {
         if self.set.insert(object.clone()) {
             self.order.push_back(object.clone());
         }
@@ -191,13 +202,23 @@ pub enum CaptureError {
     Stopped(String),
 }
 
+/// What a capture thread that ended well leaves to the one of the next process.
+#[derive(Debug)]
+pub struct Left {
+    /// The watcher's queue. All that was read from it is in the journal.
+    pub queue: Queue,
+    /// Objects whose attributes changed lately, see [`Capture::start`].
+    pub recent: Vec<ObjectId>,
+}
+
 /// The running capture thread.
 pub struct Capture {
     requests: Sender<Sender<Result<Barrier, String>>>,
     waker: Waker,
     stop: Arc<AtomicBool>,
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
+    thread: Option<JoinHandle<Option<Thread>>>,
+    flusher: Option<JoinHandle<()>>,
     directories: Arc<dyn DirectoryWatch>,
     proves: Arc<AtomicBool>,
     rescan_every: Arc<Mutex<Option<Duration>>>,
@@ -211,13 +232,15 @@ struct Shared {
 
 impl Capture {
     /// Starts the thread. `captured` gets a token whenever records were
-    /// appended (it holds one at most).
+    /// appended (it holds one at most). `recent` is what the thread of a process
+    /// before this one left, whose queue `watcher` goes on with.
     pub fn start(
         watcher: Box<dyn Watcher>,
         journal: Arc<Journal>,
         members: Arc<Members>,
         captured: Sender<()>,
         clock: Arc<Clock>,
+        recent: &[ObjectId],
     ) -> std::io::Result<Self> {
         let (requests, barriers) = unbounded();
         let (flush, flushes) = bounded(1);
@@ -235,40 +258,44 @@ impl Capture {
             directories: watcher.directories(),
             proves: Arc::new(AtomicBool::new(watcher.proves())),
             rescan_every: Arc::new(Mutex::new(watcher.rescan_every())),
-            threads: Vec::new(),
+            thread: None,
+            flusher: None,
         };
         let rescan_every = capture.rescan_every.clone();
         let proves = capture.proves.clone();
         let flusher = journal.clone();
         let failed = shared.clone();
         let mut this = capture;
-        this.threads.push(std::thread::Builder::new().name("journal-flush".into()).spawn(
-            move || {
-                for () in flushes {
-                    if let Err(error) = flusher.flush() {
-                        tracing::error!(%error, "cannot flush the journal");
-                        fail(&failed, &error);
-                    }
+        let flush_all = move || {
+            for () in flushes {
+                if let Err(error) = flusher.flush() {
+                    tracing::error!(%error, "cannot flush the journal");
+                    fail(&failed, &error);
                 }
-            },
-        )?);
-        this.threads.push(std::thread::Builder::new().name("capture".into()).spawn(move || {
-            let recent = Recent::default();
-            let mut thread = Thread {
-                watcher,
-                journal,
-                members,
-                captured,
-                flush,
-                shared,
-                rescan_every,
-                proves,
-                recent,
-                clock,
-            };
-            if let Err(error) = thread.run(&barriers, &stop) {
+            }
+        };
+        let named = |name: &str| std::thread::Builder::new().name(name.into());
+        this.flusher = Some(named("journal-flush").spawn(flush_all)?);
+        let mut known = Recent::default();
+        recent.iter().for_each(|object| known.add(object));
+        let mut thread = Thread {
+            watcher,
+            journal,
+            members,
+            captured,
+            flush,
+            shared,
+            rescan_every,
+            proves,
+            recent: known,
+            clock,
+        };
+        this.thread = Some(named("capture").spawn(move || match thread.run(&barriers, &stop) {
+            Ok(()) => Some(thread),
+            Err(error) => {
                 tracing::error!(%error, "capture stopped");
                 fail(&thread.shared, &error);
+                None
             }
         })?);
         Ok(this)
@@ -281,6 +308,41 @@ impl Capture {
         self.requests.send(reply).map_err(|_| stopped())?;
         self.waker.wake();
         answer.recv().map_err(|_| stopped())?.map_err(CaptureError::Stopped)
+    }
+
+    /// Ends the thread, and gives what the next process needs to go on where it
+    /// was; `None` when this watcher cannot be handed over, or something failed.
+    ///
+    /// INVARIANT: nothing is read from the queue after this, and all that was
+    /// read from it, as far as it concerns the source, is in the journal (not
+    /// yet flushed).
+    pub fn finish(mut self) -> Option<Left> {
+        let thread = self.end()?;
+        if self.failure().is_some() {
+            return None;
+        }
+        let recent = thread.recent.order.into();
+        Some(Left { queue: thread.watcher.hand_over()?, recent })
+    }
+
+    /// Ends both threads; gives what the first worked with when it ended well.
+    fn end(&mut self) -> Option<Thread> {
+        self.stop.store(true, Ordering::Release);
+        self.waker.wake();
+        let ended = self.thread.take().and_then(|thread| {
+            thread.join().inspect_err(|_| tracing::error!("the capture thread panicked")).ok()
+        });
+        let mut thread = ended.flatten();
+        // Its end of the channel is what the other waits for.
+        if let Some(thread) = &mut thread {
+            thread.flush = bounded(0).0;
+        }
+        if let Some(flusher) = self.flusher.take()
+            && flusher.join().is_err()
+        {
+            tracing::error!("the journal's flusher panicked");
+        }
+        thread
     }
 
     /// See [`Watcher::directories`].
@@ -316,13 +378,7 @@ impl Capture {
 
 impl Drop for Capture {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        self.waker.wake();
-        for thread in self.threads.drain(..).rev() {
-            if thread.join().is_err() {
-                tracing::error!("a capture thread panicked");
-            }
-        }
+        self.end();
     }
 }
 

@@ -10,8 +10,10 @@ pub mod clock;
 pub mod engine;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod handover;
 pub mod index;
 pub mod journal;
+pub mod ledger;
 mod places;
 pub mod plan;
 pub mod read;

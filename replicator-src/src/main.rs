@@ -4,6 +4,7 @@ mod daemon;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -12,8 +13,9 @@ use replicator_common::config::SourceConfig;
 use replicator_common::daemon::{check_config, end, load};
 use replicator_common::logging;
 use replicator_common::stop::Stop;
+use replicator_common::supervisor::Supervisor;
 use replicator_src::service::SourceService;
-use tracing::info;
+use tracing::{info, warn};
 
 /// The source's side of replications: watches directories, and ships what
 /// changes in them.
@@ -28,7 +30,10 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serves until SIGTERM or SIGINT; the second one ends it at once
+    /// Serves until SIGTERM or SIGINT; the second one ends it at once.
+    ///
+    /// Under systemd with Type=notify and FileDescriptorStoreMax= (at least one
+    /// for each configuration) a restart loses no event and walks nothing.
     Serve {
         /// The configuration, TOML
         #[arg(long, value_name = "FILE")]
@@ -57,12 +62,18 @@ fn main() -> ExitCode {
 }
 
 fn serve(path: &Path) -> anyhow::Result<()> {
+    // Before anything is opened.
+    let (supervisor, trouble) = Supervisor::from_environment();
     let config: SourceConfig = load(path)?;
     logging::init(&config.log, config.log_format)?;
     let stop = Stop::on_signals().context("cannot listen for signals")?;
     // The port first: a second daemon ends here, before it touches any state.
     let bound = server::bind(config.api)?;
-    let service = SourceService::open(daemon::options(&config))?;
+    if let Some(error) = trouble {
+        warn!(%error, "what the service manager passed is not used (LISTEN_FDS)");
+    }
+    let supervisor = Arc::new(supervisor);
+    let service = SourceService::open_under(daemon::options(&config), supervisor.clone())?;
     let options = ApiOptions {
         hosts: config.api_hosts.clone(),
         watcher: config.watcher,
@@ -70,8 +81,10 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     };
     let server = bound.serve(Api::new(service.clone(), options))?;
     info!(api = %server.address(), state = %config.state_dir.display(), "serving");
+    supervisor.ready();
     stop.wait();
     info!("stopping");
+    supervisor.stopping();
     server.stop();
     service.shutdown();
     info!("stopped");

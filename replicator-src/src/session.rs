@@ -2,25 +2,42 @@
 //! backoff, by one asynchronous task. It moves frames and knows nothing of
 //! what they mean beyond the two hellos.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
+use replicator_common::net::NetError;
 use replicator_common::net::clock::Exchange;
 use replicator_common::net::frame::{Compression, FrameReader, FrameWriter, encode_frame};
 use replicator_common::net::identity::{Fingerprint, Identity};
-use replicator_common::net::{NetError, quic};
+use replicator_common::net::quic::{self, CLOSE_PROTOCOL};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
     ALPN, DATA_STREAMS, DestinationHello, DestinationMessage, Refusal, SourceHello, SourceMessage,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
 use crate::read::sink::{Sink, SinkError, Wired};
 
-/// First and longest pause between attempts to connect.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+/// First and longest pause between attempts to connect. An attempt that began
+/// while the network was cut is of use if the network is back by its last
+/// packet, after 7 of the 10 seconds that it has; else the next one is. So it
+/// takes 7 s at most from the end of a cut to the next try, however long the
+/// cut was.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(4));
+/// After a session that lasted this long, the pauses begin anew with the first.
+/// After a shorter one they go on to grow: else a destination that takes every
+/// session and ends it at once would be called without pause.
+const LASTING: Duration = Duration::from_secs(10);
+/// Attempts that are under way at once, however many are in a hurry.
+const DIALS: usize = 3;
+/// The destination reports twice a second. One that answers at the level of
+/// QUIC and has said nothing for this long hangs.
+pub const SILENCE: Duration = Duration::from_secs(60);
+/// Messages of the destination that wait in memory for the engine. An honest
+/// one has a handful under way.
+const MESSAGES: usize = 64;
 /// How long the destination may take to answer a hello: it redoes logged
 /// batches first.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(120);
@@ -49,6 +66,8 @@ pub enum LinkEvent {
         number: u64,
         /// The message.
         message: Box<DestinationMessage>,
+        /// Given back when the message has been dealt with: the next may come.
+        room: OwnedSemaphorePermit,
     },
     /// A message of session `number` and its answer, by both clocks.
     Clocks {
@@ -56,6 +75,8 @@ pub enum LinkEvent {
         number: u64,
         /// The moments.
         exchange: Exchange,
+        /// As of a message.
+        room: OwnedSemaphorePermit,
     },
     /// Session `number` ended, or could not be opened (then it never began).
     Lost {
@@ -65,6 +86,8 @@ pub enum LinkEvent {
         reason: String,
         /// The destination's own word, when it gave one.
         refusal: Option<Refusal>,
+        /// When the next attempt begins.
+        next: Timestamp,
     },
 }
 
@@ -81,9 +104,24 @@ pub struct Session {
     connection: quinn::Connection,
     control: mpsc::Sender<Vec<u8>>,
     wired: Arc<Wired>,
+    verdict: Arc<OnceLock<String>>,
 }
 
 impl Session {
+    /// Ends the session because the destination broke the protocol. The link
+    /// tells of the end, with this reason.
+    pub fn reject(&self, reason: String) {
+        self.connection.close(CLOSE_PROTOCOL, reason.as_bytes());
+        // The first breach is the one to tell.
+        let _ = self.verdict.set(reason);
+    }
+
+    /// Whether [`Self::reject`] was called: what arrived before it took effect
+    /// means nothing any more.
+    pub fn is_rejected(&self) -> bool {
+        self.verdict.get().is_some()
+    }
+
     /// Queues a control message; blocks while the network is slower than we are.
     pub fn send(&self, message: &SourceMessage) -> Result<(), SinkError> {
         let frame = encode_frame(message, Compression::Auto)?;
@@ -108,34 +146,57 @@ impl Drop for Session {
     }
 }
 
+/// What the link runs with.
+pub struct Link {
+    /// Our certificate.
+    pub identity: Identity,
+    /// Whom to connect to.
+    pub remote: Remote,
+    /// Counts what is put on the wire.
+    pub wired: Arc<Wired>,
+    /// Of content.
+    pub compression: Compression,
+    /// When notified, the link does not wait until the next attempt is due.
+    pub hurry: Arc<Notify>,
+    /// A destination that has said nothing for this long hangs.
+    pub silence: Duration,
+}
+
 /// Runs the link until `hello` or the engine's inbox is gone: opens sessions
 /// one after the other. `hello` makes the greeting of a new session.
 pub async fn run(
-    identity: Identity,
-    remote: Remote,
+    link: Link,
     hello: impl Fn() -> Option<SourceHello> + Send + 'static,
-    wired: Arc<Wired>,
-    compression: Compression,
     events: Sender<LinkEvent>,
 ) {
     let mut pause = BACKOFF.0;
+    let mut previous = None;
     for number in 1.. {
         let Some(greeting) = hello() else { return };
-        let attempt = Attempt { identity: &identity, remote: &remote, number, compression };
-        let (reason, refusal) = match attempt.open(greeting, &wired).await {
+        let greeting = SourceHello { previous, ..greeting };
+        let began = Instant::now();
+        let attempt = Attempt { link: &link, number };
+        let (reason, refusal) = match attempt.open(greeting).await {
             Ok((session, task)) => {
-                pause = BACKOFF.0;
+                previous = Some(session.hello.session);
                 if events.send(LinkEvent::Connected(session)).is_err() {
                     return;
                 }
-                task.pump(&events).await
+                let failure = task.pump(&events).await;
+                if began.elapsed() >= LASTING {
+                    pause = BACKOFF.0;
+                }
+                failure
             }
             Err(failure) => failure,
         };
-        if events.send(LinkEvent::Lost { number, reason, refusal }).is_err() {
+        let nanos = i64::try_from(pause.as_nanos()).unwrap_or(i64::MAX);
+        let next = Timestamp::now().offset(nanos);
+        if events.send(LinkEvent::Lost { number, reason, refusal, next }).is_err() {
             return;
         }
-        tokio::time::sleep(pause).await;
+        // Either way it is tried again.
+        let _ = tokio::time::timeout(pause, link.hurry.notified()).await;
         pause = (pause * 2).min(BACKOFF.1);
     }
 }
@@ -143,42 +204,59 @@ pub async fn run(
 type Failure = (String, Option<Refusal>);
 
 struct Attempt<'a> {
-    identity: &'a Identity,
-    remote: &'a Remote,
+    link: &'a Link,
     number: u64,
-    compression: Compression,
 }
 
 impl Attempt<'_> {
-    async fn open(
-        &self,
-        greeting: SourceHello,
-        wired: &Arc<Wired>,
-    ) -> Result<(Session, Pump), Failure> {
+    /// Connects. When somebody is in a hurry, another attempt is made beside the
+    /// one that is under way, because the packets of each go out at ever longer
+    /// intervals.
+    async fn dial(&self) -> Result<quinn::Connection, NetError> {
+        let Link { identity, remote, hurry, .. } = self.link;
+        let dial = || {
+            let (identity, remote) = (identity.clone(), remote.clone());
+            async move { quic::dial(&identity, &remote.address, remote.fingerprint, ALPN).await }
+        };
+        let mut attempts = JoinSet::new();
+        attempts.spawn(dial());
+        loop {
+            tokio::select! {
+                () = hurry.notified(), if attempts.len() < DIALS => drop(attempts.spawn(dial())),
+                Some(ended) = attempts.join_next() => match ended {
+                    Ok(Err(_)) if !attempts.is_empty() => {}
+                    Ok(ended) => return ended,
+                    Err(panicked) => return Err(NetError::Setup(panicked.to_string())),
+                },
+            }
+        }
+    }
+
+    async fn open(&self, greeting: SourceHello) -> Result<(Session, Pump), Failure> {
         let plain = |error: &dyn std::fmt::Display| (error.to_string(), None);
-        let connection =
-            quic::dial(self.identity, &self.remote.address, self.remote.fingerprint, ALPN)
-                .await
-                .map_err(|error| match error {
-                    // It was pinned when the configuration was made: the
-                    // destination has none any more.
-                    NetError::Refused { .. } => {
-                        let source_id = greeting.source.clone();
-                        (error.to_string(), Some(Refusal::NoConfiguration { source_id }))
-                    }
-                    other => plain(&other),
-                })?;
-        let (send, receive) = connection.open_bi().await.map_err(|error| plain(&error))?;
+        let connection = self.dial().await.map_err(|error| match error {
+            // It was pinned when the configuration was made: the destination
+            // has none any more.
+            NetError::Refused { .. } => {
+                let source_id = greeting.source.clone();
+                (error.to_string(), Some(Refusal::NoConfiguration { source_id }))
+            }
+            other => plain(&other),
+        })?;
+        let broke = |error: &dyn std::fmt::Display| {
+            (quic::ending(&connection).unwrap_or_else(|| error.to_string()), None)
+        };
+        let (send, receive) = connection.open_bi().await.map_err(|error| broke(&error))?;
         prefer(&send, 2);
         let mut writer = FrameWriter::new(send);
         let mut reader = FrameReader::new(receive);
         let greeting = SourceHello { time: Timestamp::now(), ..greeting };
-        writer.write(&SourceMessage::Hello(greeting)).await.map_err(|error| plain(&error))?;
+        writer.write(&SourceMessage::Hello(greeting)).await.map_err(|error| broke(&error))?;
         let answer = tokio::time::timeout(HELLO_TIMEOUT, reader.read::<DestinationMessage>())
             .await
             .map_err(|_| ("the destination does not answer".to_owned(), None))?;
         let heard = Timestamp::now();
-        let hello = match answer.map_err(|error| plain(&error))? {
+        let hello = match answer.map_err(|error| broke(&error))? {
             Some(DestinationMessage::Hello(hello)) => hello,
             Some(DestinationMessage::Refused(refusal)) => {
                 return Err((refusal.to_string(), Some(refusal)));
@@ -193,7 +271,7 @@ impl Attempt<'_> {
         writers.spawn(write_frames(writer, frames));
         let mut queues = Vec::new();
         for number in 0..DATA_STREAMS {
-            let stream = connection.open_uni().await.map_err(|error| plain(&error))?;
+            let stream = connection.open_uni().await.map_err(|error| broke(&error))?;
             // The first half carries packs (see `Sink`): small objects never
             // queue behind large ones.
             prefer(&stream, if number < DATA_STREAMS / 2 { 1 } else { 0 });
@@ -201,16 +279,22 @@ impl Attempt<'_> {
             writers.spawn(write_frames(FrameWriter::new(stream), frames));
             queues.push(queue);
         }
+        let Link { wired, compression, .. } = self.link;
+        let verdict = Arc::<OnceLock<String>>::default();
         let session = Session {
             number: self.number,
             hello,
-            sink: Sink::new(queues, wired.clone(), self.compression),
+            sink: Sink::new(queues, wired.clone(), *compression),
             clocks,
             connection: connection.clone(),
             control,
             wired: wired.clone(),
+            verdict: verdict.clone(),
         };
-        Ok((session, Pump { number: self.number, connection, reader, writers }))
+        let room = Arc::new(Semaphore::new(MESSAGES));
+        let number = self.number;
+        let silence = self.link.silence;
+        Ok((session, Pump { number, connection, reader, writers, room, verdict, silence }))
     }
 }
 
@@ -236,15 +320,49 @@ struct Pump {
     connection: quinn::Connection,
     reader: FrameReader<quinn::RecvStream>,
     writers: JoinSet<Result<(), String>>,
+    /// Of messages on their way to the engine.
+    room: Arc<Semaphore>,
+    /// Why the engine ended the session, if it did.
+    verdict: Arc<OnceLock<String>>,
+    silence: Duration,
 }
 
 impl Pump {
     async fn pump(mut self, events: &Sender<LinkEvent>) -> Failure {
+        let failure = self.until_the_end(events).await;
+        match self.verdict.get() {
+            Some(verdict) => (format!("the destination broke the protocol: {verdict}"), None),
+            None => failure,
+        }
+    }
+
+    /// Why it broke; what the connection itself says of that comes first.
+    fn broke(&self, error: &dyn std::fmt::Display) -> Failure {
+        let reason = quic::ending(&self.connection).unwrap_or_else(|| error.to_string());
+        self.close(reason)
+    }
+
+    async fn until_the_end(&mut self, events: &Sender<LinkEvent>) -> Failure {
         loop {
+            // INVARIANT (bounded resources): what is read and not dealt with is
+            // MESSAGES frames at most; a destination that says more is stopped
+            // by QUIC's flow control.
+            let Ok(room) = self.room.clone().acquire_owned().await else {
+                return self.close("the source stops".to_owned());
+            };
             let message = tokio::select! {
-                message = self.reader.read::<DestinationMessage>() => message,
+                message = tokio::time::timeout(self.silence, self.reader.read()) => match message {
+                    Ok(message) => message,
+                    Err(_) => {
+                        let silent = format!(
+                            "the destination hangs: it has said nothing for {} s",
+                            self.silence.as_secs()
+                        );
+                        return self.close(silent);
+                    }
+                },
                 Some(ended) = self.writers.join_next() => match ended {
-                    Ok(Err(reason)) => return self.close(reason),
+                    Ok(Err(reason)) => return self.broke(&reason),
                     Err(panicked) => return self.close(panicked.to_string()),
                     // The engine let the session go.
                     Ok(Ok(())) => continue,
@@ -256,26 +374,27 @@ impl Pump {
                     return (reason, Some(refusal));
                 }
                 Ok(Some(message)) => {
-                    let event = self.event(message);
+                    let event = self.event(message, room);
                     if events.send(event).is_err() {
                         return self.close("the source stops".to_owned());
                     }
                 }
                 Ok(None) => return self.close("the destination closed the session".to_owned()),
-                Err(error) => return self.close(error.to_string()),
+                Err(error) => return self.broke(&error),
             }
         }
     }
 
-    fn event(&self, message: DestinationMessage) -> LinkEvent {
+    fn event(&self, message: DestinationMessage, room: OwnedSemaphorePermit) -> LinkEvent {
         let number = self.number;
         match message {
             // Read here, before the message waits for the engine.
             DestinationMessage::Clock { sent, received, answered } => {
                 let heard = Timestamp::now();
-                LinkEvent::Clocks { number, exchange: Exchange { sent, received, answered, heard } }
+                let exchange = Exchange { sent, received, answered, heard };
+                LinkEvent::Clocks { number, exchange, room }
             }
-            message => LinkEvent::Message { number, message: Box::new(message) },
+            message => LinkEvent::Message { number, message: Box::new(message), room },
         }
     }
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::binary;
 use crate::compare;
+use crate::manager::Manager;
 use crate::mounts::{FileSystem, Mount, Scratch, require_root, run};
 use crate::process::{Daemon, Ended, run_to_end};
 use crate::scenario::patience;
@@ -142,6 +143,8 @@ pub struct Hosts {
     share: Option<Share>,
     /// Further lines of the source's configuration.
     source_lines: String,
+    /// Starts the source's daemon, with variables that it gets wrong.
+    manager: Option<Manager>,
 }
 
 impl Hosts {
@@ -167,10 +170,25 @@ impl Hosts {
             replica: Mount::new(replica),
             share: Some(share),
             source_lines: source_lines.to_owned(),
+            manager: None,
         };
         hosts.start(Side::Destination);
         hosts.start(Side::Source);
         hosts
+    }
+
+    /// The same, and the source's daemon is a service of a manager's.
+    pub fn supervised() -> Self {
+        let mut hosts = Self::strangers();
+        hosts.kill(Side::Source);
+        hosts.manager = Some(Manager::new());
+        hosts.start(Side::Source);
+        hosts
+    }
+
+    /// The manager of the source's daemon.
+    pub fn manager(&self) -> &Manager {
+        self.manager.as_ref().expect("the source's daemon is no service")
     }
 
     /// Both are enrolled, and a small tree is replicated.
@@ -216,6 +234,11 @@ impl Hosts {
         self.slot(side).take().unwrap().kill();
     }
 
+    /// SIGTERM.
+    pub fn terminate(&mut self, side: Side) {
+        assert!(self.slot(side).take().unwrap().terminate().success());
+    }
+
     /// Whether a daemon is there; it may have ended by itself.
     pub fn is_started(&self, side: Side) -> bool {
         match side {
@@ -231,19 +254,31 @@ impl Hosts {
 
     /// Starts a daemon and waits until its API answers.
     pub fn start(&mut self, side: Side) {
+        self.start_with(side, &[]);
+    }
+
+    /// The same with variables of its environment; see [`Manager::service`].
+    pub fn start_with(&mut self, side: Side, variables: &[(&str, &str)]) {
         let config = self.write_config(side);
         let mut check = Command::new(side.program());
         check.args(["check-config", "--config"]).arg(&config);
         run_to_end(check, Duration::from_secs(10)).success();
-        self.spawn(side);
+        self.spawn_with(side, variables);
         self.slot(side).as_mut().unwrap().wait_ready();
     }
 
     /// Starts a daemon that was started before, and waits for nothing.
     pub fn spawn(&mut self, side: Side) {
+        self.spawn_with(side, &[]);
+    }
+
+    fn spawn_with(&mut self, side: Side, variables: &[(&str, &str)]) {
         let config = self.config(side);
         let mut command = self.network.inside(side, side.program());
         command.args(["serve", "--config"]).arg(&config);
+        if let (Side::Source, Some(manager)) = (side, &self.manager) {
+            command = manager.service(&command, variables);
+        }
         let namespace = Path::new("/run/netns").join(self.network.namespace(side));
         let log = config.with_extension("log");
         let daemon = Daemon::spawn(command, API, &log).in_namespace(namespace);
@@ -345,6 +380,14 @@ impl Hosts {
     /// Puts it back.
     pub fn plug_cable(&self) {
         ip(&["-n", &self.network.namespace(Side::Source), "link", "set", CABLE, "up"]);
+    }
+
+    /// The source's host has another address from now on.
+    pub fn move_source(&self, address: &str) {
+        let (namespace, old) = (self.network.namespace(Side::Source), Side::Source.address());
+        // (With the first address of a network, the kernel takes its others.)
+        ip(&["-n", &namespace, "address", "delete", &format!("{old}/24"), "dev", CABLE]);
+        ip(&["-n", &namespace, "address", "add", &format!("{address}/24"), "dev", CABLE]);
     }
 
     /// Lets no more through from source to destination, in `tc`'s words.

@@ -28,6 +28,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(30);
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long a request other than `wait` may take.
 const REQUEST_LIMIT: Duration = Duration::from_secs(30);
+/// The unit of times in `/proc`, a second's part (`USER_HZ`, fixed by the ABI).
+const TICKS: f64 = 100.0;
 /// Between two looks at something that is waited for.
 const POLL: Duration = Duration::from_millis(20);
 
@@ -87,6 +89,25 @@ impl Daemon {
     /// The process.
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// How long it has run on a processor so far, all threads together.
+    pub fn processor_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.id())).unwrap();
+        // The program's name, in parentheses, may hold blanks.
+        let (_, fields) = stat.rsplit_once(')').unwrap();
+        let ticks = fields.split_whitespace().skip(11).take(2).map(|f| f.parse::<u32>().unwrap());
+        Duration::from_secs_f64(f64::from(ticks.sum::<u32>()) / TICKS)
+    }
+
+    /// Stops it where it is: it hangs, and its host lives.
+    pub fn freeze(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&self) {
+        self.signal(Signal::CONT);
     }
 
     /// What it printed since it was started.
@@ -201,6 +222,12 @@ impl Daemon {
     /// Ctrl-C, and waits for the end.
     pub fn interrupt(mut self) -> ExitStatus {
         self.signal(Signal::INT);
+        self.await_end()
+    }
+
+    /// SIGTERM, as a service manager stops it, and waits for the end.
+    pub fn terminate(mut self) -> ExitStatus {
+        self.signal(Signal::TERM);
         self.await_end()
     }
 

@@ -54,7 +54,7 @@ fn one(status: &Status, now: Timestamp) -> String {
     rows.add("source", place(source.map(|s| (s.path.as_str(), s.time)), now));
     rows.add("replica", place(destination.map(|d| (d.path.as_str(), d.time)), now));
     rows.add("since", status.creation_time.to_rfc3339());
-    watermark(&mut rows, status);
+    watermark(&mut rows, status, now);
     if let Some(source) = source {
         changes(&mut rows, source);
     }
@@ -64,7 +64,10 @@ fn one(status: &Status, now: Timestamp) -> String {
     if let Some(source) = source {
         verified::rows(&mut rows, &source.verification, now);
     }
-    if let Some(link) = source.map(|s| &s.link).or(destination.map(|d| &d.link)) {
+    // The other side's word is of a time when there was a connection.
+    let links = [source.map(|s| &s.link), destination.map(|d| &d.link)];
+    let links = || links.into_iter().flatten();
+    if let Some(link) = links().find(|link| !link.connected).or(links().next()) {
         rows.add("link", connection(link, now));
     }
     let errors = [
@@ -94,11 +97,13 @@ pub(super) fn ago(then: Timestamp, now: Timestamp) -> String {
 }
 
 /// What is replicated, and what holds it up.
-fn watermark(rows: &mut Rows, status: &Status) {
+fn watermark(rows: &mut Rows, status: &Status, now: Timestamp) {
     let replicated = match (last_replicated(status), &status.source, &status.destination) {
         (None, ..) => "nothing is promised before the initial sync is done".to_owned(),
-        // On the clock that made it.
-        (Some(moment), Some(source), _) if source.watermark == moment => {
+        // On the clock that made it, unless that is the clock of long ago.
+        (Some(moment), Some(source), _)
+            if source.watermark == moment && now.since(source.time) <= OLD =>
+        {
             format!("every change before {moment}, {} ago", time(source.time.since(moment)))
         }
         (Some(moment), _, Some(DestinationReport { time_since_last_sync: Some(age), .. })) => {
@@ -304,6 +309,12 @@ fn connection(link: &Link, now: Timestamp) -> String {
     }
     if let Some(error) = link.last_error.as_ref().filter(|_| !link.connected) {
         text.push_str(&format!(": {error}"));
+    }
+    if let Some(next) = link.next_attempt.filter(|_| !link.connected) {
+        text.push_str(&match next.since(now) {
+            Duration::ZERO => "; trying now".to_owned(),
+            wait => format!("; next attempt in {}", time(wait)),
+        });
     }
     text
 }

@@ -69,6 +69,7 @@ fn report() -> SourceReport {
             round_trip_micros: None,
             clock_offset_nanos: None,
             last_error: None,
+            next_attempt: None,
         },
         counters: Counters::default(),
         last_error: None,

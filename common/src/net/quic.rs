@@ -334,6 +334,24 @@ async fn confirmed(connection: &Connection) -> Result<(), ConnectionError> {
     Ok(())
 }
 
+/// Why a connection ended, in words for people; `None` while it is open. What a
+/// stream says of it is only that it is gone.
+pub fn ending(connection: &Connection) -> Option<String> {
+    let peer = connection.remote_address();
+    Some(match connection.close_reason()? {
+        ConnectionError::TimedOut => {
+            let seconds = IDLE_TIMEOUT_MILLIS / 1000;
+            format!("nothing was heard from {peer} for {seconds} s")
+        }
+        ConnectionError::ApplicationClosed(close) if !close.reason.is_empty() => {
+            let reason = String::from_utf8_lossy(&close.reason);
+            format!("{peer} ended the connection: {reason}")
+        }
+        ConnectionError::Reset => format!("{peer} knows nothing of the connection any more"),
+        other => format!("connection with {peer}: {other}"),
+    })
+}
+
 /// Finds the words for the ways in which a peer can turn us away.
 pub fn explain(address: SocketAddr, source: ConnectionError) -> NetError {
     match &source {

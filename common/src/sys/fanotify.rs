@@ -157,6 +157,38 @@ impl Group {
         Ok(text.lines().filter(|line| line.starts_with("fanotify sdev:")).count())
     }
 
+    /// Takes a group over that was opened by a process before this one. Its
+    /// flags and marks are what they were: see [`Self::description`].
+    ///
+    /// # Errors
+    /// `EINVAL` when the descriptor is of something else; those of reading
+    /// `/proc/self/fd`.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self, Errno> {
+        let kind = std::fs::read_link(proc_path(fd.as_fd())).map_err(errno)?;
+        if kind.as_os_str() != "anon_inode:[fanotify]" {
+            return Err(Errno::INVAL);
+        }
+        Ok(Self { fd })
+    }
+
+    /// The descriptor alone: the group and its queue live for as long as it does.
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
+    /// What the kernel says of the group: a line of its flags, and one for each
+    /// mark with the file system and the mask. Equal texts are equal groups, up
+    /// to what is in the queue.
+    ///
+    /// # Errors
+    /// Those of reading `/proc/self/fdinfo`.
+    pub fn description(&self) -> Result<Vec<String>, Errno> {
+        let path = proc_path(self.fd.as_fd()).replace("/fd/", "/fdinfo/");
+        let text = std::fs::read_to_string(path).map_err(errno)?;
+        let lines = text.lines().filter(|line| line.starts_with("fanotify "));
+        Ok(lines.map(str::to_owned).collect())
+    }
+
     /// The number of events in the queue, or somewhat more.
     ///
     /// `FIONREAD` counts 24 bytes an event, whatever its real length.

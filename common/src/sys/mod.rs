@@ -7,6 +7,7 @@
 pub mod fanotify;
 pub mod handle;
 pub mod mount;
+pub mod passed;
 pub mod place;
 pub mod quiet;
 pub mod stat;

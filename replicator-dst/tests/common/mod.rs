@@ -4,12 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use quinn::{Connection, RecvStream, SendStream};
 use replicator_common::control::Control;
-use replicator_common::id::{BatchId, FileSystemId, Incarnation, ObjectId, Seq};
+use replicator_common::id::{BatchId, FileSystemId, Incarnation, ObjectId, Seq, SessionId};
 use replicator_common::name::Name;
 use replicator_common::net::enrol::{self, EnrolRequest, Enrolled};
 use replicator_common::net::frame::{FrameReader, FrameWriter};
@@ -138,6 +138,8 @@ pub struct World {
     pub enrolled: Option<Enrolled>,
     /// Objects are to be found by path.
     pub by_path: bool,
+    /// The last session: the next one is the same source's.
+    pub last: Mutex<Option<SessionId>>,
 }
 
 impl World {
@@ -154,6 +156,7 @@ impl World {
             token: None,
             enrolled: None,
             by_path: false,
+            last: Mutex::default(),
         }
     }
 
@@ -235,11 +238,15 @@ impl World {
             destination_incarnation: None,
             acknowledged: BatchId(last),
             pending: Some(BatchId(last + 1)),
+            previous: *self.last.lock().unwrap(),
             time: Timestamp::now(),
         };
         source.writer.write(&SourceMessage::Hello(hello)).await.unwrap();
         match source.next().await {
-            DestinationMessage::Hello(hello) => source.hello = Some(hello),
+            DestinationMessage::Hello(hello) => {
+                *self.last.lock().unwrap() = Some(hello.session);
+                source.hello = Some(hello);
+            }
             DestinationMessage::Refused(refusal) => return Err(refusal),
             other => panic!("{other:?}"),
         }

@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use replicator_common::id::{BatchId, ObjectId, Seq, TransferId};
-use replicator_common::time::Timestamp;
 
 use super::commit::dropped_by;
 use super::holds::{ReadyFile, Transfer};
-use super::{Engine, EngineError, Gap, ended};
+use super::{Engine, EngineError, ended};
 use crate::index::View;
 use crate::journal::Record;
+use crate::ledger::{Closing, Gap, Span};
 use crate::plan::resolve::Budget;
 use crate::plan::{Dirty, Listing, Need, Outcome, Resolve, Settings, assemble};
 use crate::read::sink::SinkError;
@@ -42,21 +42,14 @@ pub(super) struct Draft {
     pub(super) outcomes: HashMap<ObjectId, Outcome>,
     /// Everything that was dirty, to be dirty again if the batch is lost.
     pub(super) input: Dirty,
-    pub(super) seq: Seq,
-    /// Every change before this moment was absorbed.
-    pub(super) time: Timestamp,
-    /// The barrier's moment could be taken over (else it was not reached).
-    pub(super) reached: bool,
+    /// What it covers.
+    pub(super) span: Span,
     pub(super) version: u32,
     pub(super) packed: u64,
     /// New content bytes of the large files that it places.
     pub(super) fresh: u64,
     /// Large files that this batch places.
     pub(super) placed: BTreeMap<ObjectId, Placed>,
-    pub(super) exact: bool,
-    /// The walk had ended, and every event of its time was absorbed, before
-    /// this batch began.
-    pub(super) walked: bool,
 }
 
 pub(super) struct Placed {
@@ -91,16 +84,13 @@ impl Engine {
         let barrier = self.capture.barrier()?;
         let recalled = self.recall()?;
         let mut draft = self.draft();
-        draft.walked &= !recalled;
+        draft.span.walked &= !recalled;
         draft.resolve.walking = self.gap.is_some();
         draft.resolve.unproven = self.unproven;
         let root = self.opener.root();
         draft.resolve.root = (!root.by_handle()).then(|| root.id.clone());
         self.take_records(&mut draft)?;
-        if self.cursor >= barrier.seq {
-            draft.time = draft.time.max(barrier.time);
-            draft.reached = true;
-        }
+        draft.span.reach(barrier.seq, barrier.time);
         if !self.root_known()? {
             draft.resolve.begin_at(&self.opener.root().id);
         }
@@ -114,15 +104,15 @@ impl Engine {
             resolve: Resolve::default(),
             outcomes: HashMap::new(),
             input: Dirty::default(),
-            seq: self.cursor,
-            time: self.covered.max(self.seen),
-            reached: false,
+            span: Span::new(
+                self.cursor,
+                self.covered.max(self.seen),
+                self.dirty.listings.is_empty(),
+            ),
             version: 0,
             packed: 0,
             fresh: 0,
             placed: BTreeMap::new(),
-            exact: false,
-            walked: self.dirty.listings.is_empty(),
         }
     }
 
@@ -144,7 +134,7 @@ impl Engine {
         }
         self.absorb(&records, draft)?;
         self.cursor = last.unwrap_or(self.cursor);
-        draft.seq = self.cursor;
+        draft.span.seq = self.cursor;
         Ok(())
     }
 
@@ -164,11 +154,11 @@ impl Engine {
     /// Looks into the journal between batches, so that what turns out to
     /// concern nobody (links removed elsewhere on the file system) makes none.
     pub(super) fn look_ahead(&mut self) -> Result<(), EngineError> {
-        if self.cursor < self.journal.last() && self.dirty.len() < RECORDS {
+        if !self.unsettled && self.cursor < self.journal.last() && self.dirty.len() < RECORDS {
             let mut draft = self.draft();
             self.take_records(&mut draft)?;
             // Barriers in between are covered when the next batch says so.
-            self.seen = self.seen.max(draft.time);
+            self.seen = self.seen.max(draft.span.time);
         }
         Ok(())
     }
@@ -177,10 +167,7 @@ impl Engine {
         for (seq, record) in records {
             match record {
                 Record::Gap { reason } => self.open_gap(reason.clone())?,
-                // One of a process before this proves nothing: the restart is
-                // a gap, and its moments are of another clock.
-                Record::Barrier { .. } if *seq <= self.inherited => {}
-                Record::Barrier { time } => draft.time = draft.time.max(*time),
+                Record::Barrier { time } => draft.span.pass(*seq, *time, self.inherited),
                 other => {
                     self.touched.record(other);
                     self.touch_holds(other)?;
@@ -189,7 +176,7 @@ impl Engine {
             }
             self.cursor = *seq;
         }
-        draft.seq = self.cursor;
+        draft.span.seq = self.cursor;
         Ok(())
     }
 
@@ -199,10 +186,10 @@ impl Engine {
         for round in 0..ROUNDS {
             self.resolve_and_read(draft, session)?;
             if self.gap.is_some()
-                || !draft.reached
+                || !draft.span.reached
                 || draft.resolve.bindings.is_empty() && draft.resolve.read.is_empty()
             {
-                draft.exact = self.gap.is_none() && draft.reached;
+                draft.span.exact = self.gap.is_none() && draft.span.reached;
                 return Ok(());
             }
             let barrier = self.capture.barrier().map_err(EngineError::from)?;
@@ -211,18 +198,14 @@ impl Engine {
             if !touched {
                 // What came meanwhile is the next batch's; this one is of the
                 // moment of its barrier.
-                draft.exact = records.len() < RECORDS;
+                draft.span.exact = records.len() < RECORDS;
                 return Ok(());
             }
             if round + 1 == ROUNDS {
                 return Ok(());
             }
             self.absorb(&records, draft)?;
-            if self.cursor >= barrier.seq {
-                draft.time = draft.time.max(barrier.time);
-            } else {
-                draft.reached = false;
-            }
+            draft.span.reach(barrier.seq, barrier.time);
             draft.input.merge(self.dirty.clone());
         }
         Ok(())
@@ -307,15 +290,15 @@ impl Engine {
         let settings = Settings {
             now: self.clock.now(),
             floor,
-            outside_before: (gap.is_none() && draft.reached && seen)
-                .then(|| draft.time.offset(-(OUTSIDE_AFTER.as_nanos() as i64))),
+            outside_before: (gap.is_none() && draft.span.reached && seen)
+                .then(|| draft.span.time.offset(-(OUTSIDE_AFTER.as_nanos() as i64))),
         };
         let root = self.opener.root().id.clone();
         let (index, tree) = (&self.index, &mut self.tree);
         let mut assembly = assemble(&draft.resolve, &draft.outcomes, &root, settings, index, tree)?;
         self.note_skipped(&draft, &dropped_by(&assembly.delta));
         let placed = self.settle_placed(&mut draft, &assembly);
-        self.release_holds(&draft, &assembly.holds, &placed);
+        self.release_holds(&draft, &assembly.holds, &placed)?;
         let walking = gap.is_some();
         self.astray.merge(std::mem::take(&mut draft.resolve.astray));
         self.astray.merge(std::mem::take(&mut assembly.astray));
@@ -323,22 +306,22 @@ impl Engine {
         let behind =
             !self.dirty.is_empty() || !assembly.again.is_empty() || !self.astray.is_empty();
         if behind && self.gap.is_none() {
-            draft.time = self.covered;
-            draft.reached = false;
-            draft.exact = false;
+            draft.span.leave_behind(self.covered);
         }
         let unreadable = std::mem::take(&mut draft.resolve.unreadable);
         self.retry_unreadable(unreadable, &mut assembly);
-        let closed = self.close_gap(draft.walked && draft.reached && assembly.again.is_empty())?;
+        let closed =
+            self.close_gap(draft.span.walked && draft.span.reached && assembly.again.is_empty())?;
         let holds = std::mem::take(&mut assembly.holds);
         self.take_holds(holds, floor, walking);
+        self.settle_owed(&draft, &assembly.again);
         if walking {
             let orphaned = std::mem::take(&mut assembly.orphaned);
             self.dirty.listings.extend(orphaned.into_iter().map(|one| Listing::new(one, true)));
         }
         for (directory, name) in std::mem::take(&mut assembly.again) {
             self.dirty.entry(directory, name, crate::watcher::What::default());
-            draft.exact = false;
+            draft.span.exact = false;
         }
         self.commit(draft, assembly, closed)?;
         self.forget_dropped()
@@ -350,18 +333,17 @@ impl Engine {
     /// moment (trap 11).
     fn close_gap(&mut self, walked: bool) -> Result<Option<Gap>, EngineError> {
         let through = walked && self.dirty.is_empty() && self.astray.is_empty();
-        let closing = self.gap.clone().filter(|_| through);
-        let Some(gap) = closing else { return Ok(None) };
-        let Some(reason) = &gap.again else {
-            self.gap = None;
-            self.shared.end_progress();
-            return Ok(Some(gap));
-        };
-        let now = self.clock.now();
-        self.gap =
-            Some(Gap { reason: reason.clone(), walk_started: now, again: None, ..gap.clone() });
-        self.start_walk()?;
-        Ok(None)
+        match Gap::close(&mut self.gap, through, self.clock.now()) {
+            Closing::No => Ok(None),
+            Closing::Again => {
+                self.start_walk()?;
+                Ok(None)
+            }
+            Closing::Closed(gap) => {
+                self.shared.end_progress();
+                Ok(Some(gap))
+            }
+        }
     }
 
     /// The session ended before the batch was committed.

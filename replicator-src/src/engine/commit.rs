@@ -5,14 +5,19 @@ use std::time::Instant;
 
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{BatchHeader, Op, PLAN_OPS_MAX, SourceMessage};
+use replicator_common::wire::{BatchHeader, FRAME_MAX, Op, PLAN_OPS_MAX, SourceMessage};
 
 use super::build::Draft;
-use super::{Engine, EngineError, Gap, InFlight, ended};
+use super::{Engine, EngineError, Note, ended};
 use crate::index::{Content, Delta, Mark, View};
+use crate::ledger::{Claim, Flight, Gap, Reach};
 use crate::plan::{Assembly, Dirty};
 use crate::read::sink::SinkError;
 use crate::session::Session;
+
+/// Bytes of operations in one frame; an operation is shorter on the wire than
+/// in memory, so the frame stays below its limit.
+const PLAN_BYTES: usize = FRAME_MAX / 2;
 
 /// A batch ready to be committed.
 pub(super) struct Ready {
@@ -24,8 +29,8 @@ pub(super) struct Ready {
     pub(super) dropped: Vec<ObjectId>,
     pub(super) progress: (u64, u64),
     pub(super) objects: u64,
-    /// What was covered before it.
-    pub(super) covered: Timestamp,
+    /// Every change before this moment was in the replica before it.
+    pub(super) before: Timestamp,
     /// Every change before this moment is in the replica after it.
     pub(super) reached: Timestamp,
 }
@@ -37,7 +42,7 @@ impl Engine {
         assembly: Assembly,
         closed: Option<Gap>,
     ) -> Result<(), EngineError> {
-        let covered = self.covered;
+        let before = self.reached;
         let (header, reached) = self.header(&draft, &assembly, closed.as_ref());
         let changed = replaced_content(&assembly.delta, draft.batch);
         self.spoil(&changed);
@@ -59,7 +64,7 @@ impl Engine {
             dropped,
             progress,
             objects,
-            covered,
+            before,
             reached,
         })
     }
@@ -93,18 +98,15 @@ impl Engine {
         self.totals = mark;
         self.claimed = self.claimed.max(header.watermark);
         self.next_batch = batch.next();
-        self.in_flight.push_back(InFlight {
+        let exact = header.exact.is_some();
+        self.in_flight.push(Flight {
             mark,
             input,
             closed,
-            dropped,
-            progress,
-            committed_at: Instant::now(),
-            exact: header.exact.is_some(),
             durable: false,
-            covered: ready.covered,
+            before: ready.before,
             reached: ready.reached,
-            subjects,
+            note: Note { dropped, progress, committed_at: Instant::now(), exact, subjects },
         });
         let sent = match &self.session {
             Some(session) => send_plan(session, batch, ops, header),
@@ -124,26 +126,22 @@ impl Engine {
         assembly: &Assembly,
         closed: Option<&Gap>,
     ) -> (BatchHeader, Timestamp) {
-        let base = match (&self.gap, closed) {
-            (Some(gap), _) => gap.floor,
-            // Where only a walk proves anything, it proves it for the moment
-            // at which it began.
-            (None, Some(gap)) if !self.capture.proves() => gap.walk_started,
-            (None, None) if !self.capture.proves() => self.covered,
-            _ => draft.time,
+        let floors = self.holds.values().map(|held| held.floor);
+        let claim = Claim {
+            span: draft.span,
+            covered: self.covered,
+            gap: self.gap.as_ref(),
+            closed,
+            proves: self.capture.proves(),
+            waiting: floors.chain(self.owed.floor()).chain(self.orphan_floor(assembly)).min(),
         };
-        self.covered = self.covered.max(base);
-        let waiting = self.holds.values().map(|held| held.floor);
-        let orphans = self.orphan_floor(assembly);
-        let reached = waiting.chain(orphans).fold(base, Timestamp::min);
+        let Reach { covered, reached, exact } = claim.reach();
+        (self.covered, self.reached) = (covered, reached);
         // When the clock was set back, the claim stays until it has passed.
         let watermark = self.clock.wall(reached).max(self.claimed);
-        let quiet = self.holds.is_empty() && assembly.orphans == 0 && self.gap.is_none();
-        let exact =
-            (draft.exact && quiet && self.capture.proves() && closed.is_none_or(|_| draft.exact))
-                .then(|| self.clock.wall(draft.time));
+        let exact = exact.then(|| self.clock.wall(draft.span.time));
         let header = BatchHeader {
-            seq: draft.seq,
+            seq: draft.span.seq,
             watermark,
             exact,
             packed: draft.packed,
@@ -189,11 +187,22 @@ fn send_plan(
     header: BatchHeader,
 ) -> Result<(), SinkError> {
     while !ops.is_empty() {
-        let rest = ops.split_off(ops.len().min(PLAN_OPS_MAX));
+        let rest = ops.split_off(frame_of(&ops));
         session.send(&SourceMessage::Plan { batch, ops })?;
         ops = rest;
     }
     session.send(&SourceMessage::Commit { batch, header })
+}
+
+/// How many of the operations go into one frame: few enough, and short enough
+/// together (see [`PLAN_BYTES`]), but at least one.
+fn frame_of(ops: &[Op]) -> usize {
+    let mut bytes = 0;
+    let fit = ops.iter().take(PLAN_OPS_MAX).take_while(|op| {
+        bytes += op.weight();
+        bytes <= PLAN_BYTES
+    });
+    fit.count().max(1)
 }
 
 /// Objects that go with the batch.
@@ -227,4 +236,37 @@ fn progress_of(delta: &Delta, equal: (u64, u64)) -> (u64, u64) {
         let size = if matches!(known.content, Content::None) { 0 } else { known.state.size };
         (objects + 1, bytes + size)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use replicator_common::net::frame::{Compression, encode_frame};
+    use replicator_common::object::{Attributes, Kind, ObjectState};
+    use replicator_common::wire::ContentSource;
+
+    #[test]
+    fn a_plan_of_long_operations_is_cut_into_frames_that_can_be_sent() {
+        let attributes =
+            Attributes { mode: 0o777, uid: 0, gid: 0, mtime: Timestamp(0), xattrs: Vec::new() };
+        let state = ObjectState { kind: Kind::Symlink, attributes, size: 4095, rdev: 0 };
+        let link = |n: u32| Op::Put {
+            object: ObjectId::new(1, &n.to_le_bytes()).unwrap(),
+            state: state.clone(),
+            content: ContentSource::Symlink { target: vec![b'x'; 4095] },
+            new: true,
+            links: 1,
+        };
+        let mut ops: Vec<Op> = (0..3 * PLAN_OPS_MAX as u32).map(link).collect();
+        let (mut frames, mut sent) = (0, 0);
+        while !ops.is_empty() {
+            let rest = ops.split_off(frame_of(&ops));
+            (frames, sent) = (frames + 1, sent + ops.len());
+            let message = SourceMessage::Plan { batch: BatchId(1), ops };
+            assert!(encode_frame(&message, Compression::Never).is_ok(), "frame {frames}");
+            ops = rest;
+        }
+        assert_eq!(sent, 3 * PLAN_OPS_MAX);
+        assert!(frames < 40, "{frames} frames for 49 MiB");
+    }
 }

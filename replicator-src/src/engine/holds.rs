@@ -1,7 +1,7 @@
 //! What waits: large files whose content travels on its own, files that cannot
 //! be read. The watermark waits with them, everything else goes on.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use replicator_common::id::{BatchId, ObjectId, TransferId};
@@ -13,7 +13,8 @@ use replicator_common::wire::DataFrame;
 use super::{Engine, EngineError, Event};
 use crate::index::{Content, Known, View};
 use crate::journal::Record;
-use crate::plan::{Hold, HoldReason, Listing, Lookup, Tree};
+use crate::plan::waits::is_touched;
+use crate::plan::{Hold, HoldReason, Listing, Lookup, Resolve, Tree};
 use crate::read::lane::{Done, Job, LaneError};
 use crate::watcher::What;
 
@@ -51,7 +52,7 @@ pub(super) enum Transfer {
     /// Waits for its turn.
     Waiting,
     /// Is being read and sent.
-    Running { number: TransferId, basis: Option<ObjectId>, since: Instant },
+    Running { number: TransferId, basis: Option<ObjectId> },
     /// Was handed to the network; once it has arrived, the next batch places it.
     /// (A batch that places it sooner would wait for it, and all that is small
     /// with the batch.)
@@ -119,7 +120,7 @@ impl Engine {
     /// Takes the holds that a batch left, or renewed.
     pub(super) fn take_holds(
         &mut self,
-        holds: std::collections::BTreeMap<ObjectId, Hold>,
+        holds: BTreeMap<ObjectId, Hold>,
         floor: Timestamp,
         walking: bool,
     ) {
@@ -205,12 +206,7 @@ impl Engine {
     pub(super) fn start_transfers(&mut self) -> Result<(), EngineError> {
         let now = Instant::now();
         while self.may_transfer() {
-            let due = self.holds.iter().find(|(_, held)| {
-                matches!(held.hold.reason, HoldReason::Large { .. })
-                    && matches!(held.transfer, Transfer::Waiting)
-                    && held.due <= now
-            });
-            let Some(object) = due.map(|(object, _)| object.clone()) else { break };
+            let Some(object) = next_due(&self.holds, now) else { break };
             self.start_transfer(object)?;
         }
         Ok(())
@@ -245,13 +241,14 @@ impl Engine {
             list,
             whole,
             clock: self.clock.clone(),
+            took: Duration::ZERO,
         };
         let (Some(session), Some(held)) = (&self.session, self.holds.get_mut(&object)) else {
             return Ok(());
         };
         held.touched = false;
         held.whole = whole;
-        held.transfer = Transfer::Running { number, basis, since: Instant::now() };
+        held.transfer = Transfer::Running { number, basis };
         self.running.insert(number, object);
         let post = self.post.clone();
         self.pool.transfer(job, &session.sink, move |job, result| {
@@ -307,11 +304,10 @@ impl Engine {
             self.discard_sent(job, &result);
             return Ok(());
         };
-        let Transfer::Running { since, basis: expected, .. } = &held.transfer else {
+        let Transfer::Running { basis: expected, .. } = &held.transfer else {
             return Ok(());
         };
-        let (took, spoiled) =
-            (since.elapsed(), expected.is_none() && job.known.is_some() && !held.whole);
+        let (took, spoiled) = (job.took, expected.is_none() && job.known.is_some() && !held.whole);
         if spoiled {
             held.transfer = Transfer::Waiting;
             held.due = Instant::now();
@@ -345,7 +341,11 @@ impl Engine {
             Done::Gone => {
                 // What its entries lead to now is another matter.
                 self.redo_hold(&job.object);
-                self.holds.remove(&job.object);
+                if let Some(held) = self.holds.remove(&job.object) {
+                    let links = self.index.links(&job.object)?;
+                    let places = held.hold.entries.into_iter().chain(links);
+                    self.look_at_rest(&Resolve::default(), places.collect(), held.floor);
+                }
                 return Ok(());
             }
             Done::Away => {
@@ -422,20 +422,18 @@ impl Engine {
             return Ok(());
         }
         match record {
-            Record::Object { object, what } if what.content => {
+            Record::Object { object, .. } => {
                 if let Some(held) = self.holds.get_mut(object) {
-                    held.touched = true;
+                    held.touched |= is_touched(record, object, &held.hold.entries, None);
                 }
             }
-            Record::Named { directory, name, what } if what.content => {
+            Record::Named { directory, name, .. } => {
                 let known = self.index.entry(directory, name)?;
-                let place = (directory.clone(), name.clone());
                 for (object, held) in &mut self.holds {
-                    held.touched |=
-                        known.as_ref() == Some(object) || held.hold.entries.contains(&place);
+                    held.touched |= is_touched(record, object, &held.hold.entries, known.as_ref());
                 }
             }
-            _ => {}
+            Record::Entry { .. } | Record::Gap { .. } | Record::Barrier { .. } => {}
         }
         Ok(())
     }
@@ -463,7 +461,15 @@ impl Engine {
                 self.discard(held.transfer);
             }
         }
-        Ok(())
+        let mut failure = None;
+        self.owed.forget(|directory| match self.index.object(directory) {
+            Ok(known) => known.is_none(),
+            Err(error) => {
+                failure = Some(error);
+                false
+            }
+        });
+        failure.map_or(Ok(()), |error| Err(error.into()))
     }
 
     /// Content of `object` changes in the replica, or the object goes: running
@@ -570,9 +576,23 @@ impl Engine {
     }
 }
 
+/// The large file whose turn it is: the one that has been due for longest.
+/// INVARIANT: so none starves, however many others change all the time.
+fn next_due(holds: &BTreeMap<ObjectId, Held>, now: Instant) -> Option<ObjectId> {
+    let due = holds.iter().filter(|(_, held)| {
+        matches!(held.hold.reason, HoldReason::Large { .. })
+            && matches!(held.transfer, Transfer::Waiting)
+            && held.due <= now
+    });
+    due.min_by_key(|(_, held)| held.due).map(|(object, _)| object.clone())
+}
+
 /// Tells the destination to forget a transfer. An error means that the session
 /// is gone, and the transfer with it.
 pub(super) fn abort(session: &crate::session::Session, number: TransferId) {
     let stream = session.sink.transfer_stream(number.0);
     let _ = session.sink.send(stream, &DataFrame::TransferAbort { transfer: number });
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,6 +16,7 @@
 //! - `astray`: what is not where it was seen, for a source by names.
 //! - `peer`: what the destination says.
 //! - `reconcile`: a replica that was not empty.
+//! - `leave`: what the next process goes on from.
 //! - `report`: what is told of all that.
 //! - [`verify`]: what verification asks of the loop.
 //! - [`state`]: what the loop shares with those who ask.
@@ -24,6 +25,7 @@ mod astray;
 mod build;
 mod commit;
 mod holds;
+pub(crate) mod leave;
 mod peer;
 mod placing;
 mod reconcile;
@@ -47,8 +49,10 @@ use replicator_common::time::Timestamp;
 use crate::boot::Boot;
 use crate::capture::{Capture, CaptureError, Members};
 use crate::clock::Clock;
+use crate::handover::{Carried, Rest};
 use crate::index::{Index, IndexError, Mark, View};
 use crate::journal::{Journal, JournalError};
+use crate::ledger::{Flights, Gap, Owed};
 use crate::plan::{Dirty, Listing, PlanError, Skip};
 use crate::read::lane::{Done, Job, LaneError};
 use crate::read::pool::Pool;
@@ -100,15 +104,18 @@ pub type FailoverReply = Sender<Result<FailoverReport, String>>;
 pub enum Command {
     /// Build a batch now, even an empty one: somebody waits for the watermark.
     Nudge,
-    /// Walk the whole tree and compare.
-    Rescan(String),
+    /// The same, and where only a walk moves the watermark, walk now.
+    Await,
     /// Ask the destination to fail over, and answer with what it says within
     /// this time. After it, replication goes on.
     Delete(FailoverReply, Duration),
     /// Bring status up to date, and say when it is.
     Refresh(Sender<()>),
     /// End the loop.
-    Stop,
+    Stop {
+        /// Leave behind what the next process needs to go on without a walk.
+        hand_over: bool,
+    },
 }
 
 /// What can happen.
@@ -159,42 +166,25 @@ impl From<PlanError<IndexError, SourceError>> for EngineError {
     }
 }
 
-/// A stretch of time in which changes may have been missed.
-#[derive(Clone, Debug)]
-struct Gap {
-    /// Why, in words.
-    reason: String,
-    /// Every change before this is in the replica; the watermark waits here.
-    floor: Timestamp,
-    /// When it opened.
-    since: Timestamp,
-    /// When the walk that is to close it began.
-    walk_started: Timestamp,
-    /// Events were lost again while the walk ran: another walk must follow.
-    again: Option<String>,
-}
-
-/// A batch that was committed and is not acknowledged.
-struct InFlight {
-    mark: Mark,
-    /// Everything that was dirty when it was built: dirty again when it is lost.
-    input: Dirty,
-    /// The gap that it closed.
-    closed: Option<Gap>,
+/// What is kept of a batch under way, beside what [`crate::ledger`] does.
+struct Note {
     /// Objects that it drops.
     dropped: Vec<ObjectId>,
     /// Objects and bytes of regular content in it, for progress.
     progress: (u64, u64),
     committed_at: Instant,
     exact: bool,
-    /// The destination said that it is durable.
-    durable: bool,
-    /// What was covered before it: holds again when it is lost.
-    covered: Timestamp,
-    /// Every change before this moment is in the replica after it.
-    reached: Timestamp,
     /// What it touches, where verification wants to know.
     subjects: Option<Vec<verify::Subject>>,
+}
+
+/// Where an engine begins.
+pub enum Start {
+    /// The tree must be walked, and why: nothing proves that no change was
+    /// missed since the last run.
+    Walk(String),
+    /// Where the process before ended: its watch went on.
+    Resume(Box<Carried>),
 }
 
 /// Everything of one running replication, source side.
@@ -234,13 +224,18 @@ pub struct Engine {
     /// Every change before this moment was absorbed, and is in a batch, held,
     /// an orphan, or in an open gap.
     covered: Timestamp,
+    /// Every change before this moment is in the replica once all that is under
+    /// way is.
+    reached: Timestamp,
     gap: Option<Gap>,
     holds: BTreeMap<ObjectId, Held>,
+    /// What waited and is looked at anew.
+    owed: Owed,
     /// Transfers that are being read.
     running: HashMap<TransferId, ObjectId>,
     /// Those of them that the destination says it has.
     arrived: BTreeSet<TransferId>,
-    in_flight: VecDeque<InFlight>,
+    in_flight: Flights<Note>,
     reconcile: Option<reconcile::Reconcile>,
     next_batch: BatchId,
     next_transfer: TransferId,
@@ -259,6 +254,11 @@ pub struct Engine {
     /// shipped meanwhile.
     failing: Option<(FailoverReply, Instant)>,
     stopping: bool,
+    /// Leave behind what the next process needs.
+    handing_over: bool,
+    /// The index lacks batches that the process before sent, until a session
+    /// says whether they took effect: it cannot tell yet what concerns the source.
+    unsettled: bool,
     /// Somebody waits for the watermark: the next heartbeat comes at once.
     urgent: bool,
     /// What changed of late, for verification.
@@ -307,9 +307,8 @@ pub struct Parts {
 }
 
 impl Engine {
-    /// Puts the parts together. `reason` says why the tree must be walked at
-    /// the start: nothing proves that no change was missed since the last run.
-    pub fn new(parts: Parts, reason: &str) -> Result<Self, EngineError> {
+    /// Puts the parts together.
+    pub fn new(parts: Parts, start: Start) -> Result<Self, EngineError> {
         let mark = parts.index.store().mark()?;
         let now = Instant::now();
         let claimed = mark.watermark.unwrap_or(Timestamp::NEVER);
@@ -335,12 +334,14 @@ impl Engine {
             dirty: Dirty::default(),
             astray: Dirty::default(),
             covered: claimed,
+            reached: claimed,
             seen: Timestamp::NEVER,
             gap: None,
             holds: BTreeMap::new(),
+            owed: Owed::default(),
             running: HashMap::new(),
             arrived: BTreeSet::new(),
-            in_flight: VecDeque::new(),
+            in_flight: Flights::default(),
             reconcile: None,
             next_batch: mark.batch.next(),
             next_transfer: TransferId(1),
@@ -355,6 +356,8 @@ impl Engine {
             skipped: HashMap::new(),
             failing: None,
             stopping: false,
+            handing_over: false,
+            unsettled: false,
             urgent: false,
             touched: verify::Touched::new(parts.ticks),
             forced: BTreeMap::new(),
@@ -364,7 +367,10 @@ impl Engine {
         };
         engine.begin_clock()?;
         engine.greet()?;
-        engine.open_gap(reason.to_owned())?;
+        match start {
+            Start::Walk(reason) => engine.open_gap(reason)?,
+            Start::Resume(carried) => engine.resume(*carried)?,
+        }
         Ok(engine)
     }
 
@@ -376,8 +382,9 @@ impl Engine {
         Ok(())
     }
 
-    /// The loop. Returns when it is told to stop.
-    pub fn run(mut self) -> Result<(), EngineError> {
+    /// The loop. Returns when it is told to stop; with what the next process
+    /// needs to go on without a walk when it was asked for that, and could.
+    pub fn run(mut self) -> Result<Option<Rest>, EngineError> {
         self.refresh();
         while !self.stopping {
             if let Some(event) = self.wait() {
@@ -394,8 +401,11 @@ impl Engine {
             }
             self.publish();
         }
+        if self.handing_over {
+            return self.leave();
+        }
         self.journal.flush()?;
-        Ok(())
+        Ok(None)
     }
 
     fn wait(&self) -> Option<Event> {
@@ -430,7 +440,13 @@ impl Engine {
                 self.urgent = true;
                 Ok(())
             }
-            Event::Command(Command::Rescan(reason)) => self.open_gap(reason),
+            Event::Command(Command::Await) if !self.capture.proves() => {
+                self.open_gap("asked to wait".to_owned())
+            }
+            Event::Command(Command::Await) => {
+                self.urgent = true;
+                Ok(())
+            }
             Event::Command(Command::Delete(reply, patience)) => {
                 self.ask_failover(reply, patience);
                 Ok(())
@@ -441,8 +457,9 @@ impl Engine {
                 let _ = reply.send(());
                 Ok(())
             }
-            Event::Command(Command::Stop) => {
+            Event::Command(Command::Stop { hand_over }) => {
                 self.stopping = true;
+                self.handing_over = hand_over;
                 Ok(())
             }
         }
@@ -500,18 +517,8 @@ impl Engine {
         metrics::counter!("replicator_source_gaps_total").increment(1);
         self.shared.count(|counters| counters.gaps += 1);
         let now = self.clock.now();
-        match &mut self.gap {
-            Some(gap) => gap.again = Some(reason),
-            None => {
-                self.gap = Some(Gap {
-                    reason,
-                    floor: self.covered,
-                    since: now,
-                    walk_started: now,
-                    again: None,
-                });
-                self.start_walk()?;
-            }
+        if Gap::open(&mut self.gap, reason, self.covered, now) {
+            self.start_walk()?;
         }
         Ok(())
     }

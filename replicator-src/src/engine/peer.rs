@@ -4,27 +4,30 @@ use std::time::{Duration, Instant};
 
 use replicator_common::id::BatchId;
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{DestinationMessage, Refusal, SourceMessage};
+use replicator_common::wire::{DestinationMessage, SourceMessage};
 
 use super::{Engine, EngineError, FailoverReply};
 use crate::index::{Index, View};
+use crate::ledger::{Memory, Owed, take_back};
 use crate::session::{LinkEvent, Session};
 
 impl Engine {
     pub(super) fn link(&mut self, event: LinkEvent) -> Result<(), EngineError> {
         match event {
             LinkEvent::Connected(session) => self.connected(session),
-            LinkEvent::Lost { number, reason, refusal } => {
-                self.lost(number, &reason, refusal.as_ref())
+            LinkEvent::Lost { number, reason, refusal, next } => {
+                self.shared.lost(&reason, refusal.as_ref(), next);
+                self.lost(number, &reason)
             }
-            LinkEvent::Clocks { number, exchange } => {
+            LinkEvent::Clocks { number, exchange, room: _room } => {
                 if self.session.as_ref().is_some_and(|session| session.number == number) {
                     self.shared.clocks(&exchange);
                 }
                 Ok(())
             }
-            LinkEvent::Message { number, message } => {
-                if self.session.as_ref().is_none_or(|session| session.number != number) {
+            LinkEvent::Message { number, message, room: _room } => {
+                let ours = |session: &&Session| session.number == number && !session.is_rejected();
+                if self.session.as_ref().filter(ours).is_none() {
                     return Ok(());
                 }
                 self.message(*message)
@@ -37,13 +40,10 @@ impl Engine {
         let hello = session.hello.clone();
         let known = self.peer()?;
         let pending = self.index.store().pending()?.last().map(|delta| delta.mark.batch);
-        let mark = self.index.store().mark()?;
-        let newest = pending.unwrap_or(mark.batch).max(mark.batch);
-        let fresh = newest == BatchId(0) && hello.committed == BatchId(0);
-        let agreed =
-            known == Some(hello.incarnation) && (mark.batch..=newest).contains(&hello.committed);
+        let merged = self.index.store().mark()?.batch;
+        let memory = Memory { peer: known, merged, pending };
         let halfway = self.index.store().reconciling()?;
-        if halfway || !(fresh || agreed) {
+        if halfway || !memory.agrees(hello.incarnation, hello.committed) {
             return self.distrust(session, known.is_some());
         }
         if known != Some(hello.incarnation) {
@@ -56,6 +56,7 @@ impl Engine {
         );
         self.shared.connected(&session);
         self.settle(hello.committed)?;
+        self.unsettled = false;
         self.next_batch = hello.committed.next();
         if hello.reconcile && !self.root_known()? && self.reconcile.is_none() {
             self.start_reconcile(&session)?;
@@ -79,10 +80,12 @@ impl Engine {
         self.asked.clear();
         self.reset_transfers();
         self.holds.clear();
+        self.owed = Owed::default();
         self.dirty = Default::default();
         self.astray = Default::default();
         self.reconcile = None;
         self.covered = Timestamp::NEVER;
+        self.reached = Timestamp::NEVER;
         self.seen = Timestamp::NEVER;
         self.claimed = Timestamp::NEVER;
         self.totals = self.index.store().mark()?;
@@ -90,6 +93,7 @@ impl Engine {
         self.next_batch = BatchId(1);
         self.gap = None;
         self.skipped.clear();
+        self.unsettled = false;
         self.open_gap(
             if had_peer { "the replica is compared anew" } else { "initial sync" }.into(),
         )?;
@@ -105,28 +109,19 @@ impl Engine {
     fn settle(&mut self, committed: BatchId) -> Result<(), EngineError> {
         self.index.settle(committed)?;
         self.touched.forget();
+        let settled = self.in_flight.settle(committed);
         let mut reached = Timestamp::NEVER;
-        for batch in std::mem::take(&mut self.in_flight) {
-            if batch.mark.batch <= committed {
-                reached = reached.max(batch.reached);
-                self.journal.trim(batch.mark.seq)?;
-                self.shared.progressed(batch.progress);
-                continue;
-            }
-            self.covered = self.covered.min(batch.covered);
-            // What a lost batch had brought is not there.
-            for held in self.holds.values_mut() {
-                held.floor = held.floor.min(batch.covered);
-            }
-            if let Some(gap) = &mut self.gap {
-                gap.floor = gap.floor.min(batch.covered);
-            }
-            if let Some(gap) = batch.closed
-                && self.gap.is_none()
-            {
-                self.gap = Some(gap);
+        for batch in settled.done {
+            reached = reached.max(batch.reached);
+            self.journal.trim(batch.mark.seq)?;
+            self.shared.progressed(batch.note.progress);
+        }
+        for mut batch in settled.lost {
+            let floors = self.holds.values_mut().map(|held| &mut held.floor);
+            if take_back(&mut batch, &mut self.covered, &mut self.gap, floors) {
                 self.shared.begin_progress();
             }
+            self.reached = self.reached.min(batch.before);
             self.dirty.merge(batch.input);
         }
         self.totals = self.index.store().mark()?;
@@ -145,14 +140,17 @@ impl Engine {
         Ok(())
     }
 
-    fn lost(
-        &mut self,
-        number: u64,
-        reason: &str,
-        refusal: Option<&Refusal>,
-    ) -> Result<(), EngineError> {
+    /// The destination broke the protocol. Nothing of what it said counts, and
+    /// the session ends; the link tells when it has.
+    pub(super) fn breach(&self, reason: String) {
+        tracing::warn!(reason, "the destination broke the protocol");
+        if let Some(session) = &self.session {
+            session.reject(reason);
+        }
+    }
+
+    fn lost(&mut self, number: u64, reason: &str) -> Result<(), EngineError> {
         tracing::debug!(number, reason, "no session");
-        self.shared.lost(reason, refusal);
         if self.session.as_ref().is_some_and(|session| session.number == number) {
             tracing::warn!(reason, "session lost");
             self.session = None;
@@ -170,10 +168,17 @@ impl Engine {
 
     fn message(&mut self, message: DestinationMessage) -> Result<(), EngineError> {
         match message {
+            // INVARIANT (acknowledged means durable): what was not sent cannot
+            // have arrived. Else the acknowledgement of a batch to come would
+            // trim the journal of what is in no batch yet.
+            DestinationMessage::Durable { batch } | DestinationMessage::Applied { batch, .. }
+                if batch >= self.next_batch =>
+            {
+                let next = self.next_batch;
+                self.breach(format!("it acknowledges batch {batch}, and {next} is the next"));
+            }
             DestinationMessage::Durable { batch } => {
-                for waiting in &mut self.in_flight {
-                    waiting.durable |= waiting.mark.batch <= batch;
-                }
+                self.in_flight.durable(batch);
             }
             DestinationMessage::Applied { batch, .. } => self.applied(batch)?,
             DestinationMessage::Report(report) => self.shared.destination_report(*report),
@@ -203,16 +208,15 @@ impl Engine {
     /// the journal trimmed.
     fn applied(&mut self, batch: BatchId) -> Result<(), EngineError> {
         let (mut merged, mut reached) = (None, Timestamp::NEVER);
-        while self.in_flight.front().is_some_and(|waiting| waiting.mark.batch <= batch) {
-            let Some(done) = self.in_flight.pop_front() else { break };
+        for done in self.in_flight.applied(batch) {
             metrics::histogram!("replicator_source_batch_seconds")
-                .record(done.committed_at.elapsed().as_secs_f64());
-            self.shared.progressed(done.progress);
+                .record(done.note.committed_at.elapsed().as_secs_f64());
+            self.shared.progressed(done.note.progress);
             self.shared.count(|counters| {
                 counters.batches += 1;
-                counters.exact_batches += u64::from(done.exact);
+                counters.exact_batches += u64::from(done.note.exact);
             });
-            for object in &done.dropped {
+            for object in &done.note.dropped {
                 self.opener.forget(object);
                 // It may have come back meanwhile.
                 if self.members.knows(object)
@@ -223,7 +227,7 @@ impl Engine {
                     self.capture.directories().forget(object);
                 }
             }
-            self.touched.applied(done.subjects);
+            self.touched.applied(done.note.subjects);
             merged = Some(done.mark);
             reached = reached.max(done.reached);
         }
@@ -237,7 +241,11 @@ impl Engine {
 
     /// Ends the doubt of another boot once nothing of its walk waits any more.
     fn compared_on_this_boot(&mut self) -> Result<(), EngineError> {
-        let waits = self.gap.is_some() || !self.holds.is_empty() || !self.in_flight.is_empty();
+        let waits = self.gap.is_some()
+            || !self.holds.is_empty()
+            || !self.in_flight.is_empty()
+            // What the walk of a process before left to this one (`leave`).
+            || !self.dirty.is_empty();
         if !waits {
             self.boot.remember()?;
             self.unproven = None;

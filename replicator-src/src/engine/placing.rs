@@ -6,12 +6,14 @@ use std::os::fd::AsFd;
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::{Attributes, Kind};
+use replicator_common::time::Timestamp;
 use replicator_common::wire::ContentSource;
 
 use super::build::{Draft, Placed};
 use super::holds::{ReadyFile, Transfer};
 use super::{Engine, EngineError};
 use crate::index::View;
+use crate::plan::waits::is_through;
 use crate::plan::{Assembly, HoldReason, Need, Outcome, Resolve};
 use crate::read::small;
 use crate::source::Opened;
@@ -28,7 +30,7 @@ impl Engine {
         for (object, placed) in std::mem::take(&mut draft.placed) {
             all.insert(object.clone());
             if let Some(held) = self.holds.remove(&object) {
-                self.look_at_rest(&draft.resolve, held.hold.entries);
+                self.look_at_rest(&draft.resolve, held.hold.entries, held.floor);
             }
             let put = placed.number.0 == 0
                 || assembly
@@ -43,7 +45,7 @@ impl Engine {
             draft.fresh += placed.file.fresh;
             if placed.file.moving {
                 self.hold_again(object, &placed.file, placed.took);
-                draft.exact = false;
+                draft.span.exact = false;
             }
         }
         all
@@ -78,50 +80,46 @@ impl Engine {
         draft: &Draft,
         left: &BTreeMap<ObjectId, crate::plan::Hold>,
         placed: &BTreeSet<ObjectId>,
-    ) {
+    ) -> Result<(), EngineError> {
         let looked: Vec<ObjectId> = self
             .holds
             .iter()
             .filter(|(object, _)| !placed.contains(*object))
             .filter(|(object, held)| {
-                let shipped = match draft.outcomes.get(object) {
-                    // A directory waits for being listed, or for entries.
-                    Some(Outcome::Ship { known, .. } | Outcome::Same { known })
-                        if known.state.kind == Kind::Directory =>
-                    {
-                        held.hold.entries.is_empty() && draft.resolve.listed.contains(*object)
-                    }
-                    // Attributes alone are not what it waits for.
-                    Some(Outcome::Ship { content: ContentSource::Packed { .. }, .. }) => true,
-                    Some(Outcome::Ship { .. } | Outcome::Same { .. }) => {
-                        draft.resolve.wants_content(object)
-                    }
-                    Some(Outcome::Gone) => true,
-                    _ => draft.resolve.listed.contains(*object) && held.hold.entries.is_empty(),
-                };
-                let entries = &held.hold.entries;
-                let orphaned = !entries.is_empty()
-                    && entries.iter().all(|place| {
-                        draft
-                            .resolve
-                            .bindings
-                            .get(place)
-                            .is_some_and(|binding| binding.new.as_ref() != Some(object))
-                    });
-                !left.contains_key(object) && (shipped || orphaned)
+                !left.contains_key(object)
+                    && is_through(object, &held.hold.entries, &draft.resolve, &draft.outcomes)
             })
             .map(|(object, _)| object.clone())
             .collect();
         for object in looked {
-            let Some(held) = self.holds.remove(&object) else { continue };
-            self.look_at_rest(&draft.resolve, held.hold.entries);
+            let Some(mut held) = self.holds.remove(&object) else { continue };
+            if draft.outcomes.get(&object) == Some(&Outcome::Gone) {
+                held.hold.entries.extend(self.index.links(&object)?);
+            }
+            self.look_at_rest(&draft.resolve, held.hold.entries, held.floor);
             self.discard(held.transfer);
         }
+        Ok(())
     }
 
-    /// Entries that waited for an object which waits no more, and that this
-    /// batch has not looked at, are looked at in the next.
-    pub(super) fn look_at_rest(&mut self, resolve: &Resolve, entries: BTreeSet<(ObjectId, Name)>) {
+    /// After a batch has taken its holds: what is owed is theirs, or is looked at
+    /// `again`, or is as it is on the source.
+    pub(super) fn settle_owed(&mut self, draft: &Draft, again: &BTreeSet<(ObjectId, Name)>) {
+        let seen = |place: &(ObjectId, Name)| draft.resolve.bindings.contains_key(place);
+        let holds = self.holds.values_mut();
+        let holds = holds.map(|held| (&held.hold.entries, &mut held.floor));
+        self.owed.settle(seen, again, holds);
+    }
+
+    /// Entries that waited since `floor` for an object which waits no more, and
+    /// that this batch has not looked at, are looked at in the next.
+    pub(super) fn look_at_rest(
+        &mut self,
+        resolve: &Resolve,
+        entries: BTreeSet<(ObjectId, Name)>,
+        floor: Timestamp,
+    ) {
+        self.owed.release(entries.iter().cloned(), floor);
         for (directory, name) in entries {
             if !resolve.bindings.contains_key(&(directory.clone(), name.clone())) {
                 self.dirty.entry(directory, name, crate::watcher::What::default());
@@ -186,6 +184,13 @@ impl Engine {
         }
         if let Some(placed) = draft.placed.get_mut(object) {
             // It changed after its transfer: placed as it is, and held again.
+            placed.file.moving = true;
+            return Ok(true);
+        }
+        if let Some(placed) = draft.placed.get_mut(object) {
+            // This batch places it already, and it has changed since: it waits for
+            // its next turn. (Were it looked at as if nothing had come, what was
+            // placed would count as placed and not be so.)
             placed.file.moving = true;
             return Ok(true);
         }

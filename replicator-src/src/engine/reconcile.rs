@@ -41,6 +41,8 @@ const WINDOW: usize = 4;
 pub(super) struct Reconcile {
     /// Parts that arrived, whether each is the last, and are still to be adopted.
     parts: VecDeque<(Vec<InventoryItem>, bool)>,
+    /// Parts that were asked for and have not arrived.
+    asked: usize,
     /// The last part was adopted.
     ended: bool,
     /// Source directory of each replica directory that was adopted and whose
@@ -71,15 +73,21 @@ impl Engine {
     pub(super) fn start_reconcile(&mut self, session: &Session) -> Result<(), EngineError> {
         tracing::info!("the replica is not empty: reconciling");
         self.index.store().set_reconciling(true)?;
-        self.reconcile = Some(Reconcile::default());
+        self.reconcile = Some(Reconcile { asked: WINDOW, ..Reconcile::default() });
         (0..WINDOW).for_each(|_| ask(session));
         Ok(())
     }
 
     /// A part of the inventory arrived. It is adopted when it is its turn.
+    ///
+    /// INVARIANT (bounded resources): no more parts wait than were asked for.
     pub(super) fn inventory(&mut self, items: Vec<InventoryItem>, last: bool) {
-        if let Some(state) = &mut self.reconcile {
-            state.parts.push_back((items, last));
+        match &mut self.reconcile {
+            Some(state) if state.asked > 0 => {
+                state.asked -= 1;
+                state.parts.push_back((items, last));
+            }
+            _ => self.breach("it sends an inventory that was not asked for".to_owned()),
         }
     }
 
@@ -117,6 +125,7 @@ impl Engine {
         state.ended |= last;
         if let (false, Some(session)) = (last, &self.session) {
             ask(session);
+            state.asked += 1;
         }
         Ok(())
     }
@@ -265,7 +274,7 @@ impl Engine {
             dropped: Vec::new(),
             progress: (0, 0),
             objects: 0,
-            covered: Timestamp::NEVER,
+            before: Timestamp::NEVER,
             reached: Timestamp::NEVER,
         })
     }

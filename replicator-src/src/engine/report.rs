@@ -87,7 +87,7 @@ impl Engine {
         let waiting = self.cursor < self.journal.last() || dirty;
         let age = |since: Timestamp| now.since(since).as_secs_f64();
         let oldest = |pending: bool| match self.in_flight.iter().find(|b| !(pending && b.durable)) {
-            Some(batch) => batch.committed_at.elapsed().as_secs_f64(),
+            Some(batch) => batch.note.committed_at.elapsed().as_secs_f64(),
             None => 0.0,
         };
         let shipped =

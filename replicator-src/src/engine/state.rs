@@ -17,6 +17,8 @@ use replicator_common::time::Timestamp;
 use replicator_common::verification::Verification;
 use replicator_common::wire::{Refusal, SourceHello};
 
+use tokio::sync::Notify;
+
 use crate::clock::Clock;
 use crate::index::Mark;
 use crate::session::Session;
@@ -31,6 +33,7 @@ pub struct Shared {
     inner: Mutex<Inner>,
     moved: Condvar,
     clock: Arc<Clock>,
+    hurry: Arc<Notify>,
 }
 
 struct Inner {
@@ -98,6 +101,7 @@ impl Shared {
                 round_trip_micros: None,
                 clock_offset_nanos: None,
                 last_error: None,
+                next_attempt: None,
             },
             counters: Counters::default(),
             last_error: None,
@@ -116,7 +120,7 @@ impl Shared {
             clocks: Estimate::default(),
             closed: false,
         };
-        Self { inner: Mutex::new(inner), moved: Condvar::new(), clock }
+        Self { inner: Mutex::new(inner), moved: Condvar::new(), clock, hurry: Arc::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -147,6 +151,7 @@ impl Shared {
             destination_incarnation,
             acknowledged,
             pending,
+            previous: None,
             time: Timestamp::NEVER,
         });
     }
@@ -164,6 +169,11 @@ impl Shared {
         if let Some(greeting) = &mut self.lock().greeting {
             greeting.pending = Some(batch);
         }
+    }
+
+    /// Notified when somebody waits for a connection.
+    pub fn hurry(&self) -> Arc<Notify> {
+        self.hurry.clone()
     }
 
     // ---------------------------------------------------------- for the engine
@@ -192,6 +202,7 @@ impl Shared {
         link.connected = true;
         link.since = Timestamp::now();
         link.peer = session.peer();
+        link.next_attempt = None;
         inner.clocks = Estimate::default();
         inner.clocks.add(&session.clocks, Instant::now());
         inner.report.link.clock_offset_nanos = inner.clocks.offset();
@@ -204,8 +215,8 @@ impl Shared {
         inner.report.link.clock_offset_nanos = inner.clocks.offset();
     }
 
-    /// There is no session.
-    pub fn lost(&self, reason: &str, refusal: Option<&Refusal>) {
+    /// There is no session; the next is tried at `next`.
+    pub fn lost(&self, reason: &str, refusal: Option<&Refusal>, next: Timestamp) {
         let mut inner = self.lock();
         let now = Timestamp::now();
         inner.refusal = match refusal {
@@ -221,7 +232,12 @@ impl Shared {
         link.connected = false;
         link.round_trip_micros = None;
         link.last_error = Some(reason.to_owned());
+        link.next_attempt = Some(next);
         inner.report.last_error = Some(TimedError { time: now, error: reason.to_owned() });
+        // Not only with the engine's next refresh.
+        let (status, message) = judge(&inner, true);
+        inner.report.status = status;
+        inner.report.message = message;
         self.moved.notify_all();
     }
 
@@ -364,6 +380,13 @@ impl Shared {
     /// Why the engine ended, if it did.
     pub fn failure(&self) -> Option<String> {
         self.lock().failure.clone()
+    }
+
+    /// Somebody waits: a connection that is away is tried at once.
+    pub fn call_now(&self) {
+        if !self.lock().report.link.connected {
+            self.hurry.notify_one();
+        }
     }
 
     /// What the operator asks for from now on.

@@ -294,7 +294,7 @@ impl Engine {
         if self.touched.since(subject, since) {
             return Ok(true);
         }
-        let travels = self.in_flight.iter().any(|batch| match &batch.subjects {
+        let travels = self.in_flight.iter().any(|batch| match &batch.note.subjects {
             Some(subjects) => subjects.contains(subject),
             None => true,
         });
@@ -543,7 +543,7 @@ impl Engine {
             dropped: Vec::new(),
             progress: (0, 0),
             objects: 0,
-            covered: self.covered,
+            before: self.reached,
             reached: Timestamp::NEVER,
         })
     }

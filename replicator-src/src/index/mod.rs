@@ -20,4 +20,4 @@ pub mod view;
 pub use known::{Content, Delta, EntryChange, Known, Mark, Orphan};
 pub use overlay::Index;
 pub use store::{IndexError, Store};
-pub use view::View;
+pub use view::{Base, View};

@@ -7,8 +7,8 @@ use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::name::Name;
 
 use super::known::{Delta, Known, Mark, Orphan};
-use super::store::{IndexError, Snapshot, Store};
-use super::view::View;
+use super::store::Store;
+use super::view::{Base, View};
 
 /// One delta, arranged for look-up.
 struct Layer {
@@ -45,27 +45,27 @@ impl Layer {
 ///
 /// Memory: the deltas under way, which a batch's bounds and the number of
 /// batches under way limit.
-pub struct Index {
-    store: Arc<Store>,
-    snapshot: Snapshot,
+pub struct Index<B: Base = Store> {
+    store: Arc<B>,
+    snapshot: B::Snapshot,
     layers: Vec<Layer>,
 }
 
-impl Index {
+impl<B: Base> Index<B> {
     /// Over a store whose pending deltas are settled.
-    pub fn new(store: Arc<Store>) -> Result<Self, IndexError> {
+    pub fn new(store: Arc<B>) -> Result<Self, B::Error> {
         let snapshot = store.snapshot()?;
         Ok(Self { store, snapshot, layers: Vec::new() })
     }
 
     /// The store below.
-    pub fn store(&self) -> &Arc<Store> {
+    pub fn store(&self) -> &Arc<B> {
         &self.store
     }
 
     /// Makes a batch's delta durable and lays it over the rest. Merges what
     /// was acknowledged.
-    pub fn prepare(&mut self, delta: Delta) -> Result<(), IndexError> {
+    pub fn prepare(&mut self, delta: Delta) -> Result<(), B::Error> {
         let delta = Arc::new(delta);
         let acknowledged = self.take_acknowledged();
         let merged: Vec<&Delta> = acknowledged.iter().map(AsRef::as_ref).collect();
@@ -78,7 +78,7 @@ impl Index {
     /// Merges what was acknowledged without waiting for the next batch. Durable
     /// with the next [`Index::prepare`]; until then the store would find the
     /// deltas pending.
-    pub fn merge(&mut self) -> Result<(), IndexError> {
+    pub fn merge(&mut self) -> Result<(), B::Error> {
         let acknowledged = self.take_acknowledged();
         if acknowledged.is_empty() {
             return Ok(());
@@ -109,7 +109,7 @@ impl Index {
 
     /// After a session was lost: keeps the deltas up to `committed`, forgets
     /// the rest. Returns the numbers of the batches that were forgotten.
-    pub fn settle(&mut self, committed: BatchId) -> Result<Vec<BatchId>, IndexError> {
+    pub fn settle(&mut self, committed: BatchId) -> Result<Vec<BatchId>, B::Error> {
         self.store.settle(committed)?;
         let lost = self.layers.iter().map(|layer| layer.delta.mark.batch);
         let lost = lost.filter(|batch| *batch > committed).collect();
@@ -119,10 +119,10 @@ impl Index {
     }
 }
 
-impl View for Index {
-    type Error = IndexError;
+impl<B: Base> View for Index<B> {
+    type Error = B::Error;
 
-    fn object(&self, object: &ObjectId) -> Result<Option<Known>, IndexError> {
+    fn object(&self, object: &ObjectId) -> Result<Option<Known>, B::Error> {
         for layer in self.layers.iter().rev() {
             if let Some(at) = layer.objects.get(object) {
                 return Ok(layer.delta.objects[*at].1.clone());
@@ -131,7 +131,7 @@ impl View for Index {
         self.snapshot.object(object)
     }
 
-    fn entry(&self, directory: &ObjectId, name: &Name) -> Result<Option<ObjectId>, IndexError> {
+    fn entry(&self, directory: &ObjectId, name: &Name) -> Result<Option<ObjectId>, B::Error> {
         if self.layers.is_empty() {
             return self.snapshot.entry(directory, name);
         }
@@ -144,7 +144,7 @@ impl View for Index {
         self.snapshot.entry(directory, name)
     }
 
-    fn children(&self, directory: &ObjectId) -> Result<Vec<(Name, ObjectId)>, IndexError> {
+    fn children(&self, directory: &ObjectId) -> Result<Vec<(Name, ObjectId)>, B::Error> {
         let stored = self.snapshot.children(directory)?;
         let mut changed = BTreeMap::new();
         for layer in &self.layers {
@@ -161,7 +161,7 @@ impl View for Index {
         Ok(all.into_iter().filter_map(|(name, object)| Some((name, object?))).collect())
     }
 
-    fn links(&self, object: &ObjectId) -> Result<Vec<(ObjectId, Name)>, IndexError> {
+    fn links(&self, object: &ObjectId) -> Result<Vec<(ObjectId, Name)>, B::Error> {
         let mut links = self.snapshot.links(object)?;
         for (gained, directory, name) in
             self.layers.iter().filter_map(|layer| layer.links.get(object)).flatten()
@@ -175,7 +175,7 @@ impl View for Index {
         Ok(links)
     }
 
-    fn orphans(&self) -> Result<Vec<(ObjectId, Orphan)>, IndexError> {
+    fn orphans(&self) -> Result<Vec<(ObjectId, Orphan)>, B::Error> {
         let mut all: BTreeMap<ObjectId, Orphan> = self.snapshot.orphans()?.into_iter().collect();
         for (object, orphan) in self.layers.iter().flat_map(|layer| &layer.delta.orphans) {
             match orphan {

@@ -34,6 +34,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::known::{Content, Delta, EntryChange, Known, Mark, Orphan};
+use super::view::{Base, View};
 
 type Bytes = &'static [u8];
 
@@ -588,6 +589,51 @@ impl Snapshot {
             each(object, self.row("objects", value.value())?);
         }
         Ok(())
+    }
+}
+
+impl View for Snapshot {
+    type Error = IndexError;
+
+    fn object(&self, object: &ObjectId) -> Result<Option<Known>, IndexError> {
+        Self::object(self, object)
+    }
+
+    fn entry(&self, directory: &ObjectId, name: &Name) -> Result<Option<ObjectId>, IndexError> {
+        Self::entry(self, directory, name)
+    }
+
+    fn children(&self, directory: &ObjectId) -> Result<Vec<(Name, ObjectId)>, IndexError> {
+        Self::children(self, directory)
+    }
+
+    fn links(&self, object: &ObjectId) -> Result<Vec<(ObjectId, Name)>, IndexError> {
+        Self::links(self, object)
+    }
+
+    fn orphans(&self) -> Result<Vec<(ObjectId, Orphan)>, IndexError> {
+        Self::orphans(self)
+    }
+}
+
+impl Base for Store {
+    type Error = IndexError;
+    type Snapshot = Snapshot;
+
+    fn snapshot(&self) -> Result<Snapshot, IndexError> {
+        Self::snapshot(self)
+    }
+
+    fn prepare(&self, delta: Option<&Delta>, acknowledged: &[&Delta]) -> Result<(), IndexError> {
+        Self::prepare(self, delta, acknowledged)
+    }
+
+    fn merge_all(&self, acknowledged: &[&Delta]) -> Result<(), IndexError> {
+        Self::merge_all(self, acknowledged)
+    }
+
+    fn settle(&self, committed: BatchId) -> Result<(), IndexError> {
+        Self::settle(self, committed)
     }
 }
 

@@ -1,9 +1,9 @@
 //! What planning may ask of the index.
 
-use replicator_common::id::ObjectId;
+use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::name::Name;
 
-use super::known::{Known, Orphan};
+use super::known::{Delta, Known, Orphan};
 
 /// The index as planning sees it. Pure code is generic over this; tests give
 /// it a map.
@@ -21,4 +21,24 @@ pub trait View {
     fn links(&self, object: &ObjectId) -> Result<Vec<(ObjectId, Name)>, Self::Error>;
     /// Objects without entries that are still alive.
     fn orphans(&self) -> Result<Vec<(ObjectId, Orphan)>, Self::Error>;
+}
+
+/// Where deltas are kept: what [`super::Index`] lies over. The one of the
+/// product is [`super::Store`]; the simulation has one in memory that forgets
+/// what is not durable when it crashes.
+pub trait Base {
+    /// Why it could not do what was asked.
+    type Error;
+    /// The tables as they stand at one moment.
+    type Snapshot: View<Error = Self::Error>;
+
+    /// The tables as they stand now.
+    fn snapshot(&self) -> Result<Self::Snapshot, Self::Error>;
+    /// Makes `delta` durable as pending and merges what was `acknowledged`
+    /// before it.
+    fn prepare(&self, delta: Option<&Delta>, acknowledged: &[&Delta]) -> Result<(), Self::Error>;
+    /// Merges what was `acknowledged`; durable with the next that is.
+    fn merge_all(&self, acknowledged: &[&Delta]) -> Result<(), Self::Error>;
+    /// Pending deltas up to `committed` took effect, later ones did not.
+    fn settle(&self, committed: BatchId) -> Result<(), Self::Error>;
 }

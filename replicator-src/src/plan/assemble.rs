@@ -144,10 +144,12 @@ pub fn assemble<V: View, T: Tree>(
         lost: HashMap::new(),
         gone: HashSet::new(),
         admitted: HashSet::new(),
+        loose: Vec::new(),
     };
     work.admitted = work.admit()?;
     work.bind()?;
     work.unite_directories()?;
+    work.break_loops()?;
     work.detach()?;
     work.settle_orphans()?;
     work.put_objects()?;
@@ -175,6 +177,8 @@ struct Work<'a, V: View, T: Tree> {
     /// New objects that the replica gets: of them the index knows nothing, and
     /// is not asked.
     admitted: HashSet<ObjectId>,
+    /// Directories that would be inside themselves, and get no entry.
+    loose: Vec<ObjectId>,
 }
 
 impl<V: View, T: Tree> Work<'_, V, T> {
@@ -312,6 +316,43 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         Ok(())
     }
 
+    /// A directory is never inside itself on the source. Where one was seen in
+    /// another whose own move out of it was not, the batch would put it there:
+    /// it gets no entry for now, and is looked at again.
+    fn break_loops(&mut self) -> Result<(), Failure<V, T>> {
+        let mut sound: HashSet<ObjectId> = HashSet::from([self.root.clone()]);
+        let gained: BTreeSet<ObjectId> = self.gained.keys().cloned().collect();
+        for object in gained {
+            if !self.is_directory(&object)? {
+                continue;
+            }
+            let mut way: Vec<ObjectId> = Vec::new();
+            let mut at = Some(object);
+            while let Some(next) = at.filter(|next| !sound.contains(next)) {
+                if let Some(start) = way.iter().position(|seen| *seen == next) {
+                    self.break_loop(&way[start..]);
+                    break;
+                }
+                at = self.links_after(&next)?.first().map(|(above, _)| above.clone());
+                way.push(next);
+            }
+            sound.extend(way);
+        }
+        Ok(())
+    }
+
+    fn break_loop(&mut self, inside: &[ObjectId]) {
+        let moved = inside
+            .iter()
+            .find(|one| self.gained.get(*one).is_some_and(|places| !places.is_empty()));
+        let Some(object) = moved else { return };
+        for place in self.gained.get(object).cloned().unwrap_or_default() {
+            self.out.again.insert(place.clone());
+            self.unbind(place, object);
+        }
+        self.loose.push(object.clone());
+    }
+
     fn is_directory(&self, object: &ObjectId) -> Result<bool, Failure<V, T>> {
         let kind = match self.outcomes.get(object) {
             Some(Outcome::Ship { known, .. } | Outcome::Same { known }) => Some(known.state.kind),
@@ -356,6 +397,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     /// its way, or outside.
     fn detach(&mut self) -> Result<(), Failure<V, T>> {
         let mut queue: VecDeque<ObjectId> = self.lost.keys().cloned().collect();
+        queue.extend(std::mem::take(&mut self.loose));
         while let Some(object) = queue.pop_front() {
             if self.gone.contains(&object) || !self.links_after(&object)?.is_empty() {
                 continue;

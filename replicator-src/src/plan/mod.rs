@@ -9,7 +9,7 @@
 //! 4. [`mod@assemble`] closes the batch over references and makes its operations
 //!    and its index delta.
 //!
-//! [`mod@recall`] brings back what could not be found.
+//! [`waits`] says when what was left to wait waits no more; [`mod@recall`] brings back what could not be found.
 //!
 //! [`View`]: crate::index::View
 
@@ -20,6 +20,7 @@ pub mod resolve;
 #[cfg(test)]
 mod tests;
 pub mod tree;
+pub mod waits;
 
 pub use assemble::{Assembly, Hold, HoldReason, Outcome, Settings, assemble};
 pub use dirty::{Dirty, Listing};

@@ -396,6 +396,12 @@ impl Replica {
             assert_eq!(entries == 0, orphan, "{object}: {entries} entries, orphan: {orphan}");
             let directory = self.objects[object].0.kind == Kind::Directory;
             assert!(!directory || entries <= 1, "directory {object} has {entries} entries");
+            let (mut at, mut depth) = (object.clone(), 0);
+            while let Some(((above, _), _)) = self.entries.iter().find(|(_, o)| **o == at) {
+                depth += 1;
+                assert!(depth <= self.objects.len(), "directory {at} is inside itself");
+                at = above.clone();
+            }
         }
     }
 }

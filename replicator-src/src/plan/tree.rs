@@ -32,7 +32,9 @@ pub enum Listed {
 }
 
 /// Why something does not replicate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
 pub enum Skip {
     /// A socket.
     Socket,

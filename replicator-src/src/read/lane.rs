@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use replicator_common::chunk::{self, Chunk, Chunker};
 use replicator_common::id::{BatchId, ObjectId, TransferId};
@@ -48,6 +49,9 @@ pub struct Job {
     pub whole: bool,
     /// Tells when reading began.
     pub clock: Arc<Clock>,
+    /// How long reading and sending took, without waiting for the lane; set when
+    /// it has ended.
+    pub took: Duration,
 }
 
 /// How a transfer ended.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use replicator_common::id::{BatchId, ObjectId};
@@ -196,8 +197,10 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
 }
 
 fn read_large(jobs: &Receiver<LargeJob>, opener: &Opener, store: &Store) {
-    for LargeJob { job, sink, reply } in jobs {
+    for LargeJob { mut job, sink, reply } in jobs {
+        let start = Instant::now();
         let done = lane::send(opener, store, &sink, &job);
+        job.took = start.elapsed();
         reply(job, done);
     }
 }

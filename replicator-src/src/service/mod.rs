@@ -18,11 +18,13 @@ use replicator_common::net::enrol::{self, EnrolError, EnrolRequest};
 use replicator_common::net::identity::{Identity, IdentityError};
 use replicator_common::net::token::Token;
 use replicator_common::status::{DesiredState, FailoverReport, Status};
+use replicator_common::supervisor::Supervisor;
 use replicator_common::time::Timestamp;
 use replicator_common::verification::{Findings, PassOptions};
 
 use crate::clock::Wall;
 use crate::engine::{self, EngineError};
+use crate::handover;
 use crate::index::IndexError;
 use crate::journal::JournalError;
 use crate::source::{Root, SourceError};
@@ -118,6 +120,7 @@ pub struct SourceService {
     identity: Identity,
     runtime: tokio::runtime::Runtime,
     replications: Mutex<BTreeMap<FileSystemId, Arc<Replication>>>,
+    supervisor: Arc<Supervisor>,
     _lock: StateLock,
 }
 
@@ -126,6 +129,16 @@ impl SourceService {
     /// cannot start (its source is gone, say) does not keep the others from
     /// it: its status is ERROR and says why.
     pub fn open(options: SourceOptions) -> Result<Arc<Self>, ServiceError> {
+        Self::open_under(options, Arc::default())
+    }
+
+    /// The same under a service manager, which keeps the watches of the
+    /// replications from one process to the next: such a restart loses no event
+    /// and needs no walk (see [`crate::handover`]).
+    pub fn open_under(
+        options: SourceOptions,
+        supervisor: Arc<Supervisor>,
+    ) -> Result<Arc<Self>, ServiceError> {
         crashsafe::create_directory(&options.state_dir)?;
         let lock = StateLock::acquire(&options.state_dir)?;
         let layout = options.state_dir.join("layout");
@@ -146,6 +159,7 @@ impl SourceService {
             identity,
             runtime,
             replications: Mutex::default(),
+            supervisor,
             _lock: lock,
         });
         service.load()?;
@@ -173,19 +187,21 @@ impl SourceService {
             }
             self.all().insert(id, replication);
         }
+        handover::discard_others(&self.supervisor);
         Ok(())
     }
 
     fn start(&self, replication: &Arc<Replication>) -> Result<(), ServiceError> {
         self.check_state_outside(&replication.configuration().path)?;
-        replication.start(&self.options, &self.identity, self.runtime.handle())
+        let runtime = self.runtime.handle();
+        replication.start(&self.options, &self.identity, runtime, &self.supervisor)
     }
 
     /// Ends all replications cleanly. Blocks until their threads have ended.
     pub fn shutdown(&self) {
         let all: Vec<_> = self.all().values().cloned().collect();
         for replication in all {
-            replication.stop();
+            replication.stop(&self.supervisor);
         }
     }
 
@@ -334,7 +350,7 @@ impl Control for SourceService {
             }
             DeletionMode::LocalConfigurationOnly => replication.local_report(),
         };
-        replication.stop();
+        replication.stop(&Supervisor::nobody());
         let id = replication.configuration().source;
         replication.remove().map_err(|error| ControlError::Internal(error.to_string()))?;
         self.all().remove(&id);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crossbeam_channel::{Sender, bounded, unbounded};
 use replicator_common::control::WatcherChoice;
 use replicator_common::crashsafe::{self, Format, StateFileError};
-use replicator_common::id::{FileSystemId, ObjectId};
+use replicator_common::id::{BatchId, FileSystemId, ObjectId};
 use replicator_common::name::Name;
 use replicator_common::net::frame::Compression;
 use replicator_common::net::identity::{Fingerprint, Identity};
@@ -17,6 +17,7 @@ use replicator_common::object::Kind;
 use replicator_common::status::{
     DesiredState, FailoverReport, ReplicationStatus, Status, WatcherKind,
 };
+use replicator_common::supervisor::Supervisor;
 use replicator_common::time::Timestamp;
 use replicator_common::verification::{Findings, PassOptions};
 use serde::{Deserialize, Serialize};
@@ -27,15 +28,16 @@ use crate::capture::{Capture, Members};
 use crate::clock::Clock;
 use crate::engine::state::Shared;
 use crate::engine::verify::Ticks;
-use crate::engine::{self, Command, Engine, Event, Parts};
-use crate::index::{Index, Store};
+use crate::engine::{self, Command, Engine, Event, Parts, Start};
+use crate::handover::{self, Carried, Rest};
+use crate::index::{Index, Known, Store};
 use crate::journal::Journal;
 use crate::read::pool::Pool;
 use crate::read::sink::Wired;
 use crate::session::{self, Remote};
 use crate::source::{Filter, Opener, Places, Root, SourceTree};
 use crate::verify::{self, Verifier};
-use crate::watcher::{self, DirectoryWatch};
+use crate::watcher::{self, DirectoryWatch, Watcher};
 
 /// Format of a configuration file. Versions: 1, the first.
 const FORMAT: Format = Format { name: "source-replication", version: 1 };
@@ -48,6 +50,9 @@ const LANES: usize = 1;
 const REFRESH: Duration = Duration::from_secs(1);
 /// How much longer than the engine we wait for the engine's answer.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long an engine that is told to stop may go on to send before its
+/// connection is taken away.
+const LAST_FRAME: Duration = Duration::from_secs(5);
 /// Paths that a failover report names.
 const PATHS: usize = 1000;
 
@@ -100,7 +105,7 @@ pub(super) struct Replication {
 
 struct Running {
     post: Sender<Event>,
-    engine: JoinHandle<()>,
+    engine: JoinHandle<Option<Rest>>,
     link: tokio::task::JoinHandle<()>,
     census: Option<(JoinHandle<()>, Arc<AtomicBool>)>,
     verifier: Arc<Verifier>,
@@ -134,6 +139,7 @@ impl Replication {
         options: &SourceOptions,
         identity: &Identity,
         runtime: &tokio::runtime::Handle,
+        supervisor: &Supervisor,
     ) -> Result<(), ServiceError> {
         let configuration = self.configuration();
         let root = Arc::new(Root::open(&configuration.path)?);
@@ -149,11 +155,16 @@ impl Replication {
         let journal = Arc::new(Journal::open(&self.directory.join("journal"), mark.seq)?);
         let members = Arc::new(Members::default());
         let settings = watcher::Settings { rescan_interval: options.rescan_interval };
-        let watcher = watcher::open(root.fd(), &root.path, configuration.watcher, &settings)?;
+        let newest = engine::leave::newest(&store)?;
+        let left = handover::take(&self.directory, &configuration.source, supervisor)?
+            .filter(|rest| is_the_state_of(rest, &journal, newest));
+        let (watcher, carried) = open_watcher(&root, &configuration, &settings, left)?;
         if root.is_file_system_root() || watcher.report().kind != WatcherKind::Fanotify {
             members.everything();
         } else {
             load_members(&root, &store, &members)?;
+            let linked = carried.iter().flat_map(|carried| &carried.linked);
+            linked.for_each(|object| members.add_linked(object.clone()));
         }
         let (captured, announced) = bounded(1);
         let start = |what| move |source| ServiceError::Start { what, source };
@@ -163,6 +174,7 @@ impl Replication {
             members.clone(),
             captured,
             self.shared.clock(),
+            carried.as_ref().map_or(&[], |carried| &carried.recent),
         )
         .map_err(start("the capture thread"))?;
         let opener = Opener::new(root.clone(), Arc::<Places>::default());
@@ -178,6 +190,7 @@ impl Replication {
         let pool = Pool::start(&opener, &store, READERS, LANES).map_err(start("readers"))?;
         let inbox = unbounded();
         let wired = Arc::<Wired>::default();
+        let resumed = carried.is_some();
         let reason = if mark.watermark.is_some() { "restart" } else { "initial sync" };
         let reason = match journal.damage() {
             Some(damage) => format!("{reason}, and {damage}"),
@@ -205,20 +218,26 @@ impl Replication {
                 wired: wired.clone(),
                 ticks: ticks.clone(),
             },
-            &reason,
+            carried.map_or(Start::Walk(reason), |carried| Start::Resume(Box::new(carried))),
         )?;
         let link = self.start_link(identity, runtime, wired, inbox.0.clone());
         let shared = self.shared.clone();
         let engine = std::thread::Builder::new()
             .name("engine".to_owned())
             .spawn(move || {
-                if let Err(error) = engine.run() {
+                engine.run().unwrap_or_else(|error| {
                     tracing::error!(%error, "replication stopped");
                     shared.failed(error.to_string());
-                }
+                    None
+                })
             })
             .map_err(start("the engine"))?;
-        let census = census::start(root, self.shared.clone()).map_err(start("the census"))?;
+        let census = if resumed {
+            // Nothing is walked, so there is no end to tell the way to.
+            None
+        } else {
+            Some(census::start(root, self.shared.clone()).map_err(start("the census"))?)
+        };
         let parts = verify::Parts {
             settings: options.verify,
             tree: idle,
@@ -229,7 +248,6 @@ impl Replication {
         };
         let verifier =
             Arc::new(Verifier::start(parts, &self.directory).map_err(start("the verifier"))?);
-        let census = Some(census);
         *self.running() = Some(Running { post: inbox.0, engine, link, census, verifier });
         Ok(())
     }
@@ -255,25 +273,48 @@ impl Replication {
                 }
             }
         });
+        let link = session::Link {
+            identity: identity.clone(),
+            remote,
+            wired,
+            compression: Compression::Auto,
+            hurry: shared.hurry(),
+            silence: session::SILENCE,
+        };
         let hello = move || shared.hello();
-        let identity = identity.clone();
-        runtime.spawn(session::run(identity, remote, hello, wired, Compression::Auto, events))
+        runtime.spawn(session::run(link, hello, events))
     }
 
-    /// Ends everything that runs, cleanly. Repeatable.
-    pub(super) fn stop(&self) {
+    /// Ends everything that runs, cleanly; what the next process needs to go on
+    /// without a walk is left to it where the service manager keeps the watch.
+    /// Repeatable.
+    pub(super) fn stop(&self, supervisor: &Supervisor) {
         let Some(running) = self.running().take() else { return };
         running.verifier.stop();
+        let hand_over = supervisor.is_present();
         // The engine may have ended by itself.
-        let _ = running.post.send(Event::Command(Command::Stop));
+        let _ = running.post.send(Event::Command(Command::Stop { hand_over }));
         if let Some((thread, stop)) = running.census {
             stop.store(true, Ordering::Release);
             let _ = thread.join();
         }
-        if running.engine.join().is_err() {
-            tracing::error!("the engine panicked");
+        // It may be handing frames to a destination that takes none.
+        let until = std::time::Instant::now() + LAST_FRAME;
+        while !running.engine.is_finished() && std::time::Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
         }
         running.link.abort();
+        match running.engine.join() {
+            Ok(None) => {}
+            Ok(Some(rest)) => {
+                let source = self.configuration().source;
+                match handover::leave(&self.directory, &source, &rest, supervisor) {
+                    Ok(()) => tracing::info!(%source, "the watch goes on without us"),
+                    Err(reason) => tracing::warn!(%source, reason, "the next start must walk"),
+                }
+            }
+            Err(_) => tracing::error!("the engine panicked"),
+        }
     }
 
     /// Begins a pass of verification; gives its number.
@@ -360,15 +401,17 @@ impl Replication {
         configuration.save(&self.directory)?;
         drop(configuration);
         self.shared.set_desired(desired);
+        if desired == DesiredState::Enabled {
+            self.shared.call_now();
+        }
         self.post(Command::Nudge);
         Ok(())
     }
 
     /// Somebody waits for the watermark: where only a walk moves it, walk now.
     pub(super) fn nudge_for_wait(&self) {
-        let scan =
-            self.shared.report().watcher.kind == replicator_common::status::WatcherKind::Scan;
-        self.post(if scan { Command::Rescan("asked to wait".to_owned()) } else { Command::Nudge });
+        self.shared.call_now();
+        self.post(Command::Await);
     }
 
     /// Has status brought up to date, so that what a waiter asks for next is of
@@ -452,6 +495,36 @@ impl Replication {
     }
 }
 
+/// Whether journal and index are those that the process before left: neither
+/// was replaced, nor set aside as damaged.
+fn is_the_state_of(rest: &Rest, journal: &Journal, newest: BatchId) -> bool {
+    let same = (journal.last(), newest) == (rest.seq, rest.batch) && journal.damage().is_none();
+    if !same {
+        tracing::warn!("journal and index are not as the process before left them");
+    }
+    same
+}
+
+/// The watcher that the process before left, with what else it left; else a new
+/// one.
+fn open_watcher(
+    root: &Root,
+    configuration: &Configuration,
+    settings: &watcher::Settings,
+    left: Option<Rest>,
+) -> Result<(Box<dyn Watcher>, Option<Carried>), ServiceError> {
+    let choice = configuration.watcher;
+    if let Some(Rest { queue, carried, .. }) = left {
+        match watcher::resume(root.fd(), &root.path, choice, settings, queue) {
+            Ok(watcher) => return Ok((watcher, Some(carried))),
+            Err(error) => {
+                tracing::warn!(%error, "the watch of the process before is not taken over");
+            }
+        }
+    }
+    Ok((watcher::open(root.fd(), &root.path, choice, settings)?, None))
+}
+
 /// The capture thread must know which directories are ours before the first
 /// event: those of the index now, others as they are listed. Only where a mark
 /// tells of the whole file system, and the source is a part of that; a watch on
@@ -459,13 +532,19 @@ impl Replication {
 /// under names in directories that are gone.
 fn load_members(root: &Root, store: &Store, members: &Members) -> Result<(), ServiceError> {
     members.add_directory(root.id.clone());
-    store.snapshot()?.each_object(|object, known| {
+    let add = |object: ObjectId, known: &Known| {
         if known.state.kind == Kind::Directory {
             members.add_directory(object);
         } else if known.nlink > known.links {
             members.add_linked(object);
         }
-    })?;
+    };
+    store.snapshot()?.each_object(|object, known| add(object, &known))?;
+    // What was sent and not acknowledged may turn out to be in the replica; then
+    // it is not listed any more.
+    for (object, known) in store.pending()?.into_iter().flat_map(|delta| delta.objects) {
+        known.iter().for_each(|known| add(object.clone(), known));
+    }
     Ok(())
 }
 

@@ -13,7 +13,7 @@ use super::inotify::Inotify;
 use super::marks::Marks;
 use super::scan::Scan;
 use super::waker::failed;
-use super::{WatchError, Watcher};
+use super::{Queue, WatchError, Watcher};
 
 /// What a watcher has to be told.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +44,36 @@ pub fn open(
         WatcherChoice::Inotify => opener.inotify(chosen()),
         WatcherChoice::Scan => opener.scan(chosen()),
     }
+}
+
+/// Goes on with the queue of a watcher of a process before this one, when
+/// `open` would make one of the same kind. No event is lost in between.
+///
+/// # Errors
+/// [`WatchError::Unsupported`] when it would not, or when the queue is not of
+/// this source: then it is closed.
+pub fn resume(
+    source: BorrowedFd<'_>,
+    path: &Path,
+    choice: WatcherChoice,
+    settings: &Settings,
+    queue: Queue,
+) -> Result<Box<dyn Watcher>, WatchError> {
+    let kind = mount::file_system_kind(source).map_err(failed("watcher", "query file system"))?;
+    let opener = Opener { source, path, settings, sight: Sight::of(&kind), kind: &kind };
+    let unsupported = |reason: &str| WatchError::Unsupported {
+        watcher: "fanotify",
+        path: path.display().to_string(),
+        reason: reason.to_owned(),
+    };
+    if opener.blind() {
+        return Err(unsupported("events do not tell all"));
+    }
+    if !matches!(choice, WatcherChoice::Auto | WatcherChoice::Fanotify) {
+        return Err(unsupported("another watcher was chosen"));
+    }
+    let report = opener.report(WatcherKind::Fanotify, "taken over from the process before".into());
+    Fanotify::resume(source, path, queue, report).map(boxed)
 }
 
 /// How much of what happens to a file system raises events.

@@ -75,6 +75,41 @@ impl Fanotify {
         Ok(Self { group, root, _top: top, bell, buffer, report, rescan })
     }
 
+    /// Goes on with a queue that a process before this one filled.
+    ///
+    /// INVARIANT: it is what this program would have opened and marked itself,
+    /// at the time of the description as now: a mark that is gone, is of another
+    /// file system or leaves something out has missed changes.
+    pub(super) fn resume(
+        source: BorrowedFd<'_>,
+        path: &Path,
+        queue: super::Queue,
+        report: WatcherReport,
+    ) -> Result<Self, WatchError> {
+        let root = Root::new(NAME, source, path)?;
+        let unfit = |reason: &str| root.unsupported(NAME, reason.to_owned());
+        let group = Group::from_fd(queue.descriptor)
+            .map_err(|_| unfit("what was kept is no fanotify queue"))?;
+        let describe = |group: &Group| group.description().map_err(failed(NAME, "describe"));
+        let (fresh, detail) =
+            open_group().map_err(|e| root.unsupported(NAME, format!("no group: {e}")))?;
+        let found = describe(&group)?;
+        if found != queue.description || found.len() != 2 {
+            return Err(unfit("its mark is not what it was: the file system was unmounted"));
+        }
+        if found.first() != describe(&fresh)?.first() {
+            return Err(unfit("it was not opened as this program would"));
+        }
+        // Adds to the mark what it lacks, or makes one of another file system.
+        let top = mark(&group, detail, &root)?;
+        if describe(&group)? != found {
+            return Err(unfit("its mark is of another file system, or of fewer events"));
+        }
+        let bell = Bell::new(NAME)?;
+        let buffer = vec![0; BUFFER].into();
+        Ok(Self { group, root, _top: top, bell, buffer, report, rescan: None })
+    }
+
     /// Reads once; the number of events, 0 when there was none.
     fn read_queue(&mut self, changes: &mut Vec<Change>) -> Result<u64, WatchError> {
         let length = match self.group.read(&mut self.buffer) {
@@ -140,6 +175,11 @@ impl Watcher for Fanotify {
 
     fn report(&self) -> WatcherReport {
         WatcherReport { kind: WatcherKind::Fanotify, ..self.report.clone() }
+    }
+
+    fn hand_over(self: Box<Self>) -> Option<super::Queue> {
+        let description = self.group.description().ok()?;
+        Some(super::Queue { descriptor: self.group.into_fd(), description })
     }
 }
 

@@ -14,10 +14,10 @@ mod scan;
 mod tests;
 mod waker;
 
-pub use choose::{Settings, open};
+pub use choose::{Settings, open, resume};
 pub use waker::Waker;
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use replicator_common::id::ObjectId;
@@ -158,6 +158,22 @@ pub trait Watcher: Send {
 
     /// For status.
     fn report(&self) -> WatcherReport;
+
+    /// Gives the queue up, for a process after this one to go on with: what it
+    /// holds then was read by nobody. `None` where that cannot be.
+    fn hand_over(self: Box<Self>) -> Option<Queue> {
+        None
+    }
+}
+
+/// A watcher's queue between two processes: it fills while nobody reads it.
+#[derive(Debug)]
+pub struct Queue {
+    /// The kernel's.
+    pub descriptor: OwnedFd,
+    /// What the kernel says of it, see
+    /// [`Group::description`](replicator_common::sys::fanotify::Group::description).
+    pub description: Vec<String>,
 }
 
 /// The part of a watcher that the walk needs, shared between threads.

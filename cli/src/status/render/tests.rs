@@ -16,6 +16,7 @@ fn link() -> Link {
         round_trip_micros: Some(420),
         clock_offset_nanos: Some(-1_500_000),
         last_error: None,
+        next_attempt: None,
     }
 }
 
@@ -171,6 +172,7 @@ fn doubt_and_damage_are_visible() {
         source.time = NOW.offset(-3600 * SECOND);
         source.link.connected = false;
         source.link.last_error = Some("no answer".to_owned());
+        source.link.next_attempt = Some(NOW.offset(3 * SECOND));
         source.skipped.fifos = 2;
         source.skipped.unreadable = (0..7)
             .map(|n| PathError { path: format!("f{n}"), error: "EACCES".to_owned() })
@@ -193,7 +195,7 @@ fn doubt_and_damage_are_visible() {
         "  STALLED         no space left",
         "  cannot hold     owners",
         "  NOT HELD        owner or group of 5 objects",
-        "  link            NOT CONNECTED with 127.0.0.1:4481 for 1 min 0 s, round trip 0.4 ms, replica's clock -1.5 ms: no answer",
+        "  link            NOT CONNECTED with 127.0.0.1:4481 for 1 min 0 s, round trip 0.4 ms, replica's clock -1.5 ms: no answer; next attempt in 3.0 s",
         "  replica error   ENOSPC (1.0 s ago)",
     ] {
         assert!(text.lines().any(|found| found == line), "{line}\n{text}");
@@ -210,4 +212,25 @@ fn one_side_alone_renders() {
     status.destination = None;
     assert!(page(&[status], NOW).contains("replica         never heard of"));
     assert_eq!(page(&[], NOW), "no replication configuration here");
+}
+
+/// What a side last heard of the other says "connected", whatever came since.
+#[test]
+fn a_connection_that_is_away_is_away_on_both_sides() {
+    let mut status = status();
+    if let (Some(source), Some(destination)) = (&mut status.source, &mut status.destination) {
+        source.time = NOW.offset(-3600 * SECOND);
+        destination.time_since_last_sync = Some(3600.5);
+        destination.link.connected = false;
+        destination.link.last_error = Some("timed out".to_owned());
+    }
+    let text = page(&[status.clone()], NOW);
+    assert!(text.contains("NOT CONNECTED") && text.ends_with(": timed out"), "{text}");
+    assert!(text.contains("Z, 1 h 0 min ago"), "the age is of now: {text}");
+    if let (Some(source), Some(destination)) = (&mut status.source, &mut status.destination) {
+        source.link.connected = false;
+        source.link.next_attempt = Some(NOW.offset(-1));
+        destination.link.connected = true;
+    }
+    assert!(page(&[status], NOW).ends_with("; trying now"));
 }

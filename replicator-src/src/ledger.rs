@@ -1,0 +1,392 @@
+//! What is under way, how far it reaches, and what of it counts when a session
+//! breaks. Pure: no clock, no file system, no store, no network; the engine and
+//! the simulation (`replicator-simulation`) both keep their books by it.
+//!
+//! - [`Span`]: which part of the journal, and of time, a batch covers.
+//! - [`Gap`]: a stretch of time in which changes may have been missed.
+//! - [`Flights`]: batches that were committed and are not acknowledged.
+//! - [`Owed`]: what waited and is looked at anew.
+//! - [`Claim`]: what a batch may say of itself.
+//! - [`Memory`]: whether two sides remember the same history.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq};
+use replicator_common::name::Name;
+use replicator_common::time::Timestamp;
+
+use crate::index::Mark;
+use crate::plan::Dirty;
+
+/// Which part of the journal, and of time, a batch covers while it is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// The journal is absorbed up to here.
+    pub seq: Seq,
+    /// Every change before this moment was absorbed.
+    pub time: Timestamp,
+    /// The barrier's moment could be taken over (else it was not reached).
+    pub reached: bool,
+    /// Nothing that was looked at has changed since [`Span::time`].
+    pub exact: bool,
+    /// The walk had ended, and every event of its time was absorbed, before
+    /// this batch began.
+    pub walked: bool,
+}
+
+impl Span {
+    /// Of a batch that begins at `seq`, with nothing left of a walk if `walked`.
+    pub fn new(seq: Seq, time: Timestamp, walked: bool) -> Self {
+        Self { seq, time, reached: false, exact: false, walked }
+    }
+
+    /// A barrier was found in the journal at `seq`. One of a process before
+    /// this (up to `inherited`) proves nothing: the restart is a gap, and its
+    /// moments are of another clock.
+    pub fn pass(&mut self, seq: Seq, time: Timestamp, inherited: Seq) {
+        if seq > inherited {
+            self.time = self.time.max(time);
+        }
+    }
+
+    /// The barrier that was drawn for this batch stands at `seq`.
+    ///
+    /// INVARIANT: its moment counts only when the journal was absorbed that far.
+    pub fn reach(&mut self, seq: Seq, time: Timestamp) {
+        self.reached = self.seq >= seq;
+        if self.reached {
+            self.time = self.time.max(time);
+        }
+    }
+
+    /// Something of what was absorbed is left for the next batch: it is not in
+    /// the replica yet, so nothing after `covered` is proven.
+    pub fn leave_behind(&mut self, covered: Timestamp) {
+        self.time = covered;
+        self.reached = false;
+        self.exact = false;
+    }
+}
+
+/// A stretch of time in which changes may have been missed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gap {
+    /// Why, in words.
+    pub reason: String,
+    /// Every change before this is in the replica; the watermark waits here.
+    pub floor: Timestamp,
+    /// When it opened.
+    pub since: Timestamp,
+    /// When the walk that is to close it began.
+    pub walk_started: Timestamp,
+    /// Events were lost again while the walk ran: another walk must follow.
+    pub again: Option<String>,
+}
+
+/// What became of a gap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Closing {
+    /// There is none, or its walk is not through.
+    No,
+    /// Its walk is through, but events were lost meanwhile: walk again.
+    Again,
+    /// It is closed by the batch that is being built.
+    Closed(Gap),
+}
+
+impl Gap {
+    /// Opens one, or notes that events were lost again. Says whether a walk has
+    /// to begin.
+    pub fn open(
+        gap: &mut Option<Self>,
+        reason: String,
+        covered: Timestamp,
+        now: Timestamp,
+    ) -> bool {
+        if let Some(gap) = gap {
+            gap.again = Some(reason);
+            return false;
+        }
+        let (floor, since, walk_started, again) = (covered, now, now, None);
+        *gap = Some(Self { reason, floor, since, walk_started, again });
+        true
+    }
+
+    /// Closes one whose walk is `through`.
+    pub fn close(gap: &mut Option<Self>, through: bool, now: Timestamp) -> Closing {
+        let Some(open) = gap.as_mut().filter(|_| through) else { return Closing::No };
+        if let Some(reason) = open.again.take() {
+            open.reason = reason;
+            open.walk_started = now;
+            return Closing::Again;
+        }
+        gap.take().map_or(Closing::No, Closing::Closed)
+    }
+}
+
+/// A batch that was committed and is not acknowledged.
+#[derive(Clone, Debug)]
+pub struct Flight<T> {
+    /// Where it leaves the source.
+    pub mark: Mark,
+    /// Everything that was dirty when it was built: dirty again when it is lost.
+    pub input: Dirty,
+    /// The gap that it closed.
+    pub closed: Option<Gap>,
+    /// The destination said that it is durable.
+    pub durable: bool,
+    /// Every change before this moment was in the replica before it: what holds
+    /// again when it is lost. (What was covered then may be later: something
+    /// waited, and what was sent to end that is lost, too.)
+    pub before: Timestamp,
+    /// Every change before this moment is in the replica after it.
+    pub reached: Timestamp,
+    /// What the keeper wants to know of it beside.
+    pub note: T,
+}
+
+/// What broke a [`Flights::settle`] left.
+#[derive(Clone, Debug)]
+pub struct Settled<T> {
+    /// Batches that took effect, oldest first.
+    pub done: Vec<Flight<T>>,
+    /// Batches that did not.
+    pub lost: Vec<Flight<T>>,
+}
+
+/// Batches that are under way, oldest first.
+#[derive(Clone, Debug)]
+pub struct Flights<T>(VecDeque<Flight<T>>);
+
+impl<T> Default for Flights<T> {
+    fn default() -> Self {
+        Self(VecDeque::new())
+    }
+}
+
+impl<T> std::ops::Deref for Flights<T> {
+    type Target = VecDeque<Flight<T>>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl<T> Flights<T> {
+    /// One more is committed.
+    pub fn push(&mut self, flight: Flight<T>) {
+        self.0.push_back(flight);
+    }
+
+    /// None of them counts any more.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// The destination says that those up to `batch` are durable.
+    pub fn durable(&mut self, batch: BatchId) {
+        for flight in &mut self.0 {
+            flight.durable |= flight.mark.batch <= batch;
+        }
+    }
+
+    /// The destination says that those up to `batch` are in the replica: takes
+    /// them out, oldest first.
+    ///
+    /// INVARIANT (acknowledged means durable): the journal is trimmed up to the
+    /// marks of what this returns, or [`Flights::settle`] does, and no further.
+    pub fn applied(&mut self, batch: BatchId) -> Vec<Flight<T>> {
+        let count = self.0.iter().take_while(|flight| flight.mark.batch <= batch).count();
+        self.0.drain(..count).collect()
+    }
+
+    /// A new session begins: batches up to `committed` took effect, later ones
+    /// are built anew.
+    pub fn settle(&mut self, committed: BatchId) -> Settled<T> {
+        let done = self.applied(committed);
+        Settled { done, lost: self.0.drain(..).collect() }
+    }
+}
+
+/// What a lost batch takes back: what it had brought is not in the replica.
+///
+/// `floors` are where things that wait hold the watermark. Says whether the gap
+/// that it had closed is open again.
+pub fn take_back<'a, T>(
+    lost: &mut Flight<T>,
+    covered: &mut Timestamp,
+    gap: &mut Option<Gap>,
+    floors: impl Iterator<Item = &'a mut Timestamp>,
+) -> bool {
+    *covered = (*covered).min(lost.before);
+    for floor in floors {
+        *floor = (*floor).min(lost.before);
+    }
+    match (gap.as_mut(), lost.closed.take()) {
+        (Some(gap), _) => {
+            gap.floor = gap.floor.min(lost.before);
+            false
+        }
+        (None, Some(closed)) => {
+            *gap = Some(closed);
+            true
+        }
+        (None, None) => false,
+    }
+}
+
+/// An entry.
+pub type Place = (ObjectId, Name);
+
+/// Entries that waited for an object which waits no more, and that are still
+/// not as they are on the source: another object may wait under the same name
+/// now, or nobody has looked at them yet.
+///
+/// INVARIANT (the watermark tells the truth): while an entry is not what it is
+/// on the source, the moment since when it is not so holds the watermark,
+/// whatever it waits for by then.
+#[derive(Clone, Debug, Default)]
+pub struct Owed(BTreeMap<Place, Timestamp>);
+
+impl Owed {
+    /// These waited since `floor`, and are dirty, or looked at by the batch that
+    /// is being built.
+    pub fn release(&mut self, places: impl IntoIterator<Item = Place>, floor: Timestamp) {
+        for place in places {
+            let owed = self.0.entry(place).or_insert(floor);
+            *owed = (*owed).min(floor);
+        }
+    }
+
+    /// A batch has looked at `seen`, all but what it looks at `again` in the
+    /// next; `holds` are what waits after it, with their floors.
+    pub fn settle<'a>(
+        &mut self,
+        seen: impl Fn(&Place) -> bool,
+        again: &BTreeSet<Place>,
+        holds: impl Iterator<Item = (&'a BTreeSet<Place>, &'a mut Timestamp)>,
+    ) {
+        if self.0.is_empty() {
+            return;
+        }
+        for (places, floor) in holds {
+            let owed = places.iter().filter_map(|place| self.0.get(place));
+            *floor = owed.fold(*floor, |floor, owed| floor.min(*owed));
+        }
+        self.0.retain(|place, _| again.contains(place) || !seen(place));
+    }
+
+    /// Nothing is in directories that are gone.
+    pub fn forget(&mut self, mut gone: impl FnMut(&ObjectId) -> bool) {
+        self.0.retain(|(directory, _), _| !gone(directory));
+    }
+
+    /// Where it holds the watermark.
+    pub fn floor(&self) -> Option<Timestamp> {
+        self.0.values().min().copied()
+    }
+}
+
+/// What bears on a batch's claim.
+#[derive(Clone, Copy, Debug)]
+pub struct Claim<'a> {
+    /// What the batch covers.
+    pub span: Span,
+    /// What was covered before it.
+    pub covered: Timestamp,
+    /// The gap that is open after it.
+    pub gap: Option<&'a Gap>,
+    /// The gap that it closes.
+    pub closed: Option<&'a Gap>,
+    /// Barriers prove that every event before them was seen.
+    pub proves: bool,
+    /// The earliest moment at which something that waits holds the watermark:
+    /// large files, orphans.
+    pub waiting: Option<Timestamp>,
+}
+
+/// How far a batch reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reach {
+    /// What is covered from now on.
+    pub covered: Timestamp,
+    /// Every change before this moment is in the replica after the batch.
+    pub reached: Timestamp,
+    /// The replica equals the source at [`Span::time`].
+    pub exact: bool,
+}
+
+impl Claim<'_> {
+    /// The rule (ARCHITECTURE.md "Watermark").
+    ///
+    /// INVARIANT (the watermark tells the truth): it does not pass an open gap,
+    /// nor anything that waits.
+    pub fn reach(&self) -> Reach {
+        let base = match (self.gap, self.closed) {
+            (Some(gap), _) => gap.floor,
+            // Where only a walk proves anything, it proves it for the moment
+            // at which it began.
+            (None, Some(gap)) if !self.proves => gap.walk_started,
+            (None, None) if !self.proves => self.covered,
+            _ => self.span.time,
+        };
+        let reached = self.waiting.map_or(base, |waiting| waiting.min(base));
+        let quiet = self.waiting.is_none() && self.gap.is_none();
+        Reach {
+            covered: self.covered.max(base),
+            reached,
+            exact: self.span.exact && quiet && self.proves,
+        }
+    }
+}
+
+/// What the source remembers when a session begins.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    /// The destination's life that the index describes.
+    pub peer: Option<Incarnation>,
+    /// The last batch in the index.
+    pub merged: BatchId,
+    /// The last batch whose delta is durable, acknowledged or not.
+    pub pending: Option<BatchId>,
+}
+
+impl Memory {
+    /// Whether the index describes the replica of a destination that is of this
+    /// `incarnation` and whose last batch is `committed` (trap 14).
+    pub fn agrees(&self, incarnation: Incarnation, committed: BatchId) -> bool {
+        let newest = self.pending.unwrap_or(self.merged).max(self.merged);
+        let fresh = newest == BatchId(0) && committed == BatchId(0);
+        let known = self.peer == Some(incarnation);
+        fresh || known && (self.merged..=newest).contains(&committed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trap_14_what_does_not_fit_the_memory_is_not_agreed_to() {
+        let (one, other) = (Incarnation([1; 16]), Incarnation([2; 16]));
+        let memory = |merged, pending: Option<u64>| Memory {
+            peer: Some(one),
+            merged: BatchId(merged),
+            pending: pending.map(BatchId),
+        };
+        for (memory, committed, agreed) in [
+            (memory(0, None), 0, true),
+            (memory(3, None), 3, true),
+            (memory(3, Some(5)), 4, true),
+            (memory(3, Some(5)), 5, true),
+            (memory(3, Some(5)), 6, false),
+            (memory(3, Some(5)), 2, false),
+            (memory(3, None), 0, false),
+            (memory(0, None), 1, false),
+        ] {
+            assert_eq!(memory.agrees(one, BatchId(committed)), agreed, "{memory:?} {committed}");
+        }
+        assert!(!memory(3, None).agrees(other, BatchId(3)));
+        assert!(memory(0, None).agrees(other, BatchId(0)), "nothing was ever replicated");
+    }
+}

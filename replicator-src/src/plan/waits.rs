@@ -1,0 +1,61 @@
+//! When what waits (see [`super::Hold`]) waits no more, and whether an event is
+//! of what is under way.
+
+use std::collections::{BTreeSet, HashMap};
+
+use replicator_common::id::ObjectId;
+use replicator_common::name::Name;
+use replicator_common::object::Kind;
+use replicator_common::wire::ContentSource;
+
+use super::assemble::Outcome;
+use super::resolve::Resolve;
+use crate::journal::Record;
+
+/// Whether a batch has looked at an object that waits, with these `entries`, and
+/// brings what it waited for, or found that nothing leads to it any more. Not
+/// asked of what the batch itself leaves to wait.
+pub fn is_through(
+    object: &ObjectId,
+    entries: &BTreeSet<(ObjectId, Name)>,
+    resolve: &Resolve,
+    outcomes: &HashMap<ObjectId, Outcome>,
+) -> bool {
+    let shipped = match outcomes.get(object) {
+        // A directory waits for being listed, or for entries.
+        Some(Outcome::Ship { known, .. } | Outcome::Same { known })
+            if known.state.kind == Kind::Directory =>
+        {
+            entries.is_empty() && resolve.listed.contains(object)
+        }
+        // Attributes alone are not what it waits for.
+        Some(Outcome::Ship { content: ContentSource::Packed { .. }, .. }) => true,
+        Some(Outcome::Ship { .. } | Outcome::Same { .. }) => resolve.wants_content(object),
+        Some(Outcome::Gone) => true,
+        _ => resolve.listed.contains(object) && entries.is_empty(),
+    };
+    let elsewhere = |place| {
+        resolve.bindings.get(place).is_some_and(|binding| binding.new.as_ref() != Some(object))
+    };
+    let orphaned = !entries.is_empty() && entries.iter().all(elsewhere);
+    shipped || orphaned
+}
+
+/// Whether a record says that content of an object may have changed which waits
+/// with these `entries`. `known` is what the index has under the record's name,
+/// if it tells one.
+pub fn is_touched(
+    record: &Record,
+    object: &ObjectId,
+    entries: &BTreeSet<(ObjectId, Name)>,
+    known: Option<&ObjectId>,
+) -> bool {
+    match record {
+        Record::Object { object: of, what } => what.content && of == object,
+        Record::Named { directory, name, what } => {
+            what.content
+                && (known == Some(object) || entries.contains(&(directory.clone(), name.clone())))
+        }
+        Record::Entry { .. } | Record::Gap { .. } | Record::Barrier { .. } => false,
+    }
+}
