@@ -49,6 +49,9 @@ pub enum Command {
     Status(Status),
     /// Waits until all that was done on the source so far is on the replica
     Wait(Wait),
+    /// Compares source and replica by content now, and puts right what differs;
+    /// prints each difference as a line of JSON
+    Verify(Verify),
     /// Stops shipping changes; they are journaled
     Pause(Target),
     /// Ships changes again
@@ -179,6 +182,32 @@ pub struct Wait {
         value_parser = wait_seconds
     )]
     pub timeout: f64,
+}
+
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// The file system at either end (or its ARN); may be left out where there
+    /// is only one
+    #[arg(value_name = "ID")]
+    pub id: Option<String>,
+    /// Reports what differs, and leaves it as it is
+    #[arg(long)]
+    pub no_repair: bool,
+    /// Reads so many bytes a second at most, on either side: as in 20MiB.
+    /// Default: as fast as can be
+    #[arg(long, value_name = "SIZE", value_parser = rate)]
+    pub rate: Option<u64>,
+    /// Shows no progress
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+/// Bounds of [`Verify::rate`].
+type Rate = replicator_common::config::Size<{ 4 << 10 }, { 1 << 40 }>;
+
+fn rate(text: &str) -> Result<u64, String> {
+    let rate: Result<Rate, _> = serde_json::from_value(text.into());
+    rate.map(Rate::get).map_err(|error| error.to_string())
 }
 
 fn wait_seconds(text: &str) -> Result<f64, String> {

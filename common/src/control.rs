@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::id::FileSystemId;
 use crate::status::{DesiredState, FailoverReport, Status};
 use crate::time::Timestamp;
+use crate::verification::{Findings, PassOptions};
 
 /// Which half of a replication deletion reaches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,5 +121,22 @@ pub trait Control: Send + Sync + 'static {
         Err(ControlError::Validation(format!(
             "only the source of {source} can accept deletions: ask its daemon"
         )))
+    }
+
+    /// Begins a pass of verification now, and gives its number. Only a source
+    /// can; while a pass runs that somebody asked for, it is a conflict. One
+    /// that began by itself goes on where it is, as the options say.
+    fn verify(&self, _source: &FileSystemId, _options: PassOptions) -> Result<u64, ControlError> {
+        Err(ControlError::Conflict("only the source verifies: ask it".to_owned()))
+    }
+
+    /// What pass `pass` has found, after the first `after` differences.
+    fn findings(
+        &self,
+        _source: &FileSystemId,
+        _pass: u64,
+        _after: u64,
+    ) -> Result<Findings, ControlError> {
+        Err(ControlError::Conflict("only the source verifies: ask it".to_owned()))
     }
 }

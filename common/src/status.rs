@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::{BatchId, FileSystemId, Seq, TransferId};
 use crate::time::Timestamp;
+use crate::verification::Verification;
 
 /// EFS's status of a replication.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -346,6 +347,9 @@ pub struct SourceReport {
     pub counters: Counters,
     /// The last error that an operator should know, with its time.
     pub last_error: Option<TimedError>,
+    /// What is known of verification.
+    #[serde(default)]
+    pub verification: Verification,
 }
 
 /// An error and when it happened.

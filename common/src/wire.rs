@@ -114,6 +114,10 @@ pub enum SourceMessage {
     /// The configuration is deleted on the source with `ALL_CONFIGURATIONS`:
     /// fail over now. Answered by [`DestinationMessage::FailedOver`].
     Delete,
+    /// Asks what the replica holds, to verify it. Answered by one
+    /// [`DestinationMessage::Described`], in the order of the questions, of which
+    /// at most [`QUESTIONS_MAX`](crate::describe::QUESTIONS_MAX) may wait.
+    Describe(Box<crate::describe::Describe>),
 }
 
 /// The source introduces itself.
@@ -375,6 +379,8 @@ pub enum DestinationMessage {
         /// Why.
         reason: String,
     },
+    /// The answer to [`SourceMessage::Describe`].
+    Described(Box<crate::describe::Description>),
 }
 
 /// The destination introduces itself.

@@ -9,6 +9,7 @@ pub mod area;
 pub mod attributes;
 mod book;
 mod broken;
+mod describe;
 pub mod failover;
 #[doc(hidden)]
 pub mod fuzzing;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use quinn::{Connection, RecvStream, SendStream};
+use replicator_common::describe::{Describe, Description};
 use replicator_common::id::{BatchId, SessionId};
 use replicator_common::name::Name;
 use replicator_common::net::frame::{FrameError, FrameReader, FrameWriter};
@@ -27,6 +28,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::applier::{Job, Progress};
 use crate::apply::Place;
 use crate::area::AreaError;
+use crate::describe::Describer;
 use crate::reconcile;
 use crate::replica::{APPLIER_SHARD, Replica, applier_staging};
 use crate::session::{Breach, Returned, Session};
@@ -125,6 +127,9 @@ struct Shell {
     kept_plans: BTreeMap<BatchId, Vec<Place>>,
     plan_parts: u64,
     inventory: Option<Inventory>,
+    /// Looks at the replica for the source's verification, once asked.
+    describer: Option<Describer>,
+    described: mpsc::UnboundedSender<Description>,
 }
 
 /// A connection whose source has said who it is.
@@ -216,6 +221,8 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
     let clocks = (hello.time, received);
     greet(&mut writer, &context, &connection, clocks, &standing).await?;
     let (progress, progressed) = mpsc::unbounded_channel();
+    // Bounded by the questions that may wait.
+    let (described, descriptions) = mpsc::unbounded_channel();
     let session = Session::new(standing.committed);
     let mut shell = Shell {
         context,
@@ -227,8 +234,10 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
         kept_plans: BTreeMap::new(),
         plan_parts: 0,
         inventory: None,
+        describer: None,
+        described,
     };
-    let result = shell.serve(reader, progressed).await;
+    let result = shell.serve(reader, progressed, descriptions).await;
     if let Err(SessionError::Refused(refusal)) = &result {
         // A courtesy: the session ends either way.
         let message = DestinationMessage::Refused(refusal.clone());
@@ -338,6 +347,7 @@ impl Shell {
         &mut self,
         mut reader: FrameReader<RecvStream>,
         mut progressed: mpsc::UnboundedReceiver<Progress>,
+        mut descriptions: mpsc::UnboundedReceiver<Description>,
     ) -> Result<(), SessionError> {
         let (events, mut staged) = mpsc::channel(EVENTS_WAITING);
         let mut report = tokio::time::interval(REPORT);
@@ -356,6 +366,10 @@ impl Shell {
                 Some(event) = staged.recv() => self.event(event).await?,
                 Some(progress) = progressed.recv() => self.progress(progress).await?,
                 part = next_part(&mut self.inventory) => self.inventoried(part).await?,
+                Some(description) = descriptions.recv() => {
+                    let message = DestinationMessage::Described(Box::new(description));
+                    self.writer.write(&message).await?;
+                }
                 Some(message) = self.context.last_word.recv() => {
                     return self.last_word(message).await;
                 }
@@ -401,6 +415,7 @@ impl Shell {
                 self.inventory();
                 Ok(())
             }
+            SourceMessage::Describe(question) => self.describe(*question),
             SourceMessage::Delete => {
                 let fail_over = self.context.fail_over.clone();
                 let answer = tokio::task::spawn_blocking(move || fail_over()).await;
@@ -555,6 +570,18 @@ impl Shell {
             self.writer.write(&message).await?;
         }
         Ok(())
+    }
+
+    /// The source asks what the replica holds.
+    fn describe(&mut self, question: Describe) -> Result<(), SessionError> {
+        let describer = match self.describer.take() {
+            Some(describer) => describer,
+            None => Describer::start(self.context.replica.clone(), self.described.clone())
+                .map_err(|error| SessionError::Refused(Refusal::Unable(error.to_string())))?,
+        };
+        let asked = describer.ask(question);
+        self.describer = Some(describer);
+        asked.map_err(|reason| SessionError::Refused(Refusal::Protocol(reason)))
     }
 
     /// The source asks for a part of the inventory. It is walked once a session.

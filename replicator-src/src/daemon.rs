@@ -3,6 +3,7 @@
 use replicator_common::config::SourceConfig;
 use replicator_src::engine::halt::HaltRule;
 use replicator_src::service::SourceOptions;
+use replicator_src::verify::Settings as Verify;
 
 /// The configuration's part that the service needs.
 pub fn options(config: &SourceConfig) -> SourceOptions {
@@ -16,6 +17,10 @@ pub fn options(config: &SourceConfig) -> SourceOptions {
             percent: config.halt_deletions_percent,
             min: config.halt_deletions_min,
             window: config.halt_deletions_window.get(),
+        },
+        verify: Verify {
+            interval: config.verify_interval.0.map(|interval| interval.get()),
+            rate: config.verify_rate.get(),
         },
         ..SourceOptions::new(config.state_dir.clone())
     }

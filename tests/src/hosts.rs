@@ -34,7 +34,8 @@ pub enum Side {
 }
 
 impl Side {
-    const BOTH: [Self; 2] = [Self::Source, Self::Destination];
+    /// Both of them.
+    pub const BOTH: [Self; 2] = [Self::Source, Self::Destination];
 
     fn name(self) -> &'static str {
         match self {
@@ -169,6 +170,8 @@ pub struct Hosts {
     source: Mount,
     replica: Mount,
     share: Option<Share>,
+    /// Further lines of the source's configuration.
+    source_lines: String,
     /// Starts the source's daemon, with variables that it gets wrong.
     manager: Option<Manager>,
     /// The daemons read a wall clock that the test sets.
@@ -178,20 +181,30 @@ pub struct Hosts {
 impl Hosts {
     /// Both daemons run and know nothing of each other.
     pub fn strangers() -> Self {
-        Self::make(FileSystem::Ext4, FileSystem::Xfs, None)
+        Self::strangers_on(FileSystem::Ext4, FileSystem::Xfs)
     }
 
     /// The same with the file systems of source and replica.
     pub fn strangers_on(source: FileSystem, replica: FileSystem) -> Self {
-        Self::make(source, replica, None)
+        Self::make(source, replica, "", None)
+    }
+
+    /// The same, with further lines in the source's configuration.
+    pub fn strangers_with(source: FileSystem, replica: FileSystem, source_lines: &str) -> Self {
+        Self::make(source, replica, source_lines, None)
     }
 
     /// Strangers with wall clocks that can be set (see [`Self::set_clock`]).
     pub fn with_clocks() -> Self {
-        Self::make(FileSystem::Ext4, FileSystem::Xfs, Some(Preload::find()))
+        Self::make(FileSystem::Ext4, FileSystem::Xfs, "", Some(Preload::find()))
     }
 
-    fn make(source: FileSystem, replica: FileSystem, clocks: Option<Preload>) -> Self {
+    fn make(
+        source: FileSystem,
+        replica: FileSystem,
+        source_lines: &str,
+        clocks: Option<Preload>,
+    ) -> Self {
         let share = serial::share();
         let mut hosts = Self {
             source_daemon: None,
@@ -201,6 +214,7 @@ impl Hosts {
             source: Mount::new(source),
             replica: Mount::new(replica),
             share: Some(share),
+            source_lines: source_lines.to_owned(),
             manager: None,
             clocks,
         };
@@ -363,7 +377,7 @@ impl Hosts {
         let (path, state) = (self.config(side), self.state_dir(side));
         let region = side.region();
         let addresses = match side {
-            Side::Source => String::new(),
+            Side::Source => self.source_lines.clone(),
             Side::Destination => {
                 format!("listen = \"[::]:{LISTEN}\"\nadvertise = \"{}:{LISTEN}\"\n", side.address())
             }

@@ -13,6 +13,8 @@
 //! | `POST /replicator/v1/pause` | [`own::Target`] → `Status` |
 //! | `POST /replicator/v1/resume` | [`own::ResumeBody`] → `Status` |
 //! | `POST /replicator/v1/failover` | [`own::FailoverBody`] → [`FailoverReport`](crate::status::FailoverReport) |
+//! | `POST /replicator/v1/verify` | [`own::VerifyBody`] → [`own::VerifyAnswer`]: a pass begins; sources only |
+//! | `POST /replicator/v1/findings` | [`own::FindingsBody`] → [`Findings`](crate::verification::Findings) of a pass |
 //! | `POST /replicator/v1/tokens` | [`own::TokenBody`] → [`own::TokenAnswer`]; destinations only |
 //!
 //! Errors of both halves have EFS's shape. There is no authentication: the

@@ -12,6 +12,7 @@ use super::{Api, ApiError, efs, own};
 use crate::control::{ControlError, CreateRequest, DeletionMode};
 use crate::id::FileSystemId;
 use crate::status::{DesiredState, ReplicationStatus, Status};
+use crate::verification::PassOptions;
 
 /// A successful answer.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,6 +64,18 @@ impl Api {
                 Answer::json(&self.control.delete(&source, body.mode)?)
             }
             Operation::Own(Own::Token) => self.issue(&parse(body)?),
+            Operation::Own(Own::Verify) => {
+                let body: own::VerifyBody = parse(body)?;
+                let source = self.find(body.id.as_deref())?;
+                let options = PassOptions { repair: body.repair, rate: body.bytes_per_second };
+                let pass = self.control.verify(&source, options)?;
+                Answer::json(&own::VerifyAnswer { source_file_system_id: source.to_string(), pass })
+            }
+            Operation::Own(Own::Findings) => {
+                let body: own::FindingsBody = parse(body)?;
+                let source = self.find(body.id.as_deref())?;
+                Answer::json(&self.control.findings(&source, body.pass, body.after)?)
+            }
         }
     }
 

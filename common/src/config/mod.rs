@@ -11,7 +11,7 @@ mod units;
 
 pub use destination::{DestinationConfig, ReplicaConfig};
 pub use source::SourceConfig;
-pub use units::{Interval, Size};
+pub use units::{Interval, Maybe, Size};
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{DEFAULT_API, DEFAULT_REGION, Interval, LogFormat, Sanitize, Size};
+use super::{DEFAULT_API, DEFAULT_REGION, Interval, LogFormat, Maybe, Sanitize, Size};
 use crate::control::WatcherChoice;
 
 /// What `replicator-src serve --config FILE` reads. What is replicated is not
@@ -59,6 +59,14 @@ pub struct SourceConfig {
     pub halt_deletions_min: u64,
     /// Within which time deletions count together. 1 s to 7 d, default 10 min.
     pub halt_deletions_window: Interval<1000, 604_800_000>,
+    /// How often source and replica are compared by content: a pass is spread
+    /// over most of this time. `"never"`: only when `replicator verify` asks. 1 s
+    /// to 365 d, default 24 h.
+    pub verify_interval: Maybe<Interval<1000, 31_536_000_000>>,
+    /// What a pass that begins by itself reads a second at most, on either side;
+    /// it is slower where the interval allows. An object counts as 16 KiB at
+    /// least. 64 KiB to 16 GiB, default 64 MiB.
+    pub verify_rate: Size<{ 64 << 10 }, { 16 << 30 }>,
     /// The watcher of a configuration whose creation names none: `auto`,
     /// `fanotify`, `inotify` or `scan`. Default `auto`.
     pub watcher: WatcherChoice,
@@ -87,6 +95,8 @@ impl Default for SourceConfig {
             halt_deletions_percent: 50,
             halt_deletions_min: 1000,
             halt_deletions_window: Interval::from_millis(600_000),
+            verify_interval: Maybe(Some(Interval::from_millis(86_400_000))),
+            verify_rate: Size::from_bytes(64 << 20),
             watcher: WatcherChoice::Auto,
             devices: false,
             log: "info".to_owned(),

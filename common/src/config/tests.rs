@@ -71,7 +71,7 @@ fn invalid_sources_are_told_in_one_line() {
     for (text, expected) in [
         (
             "\nheartbaet = \"1s\"",
-            "x.toml:2: unknown field `heartbaet`, expected one of `state_dir`, `api`, `api_remote`, `api_hosts`, `region`, `heartbeat`, `settle`, `rescan_interval`, `max_batch_bytes`, `halt_deletions_percent`, `halt_deletions_min`, `halt_deletions_window`, `watcher`, `devices`, `log`, `log_format`",
+            "x.toml:2: unknown field `heartbaet`, expected one of `state_dir`, `api`, `api_remote`, `api_hosts`, `region`, `heartbeat`, `settle`, `rescan_interval`, `max_batch_bytes`, `halt_deletions_percent`, `halt_deletions_min`, `halt_deletions_window`, `verify_interval`, `verify_rate`, `watcher`, `devices`, `log`, `log_format`",
         ),
         ("heartbeat = \"2m\"", "x.toml:1: \"2m\" is out of bounds (expected 100ms to 1m)"),
         (

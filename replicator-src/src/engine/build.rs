@@ -175,6 +175,7 @@ impl Engine {
                 Record::Gap { reason } => self.open_gap(reason.clone())?,
                 Record::Barrier { time } => draft.span.pass(*seq, *time, self.inherited),
                 other => {
+                    self.touched.record(other);
                     self.touch_holds(other)?;
                     self.dirty.absorb(other);
                 }
@@ -282,7 +283,7 @@ impl Engine {
             }
             let known = match need.new {
                 true => None,
-                false => self.index.object(&object)?,
+                false => self.disbelieve(&object, self.index.object(&object)?),
             };
             items.push(Item { object, need, known });
         }

@@ -58,6 +58,7 @@ impl Engine {
             self.members.add_linked(object);
         }
         let Assembly { ops, delta, .. } = assembly;
+        self.settle_forced(&ops);
         let dropped = dropped_by(&delta);
         let progress = progress_of(&delta, draft.resolve.equal);
         let objects = ops.iter().filter(|op| matches!(op, Op::Put { .. })).count() as u64;
@@ -98,6 +99,7 @@ impl Engine {
         delta.dead_lists.append(&mut self.dead_lists);
         metrics::histogram!("replicator_source_batch_operations").record(ops.len() as f64);
         let start = Instant::now();
+        let subjects = self.touched.sent(&delta);
         let now = (Instant::now(), self.clock.now());
         let noted = self.halt.note(batch, ready.deletions, ready.born, now);
         self.index.prepare(delta, &noted)?;
@@ -116,7 +118,7 @@ impl Engine {
             durable: false,
             before: ready.before,
             reached: ready.reached,
-            note: Note { dropped, progress, committed_at: Instant::now(), exact },
+            note: Note { dropped, progress, committed_at: Instant::now(), exact, subjects },
         });
         let sent = match &self.session {
             Some(session) => send_plan(session, batch, ops, header),

@@ -216,7 +216,8 @@ impl Engine {
     }
 
     fn start_transfer(&mut self, object: ObjectId) -> Result<(), EngineError> {
-        let whole = self.holds.get(&object).is_some_and(|held| held.whole);
+        let whole =
+            self.holds.get(&object).is_some_and(|held| held.whole) || self.is_forced(&object);
         let known = self.index.object(&object)?;
         let entries: Vec<_> = self
             .holds
@@ -249,6 +250,7 @@ impl Engine {
             return Ok(());
         };
         held.touched = false;
+        held.whole = whole;
         held.transfer = Transfer::Running { number, basis };
         self.running.insert(number, object);
         let post = self.post.clone();

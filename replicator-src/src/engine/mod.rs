@@ -20,6 +20,7 @@
 //! - `reconcile`: a replica that was not empty.
 //! - `leave`: what the next process goes on from.
 //! - `report`: what is told of all that.
+//! - [`verify`]: what verification asks of the loop.
 //! - [`state`]: what the loop shares with those who ask.
 
 mod astray;
@@ -35,14 +36,16 @@ mod refused;
 mod report;
 mod resemble;
 pub mod state;
+pub mod verify;
 mod window;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, select};
 use replicator_common::crashsafe::StateFileError;
+use replicator_common::describe::Description;
 use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
 use replicator_common::status::{DesiredState, FailoverReport, SourceReport};
@@ -62,6 +65,7 @@ use crate::read::pool::Pool;
 use crate::read::sink::{SinkError, Wired};
 use crate::session::{LinkEvent, Session};
 use crate::source::{Opener, SourceError, SourceTree};
+use crate::watcher::What;
 use halt::Halt;
 use holds::Held;
 use state::Shared;
@@ -135,6 +139,8 @@ pub enum Event {
     Transfer(Box<Job>, Result<Done, LaneError>),
     /// Somebody asks.
     Command(Command),
+    /// The verifier asks.
+    Verify(verify::Query),
 }
 
 impl From<LinkEvent> for Event {
@@ -191,6 +197,8 @@ struct Note {
     progress: (u64, u64),
     committed_at: Instant,
     exact: bool,
+    /// What it touches, where verification wants to know.
+    subjects: Option<Vec<verify::Subject>>,
 }
 
 /// Where an engine begins.
@@ -282,6 +290,12 @@ pub struct Engine {
     unsettled: bool,
     /// Somebody waits for the watermark: the next heartbeat comes at once.
     urgent: bool,
+    /// What changed of late, for verification.
+    touched: verify::Touched,
+    /// Objects to be sent again whatever the index says of them.
+    forced: BTreeMap<ObjectId, What>,
+    /// Who waits for the destination to describe something, in order.
+    asked: VecDeque<Sender<Description>>,
     /// Bytes put on the wire by this replication, all sessions.
     wired: Arc<Wired>,
     /// Content bytes shipped by processes before this, less what this one had
@@ -319,6 +333,8 @@ pub struct Parts {
     pub halt: Halt,
     /// Counts the bytes put on the wire.
     pub wired: Arc<Wired>,
+    /// The engine's moments, shared with the verifier.
+    pub ticks: Arc<verify::Ticks>,
 }
 
 impl Engine {
@@ -377,6 +393,9 @@ impl Engine {
             handing_over: false,
             unsettled: false,
             urgent: false,
+            touched: verify::Touched::new(parts.ticks),
+            forced: BTreeMap::new(),
+            asked: VecDeque::new(),
             wired: parts.wired,
             shipped_before: i128::from(mark.bytes_shipped),
         };
@@ -494,6 +513,7 @@ impl Engine {
         match event {
             Event::Link(event) => self.link(event),
             Event::Transfer(job, result) => self.transfer_done(&job, result),
+            Event::Verify(query) => self.verify(query),
             Event::Command(Command::Nudge) => {
                 self.urgent = true;
                 Ok(())

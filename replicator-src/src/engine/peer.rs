@@ -68,7 +68,7 @@ impl Engine {
     /// The index does not describe this replica: one of the sides was set back,
     /// replaced, or is new (trap 14). The index starts anew under a new
     /// incarnation, and the session with it.
-    fn distrust(&mut self, session: Session, had_peer: bool) -> Result<(), EngineError> {
+    pub(super) fn distrust(&mut self, session: Session, had_peer: bool) -> Result<(), EngineError> {
         if had_peer {
             tracing::warn!("the two sides do not remember the same history; comparing anew");
         }
@@ -76,6 +76,9 @@ impl Engine {
         self.index = Index::new(self.index.store().clone())?;
         self.halt.begin_anew();
         self.in_flight.clear();
+        self.touched.forget();
+        self.forced.clear();
+        self.asked.clear();
         self.reset_transfers();
         self.holds.clear();
         self.owed = Owed::default();
@@ -107,6 +110,7 @@ impl Engine {
     pub(super) fn settle(&mut self, committed: BatchId) -> Result<(), EngineError> {
         self.index.settle(committed)?;
         self.halt.lost_after(committed);
+        self.touched.forget();
         let settled = self.in_flight.settle(committed);
         let mut reached = Timestamp::NEVER;
         for batch in settled.done {
@@ -153,6 +157,7 @@ impl Engine {
         if self.session.as_ref().is_some_and(|session| session.number == number) {
             tracing::warn!(reason, "session lost");
             self.session = None;
+            self.asked.clear();
             self.reset_transfers();
             if self.reconcile.as_ref().is_some_and(|reconcile| !reconcile.is_complete()) {
                 self.reconcile = None;
@@ -191,6 +196,7 @@ impl Engine {
                 self.returned(batch, objects, last)?;
             }
             DestinationMessage::Transferred { transfer } => self.transfer_arrived(transfer),
+            DestinationMessage::Described(description) => self.described(*description),
             DestinationMessage::FailedOver { report } => {
                 if let Some((reply, _)) = self.failing.take() {
                     // Whoever asked may have given up waiting.
@@ -231,6 +237,7 @@ impl Engine {
                     self.capture.directories().forget(object);
                 }
             }
+            self.touched.applied(done.note.subjects);
             merged = Some(done.mark);
             reached = reached.max(done.reached);
         }

@@ -14,6 +14,7 @@ use replicator_common::status::{
     ReplicationStatus, Skipped, SourceReport, StageLag, TimedError, WatcherKind, WatcherReport,
 };
 use replicator_common::time::Timestamp;
+use replicator_common::verification::Verification;
 use replicator_common::wire::{Refusal, SourceHello};
 
 use tokio::sync::Notify;
@@ -109,6 +110,7 @@ impl Shared {
             },
             counters: Counters::default(),
             last_error: None,
+            verification: Default::default(),
         };
         let inner = Inner {
             report,
@@ -285,6 +287,11 @@ impl Shared {
     /// An error that an operator should know.
     pub fn noted(&self, error: String) {
         self.lock().report.last_error = Some(TimedError { time: Timestamp::now(), error });
+    }
+
+    /// What is known of verification.
+    pub fn verified(&self, verification: Verification) {
+        self.lock().report.verification = verification;
     }
 
     /// A file could not be read.

@@ -580,6 +580,25 @@ impl Snapshot {
         self.objects.len().map_err(failed(&self.path))
     }
 
+    /// The first objects after one, in the order of their ids, `most` at most.
+    pub fn objects_after(
+        &self,
+        after: Option<&ObjectId>,
+        most: usize,
+    ) -> Result<Vec<(ObjectId, Known)>, IndexError> {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let from = after.map_or(Unbounded, |after| Excluded(after.as_bytes()));
+        let rows = self.objects.range::<&[u8]>((from, Unbounded)).map_err(failed(&self.path))?;
+        let mut found = Vec::new();
+        for row in rows.take(most) {
+            let (key, value) = row.map_err(failed(&self.path))?;
+            let object =
+                ObjectId::from_bytes(key.value()).ok_or_else(|| self.damaged("objects"))?;
+            found.push((object, self.row("objects", value.value())?));
+        }
+        Ok(found)
+    }
+
     /// Calls `each` with every object; stops at the first error.
     pub fn each_object(&self, mut each: impl FnMut(ObjectId, Known)) -> Result<(), IndexError> {
         for row in self.objects.iter().map_err(failed(&self.path))? {

@@ -26,6 +26,7 @@ use super::{ServiceError, SourceOptions, census, check_state_outside};
 use crate::boot::Boot;
 use crate::capture::{Capture, Members};
 use crate::engine::halt::Halt;
+use crate::engine::verify::Ticks;
 use crate::engine::{self, Command, Ended, Engine, Event, Parts, Start};
 use crate::handover::{self, Carried, Rest};
 use crate::index::{Index, Known, Store};
@@ -34,6 +35,7 @@ use crate::read::pool::Pool;
 use crate::read::sink::Wired;
 use crate::session::{self, Remote};
 use crate::source::{Filter, Opener, Places, Root, SourceError, SourceTree};
+use crate::verify::{self, Verifier};
 use crate::watcher::{self, DirectoryWatch, Watcher};
 
 /// Threads that read small objects. On two cores and a disk that is not in the
@@ -64,6 +66,7 @@ pub(super) struct Running {
     pub(super) post: Sender<Event>,
     link: tokio::task::JoinHandle<()>,
     census: Option<(JoinHandle<()>, Arc<AtomicBool>)>,
+    pub(super) verifier: Arc<Verifier>,
 }
 
 /// What a start takes.
@@ -149,6 +152,9 @@ impl Replication {
         // the one or gets the other.
         stopping.store(true, Ordering::SeqCst);
         drop(wake);
+        if let Some(running) = &*self.running() {
+            running.verifier.stop();
+        }
         self.post(Command::Stop { hand_over: supervisor.is_present() });
         // It may be handing frames to a destination that takes none.
         let until = Instant::now() + LAST_FRAME;
@@ -230,7 +236,8 @@ impl Replication {
     }
 
     fn end_running(&self) {
-        let Some(Running { link, census, .. }) = self.running().take() else { return };
+        let Some(Running { link, census, verifier, .. }) = self.running().take() else { return };
+        verifier.stop();
         if let Some((thread, stop)) = census {
             stop.store(true, Ordering::Release);
             if thread.join().is_err() {
@@ -277,7 +284,10 @@ impl Replication {
             devices: configuration.devices,
             reserved: Name::new(format!(".replicator-{}", configuration.source).as_bytes()).ok(),
         };
+        // Verification looks and watches nothing.
+        let idle = SourceTree::new(opener.clone(), filter.clone(), Arc::new(NoWatch));
         let tree = SourceTree::new(opener.clone(), filter, watch);
+        let ticks = Arc::<Ticks>::default();
         let pool = Pool::start(&opener, &store, READERS, LANES).map_err(failed("readers"))?;
         let inbox = unbounded();
         let wired = Arc::<Wired>::default();
@@ -291,7 +301,7 @@ impl Replication {
             boot: Boot::open(&self.directory.join("boot"))?,
             opener,
             tree,
-            index: Index::new(store)?,
+            index: Index::new(store.clone())?,
             journal,
             capture,
             members,
@@ -301,6 +311,7 @@ impl Replication {
             shared: self.shared.clone(),
             halt: Halt::open(options.halt, self.directory.join("halted"))?,
             wired: wired.clone(),
+            ticks: ticks.clone(),
         };
         // Where nothing is walked, there is no end to tell the way to.
         let walks = carried.is_none();
@@ -311,8 +322,18 @@ impl Replication {
             true => Some(census::start(root, self.shared.clone()).map_err(failed("the census"))?),
             false => None,
         };
+        let parts = verify::Parts {
+            settings: options.verify,
+            tree: idle,
+            store,
+            post: inbox.0.clone(),
+            ticks,
+            shared: self.shared.clone(),
+        };
+        let verifier = Verifier::start(parts, &self.directory).map_err(failed("the verifier"))?;
         self.shared.started();
-        *self.running() = Some(Running { post: inbox.0, link, census });
+        *self.running() =
+            Some(Running { post: inbox.0, link, census, verifier: Arc::new(verifier) });
         Ok(engine)
     }
 
@@ -431,6 +452,13 @@ fn load_members(root: &Root, store: &Store, members: &Members) -> Result<(), Ser
         known.iter().for_each(|known| add(object.clone(), known));
     }
     Ok(())
+}
+
+/// For looking at directories that others watch.
+struct NoWatch;
+
+impl DirectoryWatch for NoWatch {
+    fn before_listing(&self, _: std::os::fd::BorrowedFd<'_>, _: &ObjectId) {}
 }
 
 /// A directory joins the known set, then the watcher's, before it is listed.

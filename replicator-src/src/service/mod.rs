@@ -22,6 +22,7 @@ use replicator_common::net::token::Token;
 use replicator_common::status::{DesiredState, FailoverReport, Status};
 use replicator_common::supervisor::Supervisor;
 use replicator_common::time::Timestamp;
+use replicator_common::verification::{Findings, PassOptions};
 
 use crate::clock::Wall;
 use crate::engine::halt::HaltRule;
@@ -55,6 +56,8 @@ pub struct SourceOptions {
     pub max_batch_bytes: u64,
     /// When deletions halt replication.
     pub halt: HaltRule,
+    /// How often, and how fast, source and replica are compared.
+    pub verify: crate::verify::Settings,
     /// Where the wall clock is read: tests set it back.
     pub wall: Wall,
 }
@@ -71,6 +74,7 @@ impl SourceOptions {
             rescan_interval: Duration::from_secs(60),
             max_batch_bytes: engine.batch_bytes,
             halt: HaltRule::default(),
+            verify: crate::verify::Settings::default(),
             wall: Wall::default(),
         }
     }
@@ -415,5 +419,18 @@ impl Control for SourceService {
             ));
         }
         self.set_desired(source, DesiredState::Enabled)
+    }
+
+    fn verify(&self, source: &FileSystemId, options: PassOptions) -> Result<u64, ControlError> {
+        self.get(source)?.verify(options).map_err(ControlError::Conflict)
+    }
+
+    fn findings(
+        &self,
+        source: &FileSystemId,
+        pass: u64,
+        after: u64,
+    ) -> Result<Findings, ControlError> {
+        self.get(source)?.findings(pass, after).map_err(ControlError::Conflict)
     }
 }

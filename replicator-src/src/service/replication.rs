@@ -11,6 +11,7 @@ use replicator_common::id::{FileSystemId, ObjectId};
 use replicator_common::net::identity::Fingerprint;
 use replicator_common::status::{DesiredState, FailoverReport, ReplicationStatus, Status};
 use replicator_common::time::Timestamp;
+use replicator_common::verification::{Findings, PassOptions};
 use serde::{Deserialize, Serialize};
 
 use super::keeper::{Keeper, Running};
@@ -18,6 +19,7 @@ use super::{ServiceError, SourceOptions};
 use crate::clock::Clock;
 use crate::engine::state::Shared;
 use crate::engine::{Command, Event};
+use crate::verify::Verifier;
 
 /// Format of a configuration file. Versions: 1, the first.
 const FORMAT: Format = Format { name: "source-replication", version: 1 };
@@ -103,6 +105,23 @@ impl Replication {
             keeper: Mutex::default(),
             running: Mutex::default(),
         }))
+    }
+
+    /// Begins a pass of verification; gives its number.
+    pub(super) fn verify(&self, options: PassOptions) -> Result<u64, String> {
+        self.verifier()?.begin(options)
+    }
+
+    fn verifier(&self) -> Result<Arc<Verifier>, String> {
+        let running = self.running();
+        let verifier = running.as_ref().map(|running| running.verifier.clone());
+        verifier.ok_or_else(|| "the replication does not run".to_owned())
+    }
+
+    /// What a pass of verification has found.
+    pub(super) fn findings(&self, pass: u64, after: u64) -> Result<Findings, String> {
+        let findings = self.verifier()?.findings(pass, after);
+        findings.ok_or_else(|| format!("verification {pass} is not the last one"))
     }
 
     /// Asks the destination to fail over and returns its report, filled up with
