@@ -48,6 +48,11 @@ impl AreaError {
         let what = what.to_string();
         move |source| Self::System { action, what, source }
     }
+
+    /// Whether room on the disk, or of a quota, is what lacks.
+    pub fn is_no_room(&self) -> bool {
+        matches!(self, Self::System { source: Errno::NOSPC | Errno::DQUOT, .. })
+    }
 }
 
 /// Our own directories, open.

@@ -18,6 +18,7 @@ use replicator_common::net::frame::{FrameError, FrameReader, FrameWriter};
 use replicator_common::status::DesiredState;
 use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
+use replicator_common::wire::kept::KEPT_TRANSFERS_MAX;
 use replicator_common::wire::{
     BatchHeader, DestinationHello, DestinationMessage, Op, Refusal, SourceHello, SourceMessage,
 };
@@ -26,6 +27,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::applier::{Job, Progress};
 use crate::apply::Place;
 use crate::area::AreaError;
+use crate::kept::Kept;
 use crate::reconcile;
 use crate::replica::{APPLIER_SHARD, Replica, applier_staging};
 use crate::session::{Breach, Session};
@@ -42,6 +44,8 @@ const HELLO: Duration = Duration::from_secs(10);
 const BEGIN: Duration = Duration::from_secs(60);
 /// Staging results that wait for the session.
 const EVENTS_WAITING: usize = 256;
+/// How often what was kept may be asked for in a session.
+const ASKED_MAX: usize = 16 * KEPT_TRANSFERS_MAX;
 /// Between attempts to stage while the disk is full.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -105,8 +109,11 @@ struct Shell {
     progress: mpsc::UnboundedSender<Progress>,
     /// Parts of plans written for a failover, see [`Shell::keep_plan`].
     kept_plans: BTreeMap<BatchId, Vec<Place>>,
-    plan_parts: u64,
     inventory: Option<Inventory>,
+    /// What is said of what was kept, as it is read.
+    kept: (mpsc::Sender<DestinationMessage>, mpsc::Receiver<DestinationMessage>),
+    /// How often the source asked for it.
+    asked: usize,
 }
 
 /// A connection whose source has said who it is.
@@ -204,8 +211,9 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
         writer,
         progress,
         kept_plans: BTreeMap::new(),
-        plan_parts: 0,
         inventory: None,
+        kept: mpsc::channel(1),
+        asked: 0,
     };
     let result = shell.serve(reader, progressed).await;
     if let Err(SessionError::Refused(refusal)) = &result {
@@ -318,6 +326,7 @@ impl Shell {
         let mut report = tokio::time::interval(REPORT);
         report.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut streams = 0u8;
+        self.read_kept(Kept::tell);
         loop {
             tokio::select! {
                 message = reader.read::<SourceMessage>() => match message.map_err(SessionError::unread)? {
@@ -330,6 +339,9 @@ impl Shell {
                 }
                 Some(event) = staged.recv() => self.event(event).await?,
                 Some(progress) = progressed.recv() => self.progress(progress).await?,
+                Some(part) = self.kept.1.recv() => {
+                    self.writer.write(&part).await?;
+                }
                 part = next_part(&mut self.inventory) => self.inventoried(part).await?,
                 Some(message) = self.context.last_word.recv() => {
                     return self.last_word(message).await;
@@ -374,6 +386,23 @@ impl Shell {
             }
             SourceMessage::RequestInventory => {
                 self.inventory();
+                Ok(())
+            }
+            SourceMessage::AskKept { object } => {
+                // Asking without end would make tasks without end.
+                self.asked += 1;
+                if self.asked > ASKED_MAX {
+                    let what = "what was kept was asked for too often".to_owned();
+                    return Err(SessionError::Refused(Refusal::Protocol(what)));
+                }
+                self.read_kept(move |kept, say| kept.chunks(&object, say));
+                Ok(())
+            }
+            SourceMessage::Release { packed, transfers } => {
+                // Failover sets it all aside, and has counted it.
+                if !self.context.replica.failing_over.load(Ordering::Acquire) {
+                    self.context.replica.kept.release(packed, &transfers);
+                }
                 Ok(())
             }
             SourceMessage::Delete => {
@@ -423,8 +452,9 @@ impl Shell {
         if ops.is_empty() {
             return;
         }
-        self.plan_parts += 1;
-        let name = format!("plan.{batch}.{}", self.plan_parts);
+        // Plans of a session before may stand there.
+        let number = self.context.replica.kept.number();
+        let name = format!("plan.{batch}.{number}");
         let area = self.context.replica.area.clone();
         let Ok(record) = replicator_common::codec::encode_record(ops) else { return };
         let Ok(name) = Name::new(name.as_bytes()) else { return };
@@ -488,6 +518,17 @@ impl Shell {
         };
         self.writer.write(&message).await?;
         self.hand_on_whole().await
+    }
+
+    /// Reads what was kept, beside the session, and says what it finds.
+    fn read_kept(
+        &self,
+        read: impl FnOnce(&Kept, &mut dyn FnMut(DestinationMessage) -> bool) + Send + 'static,
+    ) {
+        let (kept, parts) = (self.context.replica.kept.clone(), self.kept.0.clone());
+        tokio::task::spawn_blocking(move || {
+            read(&kept, &mut |part| parts.blocking_send(part).is_ok());
+        });
     }
 
     /// The source asks for a part of the inventory. It is walked once a session.

@@ -126,7 +126,8 @@ fn stage_all(
     events: &mpsc::Sender<Event>,
 ) {
     let (area, store) = (replica.area.clone(), replica.store.clone());
-    let mut stager = Stager::new(area, store, replica.locator(), replica.applied.clone(), shard);
+    let (applied, kept) = (replica.applied.clone(), replica.kept.clone());
+    let mut stager = Stager::new(area, store, replica.locator(), applied, kept, shard);
     for frame in queue {
         let _busy = Busy::new(replica);
         // Looked at after the count is raised: failover sets it, then waits
@@ -169,8 +170,28 @@ fn stage_one(
             }
             Ok(())
         }
+        DataFrame::PackAgain { batch, objects } => {
+            for again in objects {
+                let Some(file) = patiently(replica, events, || stager.again(batch, &again))? else {
+                    continue;
+                };
+                let Some(file) = file else {
+                    // A new session tells the source anew what there is.
+                    let what = format!("the content of {} was not kept", again.object);
+                    return Err(SessionError::Refused(Refusal::Unable(what)));
+                };
+                replica.shared().staged_bytes += file.bytes;
+                metrics::counter!("replicator_destination_reused_objects_total").increment(1);
+                let (object, version) = (again.object, again.version);
+                tell(Event::Packed { batch, object, version, file: Box::new(file) })?;
+            }
+            Ok(())
+        }
         DataFrame::TransferBegin(begin) => {
             patiently(replica, events, || stager.begin(begin.clone())).map(drop)
+        }
+        DataFrame::TransferReuse { transfer, in_place } => {
+            patiently(replica, events, || stager.reuse(transfer, in_place)).map(drop)
         }
         DataFrame::TransferPieces { transfer, pieces } => {
             // One by one: a piece that failed half-way is written again at the
@@ -234,6 +255,9 @@ fn patiently<T>(
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot stage, trying again");
+                if matches!(&error, StageError::Area(error) if error.is_no_room()) {
+                    replica.kept.give_up_transfers();
+                }
                 replica.shared().stalled = Some(error.to_string());
                 replica.note_error(error.to_string());
                 stalled = true;

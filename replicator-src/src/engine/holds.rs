@@ -99,21 +99,29 @@ impl Engine {
         let now = Instant::now();
         let transfers = self.may_transfer();
         self.holds
-            .values()
-            .filter(|held| match held.hold.reason {
+            .iter()
+            .filter(|(object, held)| match held.hold.reason {
                 HoldReason::Large { .. } if self.may_be_astray(held) => true,
-                HoldReason::Large { .. } => transfers && matches!(held.transfer, Transfer::Waiting),
+                HoldReason::Large { .. } => transfers && self.may_begin(object, held),
                 HoldReason::Unreadable { .. } => true,
             })
-            .map(|held| held.due.saturating_duration_since(now))
+            .map(|(_, held)| held.due.saturating_duration_since(now))
             .min()
     }
 
-    /// Whether one more transfer may begin now.
+    /// Whether one more transfer may begin now, or one whose chunks were asked for.
     fn may_transfer(&self) -> bool {
         self.session.is_some()
+            && self.kept.is_told()
             && self.running.len() < TRANSFERS
             && self.shared.desired() == DesiredState::Enabled
+    }
+
+    /// Whether a large file's transfer waits for nothing but its time.
+    fn may_begin(&self, object: &ObjectId, held: &Held) -> bool {
+        matches!(held.hold.reason, HoldReason::Large { .. })
+            && matches!(held.transfer, Transfer::Waiting)
+            && !self.kept.is_awaited(object)
     }
 
     /// Takes the holds that a batch left, or renewed.
@@ -205,13 +213,20 @@ impl Engine {
     pub(super) fn start_transfers(&mut self) -> Result<(), EngineError> {
         let now = Instant::now();
         while self.may_transfer() {
-            let due = self.holds.iter().find(|(_, held)| {
-                matches!(held.hold.reason, HoldReason::Large { .. })
-                    && matches!(held.transfer, Transfer::Waiting)
-                    && held.due <= now
-            });
-            let Some(object) = due.map(|(object, _)| object.clone()) else { break };
-            self.start_transfer(object)?;
+            let due = match self.answered(now) {
+                Some(object) => Some(object),
+                // Each that was asked for takes one of the places.
+                None if self.running.len() + self.kept.asked() >= TRANSFERS => None,
+                None => {
+                    let mut due = self.holds.iter().filter(|(_, held)| held.due <= now);
+                    let next = due.find(|(object, held)| self.may_begin(object, held));
+                    next.map(|(object, _)| object.clone())
+                }
+            };
+            let Some(object) = due else { break };
+            if !self.ask_kept(&object) {
+                self.start_transfer(object)?;
+            }
         }
         Ok(())
     }
@@ -235,6 +250,7 @@ impl Engine {
             None => resembles.as_ref().map(|(object, _)| object.clone()),
         };
         let list = self.next_list()?;
+        let kept = self.kept.begin(&object);
         let job = Job {
             transfer: number,
             object: object.clone(),
@@ -243,6 +259,7 @@ impl Engine {
             resembles,
             list,
             whole,
+            kept,
             clock: self.clock.clone(),
         };
         let (Some(session), Some(held)) = (&self.session, self.holds.get_mut(&object)) else {
@@ -296,6 +313,11 @@ impl Engine {
         result: Result<Done, LaneError>,
     ) -> Result<(), EngineError> {
         self.running.remove(&job.transfer);
+        if job.kept.is_some()
+            && matches!(result, Ok(ref done) if !matches!(done, Done::Sent { .. }))
+        {
+            self.kept.put_back(job.object.clone());
+        }
         let arrived = self.arrived.remove(&job.transfer);
         let awaited = self.holds.get_mut(&job.object).filter(|held| {
             matches!(&held.transfer, Transfer::Running { number, .. } if *number == job.transfer)

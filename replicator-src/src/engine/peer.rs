@@ -6,6 +6,7 @@ use replicator_common::id::BatchId;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{DestinationMessage, Refusal, SourceMessage};
 
+use super::kept::Kept;
 use super::{Engine, EngineError, FailoverReply};
 use crate::index::{Index, View};
 use crate::session::{LinkEvent, Session};
@@ -60,6 +61,7 @@ impl Engine {
         if hello.reconcile && !self.root_known()? && self.reconcile.is_none() {
             self.start_reconcile(&session)?;
         }
+        self.kept = Kept::default();
         self.session = Some(session);
         Ok(())
     }
@@ -152,6 +154,7 @@ impl Engine {
         if self.session.as_ref().is_some_and(|session| session.number == number) {
             tracing::warn!(reason, "session lost");
             self.session = None;
+            self.kept = Kept::default();
             self.reset_transfers();
             if self.reconcile.as_ref().is_some_and(|reconcile| !reconcile.is_complete()) {
                 self.reconcile = None;
@@ -177,6 +180,12 @@ impl Engine {
                 self.transfer_refused(transfer, &reason);
             }
             DestinationMessage::Transferred { transfer } => self.transfer_arrived(transfer),
+            DestinationMessage::Kept { packed, transfers, last } => {
+                self.kept(packed, transfers, last);
+            }
+            DestinationMessage::KeptChunks { object, was, chunks, last } => {
+                self.kept_chunks(&object, was, chunks, last);
+            }
             DestinationMessage::FailedOver { report } => {
                 if let Some((reply, _)) = self.failing.take() {
                     // Whoever asked may have given up waiting.
@@ -201,6 +210,7 @@ impl Engine {
             let Some(done) = self.in_flight.pop_front() else { break };
             metrics::histogram!("replicator_source_batch_seconds")
                 .record(done.committed_at.elapsed().as_secs_f64());
+            self.kept.acknowledged();
             self.shared.progressed(done.progress);
             self.shared.count(|counters| {
                 counters.batches += 1;
