@@ -205,9 +205,19 @@ impl Kept {
         say(DestinationMessage::Kept { packed: part, transfers, last: true });
     }
 
-    fn open(&self, place: &Place, flags: OFlags) -> Result<OwnedFd, Errno> {
+    /// Opens a staged file, also one whose mode would not let an unprivileged
+    /// destination: whoever uses it sets the mode again.
+    pub fn open(&self, place: &Place, flags: OFlags) -> Result<OwnedFd, Errno> {
         let Within::Staging(shard) = place.within else { return Err(Errno::NOENT) };
-        place::open_file(self.area.staging(shard), &place.name, flags)
+        let directory = self.area.staging(shard);
+        match place::open_file(directory, &place.name, flags) {
+            Err(Errno::ACCESS) => {
+                let path = place::open_path(directory, &place.name)?;
+                place::set_mode(std::os::fd::AsFd::as_fd(&path), 0o600)?;
+                place::open_file(directory, &place.name, flags)
+            }
+            result => result,
+        }
     }
 
     fn hash(&self, place: &Place, doubted: bool) -> Option<(Hash, u64)> {
@@ -215,9 +225,10 @@ impl Kept {
         if doubted {
             place::forget_cached(&file);
         }
-        let mut bytes = vec![0; PACK_MAX as usize + 1];
+        let size = stat::of_fd(&file).ok()?.size;
+        let mut bytes = vec![0; usize::try_from(size).ok().filter(|_| size <= PACK_MAX)?];
         let read = place::read_at(&file, &mut bytes, 0).ok()?;
-        (read as u64 <= PACK_MAX).then(|| (Hash::of(&bytes[..read]), read as u64))
+        (read == bytes.len()).then(|| (Hash::of(&bytes), size))
     }
 
     /// Says which chunks of a large object are there. Of what an earlier process
@@ -244,7 +255,7 @@ impl Kept {
         let was = record::header(&file)?.was;
         let mut chunks = record::chunks(&file).ok()?;
         if number < ours {
-            let content = self.open(&parts.content, OFlags::RDWR).ok()?;
+            let content = self.open(&parts.content, OFlags::RDONLY).ok()?;
             rustix::fs::fdatasync(&content).ok()?;
             place::forget_cached(&content);
             chunks.retain(|kept| read_chunk(&content, kept).is_some());

@@ -65,6 +65,9 @@ pub enum StageError {
     },
 }
 
+/// The list of a patch, and its name.
+type List = (Name, PatchWriter<BufWriter<File>>);
+
 /// A transfer that is under way.
 struct Open {
     object: ObjectId,
@@ -73,7 +76,7 @@ struct Open {
     basis: Option<OwnedFd>,
     name: Name,
     file: OwnedFd,
-    list: Option<(Name, PatchWriter<BufWriter<File>>)>,
+    list: Option<List>,
     /// Which chunks are in the file, for the next session if this one ends.
     record: RecordWriter,
     /// What was kept of a transfer before this one.
@@ -226,18 +229,13 @@ impl Stager {
         }
         let basis = self.basis(&begin)?;
         let name = self.name('t', begin.transfer, &begin.object);
-        let file = self.create(&name, PRIVATE)?;
         let place = self.place(&name);
-        let record = self.begin_record(&place, &begin)?;
-        let list = match begin.layout {
-            Layout::Replace => None,
-            Layout::Patch => {
-                let name = kept::list_of(&place).ok_or_else(|| unnamed(&name))?.name;
-                let out = BufWriter::new(File::from(self.create(&name, PRIVATE)?));
-                let writer = PatchWriter::create(out).map_err(|e| io_failed(&e, &name))?;
-                Some((name, writer))
-            }
-        };
+        let (file, record, list) = self.create_all(&place, &begin).inspect_err(|_| {
+            // Another attempt has another name.
+            let twins = [kept::record_of(&place), kept::list_of(&place)];
+            let all: Vec<_> = twins.into_iter().flatten().chain([place.clone()]).collect();
+            Self::discard(&self.area, &all);
+        })?;
         let open = Open {
             object: begin.object,
             state: begin.state,
@@ -253,6 +251,26 @@ impl Stager {
         };
         self.open.insert(begin.transfer, open);
         Ok(())
+    }
+
+    /// The files of a transfer: its bytes, their record, the list of a patch.
+    fn create_all(
+        &self,
+        place: &Place,
+        begin: &TransferBegin,
+    ) -> Result<(OwnedFd, RecordWriter, Option<List>), AreaError> {
+        let file = self.create(&place.name, PRIVATE)?;
+        let record = self.begin_record(place, begin)?;
+        let list = match begin.layout {
+            Layout::Replace => None,
+            Layout::Patch => {
+                let name = kept::list_of(place).ok_or_else(|| unnamed(&place.name))?.name;
+                let out = BufWriter::new(File::from(self.create(&name, PRIVATE)?));
+                let writer = PatchWriter::create(out).map_err(|e| io_failed(&e, &name))?;
+                Some((name, writer))
+            }
+        };
+        Ok((file, record, list))
     }
 
     /// The basis, if it is what the source believes (trap 5).

@@ -131,7 +131,7 @@ fn small_files_arrive_however_often_they_are_cut() {
     const FILES: u64 = 20_000;
     const EACH: u64 = 6000;
     let (mut hosts, mut random) = (Hosts::enrolled(), random());
-    hosts.slow_cable("200mbit");
+    hosts.slow_cable("120mbit");
     let before = hosts.shipped();
     let root = hosts.source().join("many");
     for directory in 0..20 {
@@ -144,7 +144,7 @@ fn small_files_arrive_however_often_they_are_cut() {
     }
     let cuts = cuts(&mut random);
     for cut in cuts {
-        hosts.await_shipped(random.random_range(16 * MIB..32 * MIB));
+        hosts.await_shipped(random.random_range(12 * MIB..20 * MIB));
         cut.make(&mut hosts, |_| {});
     }
     hosts.settle(&format!("{cuts:?}"));

@@ -114,7 +114,7 @@ impl Stager {
         let name = &parts.content.name;
         let flags = if in_place { OFlags::RDWR } else { OFlags::RDONLY };
         let content =
-            place::open_file(theirs, name, flags).map_err(AreaError::system("open", name))?;
+            self.kept.open(&parts.content, flags).map_err(AreaError::system("open", name))?;
         if !in_place {
             open.reuse = Some(Reuse::Beside { content, parts: parts.clone() });
             return Ok(());

@@ -97,12 +97,15 @@ impl Engine {
     /// How long until a hold needs attention.
     pub(super) fn next_hold(&self) -> Option<Duration> {
         let now = Instant::now();
-        let transfers = self.may_transfer();
+        let (transfers, more) = (self.may_transfer(), self.may_ask());
         self.holds
             .iter()
             .filter(|(object, held)| match held.hold.reason {
                 HoldReason::Large { .. } if self.may_be_astray(held) => true,
-                HoldReason::Large { .. } => transfers && self.may_begin(object, held),
+                HoldReason::Large { .. } => {
+                    let room = transfers && (more || self.kept.is_answered(object));
+                    room && self.may_begin(object, held)
+                }
                 HoldReason::Unreadable { .. } => true,
             })
             .map(|(_, held)| held.due.saturating_duration_since(now))
@@ -115,6 +118,12 @@ impl Engine {
             && self.kept.is_told()
             && self.running.len() < TRANSFERS
             && self.shared.desired() == DesiredState::Enabled
+    }
+
+    /// Whether one more may begin of which nothing was asked: each that was
+    /// takes one of the places.
+    fn may_ask(&self) -> bool {
+        self.running.len() + self.kept.asked() < TRANSFERS
     }
 
     /// Whether a large file's transfer waits for nothing but its time.
@@ -215,8 +224,7 @@ impl Engine {
         while self.may_transfer() {
             let due = match self.answered(now) {
                 Some(object) => Some(object),
-                // Each that was asked for takes one of the places.
-                None if self.running.len() + self.kept.asked() >= TRANSFERS => None,
+                None if !self.may_ask() => None,
                 None => {
                     let mut due = self.holds.iter().filter(|(_, held)| held.due <= now);
                     let next = due.find(|(object, held)| self.may_begin(object, held));

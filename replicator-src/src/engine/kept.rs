@@ -24,9 +24,12 @@ use super::holds::{Held, Transfer};
 use crate::plan::HoldReason;
 use crate::read::kept::{KeptList, KeptObjects};
 
-/// After so many batches of a session nothing of the one before is waited for,
-/// however much changes meanwhile.
+/// After so many batches of a session nothing of the one before is used any
+/// more, however much changes meanwhile.
 const BATCHES: u32 = 256;
+/// Batches after which all that used something is acknowledged: more than can
+/// be under way.
+const UNDER_WAY: u32 = 8;
 
 /// What a session's destination has of the one before.
 #[derive(Default)]
@@ -68,6 +71,11 @@ impl Kept {
         self.large.values().filter(|offer| !matches!(offer, Offer::Told)).count()
     }
 
+    /// Whether the answer to what was asked has come.
+    pub(super) fn is_answered(&self, object: &ObjectId) -> bool {
+        matches!(self.large.get(object), Some(Offer::Answered(_)))
+    }
+
     /// Whether the answer to what was asked has not come.
     pub(super) fn is_awaited(&self, object: &ObjectId) -> bool {
         matches!(self.large.get(object), Some(Offer::Asked(_)))
@@ -90,6 +98,9 @@ impl Kept {
     /// A batch was acknowledged.
     pub(super) fn acknowledged(&mut self) {
         self.batches = self.batches.saturating_add(1);
+        if self.batches == BATCHES {
+            self.packed.clear();
+        }
     }
 }
 
@@ -165,6 +176,9 @@ impl Engine {
 
     /// Tells the destination what of it will not be used: all that was under
     /// way has been looked at again, so what is left is of what changed.
+    ///
+    /// INVARIANT: nothing is released that a batch under way was said to use:
+    /// either none is, or none of those that are has used anything.
     pub(super) fn release_kept(&mut self) {
         let Some(session) = &self.session else { return };
         if !self.kept.told || !(self.kept.unreleased || !self.kept.large.is_empty()) {
@@ -174,7 +188,7 @@ impl Engine {
             && self.astray.is_empty()
             && self.in_flight.is_empty()
             && self.cursor >= self.journal.last();
-        if self.gap.is_some() || !(quiet || self.kept.batches >= BATCHES) {
+        if self.gap.is_some() || !(quiet || self.kept.batches >= BATCHES + UNDER_WAY) {
             return;
         }
         let transfers: Vec<_> =
