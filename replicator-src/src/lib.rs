@@ -4,6 +4,7 @@
 //! The data's way through the modules: [`watcher`] → [`journal`] → [`plan`] →
 //! [`read`] → [`session`], driven by the one loop in [`engine`].
 
+pub mod boot;
 pub mod capture;
 pub mod clock;
 pub mod engine;

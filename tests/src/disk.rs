@@ -8,13 +8,18 @@
 //! that, only a check of the calls that flush can tell.)
 
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::mounts::{FileSystem, Mount, Scratch, run, unmount_below};
 
 /// Enough for what mkfs.xfs asks for.
 const SIZE: u64 = 320 << 20;
+/// How long a mount may stay after it was unmounted where we see it.
+const RELEASE_LIMIT: Duration = Duration::from_secs(30);
 
 /// The disk, mounted.
 #[derive(Debug)]
@@ -66,9 +71,29 @@ impl Disk {
     /// machine is back after its power was cut. Nothing may run on it.
     pub fn cut_back_to(&self, image: &Path) {
         unmount_below(&self.path()).unwrap();
+        self.wait_unused();
         copy_by_reference(image, &self.image());
         self.attach();
     }
+
+    /// Waits until nothing has the image mounted: a mount namespace of a process
+    /// that was killed ends a moment after it.
+    fn wait_unused(&self) {
+        let start = Instant::now();
+        while loop_devices_of(&self.image()) > 0 {
+            assert!(start.elapsed() < RELEASE_LIMIT, "the image is still mounted somewhere");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// How many loop devices stand for a file.
+fn loop_devices_of(image: &Path) -> usize {
+    let backing = |entry: io::Result<fs::DirEntry>| {
+        fs::read_to_string(entry.ok()?.path().join("loop/backing_file")).ok()
+    };
+    let files = fs::read_dir("/sys/block").unwrap().filter_map(backing);
+    files.filter(|file| Path::new(file.trim_end()) == image).count()
 }
 
 fn copy_by_reference(from: &Path, to: &Path) {

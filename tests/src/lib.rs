@@ -10,6 +10,7 @@
 //! that was skipped looks exactly like one that passed.
 
 pub mod binary;
+pub mod cgroup;
 pub mod compare;
 pub mod disk;
 pub mod hosts;

@@ -7,8 +7,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::binary;
+use crate::cgroup::MemoryLimit;
 use crate::compare;
-use crate::mounts::{FileSystem, Mount, Scratch};
+use crate::mounts::{self, FileSystem, Mount, Scratch};
 use crate::process::{Daemon, free_port};
 use crate::serial::{self, Share};
 
@@ -68,15 +69,24 @@ impl Pair {
         Self::with_share(layout, serial::alone())
     }
 
+    /// The same on file systems of `bytes` each.
+    pub fn sized(layout: Layout, bytes: u64) -> Self {
+        Self::build(layout, bytes, serial::alone())
+    }
+
     fn with_share(layout: Layout, share: Share) -> Self {
+        Self::build(layout, mounts::DEFAULT_SIZE, share)
+    }
+
+    fn build(layout: Layout, bytes: u64, share: Share) -> Self {
         let (mounts, replica) = match layout {
             Layout::Same(kind) => {
-                let mount = Mount::new(kind);
+                let mount = Mount::with_size(kind, bytes);
                 let replica = mount.path().join("replica");
                 (vec![mount], replica)
             }
             Layout::Two(from, to) => {
-                let mounts = vec![Mount::new(from), Mount::new(to)];
+                let mounts = vec![Mount::with_size(from, bytes), Mount::with_size(to, bytes)];
                 let replica = mounts[1].path().to_owned();
                 (mounts, replica)
             }
@@ -124,10 +134,19 @@ impl Pair {
 
     /// Starts `replicator run` and waits until its API answers.
     pub fn start_with(&self, arguments: &[&str]) -> Daemon {
+        self.launch(arguments, |command| command)
+    }
+
+    /// The same within a limit of memory.
+    pub fn start_within(&self, limit: &MemoryLimit, arguments: &[&str]) -> Daemon {
+        self.launch(arguments, |command| limit.confine(&command))
+    }
+
+    fn launch(&self, arguments: &[&str], wrap: impl FnOnce(Command) -> Command) -> Daemon {
         let port = free_port();
         let endpoint = format!("http://127.0.0.1:{port}");
         let log = self.state.path().join("log");
-        let mut daemon = Daemon::spawn(self.command(port, arguments), &endpoint, &log);
+        let mut daemon = Daemon::spawn(wrap(self.command(port, arguments)), &endpoint, &log);
         daemon.wait_ready();
         daemon
     }

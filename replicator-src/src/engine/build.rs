@@ -93,6 +93,7 @@ impl Engine {
         let mut draft = self.draft();
         draft.walked &= !recalled;
         draft.resolve.walking = self.gap.is_some();
+        draft.resolve.unproven = self.unproven;
         let root = self.opener.root();
         draft.resolve.root = (!root.by_handle()).then(|| root.id.clone());
         self.take_records(&mut draft)?;

@@ -181,7 +181,8 @@ impl Engine {
     /// either none is, or none of those that are has used anything.
     pub(super) fn release_kept(&mut self) {
         let Some(session) = &self.session else { return };
-        if !self.kept.told || !(self.kept.unreleased || !self.kept.large.is_empty()) {
+        let nothing = !self.kept.unreleased && self.kept.large.is_empty();
+        if !self.kept.told || nothing {
             return;
         }
         let quiet = self.dirty.is_empty()

@@ -37,11 +37,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, select};
+use replicator_common::crashsafe::StateFileError;
 use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
 use replicator_common::status::{DesiredState, FailoverReport};
 use replicator_common::time::Timestamp;
 
+use crate::boot::Boot;
 use crate::capture::{Capture, CaptureError, Members};
 use crate::clock::Clock;
 use crate::index::{Index, IndexError, Mark, View};
@@ -139,6 +141,9 @@ pub enum EngineError {
     /// Capturing failed.
     #[error(transparent)]
     Capture(#[from] CaptureError),
+    /// A state file failed.
+    #[error(transparent)]
+    State(#[from] StateFileError),
 }
 
 impl From<PlanError<IndexError, SourceError>> for EngineError {
@@ -192,6 +197,9 @@ struct InFlight {
 /// `claimed`, which was told to others.
 pub struct Engine {
     settings: Settings,
+    boot: Boot,
+    /// What the first walk on this boot must not take for proven.
+    unproven: Option<Timestamp>,
     opener: Opener,
     tree: SourceTree,
     index: Index,
@@ -260,6 +268,8 @@ pub struct Engine {
 pub struct Parts {
     /// Settings.
     pub settings: Settings,
+    /// The start of the kernel that the source was last compared under.
+    pub boot: Boot,
     /// Opens objects.
     pub opener: Opener,
     /// Looks at the source.
@@ -293,6 +303,8 @@ impl Engine {
         let claimed = mark.watermark.unwrap_or(Timestamp::NEVER);
         let mut engine = Self {
             settings: parts.settings,
+            unproven: parts.boot.unproven(claimed),
+            boot: parts.boot,
             opener: parts.opener,
             tree: parts.tree,
             index: parts.index,

@@ -235,6 +235,16 @@ impl Engine {
         self.journal.trim(mark.seq)?;
         self.shared.acknowledged(&mark, reached);
         self.shared.greeting_acknowledged(mark.batch);
+        self.compared_on_this_boot()
+    }
+
+    /// Ends the doubt of another boot once nothing of its walk waits any more.
+    fn compared_on_this_boot(&mut self) -> Result<(), EngineError> {
+        let waits = self.gap.is_some() || !self.holds.is_empty() || !self.in_flight.is_empty();
+        if !waits {
+            self.boot.remember()?;
+            self.unproven = None;
+        }
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
+use replicator_common::time::Timestamp;
 
 use super::PlanError;
 use super::dirty::{Dirty, Listing};
@@ -60,6 +61,9 @@ pub struct Resolve {
     /// they are found, for they may have left the part still to be walked for
     /// the part that was (trap 11).
     pub walking: bool,
+    /// For walks: objects that changed at this moment or after it may differ
+    /// although all times are equal (see [`crate::boot`]).
+    pub unproven: Option<Timestamp>,
     /// What was passed over, by entry; `None` when it no longer is.
     pub skipped: HashMap<(ObjectId, Name), Option<Skip>>,
     /// Content bytes of regular files among the needs, as statted.
@@ -303,7 +307,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         let (new, content, attributes) = match &known {
             None => (true, true, true),
             Some(known) => {
-                let (content, attributes) = differs(known, &seen, look);
+                let (content, attributes) = differs(known, &seen, look, self.state.unproven);
                 let told_content = told.content && kind == Kind::File;
                 (false, content || told_content, attributes || told.attributes)
             }
@@ -520,7 +524,7 @@ enum Look {
 }
 
 /// Whether (content, attributes) of a known object must be read again.
-fn differs(known: &Known, seen: &Seen, look: Look) -> (bool, bool) {
+fn differs(known: &Known, seen: &Seen, look: Look, unproven: Option<Timestamp>) -> (bool, bool) {
     let stat = &seen.stat;
     let changed = known.ctime != stat.ctime;
     let file = stat.kind == Kind::File;
@@ -528,7 +532,10 @@ fn differs(known: &Known, seen: &Seen, look: Look) -> (bool, bool) {
     let touched = resized || known.state.attributes.mtime != stat.mtime;
     let (content, attributes) = match look {
         Look::Event(what) => (what.content || touched, what.attributes),
-        Look::Rescan => (changed || touched || (file && known.doubtful()), false),
+        Look::Rescan => {
+            let unproven = unproven.is_some_and(|from| stat.ctime >= from);
+            (changed || touched || unproven || known.doubtful(), unproven)
+        }
         Look::Force => (true, true),
     };
     (file && content, attributes || content || changed || touched)

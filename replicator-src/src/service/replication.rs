@@ -21,6 +21,7 @@ use replicator_common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::{ServiceError, SourceOptions, census};
+use crate::boot::Boot;
 use crate::capture::{Capture, Members};
 use crate::clock::Clock;
 use crate::engine::state::Shared;
@@ -183,6 +184,7 @@ impl Replication {
                     batch_bytes: options.max_batch_bytes,
                     ..engine::Settings::default()
                 },
+                boot: Boot::open(&self.directory.join("boot"))?,
                 opener,
                 tree,
                 index: Index::new(store)?,

@@ -239,15 +239,21 @@ fn read_xattrs(fd: BorrowedFd<'_>) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
 fn read_file(fd: BorrowedFd<'_>, size: u64) -> io::Result<Content> {
     // First of all: reading fills the page cache, and see `holes`.
     let holes = if size < super::HOLE_MIN { Vec::new() } else { holes(fd, size)? };
-    let (mut blocks, mut buffer, mut offset) = (Vec::new(), Vec::new(), 0);
+    // A byte more than there should be, so that the end is seen at once.
+    let mut buffer = vec![0; (size + 1).min(BLOCK) as usize];
+    let (mut blocks, mut offset, mut block, mut length) = (Vec::new(), 0, blake3::Hasher::new(), 0);
     loop {
-        buffer.resize(BLOCK as usize, 0);
-        let used = read_block(fd, &mut buffer, offset)?;
+        let wanted = buffer.len().min((BLOCK - length) as usize);
+        let used = read_block(fd, &mut buffer[..wanted], offset)?;
+        block.update(&buffer[..used]);
+        (offset, length) = (offset + used as u64, length + used as u64);
+        if length == BLOCK || used == 0 && length > 0 {
+            blocks.push(std::mem::take(&mut block).finalize());
+            length = 0;
+        }
         if used == 0 {
             break;
         }
-        blocks.push(blake3::hash(&buffer[..used]));
-        offset += used as u64;
     }
     Ok(Content::File { blocks, holes })
 }
