@@ -20,6 +20,7 @@ use replicator_common::net::quic;
 use replicator_common::status::DesiredState;
 use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
+use replicator_common::wire::kept::KEPT_TRANSFERS_MAX;
 use replicator_common::wire::{
     BatchHeader, DestinationHello, DestinationMessage, Op, Refusal, SourceHello, SourceMessage,
 };
@@ -29,6 +30,7 @@ use crate::applier::{Job, Progress};
 use crate::apply::Place;
 use crate::area::AreaError;
 use crate::describe::Describer;
+use crate::kept::Kept;
 use crate::reconcile;
 use crate::replica::{APPLIER_SHARD, Replica, applier_staging};
 use crate::session::{Breach, Returned, Session};
@@ -47,6 +49,8 @@ const BEGIN: Duration = Duration::from_secs(60);
 const EVENTS_WAITING: usize = 256;
 /// Objects of one message that gives a batch back.
 const RETURNED_MAX: usize = 4096;
+/// How often what was kept may be asked for in a session.
+const ASKED_MAX: usize = 16 * KEPT_TRANSFERS_MAX;
 /// Between attempts to stage while the disk is full.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -125,11 +129,14 @@ struct Shell {
     applied: BatchId,
     /// Parts of plans written for a failover, see [`Shell::keep_plan`].
     kept_plans: BTreeMap<BatchId, Vec<Place>>,
-    plan_parts: u64,
     inventory: Option<Inventory>,
     /// Looks at the replica for the source's verification, once asked.
     describer: Option<Describer>,
     described: mpsc::UnboundedSender<Description>,
+    /// What is said of what was kept, as it is read.
+    kept: (mpsc::Sender<DestinationMessage>, mpsc::Receiver<DestinationMessage>),
+    /// How often the source asked for it.
+    asked: usize,
 }
 
 /// A connection whose source has said who it is.
@@ -232,10 +239,11 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
         progress,
         applied: standing.committed,
         kept_plans: BTreeMap::new(),
-        plan_parts: 0,
         inventory: None,
         describer: None,
         described,
+        kept: mpsc::channel(1),
+        asked: 0,
     };
     let result = shell.serve(reader, progressed, descriptions).await;
     if let Err(SessionError::Refused(refusal)) = &result {
@@ -353,6 +361,7 @@ impl Shell {
         let mut report = tokio::time::interval(REPORT);
         report.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut streams = 0u8;
+        self.read_kept(Kept::tell);
         loop {
             tokio::select! {
                 message = reader.read::<SourceMessage>() => match message.map_err(SessionError::unread)? {
@@ -365,6 +374,9 @@ impl Shell {
                 }
                 Some(event) = staged.recv() => self.event(event).await?,
                 Some(progress) = progressed.recv() => self.progress(progress).await?,
+                Some(part) = self.kept.1.recv() => {
+                    self.writer.write(&part).await?;
+                }
                 part = next_part(&mut self.inventory) => self.inventoried(part).await?,
                 Some(description) = descriptions.recv() => {
                     let message = DestinationMessage::Described(Box::new(description));
@@ -416,6 +428,23 @@ impl Shell {
                 Ok(())
             }
             SourceMessage::Describe(question) => self.describe(*question),
+            SourceMessage::AskKept { object } => {
+                // Asking without end would make tasks without end.
+                self.asked += 1;
+                if self.asked > ASKED_MAX {
+                    let what = "what was kept was asked for too often".to_owned();
+                    return Err(SessionError::Refused(Refusal::Protocol(what)));
+                }
+                self.read_kept(move |kept, say| kept.chunks(&object, say));
+                Ok(())
+            }
+            SourceMessage::Release { packed, transfers } => {
+                // Failover sets it all aside, and has counted it.
+                if !self.context.replica.failing_over.load(Ordering::Acquire) {
+                    self.context.replica.kept.release(packed, &transfers);
+                }
+                Ok(())
+            }
             SourceMessage::Delete => {
                 let fail_over = self.context.fail_over.clone();
                 let answer = tokio::task::spawn_blocking(move || fail_over()).await;
@@ -463,8 +492,9 @@ impl Shell {
         if ops.is_empty() {
             return;
         }
-        self.plan_parts += 1;
-        let name = format!("plan.{batch}.{}", self.plan_parts);
+        // Plans of a session before may stand there.
+        let number = self.context.replica.kept.number();
+        let name = format!("plan.{batch}.{number}");
         let area = self.context.replica.area.clone();
         let Ok(record) = replicator_common::codec::encode_record(ops) else { return };
         let Ok(name) = Name::new(name.as_bytes()) else { return };
@@ -582,6 +612,17 @@ impl Shell {
         let asked = describer.ask(question);
         self.describer = Some(describer);
         asked.map_err(|reason| SessionError::Refused(Refusal::Protocol(reason)))
+    }
+
+    /// Reads what was kept, beside the session, and says what it finds.
+    fn read_kept(
+        &self,
+        read: impl FnOnce(&Kept, &mut dyn FnMut(DestinationMessage) -> bool) + Send + 'static,
+    ) {
+        let (kept, parts) = (self.context.replica.kept.clone(), self.kept.0.clone());
+        tokio::task::spawn_blocking(move || {
+            read(&kept, &mut |part| parts.blocking_send(part).is_ok());
+        });
     }
 
     /// The source asks for a part of the inventory. It is walked once a session.

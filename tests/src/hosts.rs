@@ -469,6 +469,33 @@ impl Hosts {
         run(command.args(["burst", "64kb", "latency", "100ms"]));
     }
 
+    /// Bytes that went from source to destination since the cable was laid: every
+    /// packet of every session, with all that was sent in vain.
+    pub fn shipped(&self) -> u64 {
+        let mut command = Command::new("ip");
+        let namespace = self.network.namespace(Side::Source);
+        command.args(["-n", &namespace, "-json", "-statistics", "link", "show", "dev", CABLE]);
+        let said = run_to_end(command, Duration::from_secs(30)).success().json();
+        let bytes = &said[0]["stats64"]["tx"]["bytes"];
+        bytes.as_u64().unwrap_or_else(|| panic!("no count of bytes: {said}"))
+    }
+
+    /// Waits until so many more bytes went from source to destination.
+    #[track_caller]
+    pub fn await_shipped(&self, more: u64) {
+        let (from, start) = (self.shipped(), Instant::now());
+        while self.shipped() < from + more {
+            assert!(start.elapsed() < patience(), "nothing moves:\n{}", self.output());
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Ctrl-C, and waits for the end: the session ends in the same moment.
+    pub fn interrupt(&mut self, side: Side) {
+        let status = self.slot(side).take().unwrap().interrupt();
+        assert!(status.success(), "{status}");
+    }
+
     /// Lets other tests run: this one only waits from now on.
     pub fn give_up_share(&mut self) {
         self.share = None;

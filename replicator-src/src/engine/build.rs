@@ -221,7 +221,7 @@ impl Engine {
     fn resolve_and_read(&mut self, draft: &mut Draft, session: &Session) -> Result<(), Broken> {
         let start = Instant::now();
         let pool = self.pool.clone();
-        let mut reading = pool.begin(draft.batch, &session.sink);
+        let mut reading = pool.begin(draft.batch, &session.sink, self.kept.packed());
         // A destination with nothing to do gets something soon.
         let most = if self.in_flight.is_empty() { SOON } else { usize::MAX };
         let mut left = self.settings.batch_objects.min(most);

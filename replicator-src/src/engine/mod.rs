@@ -15,6 +15,7 @@
 //! - `holds`: what waits, and the transfers of large files; `resemble`: what
 //!   such a file was probably made from.
 //! - `astray`: what is not where it was seen, for a source by names.
+//! - `kept`: what it still has of the session before.
 //! - `refused`: what the destination has no place for now.
 //! - `peer`: what the destination says.
 //! - `reconcile`: a replica that was not empty.
@@ -28,6 +29,7 @@ mod build;
 mod commit;
 pub mod halt;
 mod holds;
+mod kept;
 pub(crate) mod leave;
 mod peer;
 mod placing;
@@ -233,6 +235,8 @@ pub struct Engine {
     shared: Arc<Shared>,
     clock: Arc<Clock>,
     session: Option<Session>,
+    /// What its destination has of the session before.
+    kept: kept::Kept,
     /// What is dirty and not in a batch yet.
     dirty: Dirty,
     /// What is dirty and could not be found (see [`astray`]).
@@ -362,6 +366,7 @@ impl Engine {
             clock: parts.shared.clock(),
             shared: parts.shared,
             session: None,
+            kept: kept::Kept::default(),
             dirty: Dirty::default(),
             astray: Dirty::default(),
             covered: claimed,
@@ -564,6 +569,7 @@ impl Engine {
         self.due_holds();
         self.start_transfers()?;
         self.continue_reconcile()?;
+        self.release_kept();
         if self.in_flight.is_empty() && !self.may_build() {
             self.index.merge()?;
         }
@@ -578,6 +584,7 @@ impl Engine {
     /// Whether a batch could be built, if there is reason to.
     fn is_ready(&self) -> bool {
         self.session.is_some()
+            && self.kept.is_told()
             && self.reconcile.as_ref().is_none_or(reconcile::Reconcile::is_complete)
             && self.in_flight.len() < IN_FLIGHT
             && self.failing.is_none()

@@ -6,6 +6,7 @@ use replicator_common::id::BatchId;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{DestinationMessage, SourceMessage};
 
+use super::kept::Kept;
 use super::{Engine, EngineError, FailoverReply};
 use crate::index::{Index, View};
 use crate::ledger::{Memory, Owed, take_back};
@@ -61,6 +62,7 @@ impl Engine {
         if hello.reconcile && !self.root_known()? && self.reconcile.is_none() {
             self.start_reconcile(&session)?;
         }
+        self.kept = Kept::default();
         self.session = Some(session);
         Ok(())
     }
@@ -158,6 +160,7 @@ impl Engine {
             tracing::warn!(reason, "session lost");
             self.session = None;
             self.asked.clear();
+            self.kept = Kept::default();
             self.reset_transfers();
             if self.reconcile.as_ref().is_some_and(|reconcile| !reconcile.is_complete()) {
                 self.reconcile = None;
@@ -197,6 +200,12 @@ impl Engine {
             }
             DestinationMessage::Transferred { transfer } => self.transfer_arrived(transfer),
             DestinationMessage::Described(description) => self.described(*description),
+            DestinationMessage::Kept { packed, transfers, last } => {
+                self.kept(packed, transfers, last);
+            }
+            DestinationMessage::KeptChunks { object, was, chunks, last } => {
+                self.kept_chunks(&object, was, chunks, last);
+            }
             DestinationMessage::FailedOver { report } => {
                 if let Some((reply, _)) = self.failing.take() {
                     // Whoever asked may have given up waiting.
@@ -222,6 +231,7 @@ impl Engine {
                 .record(done.note.committed_at.elapsed().as_secs_f64());
             self.shared.progressed(done.note.progress);
             self.halt.gone(&done.note.dropped);
+            self.kept.acknowledged();
             self.shared.count(|counters| {
                 counters.batches += 1;
                 counters.exact_batches += u64::from(done.note.exact);
