@@ -264,9 +264,7 @@ impl Stager {
         // when all of it has come, nor when a patch is applied that is logged.
         let sized = place::set_size(&file, begin.state.size);
         sized.map_err(AreaError::system("set size of", &place.name))?;
-        if begin.layout == Layout::Patch {
-            place::set_size(&file, 0).map_err(AreaError::system("set size of", &place.name))?;
-        }
+        place::set_size(&file, 0).map_err(AreaError::system("set size of", &place.name))?;
         let record = self.begin_record(place, begin)?;
         let list = match begin.layout {
             Layout::Replace => None,

@@ -445,8 +445,10 @@ fn spoil_image(image: &Path, needle: &[u8]) {
 /// either daemon was killed.
 #[test]
 fn the_daemons_verify_by_themselves() {
-    let mut hosts = Hosts::strangers_with(Ext4, Xfs, "verify_interval = \"1s\"\n").enrol();
-    let door = BackDoor::new(hosts.replica());
+    let strangers = Hosts::strangers_with(Ext4, Xfs, "verify_interval = \"1s\"\n");
+    // Before the replica is protected.
+    let door = BackDoor::new(strangers.replica());
+    let mut hosts = strangers.enrol();
     for (round, killed) in Side::BOTH.into_iter().enumerate() {
         let name = format!("directory/file-{round}");
         fs::write(hosts.source().join(&name), format!("round {round}")).unwrap();
