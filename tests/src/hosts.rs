@@ -377,7 +377,8 @@ impl Hosts {
         let (path, state) = (self.config(side), self.state_dir(side));
         let region = side.region();
         let addresses = match side {
-            Side::Source => self.source_lines.clone(),
+            // A random workload deletes more than an operator would want unseen.
+            Side::Source => format!("halt_deletions_percent = 0\n{}", self.source_lines),
             Side::Destination => {
                 format!("listen = \"[::]:{LISTEN}\"\nadvertise = \"{}:{LISTEN}\"\n", side.address())
             }

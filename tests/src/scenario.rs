@@ -136,6 +136,10 @@ impl Pair {
         command.arg("run").arg(&self.source).arg(&self.replica);
         command.arg("--state-dir").arg(self.state_dir());
         command.args(["--api", &format!("127.0.0.1:{api_port}")]).args(arguments);
+        // A random workload deletes more than an operator would want unseen.
+        if !arguments.iter().any(|argument| argument.starts_with("--halt-deletions")) {
+            command.args(["--halt-deletions-percent", "0"]);
+        }
         command
     }
 
