@@ -25,7 +25,8 @@ use replicator_src::ledger::{
 use replicator_src::plan::resolve::Budget;
 use replicator_src::plan::waits::{is_through, is_touched};
 use replicator_src::plan::{
-    Assembly, Dirty, Hold, HoldReason, Listing, Need, Outcome, Resolve, Settings, assemble,
+    Assembly, Dirty, Hold, HoldReason, Listing, Meanwhile, Need, Outcome, Resolve, Settings,
+    assemble,
 };
 use replicator_src::watcher::What;
 
@@ -728,13 +729,14 @@ impl Source {
         let (seq, time) = self.barrier(world);
         let after = self.engine().cursor;
         let records = self.journal.read(after);
-        if !records.iter().any(|(_, record)| draft.resolve.touches(record)) {
-            draft.span.exact = true;
-            return self.finish(draft, world, wires);
-        }
         draft.round += 1;
-        if draft.round == ROUNDS {
-            return self.finish(draft, world, wires);
+        match draft.resolve.meanwhile(records.iter().map(|(_, record)| record)) {
+            Meanwhile::Untouched => {
+                draft.span.exact = true;
+                return self.finish(draft, world, wires);
+            }
+            Meanwhile::Touched if draft.round < ROUNDS => {}
+            Meanwhile::Touched | Meanwhile::Lost => return self.finish(draft, world, wires),
         }
         self.absorb(&records, &mut draft);
         draft.span.reach(seq, time);

@@ -13,7 +13,7 @@ use crate::index::View;
 use crate::journal::Record;
 use crate::ledger::{Closing, Gap, Span};
 use crate::plan::resolve::Budget;
-use crate::plan::{Dirty, Listing, Need, Outcome, Resolve, Settings, assemble};
+use crate::plan::{Dirty, Listing, Meanwhile, Need, Outcome, Resolve, Settings, assemble};
 use crate::read::sink::SinkError;
 use crate::read::small::Item;
 use crate::session::Session;
@@ -191,15 +191,15 @@ impl Engine {
             }
             let barrier = self.capture.barrier().map_err(EngineError::from)?;
             let records = self.journal.read(self.cursor, RECORDS).map_err(EngineError::from)?;
-            let touched = records.iter().any(|(_, record)| draft.resolve.touches(record));
-            if !touched {
+            match draft.resolve.meanwhile(records.iter().map(|(_, record)| record)) {
                 // What came meanwhile is the next batch's; this one is of the
                 // moment of its barrier.
-                draft.span.exact = records.len() < RECORDS;
-                return Ok(());
-            }
-            if round + 1 == ROUNDS {
-                return Ok(());
+                Meanwhile::Untouched => {
+                    draft.span.exact = records.len() < RECORDS;
+                    return Ok(());
+                }
+                Meanwhile::Touched if round + 1 < ROUNDS => {}
+                Meanwhile::Touched | Meanwhile::Lost => return Ok(()),
             }
             self.absorb(&records, draft)?;
             draft.span.reach(barrier.seq, barrier.time);
