@@ -546,6 +546,7 @@ impl Source {
             engine.reached = engine.reached.min(batch.before);
             engine.dirty.merge(batch.input);
         }
+        self.forget_owed();
         let mark = self.store.read().mark;
         let engine = self.engine();
         engine.totals = mark;
@@ -557,6 +558,9 @@ impl Source {
 
     fn applied(&mut self, batch: BatchId) {
         let done = self.engine().flights.applied(batch);
+        if done.iter().any(|done| !done.dropped.is_empty()) {
+            self.forget_dropped();
+        }
         let Some(mark) = done.last().map(|done| done.mark) else { return };
         self.engine().index.acknowledge(batch);
         self.trim(&mark);
@@ -646,7 +650,7 @@ impl Source {
             Record::Object { object, .. } => object,
             Record::Entry { directory, .. } | Record::Named { directory, .. } => directory,
         };
-        engine.index.object(object).unwrap().is_some()
+        is_ours(&engine.index, &engine.flights, object)
     }
 
     fn look_ahead(&mut self) {
@@ -917,10 +921,12 @@ impl Source {
             bytes_changed: 0,
             bytes_shipped: 0,
         };
+        let gone = assembly.delta.objects.iter().filter(|(_, known)| known.is_none()).cloned();
         let flight = Flight {
             mark: Mark::default(),
             input: draft.input,
             closed,
+            dropped: gone.map(|(object, _)| object).collect(),
             durable: false,
             before,
             reached,
@@ -1215,14 +1221,25 @@ impl Source {
 
     fn forget_dropped(&mut self) {
         let engine = self.engine();
-        let index = &engine.index;
-        for held in engine.holds.values_mut() {
-            held.hold.entries.retain(|(directory, _)| index.object(directory).unwrap().is_some());
+        let (index, flights) = (&engine.index, &engine.flights);
+        let ours = |object: &ObjectId| is_ours(index, flights, object);
+        let mut fewer = Vec::new();
+        for (object, held) in &mut engine.holds {
+            let before = held.hold.entries.len();
+            held.hold.entries.retain(|(directory, _)| ours(directory));
+            if held.hold.entries.len() < before {
+                fewer.push(object.clone());
+            }
         }
-        engine.holds.retain(|object, held| {
-            !held.hold.entries.is_empty() || index.object(object).unwrap().is_some()
-        });
-        engine.owed.forget(|directory| index.object(directory).unwrap().is_none());
+        engine.holds.retain(|object, held| !held.hold.entries.is_empty() || ours(object));
+        fewer.iter().for_each(|object| self.redo_hold(object));
+        self.forget_owed();
+    }
+
+    fn forget_owed(&mut self) {
+        let engine = self.engine.as_mut().unwrap();
+        let (index, flights) = (&engine.index, &engine.flights);
+        engine.owed.forget(|directory| !is_ours(index, flights, directory));
     }
 
     fn waits(&self) -> String {
@@ -1248,6 +1265,11 @@ impl Source {
             engine.covered,
         )
     }
+}
+
+/// Whether the replica has an object, or may have it again.
+fn is_ours(index: &Index<Store>, flights: &Flights<()>, object: &ObjectId) -> bool {
+    index.object(object).unwrap().is_some() || flights.drops(object)
 }
 
 fn awaited<'a>(holds: &'a mut BTreeMap<ObjectId, Held>, lane: &Lane) -> Option<&'a mut Held> {

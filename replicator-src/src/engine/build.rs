@@ -146,7 +146,7 @@ impl Engine {
             Record::Object { object, .. } => object,
             Record::Entry { directory, .. } | Record::Named { directory, .. } => directory,
         };
-        Ok(self.index.object(object)?.is_some())
+        Ok(self.index.object(object)?.is_some() || self.in_flight.drops(object))
     }
 
     /// Looks into the journal between batches, so that what turns out to
