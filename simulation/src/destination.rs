@@ -18,6 +18,7 @@ use replicator_dst::apply::plan::{Arrival, Staged, plan};
 use replicator_dst::apply::{Place, Step, Within, execute};
 use replicator_dst::mark::{Mark, set_back};
 use replicator_dst::objects::{Known, Objects};
+use replicator_dst::replica::disclaim;
 use replicator_dst::seal::needed_by;
 use replicator_dst::session::{Session, StagedFile, StagedTransfer, WholeBatch};
 use replicator_dst::store::Standing;
@@ -188,6 +189,12 @@ impl Destination {
         if durable {
             self.durable = self.now.clone();
         }
+    }
+
+    /// Whether the map is known to be wrong: no batch describes the replica then,
+    /// and it claims nothing.
+    pub fn is_distrusted(&self) -> bool {
+        self.process.as_ref().is_some_and(|process| process.distrust)
     }
 
     /// Whether the process runs.
@@ -511,16 +518,20 @@ impl Destination {
         let result = execute::run(&mut self.tree, steps, &mut findings);
         // Only what was set back can have lost anything.
         assert!(findings.is_empty() || self.back, "{findings:?}\n{steps:#?}");
-        self.process().distrust |= !findings.is_empty();
+        if !findings.is_empty() {
+            disclaim(&mut self.now.standing);
+            self.process().distrust = true;
+        }
         Ok(result?)
     }
 
     fn applied(&mut self) {
         let committed = self.now.standing.committed;
         self.write(false, |records| records.standing.applied = committed);
-        assert!(self.told.watermark <= self.now.standing.watermark, "the watermark moves back");
+        let forth = self.told.watermark <= self.now.standing.watermark;
+        assert!(forth || self.process().distrust, "the watermark moves back");
         self.told = self.now.standing.clone();
-        self.settled = !self.process().distrust;
+        self.settled = true;
     }
 
     fn sync(&mut self, random: &mut StdRng) -> Result<(), Failed> {

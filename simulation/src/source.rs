@@ -217,6 +217,8 @@ pub struct Source {
     next_session: u64,
     /// By life and batch, what the replica must be after it.
     pub expected: BTreeMap<(Incarnation16, BatchId), Expected>,
+    /// By life and batch, where the batch of that number that was built last ends.
+    built: BTreeMap<(Incarnation16, BatchId), Seq>,
     /// What others were told here.
     pub told: Timestamp,
     /// Positions up to which the journal was trimmed since somebody looked,
@@ -250,6 +252,7 @@ impl Source {
             lives: 1,
             next_session: 1,
             expected: BTreeMap::new(),
+            built: BTreeMap::new(),
             told: Timestamp::NEVER,
             trims: Vec::new(),
             log: VecDeque::new(),
@@ -334,6 +337,17 @@ impl Source {
     /// The state directory as it is, to be put back later.
     pub fn save(&self) -> (Store, Journal) {
         (self.store.after_crash(), self.journal.clone())
+    }
+
+    /// Whether an earlier state remembers a batch on its way that was lost, and
+    /// built anew under the same number.
+    pub fn has_rebuilt(&self, store: &Store) -> bool {
+        let tables = store.read();
+        let life = tables.incarnation.0;
+        tables.pending.iter().any(|delta| {
+            let last = self.built.get(&(life, delta.mark.batch));
+            last.is_some_and(|seq| *seq != delta.mark.seq)
+        })
     }
 
     /// Puts an earlier one back; the process is down.
@@ -985,6 +999,7 @@ impl Source {
         let mut next = before.after(&delta);
         next.watermark = mark.watermark;
         self.expected.insert((life, batch), next);
+        self.built.insert((life, batch), mark.seq);
     }
 
     // ------------------------------------------------------------ large files
