@@ -538,6 +538,11 @@ impl Applier {
         if self.astray {
             return Err(SealError::Sync(Errno::IO));
         }
+        if self.doubt {
+            // INVARIANT (the watermark tells the truth): also a heartbeat claims
+            // that what was applied is there. The next session redoes it first.
+            return Err(SealError::Sync(Errno::IO));
+        }
         if batch.ops.is_empty() {
             // A heartbeat: nothing is staged, so nothing needs a sync. The
             // watermark is promised to others and must not be lost, hence the

@@ -38,7 +38,8 @@ pub struct Records {
     pub standing: Standing,
     /// The objects map.
     pub rows: BTreeMap<ObjectId, Known>,
-    log: BTreeMap<BatchId, Vec<Step>>,
+    /// The commit log.
+    pub log: BTreeMap<BatchId, Vec<Step>>,
     marked: Option<BatchId>,
 }
 
@@ -195,6 +196,12 @@ impl Destination {
     /// and it claims nothing.
     pub fn is_distrusted(&self) -> bool {
         self.process.as_ref().is_some_and(|process| process.distrust)
+    }
+
+    /// Whether its own state describes the replica: it was not set back, and no
+    /// object was found missing.
+    pub fn is_sound(&self) -> bool {
+        !self.back && !self.is_distrusted()
     }
 
     /// Whether the process runs.
@@ -573,6 +580,9 @@ impl Destination {
 
     fn seal(&mut self, batch: &WholeBatch, random: &mut StdRng) -> Result<Vec<Step>, Failed> {
         let next = advance(&self.now.standing, batch.batch, &batch.header).ok_or(Failed::Sync)?;
+        if self.process().doubt {
+            return Err(Failed::Sync);
+        }
         if batch.ops.is_empty() {
             self.write(true, |records| records.standing = next);
             return Ok(Vec::new());

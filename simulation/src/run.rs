@@ -6,13 +6,13 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use replicator_common::time::Timestamp;
 
-use crate::check;
 use crate::destination::{Destination, Died, Point, Records};
 use crate::net::Wire;
 use crate::source::{Journal, Source};
 use crate::store::Store;
 use crate::tree::{Model, Stop};
 use crate::world::World;
+use crate::{check, failover};
 
 /// Steps at most until all is quiet at the end.
 const PATIENCE: u32 = 20_000;
@@ -98,6 +98,9 @@ impl Run {
             }
             self.go_wrong();
             self.check();
+            if self.random.random_bool(0.02) {
+                self.fail_over();
+            }
         }
         self.end();
     }
@@ -242,6 +245,16 @@ impl Run {
                     (both || which == 5).then_some(tree),
                 );
             }
+        }
+    }
+
+    /// Fails over here, on a copy.
+    fn fail_over(&mut self) {
+        let Self { destination, random, world, source, .. } = self;
+        if destination.is_sound() {
+            let (store, durable) = (&destination.now, &destination.durable);
+            let over = failover::run(&destination.tree, store, durable, random);
+            check::handed_over(world, source, &over);
         }
     }
 

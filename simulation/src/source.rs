@@ -848,7 +848,7 @@ impl Source {
         let settled = gap.is_none() && draft.span.reached && engine.dirty.is_empty();
         let settings = Settings {
             now: engine.clock.now(),
-            floor,
+            floor: floor.min(engine.reached),
             outside_before: settled.then(|| draft.span.time.offset(-OUTSIDE_AFTER)),
         };
         let mut assembly =

@@ -290,7 +290,9 @@ impl Engine {
         let seen = self.looked_at_all(&draft)?;
         let settings = Settings {
             now: self.clock.now(),
-            floor,
+            // A failover puts an orphan back where it was before this batch, and
+            // what waited then was not as on the source.
+            floor: floor.min(self.reached),
             outside_before: (gap.is_none() && draft.span.reached && seen)
                 .then(|| draft.span.time.offset(-(OUTSIDE_AFTER.as_nanos() as i64))),
         };
