@@ -28,7 +28,7 @@ use crate::area::AreaError;
 use crate::attributes;
 use crate::failover::{self, FailoverError};
 use crate::mark::{self, Mark};
-use crate::replica::{Point, Replica, ReplicaError, renounce, wipe_staging};
+use crate::replica::{Point, Replica, ReplicaError, disclaim, renounce, wipe_staging};
 use crate::seal::{SealError, needed_by, staged_bytes};
 use crate::session::{StagedTransfer, WholeBatch};
 use crate::stage::Stager;
@@ -251,7 +251,12 @@ impl Applier {
         let mut items = Vec::new();
         for finding in findings {
             items.extend(set_aside_item(finding));
-            self.distrust |= matches!(finding, Finding::Lost { .. });
+            if matches!(finding, Finding::Lost { .. }) {
+                // INVARIANT (the watermark tells the truth): before anybody is told
+                // of the batch. Nothing is known of the replica until it is reconciled.
+                disclaim(&mut self.standing);
+                self.distrust = true;
+            }
             let error = finding.to_string();
             tracing::error!(error, "the replica was changed by somebody else");
             self.note(error);
@@ -541,6 +546,11 @@ impl Applier {
         let start = Instant::now();
         let next = advance(&self.standing, batch.batch, &batch.header).ok_or(SealError::Skipped)?;
         if self.astray {
+            return Err(SealError::Sync(Errno::IO));
+        }
+        if self.doubt {
+            // INVARIANT (the watermark tells the truth): also a heartbeat claims
+            // that what was applied is there. The next session redoes it first.
             return Err(SealError::Sync(Errno::IO));
         }
         if batch.ops.is_empty() {

@@ -33,7 +33,8 @@ use crate::hints::place_chain;
 use crate::objects::{Entry, Objects, path_of};
 use crate::readonly::{self, ReadOnlyError};
 use crate::replica::{
-    Config, Point, Replica, ReplicaError, ReplicaOptions, last_replicated, time_since_last_sync,
+    Config, Point, Replica, ReplicaError, ReplicaOptions, disclaim, last_replicated,
+    time_since_last_sync,
 };
 use crate::reserve;
 use crate::seal::{join, needed_by};
@@ -201,6 +202,9 @@ fn redo(replica: &Replica, tree: &mut Tree) -> Result<Vec<String>, FailoverError
     place::sync_file_system(replica.protection.root()).map_err(AreaError::system("sync", "."))?;
     let mut standing = replica.store.standing()?;
     standing.applied = standing.committed;
+    if findings.iter().any(|finding| matches!(finding, execute::Finding::Lost { .. })) {
+        disclaim(&mut standing);
+    }
     replica.store.forget(standing.applied, None)?;
     replica.store.set_standing(&standing)?;
     let needed: Vec<_> = steps.iter().flat_map(needed_by).collect();

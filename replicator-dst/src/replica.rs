@@ -415,7 +415,7 @@ fn settle_incarnation(
 
 /// What was claimed was claimed of another replica than this one. That it moves
 /// back is the smaller evil.
-fn disclaim(standing: &mut Standing) {
+pub fn disclaim(standing: &mut Standing) {
     standing.watermark = Timestamp::NEVER;
     standing.last_consistent = None;
 }

@@ -13,7 +13,7 @@ use crate::index::View;
 use crate::journal::Record;
 use crate::ledger::{Closing, Gap, Span};
 use crate::plan::resolve::Budget;
-use crate::plan::{Dirty, Listing, Need, Outcome, Resolve, Settings, assemble};
+use crate::plan::{Dirty, Listing, Meanwhile, Need, Outcome, Resolve, Settings, assemble};
 use crate::read::sink::SinkError;
 use crate::read::small::Item;
 use crate::session::Session;
@@ -154,7 +154,7 @@ impl Engine {
             Record::Object { object, .. } => object,
             Record::Entry { directory, .. } | Record::Named { directory, .. } => directory,
         };
-        Ok(self.index.object(object)?.is_some())
+        Ok(self.index.object(object)?.is_some() || self.in_flight.drops(object))
     }
 
     /// Looks into the journal between batches, so that what turns out to
@@ -200,15 +200,15 @@ impl Engine {
             }
             let barrier = self.capture.barrier().map_err(EngineError::from)?;
             let records = self.journal.read(self.cursor, RECORDS).map_err(EngineError::from)?;
-            let touched = records.iter().any(|(_, record)| draft.resolve.touches(record));
-            if !touched {
+            match draft.resolve.meanwhile(records.iter().map(|(_, record)| record)) {
                 // What came meanwhile is the next batch's; this one is of the
                 // moment of its barrier.
-                draft.span.exact = records.len() < RECORDS;
-                return Ok(());
-            }
-            if round + 1 == ROUNDS {
-                return Ok(());
+                Meanwhile::Untouched => {
+                    draft.span.exact = records.len() < RECORDS;
+                    return Ok(());
+                }
+                Meanwhile::Touched if round + 1 < ROUNDS => {}
+                Meanwhile::Touched | Meanwhile::Lost => return Ok(()),
             }
             self.absorb(&records, draft)?;
             draft.span.reach(barrier.seq, barrier.time);
@@ -299,7 +299,9 @@ impl Engine {
         let seen = self.looked_at_all(&draft)?;
         let settings = Settings {
             now: self.clock.now(),
-            floor,
+            // A failover puts an orphan back where it was before this batch, and
+            // what waited then was not as on the source.
+            floor: floor.min(self.reached),
             outside_before: (gap.is_none() && draft.span.reached && seen)
                 .then(|| draft.span.time.offset(-(OUTSIDE_AFTER.as_nanos() as i64))),
         };

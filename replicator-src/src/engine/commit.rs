@@ -115,10 +115,11 @@ impl Engine {
             mark,
             input,
             closed,
+            dropped: dropped.into_iter().collect(),
             durable: false,
             before: ready.before,
             reached: ready.reached,
-            note: Note { dropped, progress, committed_at: Instant::now(), exact, subjects },
+            note: Note { progress, committed_at: Instant::now(), exact, subjects },
         });
         let sent = match &self.session {
             Some(session) => send_plan(session, batch, ops, header),

@@ -477,20 +477,29 @@ impl Engine {
     }
 
     /// Forgets holds of objects that the replica does not have and that nothing
-    /// leads to: they were dropped while they waited.
+    /// leads to: they were dropped while they waited (see
+    /// [`crate::ledger::Flights::drops`]).
     pub(super) fn forget_dropped(&mut self) -> Result<(), EngineError> {
-        let mut gone = Vec::new();
-        for held in self.holds.values_mut() {
+        let (index, in_flight) = (&self.index, &self.in_flight);
+        let ours = |object: &ObjectId| -> Result<bool, EngineError> {
+            Ok(index.object(object)?.is_some() || in_flight.drops(object))
+        };
+        let (mut gone, mut fewer) = (Vec::new(), Vec::new());
+        for (object, held) in &mut self.holds {
             // Entries of directories that were dropped lead nowhere.
             let places = std::mem::take(&mut held.hold.entries);
+            let before = places.len();
             for place in places {
-                if self.index.object(&place.0)?.is_some() {
+                if ours(&place.0)? {
                     held.hold.entries.insert(place);
                 }
             }
+            if held.hold.entries.len() < before {
+                fewer.push(object.clone());
+            }
         }
         for (object, held) in &self.holds {
-            if held.hold.entries.is_empty() && self.index.object(object)?.is_none() {
+            if held.hold.entries.is_empty() && !ours(object)? {
                 gone.push(object.clone());
             }
         }
@@ -499,9 +508,19 @@ impl Engine {
                 self.discard(held.transfer);
             }
         }
+        // What is left of its entries may have been looked at already, and be
+        // through now.
+        fewer.iter().for_each(|object| self.redo_hold(object));
+        self.forget_owed()
+    }
+
+    /// Nothing is owed in directories that the replica does not have. (What
+    /// leads to them is dirty, and then all of them is listed.)
+    pub(super) fn forget_owed(&mut self) -> Result<(), EngineError> {
+        let (index, in_flight) = (&self.index, &self.in_flight);
         let mut failure = None;
-        self.owed.forget(|directory| match self.index.object(directory) {
-            Ok(known) => known.is_none(),
+        self.owed.forget(|directory| match index.object(directory) {
+            Ok(known) => known.is_none() && !in_flight.drops(directory),
             Err(error) => {
                 failure = Some(error);
                 false

@@ -193,8 +193,6 @@ impl From<PlanError<IndexError, SourceError>> for EngineError {
 
 /// What is kept of a batch under way, beside what [`crate::ledger`] does.
 struct Note {
-    /// Objects that it drops.
-    dropped: Vec<ObjectId>,
     /// Objects and bytes of regular content in it, for progress.
     progress: (u64, u64),
     committed_at: Instant,

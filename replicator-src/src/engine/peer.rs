@@ -119,7 +119,7 @@ impl Engine {
             reached = reached.max(batch.reached);
             self.journal.trim(batch.mark.seq)?;
             self.shared.progressed(batch.note.progress);
-            self.halt.gone(&batch.note.dropped);
+            self.halt.gone(&batch.dropped);
         }
         for mut batch in settled.lost {
             let floors = self.holds.values_mut().map(|held| &mut held.floor);
@@ -129,6 +129,7 @@ impl Engine {
             self.reached = self.reached.min(batch.before);
             self.dirty.merge(batch.input);
         }
+        self.forget_owed()?;
         self.totals = self.index.store().mark()?;
         self.claimed = self.totals.watermark.unwrap_or(Timestamp::NEVER);
         let mark = self.totals;
@@ -226,17 +227,21 @@ impl Engine {
     /// the journal trimmed.
     fn applied(&mut self, batch: BatchId) -> Result<(), EngineError> {
         let (mut merged, mut reached) = (None, Timestamp::NEVER);
-        for done in self.in_flight.applied(batch) {
+        let done = self.in_flight.applied(batch);
+        if done.iter().any(|batch| !batch.dropped.is_empty()) {
+            self.forget_dropped()?;
+        }
+        for done in done {
             metrics::histogram!("replicator_source_batch_seconds")
                 .record(done.note.committed_at.elapsed().as_secs_f64());
             self.shared.progressed(done.note.progress);
-            self.halt.gone(&done.note.dropped);
+            self.halt.gone(&done.dropped);
             self.kept.acknowledged();
             self.shared.count(|counters| {
                 counters.batches += 1;
                 counters.exact_batches += u64::from(done.note.exact);
             });
-            for object in &done.note.dropped {
+            for object in &done.dropped {
                 self.opener.forget(object);
                 // It may have come back meanwhile.
                 if self.members.knows(object)
