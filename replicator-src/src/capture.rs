@@ -430,11 +430,24 @@ impl Thread {
         let time = self.clock.now();
         // A mark that died leaves a queue that is merely empty (trap 13).
         self.watcher.alive()?;
-        self.watcher.drain(changes)?;
-        self.append(changes)?;
+        self.drain(changes)?;
         let seq = self.journal.append(&[Record::Barrier { time }])?;
         self.proves.store(self.watcher.proves(), Ordering::Release);
         Ok(Barrier { seq, time })
+    }
+
+    /// Brings what is queued now into the journal, part by part: a queue that
+    /// grew long meanwhile is never in memory as a whole.
+    fn drain(&mut self, changes: &mut Vec<Change>) -> Result<(), CaptureError> {
+        let mut left = self.watcher.queued()?;
+        while left > 0 {
+            match self.watcher.take(changes)? {
+                0 => break,
+                count => left = left.saturating_sub(count),
+            }
+            self.append(changes)?;
+        }
+        Ok(())
     }
 
     /// Appends what concerns the source; says whether there was any.

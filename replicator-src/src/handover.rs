@@ -221,7 +221,7 @@ mod tests {
         let (mut dirty, name) = (Dirty::default(), Name::new(b"a\xffb").unwrap());
         dirty.entry(id(1), name.clone(), What { content: true, attributes: false });
         dirty.object(id(2), What { content: false, attributes: true });
-        let rest = Some(vec![name.clone()]);
+        let rest = Some(crate::plan::Rest::all(vec![name.clone()]));
         dirty.listings.push_back(Listing { directory: id(3), deep: false, rest });
         dirty.listings.push_back(Listing::new(id(3), true));
         dirty.listings.push_back(Listing::new(id(4), false));

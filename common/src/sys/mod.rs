@@ -6,6 +6,7 @@
 
 pub mod fanotify;
 pub mod handle;
+mod heap;
 pub mod mount;
 pub mod passed;
 pub mod place;

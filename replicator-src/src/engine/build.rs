@@ -25,8 +25,10 @@ const RECORDS: usize = 8192;
 const SLICE: usize = 1024;
 /// Objects of a batch at most, when none is under way.
 const SOON: usize = 2048;
-/// Entries that one batch looks at at most.
-const ENTRIES: usize = 50_000;
+/// Entries that one batch looks at at most. Each that changes takes about a
+/// kilobyte until the batch is acknowledged (new names of hard links need no
+/// reading, so it is this that bounds them).
+const ENTRIES: usize = 16_384;
 /// How often a batch follows what changed while it was read, before it is
 /// sent as it is (fuzzy).
 const ROUNDS: u32 = 3;

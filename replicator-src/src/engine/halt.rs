@@ -125,7 +125,7 @@ impl Halt {
     }
 
     /// These are gone from the replica.
-    pub(super) fn gone(&mut self, objects: &[ObjectId]) {
+    pub(super) fn gone<'a>(&mut self, objects: impl IntoIterator<Item = &'a ObjectId>) {
         self.window.gone(objects);
     }
 

@@ -136,8 +136,8 @@ impl Window {
     }
 
     /// These are gone from the replica for good.
-    pub(super) fn gone(&mut self, objects: &[ObjectId]) {
-        let known = objects.iter().filter(|object| self.young.remove(*object).is_some());
+    pub(super) fn gone<'a>(&mut self, objects: impl IntoIterator<Item = &'a ObjectId>) {
+        let known = objects.into_iter().filter(|object| self.young.remove(*object).is_some());
         self.grown.extend(known.cloned());
     }
 

@@ -61,7 +61,7 @@ const SEGMENT_CHUNKS: usize = 4096;
 /// below the codec's limit.
 const PART_ITEMS: usize = 2048;
 /// redb's cache, bytes: bounds the index's memory whatever the tree's size.
-const CACHE_BYTES: usize = 96 << 20;
+const CACHE_BYTES: usize = 64 << 20;
 
 /// Why the index cannot be used.
 #[derive(Debug, thiserror::Error)]

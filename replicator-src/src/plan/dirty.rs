@@ -2,6 +2,7 @@
 //! thousand times is looked at once.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
@@ -20,7 +21,34 @@ pub struct Listing {
     pub deep: bool,
     /// Names that are still to be looked at, where a batch was full before the
     /// directory was through; `None` when it was not read yet.
-    pub rest: Option<Vec<Name>>,
+    pub rest: Option<Rest>,
+}
+
+/// The last of a directory's names.
+///
+/// Memory: the names are there once for all copies (what is dirty, what each
+/// batch under way was made from), however large the directory is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rest {
+    names: Arc<[Name]>,
+    from: usize,
+}
+
+impl Rest {
+    /// All of them.
+    pub fn all(names: Vec<Name>) -> Self {
+        Self { names: names.into(), from: 0 }
+    }
+
+    /// The names.
+    pub fn names(&self) -> &[Name] {
+        self.names.get(self.from..).unwrap_or_default()
+    }
+
+    /// Without the first `count`.
+    pub fn after(&self, count: usize) -> Self {
+        Self { names: self.names.clone(), from: self.from + count }
+    }
 }
 
 impl Listing {
@@ -104,4 +132,24 @@ impl Dirty {
 pub fn join(into: &mut What, what: What) {
     into.content |= what.content;
     into.attributes |= what.attributes;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_of_a_large_directory_share_its_names() {
+        let names: Vec<_> = ["a", "b", "c"].map(|n| Name::new(n.as_bytes()).unwrap()).into();
+        let all = Rest::all(names.clone());
+        let directory = ObjectId::new(1, &[1]).unwrap();
+        let mut dirty = Dirty::default();
+        let rest = Some(all.after(1));
+        dirty.listings.push_back(Listing { directory, deep: false, rest });
+        let copy = dirty.clone();
+        let rest = copy.listings[0].rest.as_ref().unwrap();
+        assert_eq!(rest.names(), &names[1..]);
+        assert!(std::ptr::eq(&rest.names()[0], &all.names()[1]), "copied name by name");
+        assert!(rest.after(2).names().is_empty() && rest.after(9).names().is_empty());
+    }
 }

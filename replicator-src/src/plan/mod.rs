@@ -23,7 +23,7 @@ pub mod tree;
 pub mod waits;
 
 pub use assemble::{Assembly, Hold, HoldReason, Outcome, Settings, assemble};
-pub use dirty::{Dirty, Listing};
+pub use dirty::{Dirty, Listing, Rest};
 pub use recall::recall;
 pub use resolve::{Binding, Meanwhile, Need, Resolve};
 pub use tree::{Fate, Listed, Lookup, Seen, Skip, Tree};

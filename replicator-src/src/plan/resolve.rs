@@ -1,6 +1,6 @@
 //! Looks at what is dirty as it stands now, and says what must be read.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
@@ -8,7 +8,7 @@ use replicator_common::object::Kind;
 use replicator_common::time::Timestamp;
 
 use super::PlanError;
-use super::dirty::{Dirty, Listing};
+use super::dirty::{Dirty, Listing, Rest};
 use super::recall::way;
 use super::tree::{Listed, Lookup, Seen, Skip, Tree};
 use crate::index::{Known, View};
@@ -423,10 +423,10 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         if !fresh && !self.is_known_directory(directory)? {
             return Ok(());
         }
-        let names = match &listing.rest {
+        let rest = match &listing.rest {
             Some(rest) => rest.clone(),
             None => match self.names(directory, fresh)? {
-                Listed::Names(names) => names,
+                Listed::Names(names) => Rest::all(names),
                 // The entry that led here is dirty because of that.
                 Listed::Gone => return Ok(()),
                 Listed::Away => {
@@ -443,9 +443,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             // No listing above compares the root.
             self.need_directory(directory)?;
         }
-        for (done, name) in names.iter().enumerate() {
+        for (done, name) in rest.names().iter().enumerate() {
             if self.state.full(budget) {
-                let rest = Some(names[done..].to_vec());
+                let rest = Some(rest.after(done));
                 dirty.listings.push_front(Listing { rest, ..listing.clone() });
                 break;
             }
@@ -456,16 +456,18 @@ impl<V: View, T: Tree> Work<'_, V, T> {
 
     /// Every name of a directory, in the replica or on the source.
     fn names(&mut self, directory: &ObjectId, fresh: bool) -> Result<Listed, Failure<V, T>> {
-        let names = match self.tree.list(directory).map_err(PlanError::Tree)? {
+        let mut names = match self.tree.list(directory).map_err(PlanError::Tree)? {
             Listed::Names(names) => names,
             none => return Ok(none),
         };
-        let mut all: BTreeSet<Name> = names.into_iter().collect();
         if !fresh {
             let known = self.view.children(directory).map_err(PlanError::Index)?;
-            all.extend(known.into_iter().map(|(name, _)| name));
+            names.extend(known.into_iter().map(|(name, _)| name));
         }
-        Ok(Listed::Names(all.into_iter().collect()))
+        // In place: a set of them beside them would take as much again.
+        names.sort_unstable();
+        names.dedup();
+        Ok(Listed::Names(names))
     }
 
     fn listed_entry(

@@ -138,15 +138,12 @@ impl Watcher for Fanotify {
         Ok(())
     }
 
-    fn drain(&mut self, changes: &mut Vec<Change>) -> Result<(), WatchError> {
-        let mut left = self.group.queued().map_err(failed(NAME, "count events"))?;
-        while left > 0 {
-            match self.read_queue(changes)? {
-                0 => break,
-                count => left = left.saturating_sub(count),
-            }
-        }
-        Ok(())
+    fn queued(&mut self) -> Result<u64, WatchError> {
+        self.group.queued().map_err(failed(NAME, "count events"))
+    }
+
+    fn take(&mut self, changes: &mut Vec<Change>) -> Result<u64, WatchError> {
+        self.read_queue(changes)
     }
 
     fn proves(&self) -> bool {

@@ -96,7 +96,7 @@ impl Inotify {
             match self.queue.read_events(&mut self.buffer) {
                 Ok(events) => return Ok(self.directories.state().take(events, changes)),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(0),
-                // To give up here would break the promise of `drain`.
+                // To give up here would break the promise of `take`.
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(source) => {
                     return Err(WatchError::Io { watcher: NAME, action: "read events", source });
@@ -119,17 +119,13 @@ impl Watcher for Inotify {
         Ok(())
     }
 
-    fn drain(&mut self, changes: &mut Vec<Change>) -> Result<(), WatchError> {
+    fn queued(&mut self) -> Result<u64, WatchError> {
         // inotify's FIONREAD counts what a read would give, to the byte.
-        let mut left =
-            rustix::io::ioctl_fionread(&self.queue).map_err(failed(NAME, "count events"))?;
-        while left > 0 {
-            match self.read_queue(changes)? {
-                0 => break,
-                length => left = left.saturating_sub(length as u64),
-            }
-        }
-        Ok(())
+        rustix::io::ioctl_fionread(&self.queue).map_err(failed(NAME, "count events"))
+    }
+
+    fn take(&mut self, changes: &mut Vec<Change>) -> Result<u64, WatchError> {
+        self.read_queue(changes).map(|length| length as u64)
     }
 
     fn proves(&self) -> bool {

@@ -127,10 +127,16 @@ pub trait Watcher: Send {
     /// when a signal came, or when [`Self::waker`] was used.
     fn read(&mut self, timeout: Duration, changes: &mut Vec<Change>) -> Result<(), WatchError>;
 
-    /// The barrier: appends everything whose system call returned before this
-    /// call. Bounded by what is queued at the call (FIONREAD), so that a
-    /// source under constant load cannot hold it up.
-    fn drain(&mut self, changes: &mut Vec<Change>) -> Result<(), WatchError>;
+    /// How much is queued now (FIONREAD), in a unit of the watcher's own. For a
+    /// barrier: once [`Self::take`] has given that much, everything whose system
+    /// call returned before this call was read, and a source under constant load
+    /// cannot hold that up.
+    fn queued(&mut self) -> Result<u64, WatchError>;
+
+    /// Appends what is there without waiting, bounded as [`Self::read`] is, and
+    /// says how much of what was [`Self::queued`] that is; 0 when there was
+    /// nothing.
+    fn take(&mut self, changes: &mut Vec<Change>) -> Result<u64, WatchError>;
 
     /// Whether a drain proves that all changes before it were seen. The `scan`
     /// watcher says no: only a complete walk proves anything.

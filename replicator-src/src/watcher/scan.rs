@@ -40,8 +40,12 @@ impl Watcher for Scan {
         self.bell.wait(None, timeout).map_err(failed(NAME, "wait"))
     }
 
-    fn drain(&mut self, _changes: &mut Vec<Change>) -> Result<(), WatchError> {
-        Ok(())
+    fn queued(&mut self) -> Result<u64, WatchError> {
+        Ok(0)
+    }
+
+    fn take(&mut self, _changes: &mut Vec<Change>) -> Result<u64, WatchError> {
+        Ok(0)
     }
 
     fn proves(&self) -> bool {

@@ -129,7 +129,13 @@ impl Watched {
 
     pub(super) fn drain(&mut self) -> Seen {
         let mut changes = Vec::new();
-        self.watcher.drain(&mut changes).unwrap();
+        let mut left = self.watcher.queued().unwrap();
+        while left > 0 {
+            match self.watcher.take(&mut changes).unwrap() {
+                0 => break,
+                count => left = left.saturating_sub(count),
+            }
+        }
         Seen(changes)
     }
 
