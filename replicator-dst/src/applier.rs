@@ -317,8 +317,11 @@ impl Applier {
             }
         })?;
         let lost = "an object was missing in the replica";
-        let distrust = self.distrust.then_some(lost);
-        if let Some(reason) = distrust.or(mismatch(&self.standing, hello)) {
+        let distrust = self.distrust.then_some(lost).or(mismatch(&self.standing, hello));
+        // Of another history, or perhaps not on disk: of no use to this session.
+        let known = self.standing.source_incarnation == Some(hello.incarnation);
+        let useless = self.spoilt || distrust.is_some() || !known;
+        if let Some(reason) = distrust {
             tracing::warn!(reason, "source and destination do not fit together: reconciling");
             renounce(&replica.area, &replica.store, &mut self.standing, reason)?;
             self.distrust = false;
@@ -326,7 +329,12 @@ impl Applier {
         }
         // What is of the session before was kept until now for a failover in
         // between. After renouncing, which takes out what must not be lost.
-        wipe_staging(&replica.area)?;
+        if useless {
+            wipe_staging(&replica.area)?;
+            replica.kept.clear();
+        } else {
+            replica.kept.collect()?;
+        }
         self.spoilt = false;
         replica.shared().staged_bytes = 0;
         replica.shared().arriving.clear();
@@ -421,6 +429,8 @@ impl Applier {
         }
         Stager::discard(&self.replica.area, &batch.superseded);
         let Some(steps) = self.seal_patiently(&batch, reply)? else { return Ok(()) };
+        let records: Vec<_> = batch.content.values().filter_map(StagedTransfer::record).collect();
+        Stager::discard(&self.replica.area, &records);
         self.replica.shared().durable = self.standing.committed;
         let _ = reply.send(Progress::Durable(id));
         if self.replica.dies_at(Point::Committed) {

@@ -352,7 +352,7 @@ fn foreign_item(item: SetAsideItem) -> Item {
 }
 
 /// What a staged file was to become. `None` for what holds nothing of the
-/// source's: plans, and names that the applier had prepared.
+/// source's: plans, records of transfers, and names that the applier had prepared.
 fn describe(
     name: &Name,
     size: Option<u64>,
@@ -387,7 +387,8 @@ fn describe(
     }))
 }
 
-fn decode_hex(text: &str) -> Option<Vec<u8>> {
+/// The bytes that hexadecimal digits stand for, as in the names of staged files.
+pub(crate) fn decode_hex(text: &str) -> Option<Vec<u8>> {
     let digits = text.as_bytes();
     if !digits.len().is_multiple_of(2) {
         return None;

@@ -17,7 +17,7 @@ use replicator_common::object::Kind;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{BatchHeader, ContentSource, Hash, SourceHello};
 use replicator_src::clock::{Clock, Wall};
-use replicator_src::index::{Content, Delta, Index, Known, Mark, View};
+use replicator_src::index::{Content, Delta, Index, Known, Mark, Noted, View};
 use replicator_src::journal::Record;
 use replicator_src::ledger::{
     Claim, Closing, Flight, Flights, Gap, Memory, Owed, Place, Reach, Span, take_back,
@@ -974,7 +974,7 @@ impl Source {
             ..engine.totals
         };
         delta.mark = mark;
-        engine.index.prepare(delta.clone()).unwrap();
+        engine.index.prepare(delta.clone(), &Noted::default()).unwrap();
         engine.greeting.pending = Some(batch);
         engine.totals = mark;
         engine.claimed = engine.claimed.max(header.watermark);

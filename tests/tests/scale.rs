@@ -19,7 +19,7 @@ use replicator_tests::scenario::{Layout, Pair};
 use replicator_tests::workload::raw;
 
 /// What both ends together may take at any size, page cache excepted, bytes:
-/// README, "Limits".
+/// docs/guarantees.md, "Bounded resources".
 const BOUND: u64 = 512 << 20;
 
 fn objects() -> u64 {

@@ -9,6 +9,7 @@ pub mod handle;
 pub mod mount;
 pub mod passed;
 pub mod place;
+pub mod quiet;
 pub mod stat;
 pub mod xattr;
 

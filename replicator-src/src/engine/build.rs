@@ -63,8 +63,16 @@ impl Engine {
     pub(super) fn build(&mut self) -> Result<(), EngineError> {
         self.last_build = Instant::now();
         self.urgent = false;
-        let Some(session) = self.session.take() else { return Ok(()) };
+        if self.session.is_none() {
+            return Ok(());
+        }
+        // First: when the source is not there any more, the session is needed
+        // to say so.
         let mut draft = self.begin()?;
+        let Some(session) = self.session.take() else {
+            self.give_up(draft);
+            return Ok(());
+        };
         let result = self.fill(&mut draft, &session);
         self.session = Some(session);
         match result {
@@ -167,6 +175,7 @@ impl Engine {
                 Record::Gap { reason } => self.open_gap(reason.clone())?,
                 Record::Barrier { time } => draft.span.pass(*seq, *time, self.inherited),
                 other => {
+                    self.touched.record(other);
                     self.touch_holds(other)?;
                     self.dirty.absorb(other);
                 }
@@ -212,7 +221,7 @@ impl Engine {
     fn resolve_and_read(&mut self, draft: &mut Draft, session: &Session) -> Result<(), Broken> {
         let start = Instant::now();
         let pool = self.pool.clone();
-        let mut reading = pool.begin(draft.batch, &session.sink);
+        let mut reading = pool.begin(draft.batch, &session.sink, self.kept.packed());
         // A destination with nothing to do gets something soon.
         let most = if self.in_flight.is_empty() { SOON } else { usize::MAX };
         let mut left = self.settings.batch_objects.min(most);
@@ -274,7 +283,7 @@ impl Engine {
             }
             let known = match need.new {
                 true => None,
-                false => self.index.object(&object)?,
+                false => self.disbelieve(&object, self.index.object(&object)?),
             };
             items.push(Item { object, need, known });
         }
@@ -299,6 +308,8 @@ impl Engine {
         let root = self.opener.root().id.clone();
         let (index, tree) = (&self.index, &mut self.tree);
         let mut assembly = assemble(&draft.resolve, &draft.outcomes, &root, settings, index, tree)?;
+        let Some(checked) = self.check_deletions(draft, &assembly)? else { return Ok(()) };
+        draft = checked;
         self.note_skipped(&draft, &dropped_by(&assembly.delta));
         let placed = self.settle_placed(&mut draft, &assembly);
         self.release_holds(&draft, &assembly.holds, &placed)?;
@@ -326,7 +337,13 @@ impl Engine {
             self.dirty.entry(directory, name, crate::watcher::What::default());
             draft.span.exact = false;
         }
+        let through = !behind && self.dirty.is_empty() && self.gap.is_none();
+        let last =
+            self.accepts_deletions() && draft.span.reached && through && assembly.orphans == 0;
         self.commit(draft, assembly, closed)?;
+        if last {
+            self.end_acceptance()?;
+        }
         self.forget_dropped()
     }
 
@@ -349,8 +366,8 @@ impl Engine {
         }
     }
 
-    /// The session ended before the batch was committed.
-    fn give_up(&mut self, draft: Draft) {
+    /// The batch is not committed: the session ended, or it deletes too much.
+    pub(super) fn give_up(&mut self, draft: Draft) {
         self.dirty.merge(draft.input);
         for (object, placed) in draft.placed {
             self.discard_file(placed.number, &placed.file);
