@@ -17,6 +17,7 @@ mod hints;
 pub mod issuer;
 pub mod kept;
 pub mod locate;
+mod making;
 pub mod mark;
 pub mod objects;
 pub mod patch;

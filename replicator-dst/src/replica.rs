@@ -30,7 +30,7 @@ use crate::reserve;
 use crate::store::{SetAsideItem, Standing, Store, StoreError};
 use crate::tree;
 
-const CONFIG: Format = Format { name: "replica", version: 1 };
+pub(crate) const CONFIG: Format = Format { name: "replica", version: 1 };
 const CONFIG_FILE: &str = "config.json";
 const STORE_FILE: &str = "store.redb";
 

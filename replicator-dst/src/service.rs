@@ -32,6 +32,7 @@ use crate::applier::{self, Job};
 use crate::book::Book;
 use crate::broken::Broken;
 use crate::failover::{self, FailoverError};
+use crate::making;
 use crate::receive::{self, Greeting, SessionContext};
 use crate::replica::{Config, Hook, Replica, ReplicaError, ReplicaOptions};
 use crate::state::{self, Grant, Grants, StateError};
@@ -558,11 +559,14 @@ impl Inner {
         // its removal; without a config.json it means nothing.
         crashsafe::remove(&directory.join("store.redb")).map_err(|error| unable(&error))?;
         crashsafe::create_directory(&directory).map_err(|error| unable(&error))?;
+        making::begin(&directory, &config).map_err(|error| unable(&error))?;
         let running = start(&directory, config.clone(), self.replicas.clone())
+            .inspect_err(|_| making::take_back(&directory))
             .map_err(|error| unable(&error))?;
         // The configuration last: with it, all is there. Then the token, whose
         // second redemption by the same peer finds the configuration.
         config.write(&directory).map_err(|error| unable(&error))?;
+        making::done(&directory).map_err(|error| unable(&error))?;
         next.write(&self.options.state_dir).map_err(|error| unable(&error))?;
         *grants = next;
         drop(grants);

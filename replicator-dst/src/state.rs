@@ -17,8 +17,8 @@ use replicator_common::net::identity::Fingerprint;
 use replicator_common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::failover;
 use crate::replica::Config;
+use crate::{failover, making};
 
 const VERSION: Format = Format { name: "destination", version: 1 };
 const TOKENS: Format = Format { name: "tokens", version: 1 };
@@ -53,7 +53,8 @@ fn check_version(directory: &Path) -> Result<(), StateFileError> {
 }
 
 /// The configurations, by their directories. One whose failover got as far as
-/// removing the configuration is none any more; what it left is removed. To be
+/// removing the configuration is none any more, and one whose making was
+/// interrupted is none yet; what they left is removed. To be
 /// called by the process that holds the state directory.
 pub fn replicas(directory: &Path) -> Result<Vec<(PathBuf, Config)>, StateFileError> {
     let parent = directory.join("replicas");
@@ -62,8 +63,14 @@ pub fn replicas(directory: &Path) -> Result<Vec<(PathBuf, Config)>, StateFileErr
     for entry in std::fs::read_dir(&parent).map_err(StateFileError::io("list", &parent))? {
         let path = entry.map_err(StateFileError::io("list", &parent))?.path();
         match Config::read(&path)? {
-            Some(config) => found.push((path, config)),
-            None => failover::sweep(&path)?,
+            Some(config) => {
+                making::done(&path)?;
+                found.push((path, config));
+            }
+            None => {
+                making::take_back(&path);
+                failover::sweep(&path)?;
+            }
         }
     }
     found.sort_by_key(|(_, config)| config.creation_time);

@@ -126,3 +126,29 @@ async fn a_stranger_may_not_speak_for_a_source() {
     finish(&service, &one);
     finish(&service, &other);
 }
+
+/// A process that died while it made a configuration left our directory, and the
+/// read-only mount, in the replica. Both are taken back, and it can be made again.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_being_made_is_taken_back() {
+    let mut world = World::new();
+    let service = world.open(None).await;
+    world.enrol(&service, false).await;
+    service.shutdown().await;
+    drop(service);
+    let state = world.state.join("replicas").join(world.source.as_str());
+    // As it is until the very end of making it.
+    std::fs::rename(state.join("config.json"), state.join("making.json")).unwrap();
+    assert!(std::fs::write(world.replica.join("file"), "").is_err(), "it is protected");
+
+    let service = world.open(None).await;
+    assert!(service.list().is_empty());
+    assert_eq!(std::fs::read_dir(&world.replica).unwrap().count(), 0);
+    assert!(!state.exists());
+    std::fs::write(world.replica.join("file"), "").unwrap();
+    std::fs::remove_file(world.replica.join("file")).unwrap();
+    world.enrol(&service, false).await;
+    world.connect(&service, 0).await.apply(1, &first()).await;
+    assert!(!state.join("making.json").exists());
+    finish(&service, &world);
+}

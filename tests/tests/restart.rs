@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
 use replicator_tests::mounts::FileSystem::{Btrfs, Ext4, Tmpfs, Xfs};
-use replicator_tests::process::Daemon;
+use replicator_tests::process::{Daemon, free_port};
 use replicator_tests::scenario::{self, Layout, Pair};
 use replicator_tests::workload::{Workload, content};
 
@@ -131,4 +132,22 @@ fn changes_while_stopped_travel_alone() {
     let after = daemon.counters().bytes_shipped;
     let since = after.checked_sub(shipped).unwrap_or(after);
     assert!((100_000..110_000).contains(&since), "{since} bytes for 100000 that are new");
+}
+
+/// Dying while the pair is made, at any moment, leaves nothing that the next
+/// start would refuse.
+#[test]
+fn killed_while_the_pair_is_made() {
+    for moment in 0..9 {
+        let pair = Pair::new(Layout::Two(Tmpfs, Tmpfs));
+        fs::write(pair.source().join("file"), "content").unwrap();
+        let port = free_port();
+        let command = pair.command(port, &["--watcher", "fanotify"]);
+        let log = pair.state_dir().with_extension("log");
+        let daemon = Daemon::spawn(command, &format!("http://127.0.0.1:{port}"), &log);
+        std::thread::sleep(Duration::from_millis(12 * moment));
+        daemon.kill();
+        let daemon = pair.start_enabled("fanotify");
+        pair.settle(&daemon, &format!("killed after {} ms", 12 * moment));
+    }
 }
