@@ -41,6 +41,10 @@ network SECONDS="600" SEED="":
     REPLICATOR_NETWORK_SECONDS={{ SECONDS }} {{ if SEED == "" { "" } else { "REPLICATOR_SEED=" + SEED } }} \
         cargo test --locked -p replicator-tests --test network -- --exact --nocapture random_weather
 
+# A directory, hard links and a backlog of OBJECTS under a limit of memory (as root; 20 KB of disk an object).
+scale OBJECTS="1000000":
+    REPLICATOR_SCALE={{ OBJECTS }} cargo test --release --locked -p replicator-tests --test scale -- --nocapture --test-threads 1
+
 # Looks for inputs that break TARGET (frame, journal_record, log_record or session) until stopped.
 # Needs nightly and cargo-fuzz: `rustup toolchain install nightly`, `cargo install cargo-fuzz`. What
 # it finds goes into fuzz/corpus/TARGET, which `cargo test` replays on stable.

@@ -49,10 +49,13 @@ pub enum Command {
     Status(Status),
     /// Waits until all that was done on the source so far is on the replica
     Wait(Wait),
+    /// Compares source and replica by content now, and puts right what differs;
+    /// prints each difference as a line of JSON
+    Verify(Verify),
     /// Stops shipping changes; they are journaled
     Pause(Target),
     /// Ships changes again
-    Resume(Target),
+    Resume(Resume),
 }
 
 #[derive(Debug, Args)]
@@ -83,6 +86,15 @@ pub struct Run {
     /// Replicates device nodes too
     #[arg(long)]
     pub devices: bool,
+    /// Halts when this share of the source's objects is deleted within ten
+    /// minutes; 0: never
+    #[arg(long, value_name = "PERCENT", default_value_t = 50)]
+    #[arg(value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub halt_deletions_percent: u8,
+    /// Fewer deletions than these, in objects, are no such share
+    #[arg(long, value_name = "OBJECTS", default_value_t = 1000)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    pub halt_deletions_min: u64,
 }
 
 #[derive(Debug, Args)]
@@ -150,6 +162,15 @@ pub struct Target {
 }
 
 #[derive(Debug, Args)]
+pub struct Resume {
+    #[command(flatten)]
+    pub target: Target,
+    /// Lets the deletions through for which replication has halted
+    #[arg(long)]
+    pub accept_deletions: bool,
+}
+
+#[derive(Debug, Args)]
 pub struct Wait {
     #[command(flatten)]
     pub target: Target,
@@ -161,6 +182,32 @@ pub struct Wait {
         value_parser = wait_seconds
     )]
     pub timeout: f64,
+}
+
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// The file system at either end (or its ARN); may be left out where there
+    /// is only one
+    #[arg(value_name = "ID")]
+    pub id: Option<String>,
+    /// Reports what differs, and leaves it as it is
+    #[arg(long)]
+    pub no_repair: bool,
+    /// Reads so many bytes a second at most, on either side: as in 20MiB.
+    /// Default: as fast as can be
+    #[arg(long, value_name = "SIZE", value_parser = rate)]
+    pub rate: Option<u64>,
+    /// Shows no progress
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+/// Bounds of [`Verify::rate`].
+type Rate = replicator_common::config::Size<{ 4 << 10 }, { 1 << 40 }>;
+
+fn rate(text: &str) -> Result<u64, String> {
+    let rate: Result<Rate, _> = serde_json::from_value(text.into());
+    rate.map(Rate::get).map_err(|error| error.to_string())
 }
 
 fn wait_seconds(text: &str) -> Result<f64, String> {

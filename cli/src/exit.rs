@@ -20,6 +20,19 @@ impl std::fmt::Display for Usage {
 
 impl std::error::Error for Usage {}
 
+/// The command has done its work, and what it found is to be told by exit
+/// status 2.
+#[derive(Debug)]
+pub struct Differed(pub String);
+
+impl std::fmt::Display for Differed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Differed {}
+
 /// Says in one line why a command failed, and with what status it ends.
 pub fn report(result: anyhow::Result<()>) -> ExitCode {
     let Err(error) = result else { return ExitCode::SUCCESS };
@@ -34,7 +47,7 @@ pub fn report(result: anyhow::Result<()>) -> ExitCode {
 
 fn code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
-        if cause.is::<Usage>() {
+        if cause.is::<Usage>() || cause.is::<Differed>() {
             return 2;
         }
         let timeout = cause.downcast_ref::<ClientError>().is_some_and(ClientError::is_timeout)
@@ -79,6 +92,7 @@ mod tests {
     fn codes() {
         let usage = anyhow::Error::new(Usage("x".to_owned()));
         assert_eq!(code(&usage), 2);
+        assert_eq!(code(&anyhow::Error::new(Differed("x".to_owned()))), 2);
         let late = anyhow::Error::new(ControlError::TimedOut("x".to_owned())).context("wait");
         assert_eq!(code(&late), 3);
         let late = anyhow::Error::new(ClientError::TimedOut("x".to_owned()));

@@ -3,7 +3,7 @@
 //! `run` does it all in one process; the other commands ask running daemons
 //! over their HTTP API. Answers go to standard output (JSON, but for `status`
 //! without `--json`), all else goes to standard error. Exit status: 0 done,
-//! 1 failed, 2 wrong usage, 3 timed out.
+//! 1 failed, 2 wrong usage (or, of `verify`, something differed), 3 timed out.
 
 mod arguments;
 mod commands;
@@ -38,8 +38,9 @@ fn main() -> ExitCode {
         Command::Failover(arguments) => commands::failover::run(endpoint, &arguments),
         Command::Status(arguments) => status::run(endpoint, &arguments),
         Command::Wait(arguments) => commands::wait::run(endpoint, &arguments),
+        Command::Verify(arguments) => commands::verify::run(endpoint, &arguments),
         Command::Pause(target) => commands::pause::pause(endpoint, &target),
-        Command::Resume(target) => commands::pause::resume(endpoint, &target),
+        Command::Resume(arguments) => commands::pause::resume(endpoint, &arguments),
     };
     exit::report(result)
 }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::id::FileSystemId;
 use crate::status::{DesiredState, FailoverReport, Status};
 use crate::time::Timestamp;
+use crate::verification::{Findings, PassOptions};
 
 /// Which half of a replication deletion reaches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,10 +107,36 @@ pub trait Control: Send + Sync + 'static {
     fn wait(&self, source: &FileSystemId, timeout: Duration) -> Result<Timestamp, ControlError>;
 
     /// Pauses or resumes shipping. Changes are captured either way. On a
-    /// destination: stops taking batches.
+    /// destination: stops taking batches. What has halted is not resumed so: a
+    /// conflict that says to accept the deletions.
     fn set_desired(
         &self,
         source: &FileSystemId,
         desired: DesiredState,
     ) -> Result<Status, ControlError>;
+
+    /// Resumes, and lets the deletions through for which replication has halted.
+    /// Where it has not, they count on as always. Only a source halts.
+    fn accept_deletions(&self, source: &FileSystemId) -> Result<Status, ControlError> {
+        Err(ControlError::Validation(format!(
+            "only the source of {source} can accept deletions: ask its daemon"
+        )))
+    }
+
+    /// Begins a pass of verification now, and gives its number. Only a source
+    /// can; while a pass runs that somebody asked for, it is a conflict. One
+    /// that began by itself goes on where it is, as the options say.
+    fn verify(&self, _source: &FileSystemId, _options: PassOptions) -> Result<u64, ControlError> {
+        Err(ControlError::Conflict("only the source verifies: ask it".to_owned()))
+    }
+
+    /// What pass `pass` has found, after the first `after` differences.
+    fn findings(
+        &self,
+        _source: &FileSystemId,
+        _pass: u64,
+        _after: u64,
+    ) -> Result<Findings, ControlError> {
+        Err(ControlError::Conflict("only the source verifies: ask it".to_owned()))
+    }
 }

@@ -16,6 +16,7 @@ pub mod config;
 pub mod control;
 pub mod crashsafe;
 pub mod daemon;
+pub mod describe;
 pub mod fault;
 #[doc(hidden)]
 pub mod fuzzing;
@@ -30,4 +31,5 @@ pub mod stop;
 pub mod supervisor;
 pub mod sys;
 pub mod time;
+pub mod verification;
 pub mod wire;

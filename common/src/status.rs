@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::{BatchId, FileSystemId, Seq, TransferId};
 use crate::time::Timestamp;
+use crate::verification::Verification;
 
 /// EFS's status of a replication.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +26,10 @@ pub enum ReplicationStatus {
     Deleting,
     /// Replication cannot go on without help; `StatusMessage` says why.
     Error,
+    /// So much was deleted on the source that the replica does not follow until
+    /// the operator says so, while changes are journaled; or the source is not
+    /// mounted where it was. A word of ours: EFS's API says `ERROR`.
+    Halted,
 }
 
 impl ReplicationStatus {
@@ -37,6 +42,7 @@ impl ReplicationStatus {
             Self::Paused => "PAUSED",
             Self::Deleting => "DELETING",
             Self::Error => "ERROR",
+            Self::Halted => "HALTED",
         }
     }
 }
@@ -341,6 +347,9 @@ pub struct SourceReport {
     pub counters: Counters,
     /// The last error that an operator should know, with its time.
     pub last_error: Option<TimedError>,
+    /// What is known of verification.
+    #[serde(default)]
+    pub verification: Verification,
 }
 
 /// An error and when it happened.

@@ -21,7 +21,12 @@
 //! 3. The destination waits for all packed objects, syncs, logs the batch,
 //!    applies it and answers [`DestinationMessage::Applied`].
 //!
-//! Batches commit strictly in order of their ids, without holes.
+//! Batches commit strictly in order of their ids, without holes. What had
+//! arrived of a batch whose session ended serves the next session: see [`kept`].
+
+pub mod kept;
+
+pub use kept::{KeptChunk, KeptObject, PackedAgain};
 
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
@@ -35,6 +40,10 @@ use crate::status::SourceReport;
 use crate::time::Timestamp;
 
 /// ALPN of a replication connection; the number is the protocol's version.
+///
+/// 1: the first. 2: sessions have names; what finds no place is given
+/// back; what was staged when a session ended is used by the next ([`kept`]);
+/// verification.
 pub const ALPN: &[u8] = b"replicator/2";
 /// ALPN of an enrolment connection.
 pub const ALPN_ENROL: &[u8] = b"replicator-enrol/1";
@@ -114,6 +123,23 @@ pub enum SourceMessage {
     /// The configuration is deleted on the source with `ALL_CONFIGURATIONS`:
     /// fail over now. Answered by [`DestinationMessage::FailedOver`].
     Delete,
+    /// Asks what the replica holds, to verify it. Answered by one
+    /// [`DestinationMessage::Described`], in the order of the questions, of which
+    /// at most [`QUESTIONS_MAX`](crate::describe::QUESTIONS_MAX) may wait.
+    Describe(Box<crate::describe::Describe>),
+    /// Asks for the chunks that were kept of a large object; answered by one or
+    /// more [`DestinationMessage::KeptChunks`].
+    AskKept {
+        /// One that [`DestinationMessage::Kept`] named.
+        object: ObjectId,
+    },
+    /// What was kept of these is of no use: it may be removed.
+    Release {
+        /// All small objects that were not sent again.
+        packed: bool,
+        /// Large ones.
+        transfers: Vec<ObjectId>,
+    },
 }
 
 /// The source introduces itself.
@@ -375,6 +401,31 @@ pub enum DestinationMessage {
         /// Why.
         reason: String,
     },
+    /// The answer to [`SourceMessage::Describe`].
+    Described(Box<crate::describe::Description>),
+    /// After the hello: what staging still has of the session before. At least
+    /// one of these, with [`kept::KEPT_ITEMS_MAX`] objects at most in each.
+    Kept {
+        /// Small files.
+        packed: Vec<KeptObject>,
+        /// Large ones of which there are parts.
+        transfers: Vec<ObjectId>,
+        /// Nothing follows.
+        last: bool,
+    },
+    /// The answer to [`SourceMessage::AskKept`].
+    KeptChunks {
+        /// The object.
+        object: ObjectId,
+        /// Its size and time when the transfer began that was broken off.
+        /// When the file still has both, what was kept is its beginning.
+        was: (u64, Timestamp),
+        /// Some of the chunks, of content that was there when it was looked at;
+        /// at most [`kept::KEPT_ITEMS_MAX`].
+        chunks: Vec<KeptChunk>,
+        /// Nothing follows.
+        last: bool,
+    },
 }
 
 /// The destination introduces itself.
@@ -501,6 +552,23 @@ pub enum DataFrame {
         /// The transfer.
         transfer: TransferId,
     },
+    /// Small objects of a batch whose content the destination kept, each once.
+    PackAgain {
+        /// The batch they belong to; they count among its packed objects.
+        batch: BatchId,
+        /// The objects.
+        objects: Vec<PackedAgain>,
+    },
+    /// Follows [`DataFrame::TransferBegin`]: what was kept of the object serves
+    /// this transfer, whose pieces may be [`Piece::Kept`].
+    TransferReuse {
+        /// The transfer.
+        transfer: TransferId,
+        /// What was kept becomes the transfer's own file, so that chunks that
+        /// stay where they are need not be written again. Then no
+        /// [`Piece::Kept`] is from before the place that it goes to.
+        in_place: bool,
+    },
 }
 
 /// A small regular file: content and attributes, staged as one.
@@ -575,6 +643,17 @@ pub enum Piece {
         /// How many bytes.
         length: u64,
     },
+    /// Bytes that were kept of a transfer before this one
+    /// ([`DataFrame::TransferReuse`]). Looked at before they are used: when they
+    /// are not what the hash says, the transfer is refused.
+    Kept {
+        /// Where in what was kept ([`KeptChunk::from`]).
+        from: u64,
+        /// How many bytes, at most [`PIECE_MAX`].
+        length: u32,
+        /// Their hash.
+        hash: Hash,
+    },
 }
 
 impl Piece {
@@ -583,6 +662,7 @@ impl Piece {
         match self {
             Self::Data { bytes, .. } => bytes.len() as u64,
             Self::Copy { length, .. } | Self::Hole { length } => *length,
+            Self::Kept { length, .. } => u64::from(*length),
         }
     }
 }

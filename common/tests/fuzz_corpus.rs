@@ -6,6 +6,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use replicator_common::chunk::Chunk;
 use replicator_common::fuzzing;
 use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
@@ -14,8 +15,8 @@ use replicator_common::object::{Attributes, Kind, ObjectState, Xattr};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
     BatchHeader, ContentSource, DataFrame, DestinationMessage, Extent, Hash, InventoryContent,
-    InventoryItem, Layout, Op, PackedObject, Piece, Refusal, SourceHello, SourceMessage,
-    TransferBegin,
+    InventoryItem, KeptChunk, KeptObject, Layout, Op, PackedAgain, PackedObject, Piece, Refusal,
+    SourceHello, SourceMessage, TransferBegin,
 };
 
 fn corpus() -> &'static Path {
@@ -71,6 +72,8 @@ fn from_source() -> Vec<(&'static str, SourceMessage)> {
         ("commit", SourceMessage::Commit { batch, header }),
         ("abandon", SourceMessage::Abandon { batch }),
         ("delete", SourceMessage::Delete),
+        ("ask-kept", SourceMessage::AskKept { object: id(1) }),
+        ("release", SourceMessage::Release { packed: true, transfers: vec![id(1)] }),
     ]
 }
 
@@ -85,11 +88,16 @@ fn from_destination() -> Vec<(&'static str, DestinationMessage)> {
     };
     let transfer = TransferId(4);
     let refusal = Refusal::Protocol("why".to_owned());
+    let packed = vec![KeptObject { object: id(1), hash: Hash::of(b"abc") }];
+    let (was, chunk) = ((9, Timestamp(1)), Chunk { length: 3, hash: Hash::of(b"abc") });
+    let chunks = vec![KeptChunk { from: 7, chunk }];
     vec![
         ("applied", DestinationMessage::Applied { batch: BatchId(3), time: Timestamp(2) }),
         ("inventory", DestinationMessage::Inventory { items: vec![item], last: true }),
         ("transfer-refused", DestinationMessage::TransferRefused { transfer, reason: "x".into() }),
         ("refused", DestinationMessage::Refused(refusal)),
+        ("kept", DestinationMessage::Kept { packed, transfers: vec![id(2)], last: true }),
+        ("kept-chunks", DestinationMessage::KeptChunks { object: id(2), was, chunks, last: true }),
     ]
 }
 
@@ -115,10 +123,15 @@ fn data() -> Vec<(&'static str, DataFrame)> {
         Piece::Data { hash: Hash::of(b"abc"), bytes: b"abc".to_vec() },
         Piece::Copy { from: 3, length: 9 },
         Piece::Hole { length: 4096 },
+        Piece::Kept { from: 7, length: 3, hash: Hash::of(b"abc") },
     ];
+    let hash = Hash::of(b"abc");
+    let again = PackedAgain { object: id(1), version: 1, state: state(), hash };
     vec![
         ("pack", DataFrame::Pack { batch: BatchId(3), objects: vec![packed] }),
+        ("pack-again", DataFrame::PackAgain { batch: BatchId(3), objects: vec![again] }),
         ("begin", DataFrame::TransferBegin(begin)),
+        ("reuse", DataFrame::TransferReuse { transfer, in_place: true }),
         ("pieces", DataFrame::TransferPieces { transfer, pieces }),
         ("end", DataFrame::TransferEnd { transfer, state: state() }),
     ]

@@ -28,7 +28,7 @@ use crate::area::AreaError;
 use crate::attributes;
 use crate::failover::{self, FailoverError};
 use crate::mark::{self, Mark};
-use crate::replica::{Point, Replica, ReplicaError, renounce, wipe_staging};
+use crate::replica::{Point, Replica, ReplicaError, disclaim, renounce, wipe_staging};
 use crate::seal::{SealError, needed_by, staged_bytes};
 use crate::session::{StagedTransfer, WholeBatch};
 use crate::stage::Stager;
@@ -251,7 +251,12 @@ impl Applier {
         let mut items = Vec::new();
         for finding in findings {
             items.extend(set_aside_item(finding));
-            self.distrust |= matches!(finding, Finding::Lost { .. });
+            if matches!(finding, Finding::Lost { .. }) {
+                // INVARIANT (the watermark tells the truth): before anybody is told
+                // of the batch. Nothing is known of the replica until it is reconciled.
+                disclaim(&mut self.standing);
+                self.distrust = true;
+            }
             let error = finding.to_string();
             tracing::error!(error, "the replica was changed by somebody else");
             self.note(error);
@@ -312,8 +317,11 @@ impl Applier {
             }
         })?;
         let lost = "an object was missing in the replica";
-        let distrust = self.distrust.then_some(lost);
-        if let Some(reason) = distrust.or(mismatch(&self.standing, hello)) {
+        let distrust = self.distrust.then_some(lost).or(mismatch(&self.standing, hello));
+        // Of another history, or perhaps not on disk: of no use to this session.
+        let known = self.standing.source_incarnation == Some(hello.incarnation);
+        let useless = self.spoilt || distrust.is_some() || !known;
+        if let Some(reason) = distrust {
             tracing::warn!(reason, "source and destination do not fit together: reconciling");
             renounce(&replica.area, &replica.store, &mut self.standing, reason)?;
             self.distrust = false;
@@ -321,7 +329,12 @@ impl Applier {
         }
         // What is of the session before was kept until now for a failover in
         // between. After renouncing, which takes out what must not be lost.
-        wipe_staging(&replica.area)?;
+        if useless {
+            wipe_staging(&replica.area)?;
+            replica.kept.clear();
+        } else {
+            replica.kept.collect()?;
+        }
         self.spoilt = false;
         replica.shared().staged_bytes = 0;
         replica.shared().arriving.clear();
@@ -416,6 +429,8 @@ impl Applier {
         }
         Stager::discard(&self.replica.area, &batch.superseded);
         let Some(steps) = self.seal_patiently(&batch, reply)? else { return Ok(()) };
+        let records: Vec<_> = batch.content.values().filter_map(StagedTransfer::record).collect();
+        Stager::discard(&self.replica.area, &records);
         self.replica.shared().durable = self.standing.committed;
         let _ = reply.send(Progress::Durable(id));
         if self.replica.dies_at(Point::Committed) {
@@ -531,6 +546,11 @@ impl Applier {
         let start = Instant::now();
         let next = advance(&self.standing, batch.batch, &batch.header).ok_or(SealError::Skipped)?;
         if self.astray {
+            return Err(SealError::Sync(Errno::IO));
+        }
+        if self.doubt {
+            // INVARIANT (the watermark tells the truth): also a heartbeat claims
+            // that what was applied is there. The next session redoes it first.
             return Err(SealError::Sync(Errno::IO));
         }
         if batch.ops.is_empty() {

@@ -56,6 +56,11 @@ impl AreaError {
         let Self::System { source, .. } = self else { return false };
         !matches!(*source, Errno::ROFS | Errno::MFILE | Errno::NFILE | Errno::NOMEM)
     }
+
+    /// Whether room on the disk, or of a quota, is what lacks.
+    pub fn is_no_room(&self) -> bool {
+        matches!(self, Self::System { source: Errno::NOSPC | Errno::DQUOT, .. })
+    }
 }
 
 /// What an operator can do about an error, as the end of a sentence.

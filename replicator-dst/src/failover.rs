@@ -33,7 +33,8 @@ use crate::hints::place_chain;
 use crate::objects::{Entry, Objects, path_of};
 use crate::readonly::{self, ReadOnlyError};
 use crate::replica::{
-    Config, Point, Replica, ReplicaError, ReplicaOptions, last_replicated, time_since_last_sync,
+    Config, Point, Replica, ReplicaError, ReplicaOptions, disclaim, last_replicated,
+    time_since_last_sync,
 };
 use crate::reserve;
 use crate::seal::{join, needed_by};
@@ -201,6 +202,9 @@ fn redo(replica: &Replica, tree: &mut Tree) -> Result<Vec<String>, FailoverError
     place::sync_file_system(replica.protection.root()).map_err(AreaError::system("sync", "."))?;
     let mut standing = replica.store.standing()?;
     standing.applied = standing.committed;
+    if findings.iter().any(|finding| matches!(finding, execute::Finding::Lost { .. })) {
+        disclaim(&mut standing);
+    }
     replica.store.forget(standing.applied, None)?;
     replica.store.set_standing(&standing)?;
     let needed: Vec<_> = steps.iter().flat_map(needed_by).collect();
@@ -348,7 +352,7 @@ fn foreign_item(item: SetAsideItem) -> Item {
 }
 
 /// What a staged file was to become. `None` for what holds nothing of the
-/// source's: plans, and names that the applier had prepared.
+/// source's: plans, records of transfers, and names that the applier had prepared.
 fn describe(
     name: &Name,
     size: Option<u64>,
@@ -383,7 +387,8 @@ fn describe(
     }))
 }
 
-fn decode_hex(text: &str) -> Option<Vec<u8>> {
+/// The bytes that hexadecimal digits stand for, as in the names of staged files.
+pub(crate) fn decode_hex(text: &str) -> Option<Vec<u8>> {
     let digits = text.as_bytes();
     if !digits.len().is_multiple_of(2) {
         return None;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use quinn::{Connection, RecvStream, SendStream};
+use replicator_common::describe::{Describe, Description};
 use replicator_common::id::{BatchId, SessionId};
 use replicator_common::name::Name;
 use replicator_common::net::frame::{FrameError, FrameReader, FrameWriter};
@@ -19,6 +20,7 @@ use replicator_common::net::quic;
 use replicator_common::status::DesiredState;
 use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
+use replicator_common::wire::kept::KEPT_TRANSFERS_MAX;
 use replicator_common::wire::{
     BatchHeader, DestinationHello, DestinationMessage, Op, Refusal, SourceHello, SourceMessage,
 };
@@ -27,6 +29,8 @@ use tokio::sync::{mpsc, oneshot};
 use crate::applier::{Job, Progress};
 use crate::apply::Place;
 use crate::area::AreaError;
+use crate::describe::Describer;
+use crate::kept::Kept;
 use crate::reconcile;
 use crate::replica::{APPLIER_SHARD, Replica, applier_staging};
 use crate::session::{Breach, Returned, Session};
@@ -45,6 +49,8 @@ const BEGIN: Duration = Duration::from_secs(60);
 const EVENTS_WAITING: usize = 256;
 /// Objects of one message that gives a batch back.
 const RETURNED_MAX: usize = 4096;
+/// How often what was kept may be asked for in a session.
+const ASKED_MAX: usize = 16 * KEPT_TRANSFERS_MAX;
 /// Between attempts to stage while the disk is full.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -123,8 +129,14 @@ struct Shell {
     applied: BatchId,
     /// Parts of plans written for a failover, see [`Shell::keep_plan`].
     kept_plans: BTreeMap<BatchId, Vec<Place>>,
-    plan_parts: u64,
     inventory: Option<Inventory>,
+    /// Looks at the replica for the source's verification, once asked.
+    describer: Option<Describer>,
+    described: mpsc::UnboundedSender<Description>,
+    /// What is said of what was kept, as it is read.
+    kept: (mpsc::Sender<DestinationMessage>, mpsc::Receiver<DestinationMessage>),
+    /// How often the source asked for it.
+    asked: usize,
 }
 
 /// A connection whose source has said who it is.
@@ -216,6 +228,8 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
     let clocks = (hello.time, received);
     greet(&mut writer, &context, &connection, clocks, &standing).await?;
     let (progress, progressed) = mpsc::unbounded_channel();
+    // Bounded by the questions that may wait.
+    let (described, descriptions) = mpsc::unbounded_channel();
     let session = Session::new(standing.committed);
     let mut shell = Shell {
         context,
@@ -225,10 +239,13 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
         progress,
         applied: standing.committed,
         kept_plans: BTreeMap::new(),
-        plan_parts: 0,
         inventory: None,
+        describer: None,
+        described,
+        kept: mpsc::channel(1),
+        asked: 0,
     };
-    let result = shell.serve(reader, progressed).await;
+    let result = shell.serve(reader, progressed, descriptions).await;
     if let Err(SessionError::Refused(refusal)) = &result {
         // A courtesy: the session ends either way.
         let message = DestinationMessage::Refused(refusal.clone());
@@ -338,11 +355,13 @@ impl Shell {
         &mut self,
         mut reader: FrameReader<RecvStream>,
         mut progressed: mpsc::UnboundedReceiver<Progress>,
+        mut descriptions: mpsc::UnboundedReceiver<Description>,
     ) -> Result<(), SessionError> {
         let (events, mut staged) = mpsc::channel(EVENTS_WAITING);
         let mut report = tokio::time::interval(REPORT);
         report.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut streams = 0u8;
+        self.read_kept(Kept::tell);
         loop {
             tokio::select! {
                 message = reader.read::<SourceMessage>() => match message.map_err(SessionError::unread)? {
@@ -355,7 +374,14 @@ impl Shell {
                 }
                 Some(event) = staged.recv() => self.event(event).await?,
                 Some(progress) = progressed.recv() => self.progress(progress).await?,
+                Some(part) = self.kept.1.recv() => {
+                    self.writer.write(&part).await?;
+                }
                 part = next_part(&mut self.inventory) => self.inventoried(part).await?,
+                Some(description) = descriptions.recv() => {
+                    let message = DestinationMessage::Described(Box::new(description));
+                    self.writer.write(&message).await?;
+                }
                 Some(message) = self.context.last_word.recv() => {
                     return self.last_word(message).await;
                 }
@@ -399,6 +425,24 @@ impl Shell {
             }
             SourceMessage::RequestInventory => {
                 self.inventory();
+                Ok(())
+            }
+            SourceMessage::Describe(question) => self.describe(*question),
+            SourceMessage::AskKept { object } => {
+                // Asking without end would make tasks without end.
+                self.asked += 1;
+                if self.asked > ASKED_MAX {
+                    let what = "what was kept was asked for too often".to_owned();
+                    return Err(SessionError::Refused(Refusal::Protocol(what)));
+                }
+                self.read_kept(move |kept, say| kept.chunks(&object, say));
+                Ok(())
+            }
+            SourceMessage::Release { packed, transfers } => {
+                // Failover sets it all aside, and has counted it.
+                if !self.context.replica.failing_over.load(Ordering::Acquire) {
+                    self.context.replica.kept.release(packed, &transfers);
+                }
                 Ok(())
             }
             SourceMessage::Delete => {
@@ -448,8 +492,9 @@ impl Shell {
         if ops.is_empty() {
             return;
         }
-        self.plan_parts += 1;
-        let name = format!("plan.{batch}.{}", self.plan_parts);
+        // Plans of a session before may stand there.
+        let number = self.context.replica.kept.number();
+        let name = format!("plan.{batch}.{number}");
         let area = self.context.replica.area.clone();
         let Ok(record) = replicator_common::codec::encode_record(ops) else { return };
         let Ok(name) = Name::new(name.as_bytes()) else { return };
@@ -555,6 +600,29 @@ impl Shell {
             self.writer.write(&message).await?;
         }
         Ok(())
+    }
+
+    /// The source asks what the replica holds.
+    fn describe(&mut self, question: Describe) -> Result<(), SessionError> {
+        let describer = match self.describer.take() {
+            Some(describer) => describer,
+            None => Describer::start(self.context.replica.clone(), self.described.clone())
+                .map_err(|error| SessionError::Refused(Refusal::Unable(error.to_string())))?,
+        };
+        let asked = describer.ask(question);
+        self.describer = Some(describer);
+        asked.map_err(|reason| SessionError::Refused(Refusal::Protocol(reason)))
+    }
+
+    /// Reads what was kept, beside the session, and says what it finds.
+    fn read_kept(
+        &self,
+        read: impl FnOnce(&Kept, &mut dyn FnMut(DestinationMessage) -> bool) + Send + 'static,
+    ) {
+        let (kept, parts) = (self.context.replica.kept.clone(), self.kept.0.clone());
+        tokio::task::spawn_blocking(move || {
+            read(&kept, &mut |part| parts.blocking_send(part).is_ok());
+        });
     }
 
     /// The source asks for a part of the inventory. It is walked once a session.

@@ -160,7 +160,7 @@ fn chunks(
 }
 
 /// State and link count.
-fn state(fd: BorrowedFd<'_>) -> Result<(ObjectState, u32), Errno> {
+pub(crate) fn state(fd: BorrowedFd<'_>) -> Result<(ObjectState, u32), Errno> {
     let stat = stat::of_fd(fd)?;
     let size = if matches!(stat.kind, Kind::File | Kind::Symlink) { stat.size } else { 0 };
     let attributes = Attributes {

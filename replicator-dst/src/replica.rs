@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::apply::{Place, Within};
 use crate::area::{Area, AreaError, hidden_name};
+use crate::kept::Kept;
 use crate::locate::Locator;
 use crate::mark;
 use crate::readonly::{Protection, ReadOnlyError};
@@ -157,6 +158,8 @@ pub struct Replica {
     pub area: Arc<Area>,
     /// Its store.
     pub store: Arc<Store>,
+    /// What staging has of the session before.
+    pub kept: Arc<Kept>,
     /// What it can hold.
     pub abilities: Abilities,
     /// How it is kept read-only.
@@ -226,6 +229,7 @@ impl Replica {
         };
         Ok(Arc::new(Self {
             directory: directory.to_owned(),
+            kept: Arc::new(Kept::new(area.clone())),
             area,
             store: Arc::new(store),
             abilities,
@@ -330,7 +334,11 @@ impl Replica {
             (ReplicationStatus::Paused, None)
         } else if !shared.standing.complete {
             (ReplicationStatus::Enabling, away(&shared.link))
-        } else if let (Some(source), true) = (&shared.source, shared.link.connected) {
+        } else if let Some(source) = &shared.source
+            && (shared.link.connected || source.status == ReplicationStatus::Halted)
+        {
+            // A source that halted because it is not there ends its session
+            // with that word.
             (source.status, source.message.clone())
         } else {
             (ReplicationStatus::Enabled, away(&shared.link))
@@ -407,7 +415,7 @@ fn settle_incarnation(
 
 /// What was claimed was claimed of another replica than this one. That it moves
 /// back is the smaller evil.
-fn disclaim(standing: &mut Standing) {
+pub fn disclaim(standing: &mut Standing) {
     standing.watermark = Timestamp::NEVER;
     standing.last_consistent = None;
 }

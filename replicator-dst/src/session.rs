@@ -13,6 +13,7 @@ use replicator_common::object::ObjectState;
 use replicator_common::wire::{BatchHeader, ContentSource, Op, PLAN_OPS_MAX};
 
 use crate::apply::Place;
+use crate::kept;
 
 /// The most operations of one batch: a plan is held in memory.
 pub const BATCH_OPS_MAX: usize = 1 << 20;
@@ -96,9 +97,19 @@ pub enum StagedTransfer {
 impl StagedTransfer {
     /// Where it is.
     pub fn places(&self) -> Vec<Place> {
-        match self {
+        let mut places = match self {
             Self::Whole(file) => vec![file.place.clone()],
             Self::Patch { literals, list, .. } => vec![literals.clone(), list.clone()],
+        };
+        places.extend(self.record());
+        places
+    }
+
+    /// The record of the transfer: of no use once its batch is committed.
+    pub fn record(&self) -> Option<Place> {
+        match self {
+            Self::Whole(file) => kept::record_of(&file.place),
+            Self::Patch { literals, .. } => kept::record_of(literals),
         }
     }
 

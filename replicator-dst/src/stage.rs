@@ -2,7 +2,11 @@
 //! directory, so that applying is a rename.
 //!
 //! One [`Stager`] serves one data stream, on a thread of its own and in a
-//! staging directory of its own. Memory is bounded by one frame.
+//! staging directory of its own. Memory is bounded by one frame. What a session
+//! before this one left there is used where the source says so (see
+//! [`crate::kept`]).
+
+mod reuse;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -25,11 +29,14 @@ use rustix::io::Errno;
 use crate::apply::{Place, Within};
 use crate::area::{Area, AreaError};
 use crate::attributes::{self, Origin};
+use crate::kept::{self, Kept};
 use crate::locate::Locator;
 use crate::objects::Objects;
 use crate::patch::{PatchPiece, PatchWriter};
+use crate::record::RecordWriter;
 use crate::session::{StagedFile, StagedTransfer};
 use crate::store::{Store, StoreError};
+use reuse::Reuse;
 
 /// The most transfers that one stream may have open.
 const OPEN_MAX: usize = 256;
@@ -70,6 +77,10 @@ struct Open {
     name: Name,
     file: OwnedFd,
     list: Option<List>,
+    /// Which chunks are in the file, for the next session if this one ends.
+    record: RecordWriter,
+    /// What was kept of a transfer before this one.
+    reuse: Option<Reuse>,
     /// Bytes of the object that the pieces covered so far.
     offset: u64,
     /// Bytes written to the literals of a patch.
@@ -84,19 +95,23 @@ pub struct Stager {
     /// The last batch applied: a basis must not be older than that.
     applied: Arc<AtomicU64>,
     shard: u8,
-    next: u64,
+    kept: Arc<Kept>,
     open: HashMap<TransferId, Open>,
     /// What could not be held, since last taken.
     pub shortfalls: Shortfalls,
 }
 
 impl Stager {
+    /// The most digits of an object in a staged name; longer ones are cut.
+    pub const OBJECT_DIGITS: usize = 160;
+
     /// For one data stream.
     pub fn new(
         area: Arc<Area>,
         store: Arc<Store>,
         locator: Locator,
         applied: Arc<AtomicU64>,
+        kept: Arc<Kept>,
         shard: u8,
     ) -> Self {
         Self {
@@ -105,7 +120,7 @@ impl Stager {
             locator,
             applied,
             shard,
-            next: 0,
+            kept,
             open: HashMap::new(),
             shortfalls: Shortfalls::default(),
         }
@@ -117,11 +132,10 @@ impl Stager {
 
     /// A staging name that says what it is, for the manifest after a crash:
     /// kind and number, then the object as far as it fits.
-    fn name(&mut self, kind: &str, of: impl std::fmt::Display, object: &ObjectId) -> Name {
-        self.next += 1;
+    fn name(&self, kind: char, of: impl std::fmt::Display, object: &ObjectId) -> Name {
         let object = object.to_file_name();
-        let object = &object[..object.len().min(160)];
-        let text = format!("{kind}{of}.{}.{object}", self.next);
+        let object = &object[..object.len().min(Self::OBJECT_DIGITS)];
+        let text = format!("{kind}{of}.{}.{object}", self.kept.number());
         Name::new(text.as_bytes()).unwrap_or_else(|_| unreachable!("under 255 bytes, no slash"))
     }
 
@@ -153,7 +167,7 @@ impl Stager {
         packed: &PackedObject,
     ) -> Result<StagedFile, StageError> {
         check_packed(packed)?;
-        let name = self.name("p", batch, &packed.object);
+        let name = self.name('p', batch, &packed.object);
         let file = self.create(&name, packed.state.attributes.mode)?;
         let written = self.fill(&file, &name, packed);
         if written.is_err() {
@@ -180,23 +194,26 @@ impl Stager {
         if end != packed.state.size {
             place::set_size(file, packed.state.size).map_err(failed("set size of"))?;
         }
-        self.finish(file, name, &packed.object, &packed.state, packed.bytes.len() as u64)
+        let staged = self.finish(file, name, &packed.object, &packed.state, Origin::Ours)?;
+        Ok(StagedFile { bytes: packed.bytes.len() as u64, ..staged })
     }
 
+    /// Gives a file that has its content all else.
     fn finish(
         &mut self,
         file: &OwnedFd,
         name: &Name,
         object: &ObjectId,
         state: &ObjectState,
-        bytes: u64,
+        origin: Origin,
     ) -> Result<StagedFile, StageError> {
-        attributes::apply(file.as_fd(), state, Origin::Ours, &mut self.shortfalls, &|| {
+        attributes::apply(file.as_fd(), state, origin, &mut self.shortfalls, &|| {
             object.to_string()
         })
         .map_err(AreaError::system("set attributes of", name))?;
         let handle = handle::identify(file.as_fd()).map_err(AreaError::system("identify", name))?;
-        Ok(StagedFile { place: self.place(name), handle, state: state.clone(), bytes })
+        let (place, bytes) = (self.place(name), state.size);
+        Ok(StagedFile { place, handle, state: state.clone(), bytes })
     }
 
     /// A transfer begins.
@@ -211,13 +228,14 @@ impl Stager {
             return Err(StageError::Breach("a transfer of what is no file".to_owned()));
         }
         let basis = self.basis(&begin)?;
-        let name = self.name("t", begin.transfer, &begin.object);
-        let file = self.create(&name, PRIVATE)?;
-        let list = self.prepare(&begin, &file, &name);
-        if list.is_err() {
-            Self::discard(&self.area, &[self.place(&name)]);
-        }
-        let list = list?;
+        let name = self.name('t', begin.transfer, &begin.object);
+        let place = self.place(&name);
+        let (file, record, list) = self.create_all(&place, &begin).inspect_err(|_| {
+            // Another attempt has another name.
+            let twins = [kept::record_of(&place), kept::list_of(&place)];
+            let all: Vec<_> = twins.into_iter().flatten().chain([place.clone()]).collect();
+            Self::discard(&self.area, &all);
+        })?;
         let open = Open {
             object: begin.object,
             state: begin.state,
@@ -226,6 +244,8 @@ impl Stager {
             name,
             file,
             list,
+            record,
+            reuse: None,
             offset: 0,
             literal: 0,
         };
@@ -233,25 +253,29 @@ impl Stager {
         Ok(())
     }
 
-    /// The rest that a transfer needs before its content comes.
-    fn prepare(
-        &mut self,
+    /// The files of a transfer: its bytes, their record, the list of a patch.
+    fn create_all(
+        &self,
+        place: &Place,
         begin: &TransferBegin,
-        file: &OwnedFd,
-        name: &Name,
-    ) -> Result<Option<List>, StageError> {
+    ) -> Result<(OwnedFd, RecordWriter, Option<List>), AreaError> {
+        let file = self.create(&place.name, PRIVATE)?;
         // A file larger than this file system can hold is found out now, not
         // when all of it has come, nor when a patch is applied that is logged.
-        let sized = place::set_size(file, begin.state.size);
-        sized.map_err(AreaError::system("set size of", name))?;
-        if begin.layout == Layout::Replace {
-            return Ok(None);
-        }
-        place::set_size(file, 0).map_err(AreaError::system("set size of", name))?;
-        let name = self.name("l", begin.transfer, &begin.object);
-        let out = BufWriter::new(File::from(self.create(&name, PRIVATE)?));
-        let writer = PatchWriter::create(out).map_err(|e| io_failed(&e, &name))?;
-        Ok(Some((name, writer)))
+        let sized = place::set_size(&file, begin.state.size);
+        sized.map_err(AreaError::system("set size of", &place.name))?;
+        place::set_size(&file, 0).map_err(AreaError::system("set size of", &place.name))?;
+        let record = self.begin_record(place, begin)?;
+        let list = match begin.layout {
+            Layout::Replace => None,
+            Layout::Patch => {
+                let name = kept::list_of(place).ok_or_else(|| unnamed(&place.name))?.name;
+                let out = BufWriter::new(File::from(self.create(&name, PRIVATE)?));
+                let writer = PatchWriter::create(out).map_err(|e| io_failed(&e, &name))?;
+                Some((name, writer))
+            }
+        };
+        Ok((file, record, list))
     }
 
     /// The basis, if it is what the source believes (trap 5).
@@ -285,6 +309,7 @@ impl Stager {
     pub fn pieces(&mut self, transfer: TransferId, pieces: &[Piece]) -> Result<(), StageError> {
         let Some(open) = self.open.get_mut(&transfer) else { return Ok(()) };
         let result = pieces.iter().try_for_each(|piece| open.add(transfer, piece));
+        let result = open.without_room(transfer, result);
         if matches!(result, Err(StageError::Refused { .. })) {
             self.abort(transfer);
         }
@@ -305,9 +330,16 @@ impl Stager {
         }
         let list = open.list.take();
         let places = [Some(&open.name), list.as_ref().map(|(name, _)| name)];
-        let places: Vec<_> = places.into_iter().flatten().map(|name| self.place(name)).collect();
+        let mut places: Vec<_> =
+            places.into_iter().flatten().map(|name| self.place(name)).collect();
+        places.extend(kept::record_of(&self.place(&open.name)));
         match self.complete(&open, list, &state) {
-            Ok(staged) => Ok(Some((open.object, staged))),
+            Ok(staged) => {
+                // What it needed of that is in the new file.
+                let used = open.reuse.as_ref().map(Reuse::places).unwrap_or_default();
+                Self::discard(&self.area, &used);
+                Ok(Some((open.object, staged)))
+            }
             Err(error) => {
                 Self::discard(&self.area, &places);
                 Err(error)
@@ -331,7 +363,8 @@ impl Stager {
         }
         place::set_size(&open.file, state.size)
             .map_err(AreaError::system("set size of", &open.name))?;
-        let whole = self.finish(&open.file, &open.name, &open.object, state, state.size)?;
+        let (file, origin) = (&open.file, open.origin());
+        let whole = self.finish(file, &open.name, &open.object, state, origin)?;
         Ok(StagedTransfer::Whole(whole))
     }
 
@@ -352,8 +385,11 @@ impl Stager {
     }
 
     fn discard_open(&self, open: &Open) {
-        let mut places = vec![self.place(&open.name)];
+        let place = self.place(&open.name);
+        let mut places: Vec<_> = kept::record_of(&place).into_iter().collect();
+        places.push(place);
         places.extend(open.list.as_ref().map(|(name, _)| self.place(name)));
+        places.extend(open.reuse.iter().flat_map(Reuse::places));
         Self::discard(&self.area, &places);
     }
 }
@@ -374,18 +410,19 @@ impl Open {
                 if Hash::of(bytes) != *hash {
                     return Err(StageError::Breach(format!("transfer {transfer}: wrong hash")));
                 }
-                let at = if self.list.is_some() { self.literal } else { self.offset };
-                place::write_at(&self.file, bytes, at).map_err(failed("write"))?;
-                if let Some((name, list)) = &mut self.list {
-                    list.push(&PatchPiece { target, literal: Some(at) })
-                        .map_err(|e| io_failed(&e, name))?;
-                    self.literal += length;
-                }
+                self.literal(hash, bytes, None)?;
+            }
+            Piece::Kept { from, hash, .. } => {
+                let bytes = self.kept_bytes(transfer, piece)?;
+                self.literal(hash, &bytes, Some(*from))?;
             }
             Piece::Hole { .. } => {
                 if let Some((name, list)) = &mut self.list {
                     list.push(&PatchPiece { target, literal: None })
                         .map_err(|e| io_failed(&e, name))?;
+                } else if self.is_in_place() {
+                    place::punch(&self.file, self.offset, length).map_err(failed("punch"))?;
+                    self.record.void(self.offset, length).map_err(failed("write"))?;
                 }
             }
             Piece::Copy { from, .. } => match (&self.basis, self.layout) {
@@ -409,12 +446,40 @@ impl Open {
                         let reason = "the basis is shorter than that".to_owned();
                         return Err(StageError::Refused { transfer, reason });
                     }
+                    if self.is_in_place() {
+                        self.record.void(self.offset, length).map_err(failed("write"))?;
+                    }
                 }
             },
         }
         self.offset += length;
         Ok(())
     }
+
+    /// Literal bytes of the object: written where they belong, unless they stand
+    /// there already because they were kept in place.
+    fn literal(&mut self, hash: &Hash, bytes: &[u8], from: Option<u64>) -> Result<(), StageError> {
+        let failed = |action| AreaError::system(action, &self.name);
+        let length = bytes.len() as u64;
+        let target = Extent { offset: self.offset, length };
+        let at = if self.list.is_some() { self.literal } else { self.offset };
+        if !(self.is_in_place() && from == Some(at)) {
+            place::write_at(&self.file, bytes, at).map_err(failed("write"))?;
+            // A piece is far below 4 GiB.
+            let short = u32::try_from(length).unwrap_or(u32::MAX);
+            self.record.push(at, short, hash).map_err(failed("write"))?;
+        }
+        if let Some((name, list)) = &mut self.list {
+            list.push(&PatchPiece { target, literal: Some(at) })
+                .map_err(|e| io_failed(&e, name))?;
+            self.literal += length;
+        }
+        Ok(())
+    }
+}
+
+fn unnamed(name: &Name) -> AreaError {
+    AreaError::system("name a file beside", name)(Errno::INVAL)
 }
 
 fn io_failed(error: &std::io::Error, name: &Name) -> AreaError {

@@ -152,7 +152,8 @@ fn stage_all(
     events: &mpsc::Sender<Event>,
 ) {
     let (area, store) = (replica.area.clone(), replica.store.clone());
-    let mut stager = Stager::new(area, store, replica.locator(), replica.applied.clone(), shard);
+    let (applied, kept) = (replica.applied.clone(), replica.kept.clone());
+    let mut stager = Stager::new(area, store, replica.locator(), applied, kept, shard);
     for frame in queue {
         let _busy = Busy::new(replica);
         // Looked at after the count is raised: failover sets it, then waits
@@ -201,12 +202,44 @@ fn stage_one(
             }
             Ok(())
         }
+        DataFrame::PackAgain { batch, objects } => {
+            for again in objects {
+                let (object, version) = (again.object.clone(), again.version);
+                match patiently(replica, events, || stager.again(batch, &again))? {
+                    Staged::Done(Some(file)) => {
+                        replica.shared().staged_bytes += file.bytes;
+                        metrics::counter!("replicator_destination_reused_objects_total")
+                            .increment(1);
+                        tell(Event::Packed { batch, object, version, file: Box::new(file) })?;
+                    }
+                    Staged::Done(None) => {
+                        // A new session tells the source anew what there is.
+                        let what = format!("the content of {object} was not kept");
+                        return Err(SessionError::Refused(Refusal::Unable(what)));
+                    }
+                    Staged::Unplaced(reason) => {
+                        tell(Event::Failed { batch, object, version, reason })?;
+                    }
+                    Staged::Refused => {}
+                }
+            }
+            Ok(())
+        }
         DataFrame::TransferBegin(begin) => {
             match patiently(replica, events, || stager.begin(begin.clone()))? {
                 Staged::Unplaced(reason) => {
                     tell(Event::Unplaced { transfer: begin.transfer, reason })
                 }
                 Staged::Done(()) | Staged::Refused => Ok(()),
+            }
+        }
+        DataFrame::TransferReuse { transfer, in_place } => {
+            match patiently(replica, events, || stager.reuse(transfer, in_place))? {
+                Staged::Unplaced(reason) => {
+                    stager.abort(transfer);
+                    tell(Event::Unplaced { transfer, reason })
+                }
+                Staged::Done(_) | Staged::Refused => Ok(()),
             }
         }
         DataFrame::TransferPieces { transfer, pieces } => {
@@ -277,7 +310,7 @@ fn patiently<T>(
     events: &mpsc::Sender<Event>,
     mut attempt: impl FnMut() -> Result<T, StageError>,
 ) -> Result<Staged<T>, SessionError> {
-    let (mut stalled, mut pause) = (false, RETRY.0);
+    let (mut stalled, mut pause, mut gave_up) = (false, RETRY.0, false);
     loop {
         match attempt() {
             Ok(value) => {
@@ -292,6 +325,12 @@ fn patiently<T>(
             Err(StageError::Refused { transfer, reason }) => {
                 let told = events.blocking_send(Event::Refused { transfer, reason });
                 return told.map(|()| Staged::Refused).map_err(|_| SessionError::Closed);
+            }
+            // What is kept of large files makes room; it is sent again.
+            Err(StageError::Area(error)) if error.is_no_room() && !gave_up => {
+                replica.kept.give_up_transfers();
+                gave_up = true;
+                continue;
             }
             Err(StageError::Area(error)) if error.is_of_one_object() => {
                 tracing::warn!(%error, "cannot stage, given back");

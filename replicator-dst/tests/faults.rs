@@ -189,6 +189,7 @@ impl Round<'_> {
                 Some(DestinationMessage::Durable { .. } | DestinationMessage::Report(_)) => {
                     self.no_claim_before(number);
                 }
+                Some(DestinationMessage::Kept { .. }) => {}
                 Some(DestinationMessage::Returned { batch, last: true, .. }) => {
                     let batch = SourceMessage::Abandon { batch };
                     source.writer.write(&batch).await.unwrap();
@@ -278,11 +279,18 @@ async fn every_call_may_fail() {
     }
     // Nothing is left of all those attempts.
     drop(round.source.take());
-    let source = world.connect(&service, round.applied).await;
+    let mut source = world.connect(&service, round.applied).await;
+    let (_, transfers) = source.told().await;
+    source.writer.write(&SourceMessage::Release { packed: true, transfers }).await.unwrap();
     let hidden = world.replica.join(format!(".replicator-{}", world.source));
-    for shard in std::fs::read_dir(hidden.join("staging")).unwrap() {
-        let left = std::fs::read_dir(shard.unwrap().path()).unwrap().count();
-        assert_eq!(left, 0);
+    let staged = || {
+        let shards = std::fs::read_dir(hidden.join("staging")).unwrap();
+        shards.map(|shard| std::fs::read_dir(shard.unwrap().path()).unwrap().count()).sum::<usize>()
+    };
+    let start = Instant::now();
+    while staged() > 0 {
+        assert!(start.elapsed() < PATIENCE, "{} files are left in staging", staged());
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
     drop(source);
     scenario.teardown();

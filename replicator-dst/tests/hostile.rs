@@ -11,6 +11,9 @@ use std::time::Duration;
 
 use common::{Batch, FakeSource, ROOT, World, id, name, state};
 use replicator_common::control::{Control, DeletionMode};
+use replicator_common::describe::{
+    ASKED_MAX, Describe, Description, EntriesSeen, RANGE_MAX, RangeSeen,
+};
 use replicator_common::id::{BatchId, FileSystemId, ObjectId, TransferId};
 use replicator_common::name::Name;
 use replicator_common::net::enrol::{self, EnrolRequest};
@@ -191,6 +194,52 @@ async fn what_is_out_of_turn_or_not_what_it_claims_is_refused() {
     source.send(2, &Batch::new().file(5, 3, "through-the-link", b"x")).await;
     refused(source, "is no directory").await;
     stage.end().await;
+}
+
+/// Verification lets a source ask: of the replica alone, and so much at a time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_question_that_asks_too_much_is_refused() {
+    let stage = Stage::set(false).await;
+    let ask = |question| SourceMessage::Describe(Box::new(question));
+    let range = |offset, length| ask(Describe::Range { object: id(2), offset, length });
+    let mut source = stage.session().await;
+    source.writer.write(&range(0, RANGE_MAX + 1)).await.unwrap();
+    refused(source, "the limit is").await;
+    let mut source = stage.session().await;
+    let many = vec![(id(2), true); ASKED_MAX + 1];
+    source.writer.write(&ask(Describe::Objects(many))).await.unwrap();
+    refused(source, "the limit is").await;
+
+    // The replica's own objects by its own map: no handle, and no link, leads on.
+    let mut source = stage.session().await;
+    source.writer.write(&range(u64::MAX - 5, RANGE_MAX)).await.unwrap();
+    let past_the_end = described(&mut source).await;
+    assert!(
+        matches!(past_the_end, Description::Range(RangeSeen::Unreadable(_))),
+        "{past_the_end:?}"
+    );
+    let link = Describe::Range { object: id(3), offset: 0, length: 9 };
+    source.writer.write(&ask(link)).await.unwrap();
+    let through = described(&mut source).await;
+    assert!(!matches!(through, Description::Range(RangeSeen::Read { .. })), "{through:?}");
+    let directory = id(ROOT);
+    let question =
+        Describe::Entries { directory, after: None, until: None, expected: vec![], list: true };
+    source.writer.write(&ask(question)).await.unwrap();
+    let Description::Entries(EntriesSeen::Read { extra, .. }) = described(&mut source).await else {
+        panic!("the root can be read")
+    };
+    let names: Vec<_> = extra.iter().map(|extra| extra.name.to_string()).collect();
+    assert_eq!(names, ["dir", "file", "link"], "our own directories are nobody's matter");
+    stage.end().await;
+}
+
+async fn described(source: &mut FakeSource) -> Description {
+    loop {
+        if let DestinationMessage::Described(description) = source.next().await {
+            return *description;
+        }
+    }
 }
 
 fn adopt(object: u8, handle: ObjectId, directory: u8, text: &str, kind: Kind) -> Op {

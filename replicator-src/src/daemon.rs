@@ -1,7 +1,9 @@
 //! The service, as the daemon's configuration describes it.
 
 use replicator_common::config::SourceConfig;
+use replicator_src::engine::halt::HaltRule;
 use replicator_src::service::SourceOptions;
+use replicator_src::verify::Settings as Verify;
 
 /// The configuration's part that the service needs.
 pub fn options(config: &SourceConfig) -> SourceOptions {
@@ -11,6 +13,15 @@ pub fn options(config: &SourceConfig) -> SourceOptions {
         settle: config.settle.get(),
         rescan_interval: config.rescan_interval.get(),
         max_batch_bytes: config.max_batch_bytes.get(),
+        halt: HaltRule {
+            percent: config.halt_deletions_percent,
+            min: config.halt_deletions_min,
+            window: config.halt_deletions_window.get(),
+        },
+        verify: Verify {
+            interval: config.verify_interval.0.map(|interval| interval.get()),
+            rate: config.verify_rate.get(),
+        },
         ..SourceOptions::new(config.state_dir.clone())
     }
 }

@@ -9,7 +9,7 @@
 //! - [`Claim`]: what a batch may say of itself.
 //! - [`Memory`]: whether two sides remember the same history.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 
 use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq};
 use replicator_common::name::Name;
@@ -133,6 +133,8 @@ pub struct Flight<T> {
     pub input: Dirty,
     /// The gap that it closed.
     pub closed: Option<Gap>,
+    /// Objects that it drops.
+    pub dropped: HashSet<ObjectId>,
     /// The destination said that it is durable.
     pub durable: bool,
     /// Every change before this moment was in the replica before it: what holds
@@ -181,6 +183,17 @@ impl<T> Flights<T> {
     /// None of them counts any more.
     pub fn clear(&mut self) {
         self.0.clear();
+    }
+
+    /// Whether one of them drops this object.
+    ///
+    /// INVARIANT (the watermark tells the truth): what a batch drops stays ours
+    /// until the batch took effect, though the index says that it is gone: its
+    /// events count, and what of it waits goes on waiting. For when the batch is
+    /// lost, the replica has the object as before, and nobody would look at what
+    /// happened to it meanwhile.
+    pub fn drops(&self, object: &ObjectId) -> bool {
+        self.0.iter().any(|flight| flight.dropped.contains(object))
     }
 
     /// The destination says that those up to `batch` are durable.

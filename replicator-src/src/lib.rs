@@ -20,4 +20,5 @@ pub mod read;
 pub mod service;
 pub mod session;
 pub mod source;
+pub mod verify;
 pub mod watcher;

@@ -111,9 +111,10 @@ impl Session {
     /// Ends the session because the destination broke the protocol. The link
     /// tells of the end, with this reason.
     pub fn reject(&self, reason: String) {
+        // The first breach is the one to tell. Set before the link can see the
+        // connection's end, which it then takes this for the cause of.
+        let _ = self.verdict.set(reason.clone());
         self.connection.close(CLOSE_PROTOCOL, reason.as_bytes());
-        // The first breach is the one to tell.
-        let _ = self.verdict.set(reason);
     }
 
     /// Whether [`Self::reject`] was called: what arrived before it took effect

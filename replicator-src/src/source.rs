@@ -24,6 +24,11 @@ use crate::watcher::DirectoryWatch;
 /// Directories whose descriptors are kept open between look-ups.
 const OPEN_DIRECTORIES: usize = 512;
 
+/// `statfs(2)` of ext2, ext3 and ext4.
+const EXT: u64 = 0xef53;
+/// `statfs(2)` of btrfs.
+const BTRFS: u64 = 0x9123_683e;
+
 /// Why the source could not be looked at.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
@@ -91,7 +96,7 @@ impl Root {
         let data = stat::of_fd(&fd).map_err(|error| unusable(error.to_string()))?;
         let by_handle = handle::open(fd.as_fd(), &id, OFlags::PATH).is_ok();
         let own_lost_and_found =
-            data.ino == 2 && rustix::fs::fstatfs(&fd).is_ok_and(|fs| fs.f_type as u64 == 0xef53);
+            data.ino == 2 && rustix::fs::fstatfs(&fd).is_ok_and(|fs| fs.f_type as u64 == EXT);
         Ok(Self {
             fd,
             id,
@@ -120,18 +125,28 @@ impl Root {
         stat::of_fd(&self.fd).ok().and_then(|data| data.btime)
     }
 
+    /// What the file system itself is called, where that lasts: its UUID, cut to
+    /// 64 bits, of ext2/3/4 and btrfs. Others say the device's number, or nothing.
+    pub fn file_system(&self) -> Option<u64> {
+        let kind = rustix::fs::fstatfs(&self.fd).ok()?.f_type as u64;
+        let lasts = matches!(kind, EXT | BTRFS);
+        lasts.then(|| rustix::fs::fstatvfs(&self.fd).ok().map(|data| data.f_fsid)).flatten()
+    }
+
     /// Whether objects can be opened by handle; else names lead to them.
     pub fn by_handle(&self) -> bool {
         self.by_handle
     }
 
     /// Whether the path still leads to this very directory (trap 13): not so
-    /// when it was unmounted, mounted over or replaced.
+    /// when it was unmounted, mounted over or replaced. Root directories of two
+    /// file systems may have equal handles; their devices differ as long as
+    /// both are mounted.
     pub fn still_there(&self) -> bool {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         rustix::fs::open(&self.path, flags, Mode::empty())
-            .and_then(|fd| handle::identify(fd.as_fd()))
-            .is_ok_and(|id| id == self.id)
+            .and_then(|fd| Ok((handle::identify(fd.as_fd())?, stat::of_fd(&fd)?.dev)))
+            .is_ok_and(|found| found == (self.id.clone(), self.dev))
     }
 
     /// Whether the source is a whole file system as mounted: then nothing on it

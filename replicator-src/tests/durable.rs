@@ -5,7 +5,7 @@
 
 use replicator_common::fault;
 use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq};
-use replicator_src::index::{Delta, Mark, Store};
+use replicator_src::index::{Delta, Mark, Noted, Store};
 use replicator_src::journal::{Journal, Record};
 use replicator_src::watcher::What;
 
@@ -26,7 +26,7 @@ fn what_the_index_and_the_journal_promise_is_synced() {
         ("reserve_lists", &|| assert!(store.reserve_lists(5).unwrap() > 0), true),
         ("set_peer", &|| store.set_peer(Incarnation([1; 16])).unwrap(), true),
         ("set_reconciling", &|| store.set_reconciling(true).unwrap(), true),
-        ("prepare", &|| store.prepare(Some(&delta), &[]).unwrap(), true),
+        ("prepare", &|| store.prepare(Some((&delta, &Noted::default())), &[]).unwrap(), true),
         ("settle", &|| store.settle(BatchId(1)).unwrap(), true),
         ("reset", &|| store.reset().unwrap(), true),
         ("merge_all", &|| store.merge_all(&[]).unwrap(), false),

@@ -81,7 +81,9 @@ impl Called {
             received: Timestamp(i64::MIN),
             abilities,
         };
-        self.say(&DestinationMessage::Hello(hello)).await
+        let kept =
+            DestinationMessage::Kept { packed: Vec::new(), transfers: Vec::new(), last: true };
+        self.say(&DestinationMessage::Hello(hello)).await && self.say(&kept).await
     }
 
     /// Takes all batches, and says so.
@@ -391,6 +393,8 @@ fn what_is_said_and_not_heard_costs_no_memory() {
     liar.runtime.block_on(session.greet(false, 0));
     let connected = inbox.recv_timeout(PATIENCE).unwrap();
     assert!(matches!(connected, LinkEvent::Connected(_)));
+    // That nothing was kept belongs to its greeting.
+    assert!(matches!(inbox.recv_timeout(PATIENCE).unwrap(), LinkEvent::Message { .. }));
     match inbox.recv_timeout(PATIENCE).unwrap() {
         LinkEvent::Lost { reason, .. } => assert!(reason.contains("hangs"), "{reason}"),
         _ => panic!("it has said nothing"),

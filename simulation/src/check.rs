@@ -7,9 +7,11 @@ use replicator_common::name::Name;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::Hash;
 use replicator_dst::apply::Within;
+use replicator_dst::store::Standing;
 use replicator_src::index::Content;
 
 use crate::destination::Destination;
+use crate::failover::HandedOver;
 use crate::source::{Expected, Source};
 use crate::tree::{Model, Node, root};
 use crate::world::{Body, ROOT, World, names};
@@ -76,11 +78,14 @@ impl Visible {
 
 /// Invariant 1: all that the watermark claims is there.
 pub fn truth(world: &World, destination: &Destination) {
-    let told = destination.told.watermark;
+    claimed(world, destination.told.watermark, &destination.tree);
+}
+
+fn claimed(world: &World, told: Timestamp, tree: &Model) {
     if told == Timestamp::NEVER {
         return;
     }
-    let seen = Visible::replica(&destination.tree);
+    let seen = Visible::replica(tree);
     let inside = |inode: &&u32| world.was_inside_since(told.0, **inode);
     for directory in seen.directories.iter().filter(inside) {
         for name in names() {
@@ -99,12 +104,40 @@ pub fn truth(world: &World, destination: &Destination) {
 
 /// Invariants 2, 3 and 6: the replica is what the index says of the last batch.
 pub fn between_batches(source: &Source, destination: &Destination) {
-    let Some(expected) = expected(source, destination) else { return };
+    let standing = &destination.now.standing;
+    let Some(expected) = expected(source, standing) else { return };
     let mut tops = vec![root()];
     tops.extend(destination.tree.area(&Within::Orphans).into_values());
     let seen = Visible::of(&destination.tree, &tops);
-    let batch = destination.now.standing.committed;
+    let batch = standing.committed;
     assert_eq!(seen.entries, expected.entries, "entries after batch {batch}");
+    as_expected(&seen, expected, batch);
+}
+
+/// Invariants 2 and 5 after a failover: the replica is what the last committed
+/// batch made it, with orphans back where they were, or in lost+found; and what
+/// is claimed of it is so.
+pub fn handed_over(world: &World, source: &Source, over: &HandedOver) {
+    let standing = &over.records.standing;
+    let Some(expected) = expected(source, standing) else { return };
+    let tops: Vec<_> = std::iter::once(root()).chain(over.orphans.iter().cloned()).collect();
+    let seen = Visible::of(&over.tree, &tops);
+    let mut entries = expected.entries.clone();
+    for place in &over.put_back {
+        let Within::Replica(directory) = &place.within else { panic!("{place:?}") };
+        let node = over.tree.node(directory).unwrap();
+        let back = node.names.as_ref().and_then(|names| names.get(&place.name));
+        let back = back.unwrap_or_else(|| panic!("{place:?} was not put back"));
+        let orphan = over.tree.node(back).unwrap().stands_for;
+        let old = entries.insert((node.stands_for, place.name.clone()), orphan);
+        assert_eq!(old, None, "{place:?} was not free");
+    }
+    assert_eq!(seen.entries, entries, "entries after a failover at batch {}", standing.committed);
+    as_expected(&seen, expected, standing.committed);
+    claimed(world, standing.watermark, &over.tree);
+}
+
+fn as_expected(seen: &Visible, expected: &Expected, batch: BatchId) {
     let hash = |body: &Body| Content::Whole(Hash::of(&body.content.to_be_bytes()));
     let kept = seen.bodies.keys().collect::<BTreeSet<_>>();
     assert_eq!(kept, expected.objects.keys().collect(), "objects after batch {batch}");
@@ -116,8 +149,7 @@ pub fn between_batches(source: &Source, destination: &Destination) {
     }
 }
 
-fn expected<'a>(source: &'a Source, destination: &Destination) -> Option<&'a Expected> {
-    let standing = &destination.now.standing;
+fn expected<'a>(source: &'a Source, standing: &Standing) -> Option<&'a Expected> {
     if standing.committed == BatchId(0) {
         return None;
     }
@@ -127,7 +159,7 @@ fn expected<'a>(source: &'a Source, destination: &Destination) -> Option<&'a Exp
 
 /// The exact batch: the replica equals the source at that instant.
 pub fn exact(world: &World, source: &Source, destination: &Destination) {
-    let moment = expected(source, destination).and_then(|expected| expected.exact);
+    let moment = expected(source, &destination.now.standing).and_then(|expected| expected.exact);
     let Some(Timestamp(moment)) = moment else { return };
     let (seen, then) = (Visible::replica(&destination.tree), Visible::source(world, moment));
     assert_eq!(seen.entries, then.entries, "entries at the exact moment {moment}");

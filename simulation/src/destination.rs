@@ -18,6 +18,7 @@ use replicator_dst::apply::plan::{Arrival, Staged, plan};
 use replicator_dst::apply::{Place, Step, Within, execute};
 use replicator_dst::mark::{Mark, set_back};
 use replicator_dst::objects::{Known, Objects};
+use replicator_dst::replica::disclaim;
 use replicator_dst::seal::needed_by;
 use replicator_dst::session::{Session, StagedFile, StagedTransfer, WholeBatch};
 use replicator_dst::store::Standing;
@@ -37,7 +38,8 @@ pub struct Records {
     pub standing: Standing,
     /// The objects map.
     pub rows: BTreeMap<ObjectId, Known>,
-    log: BTreeMap<BatchId, Vec<Step>>,
+    /// The commit log.
+    pub log: BTreeMap<BatchId, Vec<Step>>,
     marked: Option<BatchId>,
 }
 
@@ -188,6 +190,18 @@ impl Destination {
         if durable {
             self.durable = self.now.clone();
         }
+    }
+
+    /// Whether the map is known to be wrong: no batch describes the replica then,
+    /// and it claims nothing.
+    pub fn is_distrusted(&self) -> bool {
+        self.process.as_ref().is_some_and(|process| process.distrust)
+    }
+
+    /// Whether its own state describes the replica: it was not set back, and no
+    /// object was found missing.
+    pub fn is_sound(&self) -> bool {
+        !self.back && !self.is_distrusted()
     }
 
     /// Whether the process runs.
@@ -511,16 +525,20 @@ impl Destination {
         let result = execute::run(&mut self.tree, steps, &mut findings);
         // Only what was set back can have lost anything.
         assert!(findings.is_empty() || self.back, "{findings:?}\n{steps:#?}");
-        self.process().distrust |= !findings.is_empty();
+        if !findings.is_empty() {
+            disclaim(&mut self.now.standing);
+            self.process().distrust = true;
+        }
         Ok(result?)
     }
 
     fn applied(&mut self) {
         let committed = self.now.standing.committed;
         self.write(false, |records| records.standing.applied = committed);
-        assert!(self.told.watermark <= self.now.standing.watermark, "the watermark moves back");
+        let forth = self.told.watermark <= self.now.standing.watermark;
+        assert!(forth || self.process().distrust, "the watermark moves back");
         self.told = self.now.standing.clone();
-        self.settled = !self.process().distrust;
+        self.settled = true;
     }
 
     fn sync(&mut self, random: &mut StdRng) -> Result<(), Failed> {
@@ -562,6 +580,9 @@ impl Destination {
 
     fn seal(&mut self, batch: &WholeBatch, random: &mut StdRng) -> Result<Vec<Step>, Failed> {
         let next = advance(&self.now.standing, batch.batch, &batch.header).ok_or(Failed::Sync)?;
+        if self.process().doubt {
+            return Err(Failed::Sync);
+        }
         if batch.ops.is_empty() {
             self.write(true, |records| records.standing = next);
             return Ok(Vec::new());

@@ -14,6 +14,7 @@
 
 pub mod check;
 pub mod destination;
+pub mod failover;
 pub mod net;
 pub mod run;
 pub mod source;

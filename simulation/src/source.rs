@@ -1,7 +1,7 @@
 //! The source: its capture, its journal, and the loop of its engine, in memory
 //! and cut into steps between which anything can happen.
 //!
-//! What decides is the product's: [`Resolve`] and [`assemble`] plan, [`Index`]
+//! What decides is the product's: [`Resolve`] and [`assemble()`] plan, [`Index`]
 //! keeps the deltas, the [`replicator_src::ledger`] keeps the books. The order
 //! of the engine's steps (`replicator_src::engine`) is repeated here.
 
@@ -17,7 +17,7 @@ use replicator_common::object::Kind;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{BatchHeader, ContentSource, Hash, SourceHello};
 use replicator_src::clock::{Clock, Wall};
-use replicator_src::index::{Content, Delta, Index, Known, Mark, View};
+use replicator_src::index::{Content, Delta, Index, Known, Mark, Noted, View};
 use replicator_src::journal::Record;
 use replicator_src::ledger::{
     Claim, Closing, Flight, Flights, Gap, Memory, Owed, Place, Reach, Span, take_back,
@@ -25,7 +25,8 @@ use replicator_src::ledger::{
 use replicator_src::plan::resolve::Budget;
 use replicator_src::plan::waits::{is_through, is_touched};
 use replicator_src::plan::{
-    Assembly, Dirty, Hold, HoldReason, Listing, Need, Outcome, Resolve, Settings, assemble,
+    Assembly, Dirty, Hold, HoldReason, Listing, Meanwhile, Need, Outcome, Resolve, Settings,
+    assemble,
 };
 use replicator_src::watcher::What;
 
@@ -216,6 +217,8 @@ pub struct Source {
     next_session: u64,
     /// By life and batch, what the replica must be after it.
     pub expected: BTreeMap<(Incarnation16, BatchId), Expected>,
+    /// By life and batch, where the batch of that number that was built last ends.
+    built: BTreeMap<(Incarnation16, BatchId), Seq>,
     /// What others were told here.
     pub told: Timestamp,
     /// Positions up to which the journal was trimmed since somebody looked,
@@ -249,6 +252,7 @@ impl Source {
             lives: 1,
             next_session: 1,
             expected: BTreeMap::new(),
+            built: BTreeMap::new(),
             told: Timestamp::NEVER,
             trims: Vec::new(),
             log: VecDeque::new(),
@@ -333,6 +337,17 @@ impl Source {
     /// The state directory as it is, to be put back later.
     pub fn save(&self) -> (Store, Journal) {
         (self.store.after_crash(), self.journal.clone())
+    }
+
+    /// Whether an earlier state remembers a batch on its way that was lost, and
+    /// built anew under the same number.
+    pub fn has_rebuilt(&self, store: &Store) -> bool {
+        let tables = store.read();
+        let life = tables.incarnation.0;
+        tables.pending.iter().any(|delta| {
+            let last = self.built.get(&(life, delta.mark.batch));
+            last.is_some_and(|seq| *seq != delta.mark.seq)
+        })
     }
 
     /// Puts an earlier one back; the process is down.
@@ -545,6 +560,7 @@ impl Source {
             engine.reached = engine.reached.min(batch.before);
             engine.dirty.merge(batch.input);
         }
+        self.forget_owed();
         let mark = self.store.read().mark;
         let engine = self.engine();
         engine.totals = mark;
@@ -556,6 +572,9 @@ impl Source {
 
     fn applied(&mut self, batch: BatchId) {
         let done = self.engine().flights.applied(batch);
+        if done.iter().any(|done| !done.dropped.is_empty()) {
+            self.forget_dropped();
+        }
         let Some(mark) = done.last().map(|done| done.mark) else { return };
         self.engine().index.acknowledge(batch);
         self.trim(&mark);
@@ -645,7 +664,7 @@ impl Source {
             Record::Object { object, .. } => object,
             Record::Entry { directory, .. } | Record::Named { directory, .. } => directory,
         };
-        engine.index.object(object).unwrap().is_some()
+        is_ours(&engine.index, &engine.flights, object)
     }
 
     fn look_ahead(&mut self) {
@@ -728,13 +747,14 @@ impl Source {
         let (seq, time) = self.barrier(world);
         let after = self.engine().cursor;
         let records = self.journal.read(after);
-        if !records.iter().any(|(_, record)| draft.resolve.touches(record)) {
-            draft.span.exact = true;
-            return self.finish(draft, world, wires);
-        }
         draft.round += 1;
-        if draft.round == ROUNDS {
-            return self.finish(draft, world, wires);
+        match draft.resolve.meanwhile(records.iter().map(|(_, record)| record)) {
+            Meanwhile::Untouched => {
+                draft.span.exact = true;
+                return self.finish(draft, world, wires);
+            }
+            Meanwhile::Touched if draft.round < ROUNDS => {}
+            Meanwhile::Touched | Meanwhile::Lost => return self.finish(draft, world, wires),
         }
         self.absorb(&records, &mut draft);
         draft.span.reach(seq, time);
@@ -828,7 +848,7 @@ impl Source {
         let settled = gap.is_none() && draft.span.reached && engine.dirty.is_empty();
         let settings = Settings {
             now: engine.clock.now(),
-            floor,
+            floor: floor.min(engine.reached),
             outside_before: settled.then(|| draft.span.time.offset(-OUTSIDE_AFTER)),
         };
         let mut assembly =
@@ -915,10 +935,12 @@ impl Source {
             bytes_changed: 0,
             bytes_shipped: 0,
         };
+        let gone = assembly.delta.objects.iter().filter(|(_, known)| known.is_none()).cloned();
         let flight = Flight {
             mark: Mark::default(),
             input: draft.input,
             closed,
+            dropped: gone.map(|(object, _)| object).collect(),
             durable: false,
             before,
             reached,
@@ -952,7 +974,7 @@ impl Source {
             ..engine.totals
         };
         delta.mark = mark;
-        engine.index.prepare(delta.clone()).unwrap();
+        engine.index.prepare(delta.clone(), &Noted::default()).unwrap();
         engine.greeting.pending = Some(batch);
         engine.totals = mark;
         engine.claimed = engine.claimed.max(header.watermark);
@@ -977,6 +999,7 @@ impl Source {
         let mut next = before.after(&delta);
         next.watermark = mark.watermark;
         self.expected.insert((life, batch), next);
+        self.built.insert((life, batch), mark.seq);
     }
 
     // ------------------------------------------------------------ large files
@@ -1213,14 +1236,25 @@ impl Source {
 
     fn forget_dropped(&mut self) {
         let engine = self.engine();
-        let index = &engine.index;
-        for held in engine.holds.values_mut() {
-            held.hold.entries.retain(|(directory, _)| index.object(directory).unwrap().is_some());
+        let (index, flights) = (&engine.index, &engine.flights);
+        let ours = |object: &ObjectId| is_ours(index, flights, object);
+        let mut fewer = Vec::new();
+        for (object, held) in &mut engine.holds {
+            let before = held.hold.entries.len();
+            held.hold.entries.retain(|(directory, _)| ours(directory));
+            if held.hold.entries.len() < before {
+                fewer.push(object.clone());
+            }
         }
-        engine.holds.retain(|object, held| {
-            !held.hold.entries.is_empty() || index.object(object).unwrap().is_some()
-        });
-        engine.owed.forget(|directory| index.object(directory).unwrap().is_none());
+        engine.holds.retain(|object, held| !held.hold.entries.is_empty() || ours(object));
+        fewer.iter().for_each(|object| self.redo_hold(object));
+        self.forget_owed();
+    }
+
+    fn forget_owed(&mut self) {
+        let engine = self.engine.as_mut().unwrap();
+        let (index, flights) = (&engine.index, &engine.flights);
+        engine.owed.forget(|directory| !is_ours(index, flights, directory));
     }
 
     fn waits(&self) -> String {
@@ -1246,6 +1280,11 @@ impl Source {
             engine.covered,
         )
     }
+}
+
+/// Whether the replica has an object, or may have it again.
+fn is_ours(index: &Index<Store>, flights: &Flights<()>, object: &ObjectId) -> bool {
+    index.object(object).unwrap().is_some() || flights.drops(object)
 }
 
 fn awaited<'a>(holds: &'a mut BTreeMap<ObjectId, Held>, lane: &Lane) -> Option<&'a mut Held> {

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use replicator_common::id::{BatchId, Incarnation, ObjectId};
 use replicator_common::name::Name;
-use replicator_src::index::{Base, Delta, Known, Mark, Orphan, View};
+use replicator_src::index::{Base, Delta, Known, Mark, Noted, Orphan, View};
 
 use crate::Never;
 
@@ -121,10 +121,14 @@ impl Base for Store {
         Ok(Snapshot(self.read()))
     }
 
-    fn prepare(&self, delta: Option<&Delta>, acknowledged: &[&Delta]) -> Result<(), Never> {
+    fn prepare(
+        &self,
+        delta: Option<(&Delta, &Noted)>,
+        acknowledged: &[&Delta],
+    ) -> Result<(), Never> {
         self.write(true, |tables| {
             acknowledged.iter().for_each(|delta| tables.merge(delta));
-            tables.pending.extend(delta.cloned());
+            tables.pending.extend(delta.map(|(delta, _)| delta.clone()));
         });
         Ok(())
     }

@@ -247,7 +247,8 @@ impl Model {
         }
     }
 
-    fn spark(&mut self) -> Result<(), Stop> {
+    /// A moment at which [`Self::fuse`] may act.
+    pub fn spark(&mut self) -> Result<(), Stop> {
         match self.fuse.take() {
             Some((0, stop)) => Err(stop),
             fuse => {

@@ -34,7 +34,8 @@ pub enum Side {
 }
 
 impl Side {
-    const BOTH: [Self; 2] = [Self::Source, Self::Destination];
+    /// Both of them.
+    pub const BOTH: [Self; 2] = [Self::Source, Self::Destination];
 
     fn name(self) -> &'static str {
         match self {
@@ -130,6 +131,35 @@ fn ip(arguments: &[&str]) {
     run(Command::new("ip").args(arguments));
 }
 
+/// The library of `faketime`, which stands between a program and its clock.
+#[derive(Debug)]
+struct Preload {
+    library: String,
+}
+
+impl Preload {
+    /// Asks `faketime` where its library is.
+    fn find() -> Self {
+        let output = run(Command::new("faketime").args(["-m", "-f", "+0", "env"]));
+        let library = output.lines().find_map(|line| line.strip_prefix("LD_PRELOAD="));
+        Self { library: library.expect("faketime preloads its library").to_owned() }
+    }
+
+    /// The program reads its wall clock by `clock` from now on.
+    fn apply(&self, command: &mut Command, clock: &Path) {
+        command.env("LD_PRELOAD", &self.library).env("FAKETIME_TIMESTAMP_FILE", clock);
+        for name in [
+            "DONT_FAKE_MONOTONIC",
+            "FAKETIME_DONT_FAKE_MONOTONIC",
+            "FAKETIME_NO_CACHE",
+            "FAKETIME_DISABLE_SHM",
+            "NO_FAKE_STAT",
+        ] {
+            command.env(name, "1");
+        }
+    }
+}
+
 /// Both hosts with their daemons and file systems.
 #[derive(Debug)]
 pub struct Hosts {
@@ -140,8 +170,12 @@ pub struct Hosts {
     source: Mount,
     replica: Mount,
     share: Option<Share>,
+    /// Further lines of the source's configuration.
+    source_lines: String,
     /// Starts the source's daemon, with variables that it gets wrong.
     manager: Option<Manager>,
+    /// The daemons read a wall clock that the test sets.
+    clocks: Option<Preload>,
 }
 
 impl Hosts {
@@ -152,6 +186,25 @@ impl Hosts {
 
     /// The same with the file systems of source and replica.
     pub fn strangers_on(source: FileSystem, replica: FileSystem) -> Self {
+        Self::make(source, replica, "", None)
+    }
+
+    /// The same, with further lines in the source's configuration.
+    pub fn strangers_with(source: FileSystem, replica: FileSystem, source_lines: &str) -> Self {
+        Self::make(source, replica, source_lines, None)
+    }
+
+    /// Strangers with wall clocks that can be set (see [`Self::set_clock`]).
+    pub fn with_clocks() -> Self {
+        Self::make(FileSystem::Ext4, FileSystem::Xfs, "", Some(Preload::find()))
+    }
+
+    fn make(
+        source: FileSystem,
+        replica: FileSystem,
+        source_lines: &str,
+        clocks: Option<Preload>,
+    ) -> Self {
         let share = serial::share();
         let mut hosts = Self {
             source_daemon: None,
@@ -161,8 +214,13 @@ impl Hosts {
             source: Mount::new(source),
             replica: Mount::new(replica),
             share: Some(share),
+            source_lines: source_lines.to_owned(),
             manager: None,
+            clocks,
         };
+        if hosts.clocks.is_some() {
+            Side::BOTH.into_iter().for_each(|side| hosts.set_clock(side, 0));
+        }
         hosts.start(Side::Destination);
         hosts.start(Side::Source);
         hosts
@@ -184,7 +242,13 @@ impl Hosts {
 
     /// Both are enrolled, and a small tree is replicated.
     pub fn enrolled() -> Self {
-        let hosts = Self::strangers();
+        Self::strangers().enrol()
+    }
+
+    /// Strangers are enrolled, and a small tree is replicated.
+    #[must_use]
+    pub fn enrol(self) -> Self {
+        let hosts = self;
         let directory = hosts.source().join("directory");
         fs::create_dir(&directory).unwrap();
         fs::write(directory.join("file"), "content").unwrap();
@@ -198,6 +262,11 @@ impl Hosts {
     /// The source's tree, a file system of its own.
     pub fn source(&self) -> &Path {
         self.source.path()
+    }
+
+    /// Mounts the source again, after the test unmounted it.
+    pub fn attach_source(&self) {
+        self.source.attach();
     }
 
     /// The replica, a file system of its own.
@@ -264,10 +333,28 @@ impl Hosts {
         if let (Side::Source, Some(manager)) = (side, &self.manager) {
             command = manager.service(&command, variables);
         }
+        if let Some(preload) = &self.clocks {
+            preload.apply(&mut command, &self.clock(side));
+        }
         let namespace = Path::new("/run/netns").join(self.network.namespace(side));
         let log = config.with_extension("log");
         let daemon = Daemon::spawn(command, API, &log).in_namespace(namespace);
         *self.slot(side) = Some(daemon);
+    }
+
+    fn clock(&self, side: Side) -> PathBuf {
+        self.scratch.path().join(format!("{}.clock", side.name()))
+    }
+
+    /// Sets the wall clock that a daemon reads, at once: so many seconds ahead of
+    /// the true time (behind it when negative). What the kernel stamps on files,
+    /// and clocks that only ever go on, stay as they are.
+    pub fn set_clock(&self, side: Side, ahead: i64) {
+        assert!(self.clocks.is_some(), "only with `Hosts::with_clocks`");
+        let (path, new) = (self.clock(side), self.clock(side).with_extension("new"));
+        fs::write(&new, format!("{ahead:+}s\n")).unwrap();
+        // Never half written for who reads it at each look at the clock.
+        fs::rename(new, path).unwrap();
     }
 
     /// Waits until the API of a daemon that was spawned answers.
@@ -290,7 +377,8 @@ impl Hosts {
         let (path, state) = (self.config(side), self.state_dir(side));
         let region = side.region();
         let addresses = match side {
-            Side::Source => String::new(),
+            // A random workload deletes more than an operator would want unseen.
+            Side::Source => format!("halt_deletions_percent = 0\n{}", self.source_lines),
             Side::Destination => {
                 format!("listen = \"[::]:{LISTEN}\"\nadvertise = \"{}:{LISTEN}\"\n", side.address())
             }
@@ -380,6 +468,33 @@ impl Hosts {
         let mut command = self.network.inside(Side::Source, Path::new("tc"));
         command.args(["qdisc", "add", "dev", CABLE, "root", "tbf", "rate", rate]);
         run(command.args(["burst", "64kb", "latency", "100ms"]));
+    }
+
+    /// Bytes that went from source to destination since the cable was laid: every
+    /// packet of every session, with all that was sent in vain.
+    pub fn shipped(&self) -> u64 {
+        let mut command = Command::new("ip");
+        let namespace = self.network.namespace(Side::Source);
+        command.args(["-n", &namespace, "-json", "-statistics", "link", "show", "dev", CABLE]);
+        let said = run_to_end(command, Duration::from_secs(30)).success().json();
+        let bytes = &said[0]["stats64"]["tx"]["bytes"];
+        bytes.as_u64().unwrap_or_else(|| panic!("no count of bytes: {said}"))
+    }
+
+    /// Waits until so many more bytes went from source to destination.
+    #[track_caller]
+    pub fn await_shipped(&self, more: u64) {
+        let (from, start) = (self.shipped(), Instant::now());
+        while self.shipped() < from + more {
+            assert!(start.elapsed() < patience(), "nothing moves:\n{}", self.output());
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Ctrl-C, and waits for the end: the session ends in the same moment.
+    pub fn interrupt(&mut self, side: Side) {
+        let status = self.slot(side).take().unwrap().interrupt();
+        assert!(status.success(), "{status}");
     }
 
     /// Lets other tests run: this one only waits from now on.

@@ -56,6 +56,8 @@ pub enum Layout {
     Same(FileSystem),
     /// The source is a directory of one, the replica the root of the other.
     Two(FileSystem, FileSystem),
+    /// Each is the root of its own; there is no outside.
+    Roots(FileSystem, FileSystem),
 }
 
 impl Pair {
@@ -85,17 +87,22 @@ impl Pair {
                 let replica = mount.path().join("replica");
                 (vec![mount], replica)
             }
-            Layout::Two(from, to) => {
+            Layout::Two(from, to) | Layout::Roots(from, to) => {
                 let mounts = vec![Mount::with_size(from, bytes), Mount::with_size(to, bytes)];
                 let replica = mounts[1].path().to_owned();
                 (mounts, replica)
             }
         };
         let base = mounts[0].path();
+        let state = Scratch::new("state");
         let (source, outside) = (base.join("source"), base.join("outside"));
+        if matches!(layout, Layout::Roots(..)) {
+            let source = base.to_owned();
+            return Self { source, outside, replica, state, mounts, _share: share };
+        }
         fs::create_dir(&source).unwrap();
         fs::create_dir(&outside).unwrap();
-        Self { source, outside, replica, state: Scratch::new("state"), mounts, _share: share }
+        Self { source, outside, replica, state, mounts, _share: share }
     }
 
     /// The source.
@@ -129,6 +136,10 @@ impl Pair {
         command.arg("run").arg(&self.source).arg(&self.replica);
         command.arg("--state-dir").arg(self.state_dir());
         command.args(["--api", &format!("127.0.0.1:{api_port}")]).args(arguments);
+        // A random workload deletes more than an operator would want unseen.
+        if !arguments.iter().any(|argument| argument.starts_with("--halt-deletions")) {
+            command.args(["--halt-deletions-percent", "0"]);
+        }
         command
     }
 

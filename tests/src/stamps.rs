@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -35,17 +36,35 @@ pub struct Stamper {
     root: PathBuf,
     /// By name: its changes in order.
     changes: Mutex<HashMap<String, Vec<Change>>>,
+    /// By how much the source's clock is ahead of ours, nanoseconds.
+    ahead: AtomicI64,
 }
 
 impl Stamper {
     /// Writes below `root`.
     pub fn new(root: &Path) -> Self {
-        Self { root: root.to_owned(), changes: Mutex::default() }
+        Self { root: root.to_owned(), changes: Mutex::default(), ahead: AtomicI64::new(0) }
     }
 
     /// Where it writes.
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// The source's clock, by which claims are made, was set: it is so many
+    /// seconds ahead of the true time.
+    pub fn set_clock(&self, ahead: i64) {
+        self.ahead.store(ahead * 1_000_000_000, Ordering::SeqCst);
+    }
+
+    /// Forgets what was written so far: claims about it say nothing any more.
+    pub fn forget(&self) {
+        self.changes().clear();
+    }
+
+    /// What the source's clock shows.
+    pub fn now(&self) -> Timestamp {
+        Timestamp::now().offset(self.ahead.load(Ordering::SeqCst))
     }
 
     fn changes(&self) -> MutexGuard<'_, HashMap<String, Vec<Change>>> {
@@ -63,7 +82,7 @@ impl Stamper {
             self.changes().entry((*name).to_owned()).or_default().push(change);
         }
         make()?;
-        let done = Some(Timestamp::now());
+        let done = Some(self.now());
         for (name, _) in all {
             let mut changes = self.changes();
             let last = changes.get_mut(*name).and_then(|changes| changes.last_mut());

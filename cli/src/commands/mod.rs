@@ -5,4 +5,5 @@ pub mod delete;
 pub mod describe;
 pub mod failover;
 pub mod pause;
+pub mod verify;
 pub mod wait;

@@ -1,10 +1,11 @@
 //! `pause` and `resume`.
 
 use replicator_common::api::client::Client;
+use replicator_common::api::own::ResumeBody;
 use replicator_common::status::Status;
 use serde_json::json;
 
-use crate::arguments::Target;
+use crate::arguments::{Resume, Target};
 use crate::exit::{print, say};
 
 pub fn pause(endpoint: &str, target: &Target) -> anyhow::Result<()> {
@@ -13,8 +14,11 @@ pub fn pause(endpoint: &str, target: &Target) -> anyhow::Result<()> {
     answer(&status)
 }
 
-pub fn resume(endpoint: &str, target: &Target) -> anyhow::Result<()> {
-    let status = Client::new(endpoint)?.resume(target.source_file_system_id.clone())?;
+pub fn resume(endpoint: &str, arguments: &Resume) -> anyhow::Result<()> {
+    let status = Client::new(endpoint)?.resume(&ResumeBody {
+        id: arguments.target.source_file_system_id.clone(),
+        accept_deletions: arguments.accept_deletions,
+    })?;
     say("resumed");
     answer(&status)
 }

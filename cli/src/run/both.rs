@@ -7,6 +7,7 @@ use replicator_common::control::{Control, ControlError, CreateRequest, DeletionM
 use replicator_common::id::FileSystemId;
 use replicator_common::status::{DesiredState, FailoverReport, Status};
 use replicator_common::time::Timestamp;
+use replicator_common::verification::{Findings, PassOptions};
 
 /// Both sides. The source is asked; the destination where the source's side
 /// does not know or is not to take part.
@@ -95,6 +96,23 @@ impl Control for Both {
         desired: DesiredState,
     ) -> Result<Status, ControlError> {
         self.source.set_desired(source, desired).map(|status| self.merge(status))
+    }
+
+    fn accept_deletions(&self, source: &FileSystemId) -> Result<Status, ControlError> {
+        self.source.accept_deletions(source).map(|status| self.merge(status))
+    }
+
+    fn verify(&self, source: &FileSystemId, options: PassOptions) -> Result<u64, ControlError> {
+        self.source.verify(source, options)
+    }
+
+    fn findings(
+        &self,
+        source: &FileSystemId,
+        pass: u64,
+        after: u64,
+    ) -> Result<Findings, ControlError> {
+        self.source.findings(source, pass, after)
     }
 }
 

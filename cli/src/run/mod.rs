@@ -18,6 +18,7 @@ use replicator_common::control::{Control, CreateRequest, DeletionMode};
 use replicator_common::id::FileSystemId;
 use replicator_common::logging;
 use replicator_common::stop::Stop;
+use replicator_src::engine::halt::HaltRule;
 
 use crate::arguments::Run;
 use crate::exit::Usage;
@@ -50,13 +51,21 @@ pub fn run(arguments: &Run) -> anyhow::Result<()> {
     let bound = server::bind(arguments.api)?;
     pair.make_replica()?;
 
-    let services = Services::open(&state)?;
+    let services = Services::open(&state, halt_rule(arguments))?;
     let outcome = replicate(arguments, &pair, &services, bound, &display, &stop);
     display.note("stopping");
     services.shutdown();
     display.clear();
     drop(state);
     outcome
+}
+
+fn halt_rule(arguments: &Run) -> HaltRule {
+    HaltRule {
+        percent: arguments.halt_deletions_percent,
+        min: arguments.halt_deletions_min,
+        ..HaltRule::default()
+    }
 }
 
 fn replicate(

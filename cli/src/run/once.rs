@@ -77,7 +77,7 @@ fn look(
         bail!("stopped before the replica equalled the source; run it again to go on");
     }
     let status = find(control, id).context("the replication configuration was deleted")?;
-    if status.status == ReplicationStatus::Error {
+    if matches!(status.status, ReplicationStatus::Error | ReplicationStatus::Halted) {
         bail!("{}", status.status_message.as_deref().unwrap_or("replication failed, see the log"));
     }
     display.show(&status);

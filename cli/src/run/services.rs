@@ -14,6 +14,7 @@ use replicator_common::status::FailoverReport;
 use replicator_dst::issuer::Issuer;
 use replicator_dst::service::{DestinationOptions, DestinationService, ServiceError};
 use replicator_dst::suitable::Unsuitable;
+use replicator_src::engine::halt::HaltRule;
 use replicator_src::service::{SourceOptions, SourceService};
 use tokio::runtime::{Builder, Runtime};
 
@@ -37,7 +38,7 @@ pub struct Services {
 
 impl Services {
     /// Opens both; the destination first, so that the source finds it.
-    pub fn open(state: &StateDirectory) -> anyhow::Result<Self> {
+    pub fn open(state: &StateDirectory, halt: HaltRule) -> anyhow::Result<Self> {
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, state.port()?));
         let runtime = Builder::new_multi_thread()
             .worker_threads(2)
@@ -61,7 +62,8 @@ impl Services {
             runtime.block_on(destination.shutdown());
             bail!(reason);
         }
-        match SourceService::open(SourceOptions::new(state.path().join(SOURCE_DIRECTORY))) {
+        let options = SourceOptions::new(state.path().join(SOURCE_DIRECTORY));
+        match SourceService::open(SourceOptions { halt, ..options }) {
             Ok(source) => Ok(Self { source, destination, runtime }),
             Err(error) => {
                 runtime.block_on(destination.shutdown());

@@ -1,6 +1,7 @@
 //! `status`: everything that is known, for a person or as JSON.
 
 mod render;
+mod verified;
 
 use std::io::IsTerminal;
 use std::time::Duration;

@@ -8,6 +8,7 @@ use replicator_common::status::{
 };
 use replicator_common::time::Timestamp;
 
+use super::verified;
 use crate::words::{bytes, count, rate, seconds, several, time};
 
 /// A report of the other side is called old after this.
@@ -24,15 +25,15 @@ pub fn page(all: &[Status], now: Timestamp) -> String {
 }
 
 /// Rows of a label and a value; a row without a label continues the last.
-struct Rows(Vec<String>);
+pub(super) struct Rows(pub(super) Vec<String>);
 
 impl Rows {
-    fn add(&mut self, label: &str, value: impl AsRef<str>) {
+    pub(super) fn add(&mut self, label: &str, value: impl AsRef<str>) {
         self.0.push(format!("  {label:<15} {}", value.as_ref()).trim_end().to_owned());
     }
 
     /// One row a value, the first with the label.
-    fn list(&mut self, label: &str, values: impl IntoIterator<Item = String>) {
+    pub(super) fn list(&mut self, label: &str, values: impl IntoIterator<Item = String>) {
         for (at, value) in values.into_iter().enumerate() {
             self.add(if at == 0 { label } else { "" }, value);
         }
@@ -59,6 +60,9 @@ fn one(status: &Status, now: Timestamp) -> String {
     }
     if let Some(destination) = destination {
         replica(&mut rows, destination);
+    }
+    if let Some(source) = source {
+        verified::rows(&mut rows, &source.verification, now);
     }
     // The other side's word is of a time when there was a connection.
     let links = [source.map(|s| &s.link), destination.map(|d| &d.link)];
@@ -88,7 +92,7 @@ fn place(report: Option<(&str, Timestamp)>, now: Timestamp) -> String {
     }
 }
 
-fn ago(then: Timestamp, now: Timestamp) -> String {
+pub(super) fn ago(then: Timestamp, now: Timestamp) -> String {
     format!("{} ago", time(now.since(then)))
 }
 
@@ -315,7 +319,7 @@ fn connection(link: &Link, now: Timestamp) -> String {
     text
 }
 
-fn paths(all: &[PathError]) -> Vec<String> {
+pub(super) fn paths(all: &[PathError]) -> Vec<String> {
     let mut lines: Vec<String> =
         all.iter().rev().take(PATHS).map(|one| format!("{}: {}", one.path, one.error)).collect();
     if all.len() > PATHS {

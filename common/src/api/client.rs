@@ -9,6 +9,7 @@ use super::efs::{Configuration, Replications};
 use super::own;
 use crate::control::DeletionMode;
 use crate::status::{FailoverReport, Status};
+use crate::verification::Findings;
 
 /// Where daemons are asked unless told otherwise.
 pub const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:4480";
@@ -186,9 +187,21 @@ impl Client {
     }
 
     /// Ships again.
-    pub fn resume(&self, id: Option<String>) -> Result<Status, ClientError> {
-        let body = json!({ "id": id });
+    pub fn resume(&self, body: &own::ResumeBody) -> Result<Status, ClientError> {
+        let body = self.write(body)?;
         self.read(self.call("POST", "/replicator/v1/resume", Some(body), Some(ASK_TIME))?)
+    }
+
+    /// Begins a pass of verification.
+    pub fn verify(&self, body: &own::VerifyBody) -> Result<own::VerifyAnswer, ClientError> {
+        let body = self.write(body)?;
+        self.read(self.call("POST", "/replicator/v1/verify", Some(body), Some(ASK_TIME))?)
+    }
+
+    /// What a pass has found.
+    pub fn findings(&self, body: &own::FindingsBody) -> Result<Findings, ClientError> {
+        let body = self.write(body)?;
+        self.read(self.call("POST", "/replicator/v1/findings", Some(body), Some(ASK_TIME))?)
     }
 
     /// A new enrolment token of a destination.

@@ -73,6 +73,7 @@ fn report() -> SourceReport {
         },
         counters: Counters::default(),
         last_error: None,
+        verification: Default::default(),
     }
 }
 

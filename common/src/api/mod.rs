@@ -10,8 +10,11 @@
 //! | `GET /replicator/v1/status` | every [`Status`](crate::status::Status) |
 //! | `POST /replicator/v1/replications` | [`own::CreateBody`] → EFS's configuration |
 //! | `POST /replicator/v1/wait` | [`own::WaitBody`] → [`own::WaitAnswer`] |
-//! | `POST /replicator/v1/pause`, `…/resume` | [`own::Target`] → `Status` |
+//! | `POST /replicator/v1/pause` | [`own::Target`] → `Status` |
+//! | `POST /replicator/v1/resume` | [`own::ResumeBody`] → `Status` |
 //! | `POST /replicator/v1/failover` | [`own::FailoverBody`] → [`FailoverReport`](crate::status::FailoverReport) |
+//! | `POST /replicator/v1/verify` | [`own::VerifyBody`] → [`own::VerifyAnswer`]: a pass begins; sources only |
+//! | `POST /replicator/v1/findings` | [`own::FindingsBody`] → [`Findings`](crate::verification::Findings) of a pass |
 //! | `POST /replicator/v1/tokens` | [`own::TokenBody`] → [`own::TokenAnswer`]; destinations only |
 //!
 //! Errors of both halves have EFS's shape. There is no authentication: the

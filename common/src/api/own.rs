@@ -38,6 +38,18 @@ pub struct Target {
     pub id: Option<String>,
 }
 
+/// Ships again.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResumeBody {
+    /// As in [`Target`].
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub id: Option<String>,
+    /// Lets the deletions through for which replication has halted.
+    #[serde(default)]
+    pub accept_deletions: bool,
+}
+
 /// Waits until what was done on the source so far is on the replica.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -98,6 +110,50 @@ pub struct TokenAnswer {
     pub token: String,
     /// For which replica.
     pub replica: PathBuf,
+}
+
+/// Begins a pass of verification.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VerifyBody {
+    /// As in [`Target`].
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub id: Option<String>,
+    /// Puts right what differs; `true` when absent.
+    #[serde(default = "yes")]
+    pub repair: bool,
+    /// Bytes a second at most; absent: as fast as can be.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub bytes_per_second: Option<u64>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Which pass began.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct VerifyAnswer {
+    /// The source's file system.
+    pub source_file_system_id: String,
+    /// The pass, for [`FindingsBody`].
+    pub pass: u64,
+}
+
+/// Asks what a pass has found.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FindingsBody {
+    /// As in [`Target`].
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub id: Option<String>,
+    /// The pass.
+    pub pass: u64,
+    /// The asker has so many of its differences; see
+    /// [`Findings::next`](crate::verification::Findings::next).
+    #[serde(default)]
+    pub after: u64,
 }
 
 /// Whether all is well.

@@ -12,6 +12,7 @@ use super::{Api, ApiError, efs, own};
 use crate::control::{ControlError, CreateRequest, DeletionMode};
 use crate::id::FileSystemId;
 use crate::status::{DesiredState, ReplicationStatus, Status};
+use crate::verification::PassOptions;
 
 /// A successful answer.
 #[derive(Clone, Debug, PartialEq)]
@@ -56,13 +57,25 @@ impl Api {
             }
             Operation::Own(Own::Wait) => self.wait(&parse(body)?),
             Operation::Own(Own::Pause) => self.set_desired(&parse(body)?, DesiredState::Paused),
-            Operation::Own(Own::Resume) => self.set_desired(&parse(body)?, DesiredState::Enabled),
+            Operation::Own(Own::Resume) => self.resume(parse(body)?),
             Operation::Own(Own::Failover) => {
                 let body: own::FailoverBody = parse(body)?;
                 let source = self.find(body.id.as_deref())?;
                 Answer::json(&self.control.delete(&source, body.mode)?)
             }
             Operation::Own(Own::Token) => self.issue(&parse(body)?),
+            Operation::Own(Own::Verify) => {
+                let body: own::VerifyBody = parse(body)?;
+                let source = self.find(body.id.as_deref())?;
+                let options = PassOptions { repair: body.repair, rate: body.bytes_per_second };
+                let pass = self.control.verify(&source, options)?;
+                Answer::json(&own::VerifyAnswer { source_file_system_id: source.to_string(), pass })
+            }
+            Operation::Own(Own::Findings) => {
+                let body: own::FindingsBody = parse(body)?;
+                let source = self.find(body.id.as_deref())?;
+                Answer::json(&self.control.findings(&source, body.pass, body.after)?)
+            }
         }
     }
 
@@ -146,6 +159,14 @@ impl Api {
         Answer::json(&self.control.set_desired(&source, desired)?)
     }
 
+    fn resume(&self, body: own::ResumeBody) -> Result<Answer, ApiError> {
+        if !body.accept_deletions {
+            return self.set_desired(&own::Target { id: body.id }, DesiredState::Enabled);
+        }
+        let source = self.find(body.id.as_deref())?;
+        Answer::json(&self.control.accept_deletions(&source)?)
+    }
+
     fn issue(&self, body: &own::TokenBody) -> Result<Answer, ApiError> {
         let Some(tokens) = &self.tokens else {
             return Err(ApiError::validation(
@@ -209,7 +230,9 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
 fn health(all: &[Status]) -> own::Health {
     let reasons: Vec<String> = all
         .iter()
-        .filter(|status| status.status == ReplicationStatus::Error)
+        .filter(|status| {
+            matches!(status.status, ReplicationStatus::Error | ReplicationStatus::Halted)
+        })
         .map(|status| {
             let why = status.status_message.as_deref().unwrap_or("see status");
             format!("{}: {why}", status.source_file_system_id)

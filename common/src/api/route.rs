@@ -30,6 +30,8 @@ pub(super) enum Own {
     Resume,
     Failover,
     Token,
+    Verify,
+    Findings,
 }
 
 /// The query's decoded pairs, in order.
@@ -76,6 +78,8 @@ fn own(method: &str, name: &str, path: &str) -> Result<Own, ApiError> {
         "resume" => ("POST", Own::Resume),
         "failover" => ("POST", Own::Failover),
         "tokens" => ("POST", Own::Token),
+        "verify" => ("POST", Own::Verify),
+        "findings" => ("POST", Own::Findings),
         _ => return Err(unknown(path)),
     };
     if method == expected { Ok(operation) } else { Err(wrong_method(method, path)) }

@@ -269,6 +269,31 @@ fn health_names_what_needs_help() {
 }
 
 #[test]
+fn what_has_halted_is_an_error_in_efss_words_and_resumes_with_consent_only_where_it_can() {
+    let fake = Arc::new(Fake::with([1]));
+    let api = api(&fake);
+    fake.change(1, |status| {
+        status.status = ReplicationStatus::Halted;
+        status.status_message = Some("much is gone".to_owned());
+    });
+    let path = "/2015-02-01/file-systems/replication-configurations";
+    let (_, body) = ask(&api, "GET", path, Value::Null);
+    let destination = &body["Replications"][0]["Destinations"][0];
+    assert_eq!(destination["Status"], "ERROR");
+    assert_eq!(destination["StatusMessage"], "much is gone");
+    let (_, body) = ask(&api, "GET", "/replicator/v1/status", Value::Null);
+    assert_eq!(body[0]["Status"], "HALTED");
+    let (_, body) = ask(&api, "GET", "/replicator/v1/health", Value::Null);
+    assert_eq!(body["Healthy"], json!(false));
+    // The fake is no source.
+    let body = json!({ "accept_deletions": true });
+    let answer = ask(&api, "POST", "/replicator/v1/resume", body);
+    assert_eq!(class(answer), (400, "ValidationException".to_owned()));
+    let answer = ask(&api, "POST", "/replicator/v1/pause", json!({ "accept_deletions": true }));
+    assert_eq!(class(answer), (400, "BadRequest".to_owned()));
+}
+
+#[test]
 fn tokens_come_from_destinations_only() {
     let fake = Arc::new(Fake::default());
     let source = api(&fake);
@@ -378,7 +403,13 @@ fn the_client_speaks_what_the_server_does() {
 
     let seven = Some(id(7).to_string());
     assert_eq!(client.pause(seven.clone()).unwrap().status, ReplicationStatus::Paused);
-    assert_eq!(client.resume(seven.clone()).unwrap().status, ReplicationStatus::Enabled);
+    assert_eq!(
+        client
+            .resume(&own::ResumeBody { id: seven.clone(), accept_deletions: false })
+            .unwrap()
+            .status,
+        ReplicationStatus::Enabled
+    );
     let second = std::time::Duration::from_secs(1);
     assert_eq!(client.wait(seven.clone(), second).unwrap().source_file_system_id, id(7).as_str());
     assert!(client.wait(seven.clone(), std::time::Duration::ZERO).unwrap_err().is_timeout());

@@ -11,7 +11,7 @@ mod units;
 
 pub use destination::{DestinationConfig, ReplicaConfig};
 pub use source::SourceConfig;
-pub use units::{Interval, Size};
+pub use units::{Interval, Maybe, Size};
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -130,6 +130,22 @@ fn absolute_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, 
         return Ok(path);
     }
     Err(serde::de::Error::custom(format!("expected an absolute path, got {path:?}")))
+}
+
+fn percent<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u8, D::Error> {
+    within(deserializer, 0, 100).map(|percent| percent as u8)
+}
+
+fn objects<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    within(deserializer, 1, 1_000_000_000)
+}
+
+fn within<'de, D: Deserializer<'de>>(deserializer: D, min: u64, max: u64) -> Result<u64, D::Error> {
+    let number = i64::deserialize(deserializer)?;
+    let valid = u64::try_from(number).ok().filter(|number| (min..=max).contains(number));
+    valid.ok_or_else(|| {
+        serde::de::Error::custom(format!("{number} is out of bounds (expected {min} to {max})"))
+    })
 }
 
 fn region<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {

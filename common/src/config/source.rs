@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{DEFAULT_API, DEFAULT_REGION, Interval, LogFormat, Sanitize, Size};
+use super::{DEFAULT_API, DEFAULT_REGION, Interval, LogFormat, Maybe, Sanitize, Size};
 use crate::control::WatcherChoice;
 
 /// What `replicator-src serve --config FILE` reads. What is replicated is not
@@ -48,6 +48,25 @@ pub struct SourceConfig {
     /// The most content bytes of small files in one batch, which bounds what
     /// is staged for it. 1 MiB to 4 GiB, default 64 MiB.
     pub max_batch_bytes: Size<{ 1 << 20 }, { 4 << 30 }>,
+    /// The share of the source's objects, in percent, with whose deletion within
+    /// `halt_deletions_window` replication halts before the replica follows.
+    /// 0 (never) to 100, default 50.
+    #[serde(deserialize_with = "super::percent")]
+    pub halt_deletions_percent: u8,
+    /// Fewer deletions than these, in objects, never halt replication. 1 to
+    /// 1,000,000,000, default 1000.
+    #[serde(deserialize_with = "super::objects")]
+    pub halt_deletions_min: u64,
+    /// Within which time deletions count together. 1 s to 7 d, default 10 min.
+    pub halt_deletions_window: Interval<1000, 604_800_000>,
+    /// How often source and replica are compared by content: a pass is spread
+    /// over most of this time. `"never"`: only when `replicator verify` asks. 1 s
+    /// to 365 d, default 24 h.
+    pub verify_interval: Maybe<Interval<1000, 31_536_000_000>>,
+    /// What a pass that begins by itself reads a second at most, on either side;
+    /// it is slower where the interval allows. An object counts as 16 KiB at
+    /// least. 64 KiB to 16 GiB, default 64 MiB.
+    pub verify_rate: Size<{ 64 << 10 }, { 16 << 30 }>,
     /// The watcher of a configuration whose creation names none: `auto`,
     /// `fanotify`, `inotify` or `scan`. Default `auto`.
     pub watcher: WatcherChoice,
@@ -73,6 +92,11 @@ impl Default for SourceConfig {
             settle: Interval::from_millis(500),
             rescan_interval: Interval::from_millis(60_000),
             max_batch_bytes: Size::from_bytes(64 << 20),
+            halt_deletions_percent: 50,
+            halt_deletions_min: 1000,
+            halt_deletions_window: Interval::from_millis(600_000),
+            verify_interval: Maybe(Some(Interval::from_millis(86_400_000))),
+            verify_rate: Size::from_bytes(64 << 20),
             watcher: WatcherChoice::Auto,
             devices: false,
             log: "info".to_owned(),

@@ -71,7 +71,7 @@ fn invalid_sources_are_told_in_one_line() {
     for (text, expected) in [
         (
             "\nheartbaet = \"1s\"",
-            "x.toml:2: unknown field `heartbaet`, expected one of `state_dir`, `api`, `api_remote`, `api_hosts`, `region`, `heartbeat`, `settle`, `rescan_interval`, `max_batch_bytes`, `watcher`, `devices`, `log`, `log_format`",
+            "x.toml:2: unknown field `heartbaet`, expected one of `state_dir`, `api`, `api_remote`, `api_hosts`, `region`, `heartbeat`, `settle`, `rescan_interval`, `max_batch_bytes`, `halt_deletions_percent`, `halt_deletions_min`, `halt_deletions_window`, `verify_interval`, `verify_rate`, `watcher`, `devices`, `log`, `log_format`",
         ),
         ("heartbeat = \"2m\"", "x.toml:1: \"2m\" is out of bounds (expected 100ms to 1m)"),
         (
@@ -79,6 +79,8 @@ fn invalid_sources_are_told_in_one_line() {
             "x.toml:1: \"1\" is not a duration (expected a whole number and ms, s, m, h or d, as in \"500ms\")",
         ),
         ("heartbeat = 1", "x.toml:1: invalid type: integer `1`, expected a string"),
+        ("halt_deletions_percent = 101", "x.toml:1: 101 is out of bounds (expected 0 to 100)"),
+        ("halt_deletions_min = 0", "x.toml:1: 0 is out of bounds (expected 1 to 1000000000)"),
         (
             "max_batch_bytes = \"1TiB\"",
             "x.toml:1: \"1TiB\" is not a size (expected a whole number and B, KiB, MiB or GiB, as in \"64MiB\")",

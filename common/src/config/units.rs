@@ -28,6 +28,15 @@ impl<const MIN: u64, const MAX: u64> Interval<MIN, MAX> {
     pub const fn get(self) -> Duration {
         Duration::from_millis(self.0)
     }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let millis = read(text, &TIME_UNITS).ok_or_else(|| {
+            format!(
+                "{text:?} is not a duration (expected a whole number and ms, s, m, h or d, as in \"500ms\")"
+            )
+        })?;
+        within(text, millis, MIN, MAX, &TIME_UNITS).map(Self)
+    }
 }
 
 const TIME_UNITS: [(&str, u64); 5] =
@@ -47,15 +56,36 @@ impl<const MIN: u64, const MAX: u64> Serialize for Interval<MIN, MAX> {
 
 impl<'de, const MIN: u64, const MAX: u64> Deserialize<'de> for Interval<MIN, MAX> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        let millis = read(&text, &TIME_UNITS).ok_or_else(|| {
-            D::Error::custom(format!(
-                "{text:?} is not a duration (expected a whole number and ms, s, m, h or d, as in \"500ms\")"
-            ))
-        })?;
-        within(&text, millis, MIN, MAX, &TIME_UNITS).map(Self).map_err(D::Error::custom)
+        Self::parse(&String::deserialize(deserializer)?).map_err(D::Error::custom)
     }
 }
+
+/// A duration, or `"never"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Maybe<T>(pub Option<T>);
+
+impl<T: Serialize> Serialize for Maybe<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match &self.0 {
+            Some(value) => value.serialize(serializer),
+            None => serializer.serialize_str(NEVER),
+        }
+    }
+}
+
+impl<'de, const MIN: u64, const MAX: u64> Deserialize<'de> for Maybe<Interval<MIN, MAX>> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        if text == NEVER {
+            return Ok(Self(None));
+        }
+        Interval::parse(&text)
+            .map(|value| Self(Some(value)))
+            .map_err(|error| D::Error::custom(format!("{error}, or \"never\"")))
+    }
+}
+
+const NEVER: &str = "never";
 
 /// A size of `MIN` to `MAX` bytes, written as a whole number and a unit:
 /// `"4096B"`, `"512KiB"`, `"64MiB"`, `"2GiB"`.
@@ -168,6 +198,19 @@ mod tests {
         }
         assert_eq!(beat("0s").unwrap_err(), "\"0s\" is out of bounds (expected 100ms to 1m)");
         assert!(beat("213503982334601d").unwrap_err().contains("is not a duration"));
+    }
+
+    #[test]
+    fn never_is_a_word() {
+        let read = |text: &str| {
+            serde_json::from_value::<Maybe<Beat>>(text.into()).map_err(|error| error.to_string())
+        };
+        assert_eq!(read("never"), Ok(Maybe(None)));
+        assert_eq!(serde_json::to_value(Maybe::<Beat>(None)).unwrap(), "never");
+        assert_eq!(read("2s").unwrap().0.unwrap().get(), Duration::from_secs(2));
+        assert_eq!(serde_json::to_value(read("2s").unwrap()).unwrap(), "2s");
+        assert!(read("0s").unwrap_err().contains("out of bounds"));
+        assert!(read("off").unwrap_err().ends_with("or \"never\""));
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod heap;
 pub mod mount;
 pub mod passed;
 pub mod place;
+pub mod quiet;
 pub mod stat;
 pub mod xattr;
 

@@ -335,6 +335,12 @@ pub fn sync_file_system(fd: impl AsFd) -> Result<(), Errno> {
     rustix::fs::syncfs(fd)
 }
 
+/// Lets go of what memory holds of a file, as far as it is on disk: what is
+/// read next comes from there. A hint that no kernel has to follow.
+pub fn forget_cached(fd: impl AsFd) {
+    let _ = rustix::fs::fadvise(fd, 0, None, rustix::fs::Advice::DontNeed);
+}
+
 /// The magic number of the file system (`statfs.f_type`).
 pub fn file_system_magic(fd: impl AsFd) -> Result<u64, Errno> {
     Ok(rustix::fs::fstatfs(fd)?.f_type as u64)

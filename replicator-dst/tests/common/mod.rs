@@ -21,7 +21,7 @@ use replicator_common::status::{ReplicationStatus, Status};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
     ALPN, BatchHeader, ContentSource, DataFrame, DestinationHello, DestinationMessage, Extent,
-    Hash, Op, PackedObject, Refusal, SourceHello, SourceMessage,
+    Hash, KeptObject, Op, PackedObject, Refusal, SourceHello, SourceMessage,
 };
 use replicator_dst::replica::{Hook, ReplicaOptions};
 use replicator_dst::service::{DestinationOptions, DestinationService};
@@ -246,6 +246,8 @@ impl World {
             reader: FrameReader::new(receive),
             data,
             hello: None,
+            kept: Default::default(),
+            told: false,
         };
         let hello = SourceHello {
             source: self.source.clone(),
@@ -306,14 +308,23 @@ pub struct FakeSource {
     pub reader: FrameReader<RecvStream>,
     pub data: FrameWriter<SendStream>,
     pub hello: Option<DestinationHello>,
+    /// What the destination said that it has of a session before.
+    pub kept: (Vec<KeptObject>, Vec<ObjectId>),
+    /// It has said all.
+    pub told: bool,
 }
 
 impl FakeSource {
-    /// The next message that is no report.
+    /// The next message that is no report, nor says what was kept.
     pub async fn next(&mut self) -> DestinationMessage {
         loop {
             match self.try_next().await {
                 Some(DestinationMessage::Report(_)) => {}
+                Some(DestinationMessage::Kept { packed, transfers, last }) => {
+                    self.kept.0.extend(packed);
+                    self.kept.1.extend(transfers);
+                    self.told |= last;
+                }
                 Some(message) => return message,
                 None => panic!("the destination ended the session"),
             }
@@ -323,6 +334,22 @@ impl FakeSource {
     /// The next message, reports included; `None` when the session has ended.
     pub async fn heard(&mut self) -> Option<DestinationMessage> {
         self.try_next().await
+    }
+
+    /// Waits until the destination has said what was kept.
+    pub async fn told(&mut self) -> (Vec<KeptObject>, Vec<ObjectId>) {
+        while !self.told {
+            match self.try_next().await {
+                Some(DestinationMessage::Report(_)) => {}
+                Some(DestinationMessage::Kept { packed, transfers, last }) => {
+                    self.kept.0.extend(packed);
+                    self.kept.1.extend(transfers);
+                    self.told = last;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        self.kept.clone()
     }
 
     async fn try_next(&mut self) -> Option<DestinationMessage> {

@@ -13,7 +13,7 @@ use crate::index::View;
 use crate::journal::Record;
 use crate::ledger::{Closing, Gap, Span};
 use crate::plan::resolve::Budget;
-use crate::plan::{Dirty, Listing, Need, Outcome, Resolve, Settings, assemble};
+use crate::plan::{Dirty, Listing, Meanwhile, Need, Outcome, Resolve, Settings, assemble};
 use crate::read::sink::SinkError;
 use crate::read::small::Item;
 use crate::session::Session;
@@ -65,8 +65,16 @@ impl Engine {
     pub(super) fn build(&mut self) -> Result<(), EngineError> {
         self.last_build = Instant::now();
         self.urgent = false;
-        let Some(session) = self.session.take() else { return Ok(()) };
+        if self.session.is_none() {
+            return Ok(());
+        }
+        // First: when the source is not there any more, the session is needed
+        // to say so.
         let mut draft = self.begin()?;
+        let Some(session) = self.session.take() else {
+            self.give_up(draft);
+            return Ok(());
+        };
         let result = self.fill(&mut draft, &session);
         self.session = Some(session);
         match result {
@@ -148,7 +156,7 @@ impl Engine {
             Record::Object { object, .. } => object,
             Record::Entry { directory, .. } | Record::Named { directory, .. } => directory,
         };
-        Ok(self.index.object(object)?.is_some())
+        Ok(self.index.object(object)?.is_some() || self.in_flight.drops(object))
     }
 
     /// Looks into the journal between batches, so that what turns out to
@@ -169,6 +177,7 @@ impl Engine {
                 Record::Gap { reason } => self.open_gap(reason.clone())?,
                 Record::Barrier { time } => draft.span.pass(*seq, *time, self.inherited),
                 other => {
+                    self.touched.record(other);
                     self.touch_holds(other)?;
                     self.dirty.absorb(other);
                 }
@@ -193,15 +202,15 @@ impl Engine {
             }
             let barrier = self.capture.barrier().map_err(EngineError::from)?;
             let records = self.journal.read(self.cursor, RECORDS).map_err(EngineError::from)?;
-            let touched = records.iter().any(|(_, record)| draft.resolve.touches(record));
-            if !touched {
+            match draft.resolve.meanwhile(records.iter().map(|(_, record)| record)) {
                 // What came meanwhile is the next batch's; this one is of the
                 // moment of its barrier.
-                draft.span.exact = records.len() < RECORDS;
-                return Ok(());
-            }
-            if round + 1 == ROUNDS {
-                return Ok(());
+                Meanwhile::Untouched => {
+                    draft.span.exact = records.len() < RECORDS;
+                    return Ok(());
+                }
+                Meanwhile::Touched if round + 1 < ROUNDS => {}
+                Meanwhile::Touched | Meanwhile::Lost => return Ok(()),
             }
             self.absorb(&records, draft)?;
             draft.span.reach(barrier.seq, barrier.time);
@@ -214,7 +223,7 @@ impl Engine {
     fn resolve_and_read(&mut self, draft: &mut Draft, session: &Session) -> Result<(), Broken> {
         let start = Instant::now();
         let pool = self.pool.clone();
-        let mut reading = pool.begin(draft.batch, &session.sink);
+        let mut reading = pool.begin(draft.batch, &session.sink, self.kept.packed());
         // A destination with nothing to do gets something soon.
         let most = if self.in_flight.is_empty() { SOON } else { usize::MAX };
         let mut left = self.settings.batch_objects.min(most);
@@ -276,7 +285,7 @@ impl Engine {
             }
             let known = match need.new {
                 true => None,
-                false => self.index.object(&object)?,
+                false => self.disbelieve(&object, self.index.object(&object)?),
             };
             items.push(Item { object, need, known });
         }
@@ -292,13 +301,17 @@ impl Engine {
         let seen = self.looked_at_all(&draft)?;
         let settings = Settings {
             now: self.clock.now(),
-            floor,
+            // A failover puts an orphan back where it was before this batch, and
+            // what waited then was not as on the source.
+            floor: floor.min(self.reached),
             outside_before: (gap.is_none() && draft.span.reached && seen)
                 .then(|| draft.span.time.offset(-(OUTSIDE_AFTER.as_nanos() as i64))),
         };
         let root = self.opener.root().id.clone();
         let (index, tree) = (&self.index, &mut self.tree);
         let mut assembly = assemble(&draft.resolve, &draft.outcomes, &root, settings, index, tree)?;
+        let Some(checked) = self.check_deletions(draft, &assembly)? else { return Ok(()) };
+        draft = checked;
         self.note_skipped(&draft, &dropped_by(&assembly.delta));
         let placed = self.settle_placed(&mut draft, &assembly);
         self.release_holds(&draft, &assembly.holds, &placed)?;
@@ -326,7 +339,13 @@ impl Engine {
             self.dirty.entry(directory, name, crate::watcher::What::default());
             draft.span.exact = false;
         }
+        let through = !behind && self.dirty.is_empty() && self.gap.is_none();
+        let last =
+            self.accepts_deletions() && draft.span.reached && through && assembly.orphans == 0;
         self.commit(draft, assembly, closed)?;
+        if last {
+            self.end_acceptance()?;
+        }
         self.forget_dropped()
     }
 
@@ -349,8 +368,8 @@ impl Engine {
         }
     }
 
-    /// The session ended before the batch was committed.
-    fn give_up(&mut self, draft: Draft) {
+    /// The batch is not committed: the session ended, or it deletes too much.
+    pub(super) fn give_up(&mut self, draft: Draft) {
         self.dirty.merge(draft.input);
         for (object, placed) in draft.placed {
             self.discard_file(placed.number, &placed.file);

@@ -27,6 +27,10 @@ pub(super) struct Ready {
     pub(super) input: Dirty,
     pub(super) closed: Option<Gap>,
     pub(super) dropped: Vec<ObjectId>,
+    /// How many of them count as deleted.
+    pub(super) deletions: u64,
+    /// Objects that are young from now on (see `window`).
+    pub(super) born: Vec<ObjectId>,
     pub(super) progress: (u64, u64),
     pub(super) objects: u64,
     /// Every change before this moment was in the replica before it.
@@ -46,10 +50,15 @@ impl Engine {
         let (header, reached) = self.header(&draft, &assembly, closed.as_ref());
         let changed = replaced_content(&assembly.delta, draft.batch);
         self.spoil(&changed);
+        // Accepted ones do not add up to the next halt.
+        let accepted = self.accepts_deletions();
+        let deletions = if accepted { 0 } else { self.halt.deletions(&assembly) };
+        let born = if draft.resolve.walking { Vec::new() } else { born_by(&assembly.ops) };
         for object in assembly.linked {
             self.members.add_linked(object);
         }
         let Assembly { ops, delta, .. } = assembly;
+        self.settle_forced(&ops);
         let dropped = dropped_by(&delta);
         let progress = progress_of(&delta, draft.resolve.equal);
         let objects = ops.iter().filter(|op| matches!(op, Op::Put { .. })).count() as u64;
@@ -61,6 +70,8 @@ impl Engine {
             input,
             closed,
             dropped,
+            deletions,
+            born,
             progress,
             objects,
             before,
@@ -88,7 +99,10 @@ impl Engine {
         delta.dead_lists.append(&mut self.dead_lists);
         metrics::histogram!("replicator_source_batch_operations").record(ops.len() as f64);
         let start = Instant::now();
-        self.index.prepare(delta)?;
+        let subjects = self.touched.sent(&delta);
+        let now = (Instant::now(), self.clock.now());
+        let noted = self.halt.note(batch, ready.deletions, ready.born, now);
+        self.index.prepare(delta, &noted)?;
         tracing::debug!(%batch, operations = ops.len(), took = ?start.elapsed(), "prepared");
         // From here on the destination may have it, whatever becomes of the
         // session: the next greeting must say so.
@@ -101,10 +115,11 @@ impl Engine {
             mark,
             input,
             closed,
+            dropped: dropped.into_iter().collect(),
             durable: false,
             before: ready.before,
             reached: ready.reached,
-            note: Note { dropped, progress, committed_at: Instant::now(), exact },
+            note: Note { progress, committed_at: Instant::now(), exact, subjects },
         });
         let sent = match &self.session {
             Some(session) => send_plan(session, batch, ops, header),
@@ -201,6 +216,15 @@ fn frame_of(ops: &[Op]) -> usize {
         bytes <= PLAN_BYTES
     });
     fit.count().max(1)
+}
+
+/// Objects that come with the batch.
+fn born_by(ops: &[Op]) -> Vec<ObjectId> {
+    let born = ops.iter().filter_map(|op| match op {
+        Op::Put { object, new: true, .. } => Some(object.clone()),
+        _ => None,
+    });
+    born.collect()
 }
 
 /// Objects that go with the batch.

@@ -98,23 +98,40 @@ impl Engine {
     /// How long until a hold needs attention.
     pub(super) fn next_hold(&self) -> Option<Duration> {
         let now = Instant::now();
-        let transfers = self.may_transfer();
+        let (transfers, more) = (self.may_transfer(), self.may_ask());
         self.holds
-            .values()
-            .filter(|held| match held.hold.reason {
+            .iter()
+            .filter(|(object, held)| match held.hold.reason {
                 HoldReason::Large { .. } if self.may_be_astray(held) => true,
-                HoldReason::Large { .. } => transfers && matches!(held.transfer, Transfer::Waiting),
+                HoldReason::Large { .. } => {
+                    let room = transfers && (more || self.kept.is_answered(object));
+                    room && self.may_begin(object, held)
+                }
                 HoldReason::Unreadable { .. } | HoldReason::Refused { .. } => true,
             })
-            .map(|held| held.due.saturating_duration_since(now))
+            .map(|(_, held)| held.due.saturating_duration_since(now))
             .min()
     }
 
-    /// Whether one more transfer may begin now.
+    /// Whether one more transfer may begin now, or one whose chunks were asked for.
     fn may_transfer(&self) -> bool {
         self.session.is_some()
+            && self.kept.is_told()
             && self.running.len() < TRANSFERS
             && self.shared.desired() == DesiredState::Enabled
+    }
+
+    /// Whether one more may begin of which nothing was asked: each that was
+    /// takes one of the places.
+    fn may_ask(&self) -> bool {
+        self.running.len() + self.kept.asked() < TRANSFERS
+    }
+
+    /// Whether a large file's transfer waits for nothing but its time.
+    fn may_begin(&self, object: &ObjectId, held: &Held) -> bool {
+        matches!(held.hold.reason, HoldReason::Large { .. })
+            && matches!(held.transfer, Transfer::Waiting)
+            && !self.kept.is_awaited(object)
     }
 
     /// Takes the holds that a batch left, or renewed.
@@ -209,14 +226,22 @@ impl Engine {
     pub(super) fn start_transfers(&mut self) -> Result<(), EngineError> {
         let now = Instant::now();
         while self.may_transfer() {
-            let Some(object) = next_due(&self.holds, now) else { break };
-            self.start_transfer(object)?;
+            let due = match self.answered(now) {
+                Some(object) => Some(object),
+                None if !self.may_ask() => None,
+                None => next_due(&self.holds, now, |object, held| self.may_begin(object, held)),
+            };
+            let Some(object) = due else { break };
+            if !self.ask_kept(&object) {
+                self.start_transfer(object)?;
+            }
         }
         Ok(())
     }
 
     fn start_transfer(&mut self, object: ObjectId) -> Result<(), EngineError> {
-        let whole = self.holds.get(&object).is_some_and(|held| held.whole);
+        let whole =
+            self.holds.get(&object).is_some_and(|held| held.whole) || self.is_forced(&object);
         let known = self.index.object(&object)?;
         let entries: Vec<_> = self
             .holds
@@ -234,6 +259,7 @@ impl Engine {
             None => resembles.as_ref().map(|(object, _)| object.clone()),
         };
         let list = self.next_list()?;
+        let kept = self.kept.begin(&object);
         let job = Job {
             transfer: number,
             object: object.clone(),
@@ -242,6 +268,7 @@ impl Engine {
             resembles,
             list,
             whole,
+            kept,
             clock: self.clock.clone(),
             took: Duration::ZERO,
         };
@@ -249,6 +276,7 @@ impl Engine {
             return Ok(());
         };
         held.touched = false;
+        held.whole = whole;
         held.transfer = Transfer::Running { number, basis };
         self.running.insert(number, object);
         let post = self.post.clone();
@@ -296,6 +324,11 @@ impl Engine {
         result: Result<Done, LaneError>,
     ) -> Result<(), EngineError> {
         self.running.remove(&job.transfer);
+        if job.kept.is_some()
+            && matches!(result, Ok(ref done) if !matches!(done, Done::Sent { .. }))
+        {
+            self.kept.put_back(job.object.clone());
+        }
         let arrived = self.arrived.remove(&job.transfer);
         let awaited = self.holds.get_mut(&job.object).filter(|held| {
             matches!(&held.transfer, Transfer::Running { number, .. } if *number == job.transfer)
@@ -444,20 +477,29 @@ impl Engine {
     }
 
     /// Forgets holds of objects that the replica does not have and that nothing
-    /// leads to: they were dropped while they waited.
+    /// leads to: they were dropped while they waited (see
+    /// [`crate::ledger::Flights::drops`]).
     pub(super) fn forget_dropped(&mut self) -> Result<(), EngineError> {
-        let mut gone = Vec::new();
-        for held in self.holds.values_mut() {
+        let (index, in_flight) = (&self.index, &self.in_flight);
+        let ours = |object: &ObjectId| -> Result<bool, EngineError> {
+            Ok(index.object(object)?.is_some() || in_flight.drops(object))
+        };
+        let (mut gone, mut fewer) = (Vec::new(), Vec::new());
+        for (object, held) in &mut self.holds {
             // Entries of directories that were dropped lead nowhere.
             let places = std::mem::take(&mut held.hold.entries);
+            let before = places.len();
             for place in places {
-                if self.index.object(&place.0)?.is_some() {
+                if ours(&place.0)? {
                     held.hold.entries.insert(place);
                 }
             }
+            if held.hold.entries.len() < before {
+                fewer.push(object.clone());
+            }
         }
         for (object, held) in &self.holds {
-            if held.hold.entries.is_empty() && self.index.object(object)?.is_none() {
+            if held.hold.entries.is_empty() && !ours(object)? {
                 gone.push(object.clone());
             }
         }
@@ -466,9 +508,19 @@ impl Engine {
                 self.discard(held.transfer);
             }
         }
+        // What is left of its entries may have been looked at already, and be
+        // through now.
+        fewer.iter().for_each(|object| self.redo_hold(object));
+        self.forget_owed()
+    }
+
+    /// Nothing is owed in directories that the replica does not have. (What
+    /// leads to them is dirty, and then all of them is listed.)
+    pub(super) fn forget_owed(&mut self) -> Result<(), EngineError> {
+        let (index, in_flight) = (&self.index, &self.in_flight);
         let mut failure = None;
-        self.owed.forget(|directory| match self.index.object(directory) {
-            Ok(known) => known.is_none(),
+        self.owed.forget(|directory| match index.object(directory) {
+            Ok(known) => known.is_none() && !in_flight.drops(directory),
             Err(error) => {
                 failure = Some(error);
                 false
@@ -583,12 +635,12 @@ impl Engine {
 
 /// The large file whose turn it is: the one that has been due for longest.
 /// INVARIANT: so none starves, however many others change all the time.
-fn next_due(holds: &BTreeMap<ObjectId, Held>, now: Instant) -> Option<ObjectId> {
-    let due = holds.iter().filter(|(_, held)| {
-        matches!(held.hold.reason, HoldReason::Large { .. })
-            && matches!(held.transfer, Transfer::Waiting)
-            && held.due <= now
-    });
+fn next_due(
+    holds: &BTreeMap<ObjectId, Held>,
+    now: Instant,
+    may_begin: impl Fn(&ObjectId, &Held) -> bool,
+) -> Option<ObjectId> {
+    let due = holds.iter().filter(|(object, held)| held.due <= now && may_begin(object, held));
     due.min_by_key(|(_, held)| held.due).map(|(object, _)| object.clone())
 }
 

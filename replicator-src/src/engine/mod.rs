@@ -11,20 +11,25 @@
 //!
 //! - `build`: how a batch comes about; `placing`: what it takes of large files
 //!   and leaves to wait; `commit`: its end.
+//! - [`halt`]: deletions that look like an accident; `window`: which count.
 //! - `holds`: what waits, and the transfers of large files; `resemble`: what
 //!   such a file was probably made from.
 //! - `astray`: what is not where it was seen, for a source by names.
+//! - `kept`: what it still has of the session before.
 //! - `refused`: what the destination has no place for now.
 //! - `peer`: what the destination says.
 //! - `reconcile`: a replica that was not empty.
 //! - `leave`: what the next process goes on from.
 //! - `report`: what is told of all that.
+//! - [`verify`]: what verification asks of the loop.
 //! - [`state`]: what the loop shares with those who ask.
 
 mod astray;
 mod build;
 mod commit;
+pub mod halt;
 mod holds;
+mod kept;
 pub(crate) mod leave;
 mod peer;
 mod placing;
@@ -33,17 +38,21 @@ mod refused;
 mod report;
 mod resemble;
 pub mod state;
+pub mod verify;
+mod window;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, select};
 use replicator_common::crashsafe::StateFileError;
+use replicator_common::describe::Description;
 use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
-use replicator_common::status::{DesiredState, FailoverReport};
+use replicator_common::status::{DesiredState, FailoverReport, SourceReport};
 use replicator_common::time::Timestamp;
+use replicator_common::wire::SourceMessage;
 
 use crate::boot::Boot;
 use crate::capture::{Capture, CaptureError, Members};
@@ -58,6 +67,8 @@ use crate::read::pool::Pool;
 use crate::read::sink::{SinkError, Wired};
 use crate::session::{LinkEvent, Session};
 use crate::source::{Opener, SourceError, SourceTree};
+use crate::watcher::What;
+use halt::Halt;
 use holds::Held;
 use state::Shared;
 
@@ -68,6 +79,9 @@ const IN_FLIGHT: usize = 2;
 const REFRESH: Duration = Duration::from_millis(200);
 /// How often the destination gets our report.
 const REPORT: Duration = Duration::from_millis(500);
+
+/// How long the destination is given to hear that the source is not there.
+const GOODBYE: Duration = Duration::from_secs(1);
 
 /// What the operator may set.
 #[derive(Clone, Debug)]
@@ -109,6 +123,9 @@ pub enum Command {
     Delete(FailoverReply, Duration),
     /// Bring status up to date, and say when it is.
     Refresh(Sender<()>),
+    /// Let the deletions through for which replication has halted, and say
+    /// when they may go.
+    AcceptDeletions(Sender<()>),
     /// End the loop.
     Stop {
         /// Leave behind what the next process needs to go on without a walk.
@@ -124,12 +141,24 @@ pub enum Event {
     Transfer(Box<Job>, Result<Done, LaneError>),
     /// Somebody asks.
     Command(Command),
+    /// The verifier asks.
+    Verify(verify::Query),
 }
 
 impl From<LinkEvent> for Event {
     fn from(event: LinkEvent) -> Self {
         Self::Link(event)
     }
+}
+
+/// How the loop ended without trouble that stays.
+#[derive(Debug)]
+pub enum Ended {
+    /// It was told to; with what the next process needs to go on without a walk,
+    /// when that was asked for and could be given.
+    Stopped(Option<Box<Rest>>),
+    /// The source was unmounted, mounted over or replaced; status says so.
+    Vanished,
 }
 
 /// Why the loop ended. All of it is trouble with the source or its state; the
@@ -164,12 +193,12 @@ impl From<PlanError<IndexError, SourceError>> for EngineError {
 
 /// What is kept of a batch under way, beside what [`crate::ledger`] does.
 struct Note {
-    /// Objects that it drops.
-    dropped: Vec<ObjectId>,
     /// Objects and bytes of regular content in it, for progress.
     progress: (u64, u64),
     committed_at: Instant,
     exact: bool,
+    /// What it touches, where verification wants to know.
+    subjects: Option<Vec<verify::Subject>>,
 }
 
 /// Where an engine begins.
@@ -204,6 +233,8 @@ pub struct Engine {
     shared: Arc<Shared>,
     clock: Arc<Clock>,
     session: Option<Session>,
+    /// What its destination has of the session before.
+    kept: kept::Kept,
     /// What is dirty and not in a batch yet.
     dirty: Dirty,
     /// What is dirty and could not be found (see [`astray`]).
@@ -236,6 +267,7 @@ pub struct Engine {
     /// of a batch that was given back is never taken for one of the next.
     readings: u32,
     reconcile: Option<reconcile::Reconcile>,
+    halt: Halt,
     next_batch: BatchId,
     next_transfer: TransferId,
     lists: std::ops::Range<u64>,
@@ -260,6 +292,12 @@ pub struct Engine {
     unsettled: bool,
     /// Somebody waits for the watermark: the next heartbeat comes at once.
     urgent: bool,
+    /// What changed of late, for verification.
+    touched: verify::Touched,
+    /// Objects to be sent again whatever the index says of them.
+    forced: BTreeMap<ObjectId, What>,
+    /// Who waits for the destination to describe something, in order.
+    asked: VecDeque<Sender<Description>>,
     /// Bytes put on the wire by this replication, all sessions.
     wired: Arc<Wired>,
     /// Content bytes shipped by processes before this, less what this one had
@@ -293,8 +331,12 @@ pub struct Parts {
     pub captured: Receiver<()>,
     /// What is shared with those who ask.
     pub shared: Arc<Shared>,
+    /// Whether replication has halted, and when it is to.
+    pub halt: Halt,
     /// Counts the bytes put on the wire.
     pub wired: Arc<Wired>,
+    /// The engine's moments, shared with the verifier.
+    pub ticks: Arc<verify::Ticks>,
 }
 
 impl Engine {
@@ -322,6 +364,7 @@ impl Engine {
             clock: parts.shared.clock(),
             shared: parts.shared,
             session: None,
+            kept: kept::Kept::default(),
             dirty: Dirty::default(),
             astray: Dirty::default(),
             covered: claimed,
@@ -336,6 +379,7 @@ impl Engine {
             refused: BTreeMap::new(),
             readings: 0,
             reconcile: None,
+            halt: parts.halt,
             next_batch: mark.batch.next(),
             next_transfer: TransferId(1),
             lists: 0..0,
@@ -352,10 +396,15 @@ impl Engine {
             handing_over: false,
             unsettled: false,
             urgent: false,
+            touched: verify::Touched::new(parts.ticks),
+            forced: BTreeMap::new(),
+            asked: VecDeque::new(),
             wired: parts.wired,
             shipped_before: i128::from(mark.bytes_shipped),
         };
+        engine.shared.halted(engine.halt.halted());
         engine.begin_clock()?;
+        engine.recall_deletions()?;
         engine.greet()?;
         match start {
             Start::Walk(reason) => engine.open_gap(reason)?,
@@ -372,9 +421,55 @@ impl Engine {
         Ok(())
     }
 
-    /// The loop. Returns when it is told to stop; with what the next process
-    /// needs to go on without a walk when it was asked for that, and could.
-    pub fn run(mut self) -> Result<Option<Rest>, EngineError> {
+    /// The loop. Returns when it is told to stop, or when the source is not
+    /// where it was.
+    pub fn run(mut self) -> Result<Ended, EngineError> {
+        // What went wrong with a source that is not there went wrong because of
+        // that.
+        if let Err(error) = self.run_loop() {
+            if self.opener.root().still_there() {
+                return Err(error);
+            }
+            self.vanish(&error.to_string());
+            return Ok(Ended::Vanished);
+        }
+        if self.handing_over {
+            return Ok(Ended::Stopped(self.leave()?.map(Box::new)));
+        }
+        // Records that came after the last flush: a start after a clean end needs
+        // them no less than one after a crash.
+        self.journal.flush()?;
+        Ok(Ended::Stopped(None))
+    }
+
+    /// Says that the source is not where it was, to the destination as well.
+    fn vanish(&mut self, reason: &str) {
+        tracing::error!(reason, "replication halted: the source is not there");
+        metrics::counter!("replicator_source_halts_total").increment(1);
+        self.refresh();
+        self.shared.vanished(reason);
+        let report = SourceReport { time: Timestamp::now(), ..self.shared.report() };
+        let said = report.time;
+        let message = SourceMessage::Report(Box::new(report));
+        // What is sent is lost when the session ends at once: until it is
+        // answered, or nobody seems to be listening.
+        let until = Instant::now() + GOODBYE;
+        if self.session.as_ref().is_some_and(|session| session.send(&message).is_ok()) {
+            while let Ok(event) = self.inbox.recv_deadline(until) {
+                match event {
+                    Event::Link(LinkEvent::Clocks { exchange, .. }) if exchange.sent == said => {
+                        break;
+                    }
+                    Event::Link(LinkEvent::Lost { .. }) | Event::Command(Command::Stop { .. }) => {
+                        break;
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn run_loop(&mut self) -> Result<(), EngineError> {
         self.refresh();
         while !self.stopping {
             if let Some(event) = self.wait() {
@@ -391,13 +486,7 @@ impl Engine {
             }
             self.publish();
         }
-        if self.handing_over {
-            return self.leave();
-        }
-        // Records that came after the last flush: a start after a clean end needs
-        // them no less than one after a crash.
-        self.journal.flush()?;
-        Ok(None)
+        Ok(())
     }
 
     fn wait(&self) -> Option<Event> {
@@ -427,6 +516,7 @@ impl Engine {
         match event {
             Event::Link(event) => self.link(event),
             Event::Transfer(job, result) => self.transfer_done(&job, result),
+            Event::Verify(query) => self.verify(query),
             Event::Command(Command::Nudge) => {
                 self.urgent = true;
                 Ok(())
@@ -444,6 +534,12 @@ impl Engine {
             }
             Event::Command(Command::Refresh(reply)) => {
                 self.refresh();
+                // Whoever asked may have given up waiting.
+                let _ = reply.send(());
+                Ok(())
+            }
+            Event::Command(Command::AcceptDeletions(reply)) => {
+                self.accept_deletions()?;
                 // Whoever asked may have given up waiting.
                 let _ = reply.send(());
                 Ok(())
@@ -471,6 +567,7 @@ impl Engine {
         self.due_holds();
         self.start_transfers()?;
         self.continue_reconcile()?;
+        self.release_kept();
         if self.in_flight.is_empty() && !self.may_build() {
             self.index.merge()?;
         }
@@ -485,10 +582,12 @@ impl Engine {
     /// Whether a batch could be built, if there is reason to.
     fn is_ready(&self) -> bool {
         self.session.is_some()
+            && self.kept.is_told()
             && self.reconcile.as_ref().is_none_or(reconcile::Reconcile::is_complete)
             && self.in_flight.len() < IN_FLIGHT
             && self.failing.is_none()
             && !self.too_many_refused()
+            && self.halt.halted().is_none()
             && self.shared.desired() == DesiredState::Enabled
     }
 

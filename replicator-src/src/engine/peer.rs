@@ -6,6 +6,7 @@ use replicator_common::id::BatchId;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{DestinationMessage, SourceMessage};
 
+use super::kept::Kept;
 use super::{Engine, EngineError, FailoverReply};
 use crate::index::{Index, View};
 use crate::ledger::{Memory, Owed, take_back};
@@ -61,6 +62,7 @@ impl Engine {
         if hello.reconcile && !self.root_known()? && self.reconcile.is_none() {
             self.start_reconcile(&session)?;
         }
+        self.kept = Kept::default();
         self.session = Some(session);
         Ok(())
     }
@@ -68,13 +70,17 @@ impl Engine {
     /// The index does not describe this replica: one of the sides was set back,
     /// replaced, or is new (trap 14). The index starts anew under a new
     /// incarnation, and the session with it.
-    fn distrust(&mut self, session: Session, had_peer: bool) -> Result<(), EngineError> {
+    pub(super) fn distrust(&mut self, session: Session, had_peer: bool) -> Result<(), EngineError> {
         if had_peer {
             tracing::warn!("the two sides do not remember the same history; comparing anew");
         }
         self.index.store().reset()?;
         self.index = Index::new(self.index.store().clone())?;
+        self.halt.begin_anew();
         self.in_flight.clear();
+        self.touched.forget();
+        self.forced.clear();
+        self.asked.clear();
         self.reset_transfers();
         self.holds.clear();
         self.owed = Owed::default();
@@ -105,12 +111,15 @@ impl Engine {
     /// Batches up to `committed` took effect; later ones are built anew.
     pub(super) fn settle(&mut self, committed: BatchId) -> Result<(), EngineError> {
         self.index.settle(committed)?;
+        self.halt.lost_after(committed);
+        self.touched.forget();
         let settled = self.in_flight.settle(committed);
         let mut reached = Timestamp::NEVER;
         for batch in settled.done {
             reached = reached.max(batch.reached);
             self.journal.trim(batch.mark.seq)?;
             self.shared.progressed(batch.note.progress);
+            self.halt.gone(&batch.dropped);
         }
         for mut batch in settled.lost {
             let floors = self.holds.values_mut().map(|held| &mut held.floor);
@@ -120,6 +129,7 @@ impl Engine {
             self.reached = self.reached.min(batch.before);
             self.dirty.merge(batch.input);
         }
+        self.forget_owed()?;
         self.totals = self.index.store().mark()?;
         self.claimed = self.totals.watermark.unwrap_or(Timestamp::NEVER);
         let mark = self.totals;
@@ -150,6 +160,8 @@ impl Engine {
         if self.session.as_ref().is_some_and(|session| session.number == number) {
             tracing::warn!(reason, "session lost");
             self.session = None;
+            self.asked.clear();
+            self.kept = Kept::default();
             self.reset_transfers();
             if self.reconcile.as_ref().is_some_and(|reconcile| !reconcile.is_complete()) {
                 self.reconcile = None;
@@ -188,6 +200,13 @@ impl Engine {
                 self.returned(batch, objects, last)?;
             }
             DestinationMessage::Transferred { transfer } => self.transfer_arrived(transfer),
+            DestinationMessage::Described(description) => self.described(*description),
+            DestinationMessage::Kept { packed, transfers, last } => {
+                self.kept(packed, transfers, last);
+            }
+            DestinationMessage::KeptChunks { object, was, chunks, last } => {
+                self.kept_chunks(&object, was, chunks, last);
+            }
             DestinationMessage::FailedOver { report } => {
                 if let Some((reply, _)) = self.failing.take() {
                     // Whoever asked may have given up waiting.
@@ -208,15 +227,21 @@ impl Engine {
     /// the journal trimmed.
     fn applied(&mut self, batch: BatchId) -> Result<(), EngineError> {
         let (mut merged, mut reached) = (None, Timestamp::NEVER);
-        for done in self.in_flight.applied(batch) {
+        let done = self.in_flight.applied(batch);
+        if done.iter().any(|batch| !batch.dropped.is_empty()) {
+            self.forget_dropped()?;
+        }
+        for done in done {
             metrics::histogram!("replicator_source_batch_seconds")
                 .record(done.note.committed_at.elapsed().as_secs_f64());
             self.shared.progressed(done.note.progress);
+            self.halt.gone(&done.dropped);
+            self.kept.acknowledged();
             self.shared.count(|counters| {
                 counters.batches += 1;
                 counters.exact_batches += u64::from(done.note.exact);
             });
-            for object in &done.note.dropped {
+            for object in &done.dropped {
                 self.opener.forget(object);
                 // It may have come back meanwhile.
                 if self.members.knows(object)
@@ -227,6 +252,7 @@ impl Engine {
                     self.capture.directories().forget(object);
                 }
             }
+            self.touched.applied(done.note.subjects);
             merged = Some(done.mark);
             reached = reached.max(done.reached);
         }

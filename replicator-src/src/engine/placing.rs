@@ -183,11 +183,6 @@ impl Engine {
             return Ok(false);
         }
         if let Some(placed) = draft.placed.get_mut(object) {
-            // It changed after its transfer: placed as it is, and held again.
-            placed.file.moving = true;
-            return Ok(true);
-        }
-        if let Some(placed) = draft.placed.get_mut(object) {
             // This batch places it already, and it has changed since: it waits for
             // its next turn. (Were it looked at as if nothing had come, what was
             // placed would count as placed and not be so.)

@@ -272,6 +272,8 @@ impl Engine {
             input: Default::default(),
             closed: None,
             dropped: Vec::new(),
+            deletions: 0,
+            born: Vec::new(),
             progress: (0, 0),
             objects: 0,
             before: Timestamp::NEVER,

@@ -109,6 +109,10 @@ impl Engine {
     fn blockers(&self) -> Vec<Blocker> {
         let mut blockers = Vec::new();
         let arriving = self.shared.arriving();
+        if let Some(halted) = self.halt.halted() {
+            let reason = format!("halted: {}", halted.reason);
+            blockers.push(Blocker { reason, path: None, bytes_left: None, since: halted.since });
+        }
         if let Some(gap) = &self.gap {
             let reason = format!("walk of the source: {}", gap.reason);
             blockers.push(Blocker {

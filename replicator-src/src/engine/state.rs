@@ -14,10 +14,12 @@ use replicator_common::status::{
     ReplicationStatus, Skipped, SourceReport, StageLag, TimedError, WatcherKind, WatcherReport,
 };
 use replicator_common::time::Timestamp;
+use replicator_common::verification::Verification;
 use replicator_common::wire::{Refusal, SourceHello};
 
 use tokio::sync::Notify;
 
+use super::halt::{HINT, Halted, RETURN_HINT};
 use crate::clock::Clock;
 use crate::index::Mark;
 use crate::session::Session;
@@ -47,6 +49,10 @@ struct Inner {
     complete: bool,
     failure: Option<String>,
     refusal: Option<String>,
+    /// Why nothing is shipped until the operator says so, and what to say.
+    halted: Option<String>,
+    /// Since when the source is not where it was.
+    vanished: Option<Timestamp>,
     progress: Meter,
     /// How far the destination's clock is from the wall clock here.
     clocks: Estimate,
@@ -104,6 +110,7 @@ impl Shared {
             },
             counters: Counters::default(),
             last_error: None,
+            verification: Default::default(),
         };
         let inner = Inner {
             report,
@@ -114,6 +121,8 @@ impl Shared {
             complete: mark.watermark.is_some(),
             failure: None,
             refusal: None,
+            halted: None,
+            vanished: None,
             progress: Meter::default(),
             clocks: Estimate::default(),
             closed: false,
@@ -280,6 +289,11 @@ impl Shared {
         self.lock().report.last_error = Some(TimedError { time: Timestamp::now(), error });
     }
 
+    /// What is known of verification.
+    pub fn verified(&self, verification: Verification) {
+        self.lock().report.verification = verification;
+    }
+
     /// A file could not be read.
     pub fn unreadable(&self, path: String, error: &str) {
         let mut inner = self.lock();
@@ -352,6 +366,47 @@ impl Shared {
         inner.report.message = message;
     }
 
+    /// Replication has halted, or goes on.
+    pub fn halted(&self, halted: Option<&Halted>) {
+        let mut inner = self.lock();
+        inner.halted = halted
+            .map(|halted| format!("halted since {}: {}; {HINT}", halted.since, halted.reason));
+        (inner.report.status, inner.report.message) = judge(&inner, true);
+        self.moved.notify_all();
+    }
+
+    /// The source is not where it was; nothing runs until it is there again.
+    pub fn vanished(&self, reason: &str) {
+        let mut inner = self.lock();
+        let now = Timestamp::now();
+        inner.report.last_error = Some(TimedError { time: now, error: reason.to_owned() });
+        let since = inner.vanished.get_or_insert(now).to_owned();
+        inner.halted = Some(format!("halted since {since}: {reason}; {RETURN_HINT}"));
+        (inner.report.status, inner.report.message) = judge(&inner, false);
+        let reason = format!("halted: {reason}");
+        inner.report.blocked_by = vec![Blocker { reason, path: None, bytes_left: None, since }];
+        self.moved.notify_all();
+    }
+
+    /// No session is sought any more, for now.
+    pub fn unlinked(&self) {
+        let link = &mut self.lock().report.link;
+        if std::mem::take(&mut link.connected) {
+            link.since = Timestamp::now();
+        }
+        link.round_trip_micros = None;
+    }
+
+    /// The source is there again.
+    pub fn returned(&self) {
+        let mut inner = self.lock();
+        if inner.vanished.take().is_some() {
+            inner.halted = None;
+            inner.report.blocked_by.clear();
+            (inner.report.status, inner.report.message) = judge(&inner, false);
+        }
+    }
+
     /// The engine's loop ended with an error.
     pub fn failed(&self, error: String) {
         let mut inner = self.lock();
@@ -378,6 +433,11 @@ impl Shared {
     /// The destination's last report, and when it arrived.
     pub fn destination(&self) -> Option<(DestinationReport, Timestamp)> {
         self.lock().destination.clone()
+    }
+
+    /// Why replication has halted and what lets it go on, if it has.
+    pub fn halt(&self) -> Option<String> {
+        self.lock().halted.clone()
     }
 
     /// Why the engine ended, if it did.
@@ -418,7 +478,8 @@ impl Shared {
             if inner.reached >= moment {
                 return Some(Ok(inner.report.watermark));
             }
-            if let Some(failure) = inner.failure.clone().or_else(|| inner.refusal.clone()) {
+            let stopped = inner.failure.as_ref().or(inner.refusal.as_ref());
+            if let Some(failure) = stopped.or(inner.halted.as_ref()).cloned() {
                 return Some(Err(failure));
             }
             if inner.closed {
@@ -465,6 +526,9 @@ fn judge(inner: &Inner, in_flight: bool) -> (ReplicationStatus, Option<String>) 
     }
     if inner.closed {
         return (ReplicationStatus::Deleting, None);
+    }
+    if let Some(halted) = &inner.halted {
+        return (ReplicationStatus::Halted, Some(halted.clone()));
     }
     if inner.report.desired == DesiredState::Paused {
         let status = if in_flight { ReplicationStatus::Pausing } else { ReplicationStatus::Paused };

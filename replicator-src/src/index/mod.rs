@@ -8,9 +8,11 @@
 //! - [`known`]: the types, plain data.
 //! - [`view`]: what planning may ask, as a trait; [`overlay`] answers with the
 //!   deltas under way laid over [`store`].
+//! - [`noted`]: what the guard against deletions remembers.
 //! - [`store`]: the tables (redb) and the order in which they become durable.
 
 pub mod known;
+pub mod noted;
 pub mod overlay;
 pub mod store;
 #[cfg(test)]
@@ -18,6 +20,7 @@ mod tests;
 pub mod view;
 
 pub use known::{Content, Delta, EntryChange, Known, Mark, Orphan};
+pub use noted::Noted;
 pub use overlay::Index;
 pub use store::{IndexError, Store};
 pub use view::{Base, View};

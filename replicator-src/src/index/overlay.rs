@@ -1,13 +1,14 @@
 //! The stored index with the deltas under way laid over it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::name::Name;
 
 use super::known::{Delta, Known, Mark, Orphan};
-use super::store::Store;
+use super::noted::Noted;
+use super::store::{IndexError, Store};
 use super::view::{Base, View};
 
 /// One delta, arranged for look-up.
@@ -63,13 +64,13 @@ impl<B: Base> Index<B> {
         &self.store
     }
 
-    /// Makes a batch's delta durable and lays it over the rest. Merges what
-    /// was acknowledged.
-    pub fn prepare(&mut self, delta: Delta) -> Result<(), B::Error> {
+    /// Makes a batch's delta durable, and what is noted with it, and lays it
+    /// over the rest. Merges what was acknowledged.
+    pub fn prepare(&mut self, delta: Delta, noted: &Noted) -> Result<(), B::Error> {
         let delta = Arc::new(delta);
         let acknowledged = self.take_acknowledged();
         let merged: Vec<&Delta> = acknowledged.iter().map(AsRef::as_ref).collect();
-        self.store.prepare(Some(&delta), &merged)?;
+        self.store.prepare(Some((&delta, noted)), &merged)?;
         self.layers.push(Layer::new(delta));
         self.snapshot = self.store.snapshot()?;
         Ok(())
@@ -116,6 +117,24 @@ impl<B: Base> Index<B> {
         self.layers.clear();
         self.snapshot = self.store.snapshot()?;
         Ok(lost)
+    }
+}
+
+impl Index {
+    /// How many objects the replica has once the batches under way are there.
+    pub fn count(&self) -> Result<u64, IndexError> {
+        let mut count = self.snapshot.count()?;
+        let touched: BTreeSet<&ObjectId> =
+            self.layers.iter().flat_map(|layer| layer.objects.keys()).collect();
+        for object in touched {
+            let before = self.snapshot.object(object)?.is_some();
+            match (before, self.object(object)?.is_some()) {
+                (true, false) => count = count.saturating_sub(1),
+                (false, true) => count += 1,
+                _ => {}
+            }
+        }
+        Ok(count)
     }
 }
 

@@ -3,7 +3,8 @@
 //! # Format
 //! One file. Tables, all with byte keys and values; values of objects, pending
 //! parts and marks are [`codec::encode_record`]s:
-//! - `meta`: `version`, `incarnation`, `peer`, `reconciling`, `mark`, `next_list`
+//! - `meta`: `version`, `incarnation`, `peer`, `reconciling`, `mark`, `next_list`,
+//!   `deletions`
 //! - `objects`: object → [`Known`]
 //! - `entries`: `pair_key` of directory and name → object
 //! - `links`: `pair_key` of object and (`pair_key` of directory and name) →
@@ -11,8 +12,10 @@
 //! - `chunks`: list number and segment, big endian → chunks
 //! - `orphans`: object → [`Orphan`]
 //! - `pending`: batch and part, big endian → a part of a [`Delta`]
+//! - `young`: object → when it came, little endian nanoseconds
 //!
-//! Versions: 1, the first.
+//! Versions: 1, the first. (`deletions` and `young` came later: their absence
+//! is as if they were empty, and who does not know them may leave them.)
 //!
 //! # Durability
 //! INVARIANT (trap 5): a batch's delta is durable in `pending` before its
@@ -24,17 +27,20 @@
 use std::path::{Path, PathBuf};
 
 use redb::{
-    Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction,
+    Database, Durability, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition,
+    WriteTransaction,
 };
 use replicator_common::chunk::Chunk;
 use replicator_common::codec::{self, CodecError};
 use replicator_common::fault;
 use replicator_common::id::{BatchId, Incarnation, ObjectId};
 use replicator_common::name::Name;
+use replicator_common::time::Timestamp;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::known::{Content, Delta, EntryChange, Known, Mark, Orphan};
+use super::noted::Noted;
 use super::view::{Base, View};
 
 type Bytes = &'static [u8];
@@ -46,6 +52,7 @@ const LINKS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("link
 const CHUNKS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("chunks");
 const ORPHANS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("orphans");
 const PENDING: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("pending");
+pub(super) const YOUNG: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("young");
 
 const VERSION: u32 = 1;
 /// Chunks of a list in one row: 36 bytes each, so some 150 KB.
@@ -95,8 +102,8 @@ pub enum IndexError {
 
 /// The index's tables.
 pub struct Store {
-    db: Database,
-    path: PathBuf,
+    pub(super) db: Database,
+    pub(super) path: PathBuf,
 }
 
 /// A key of two ids (or an id and a name): length of the first, first, second.
@@ -156,7 +163,7 @@ impl Store {
                     meta.insert("incarnation", value.as_slice()).map_err(failed(&self.path))?;
                 }
             }
-            for table in [OBJECTS, ENTRIES, LINKS, CHUNKS, ORPHANS, PENDING] {
+            for table in [OBJECTS, ENTRIES, LINKS, CHUNKS, ORPHANS, PENDING, YOUNG] {
                 write.open_table(table).map_err(failed(&self.path))?;
             }
         }
@@ -219,7 +226,7 @@ impl Store {
     pub fn reset(&self) -> Result<(), IndexError> {
         // Durable: the greeting that follows names the new incarnation.
         let write = self.begin(Durability::Immediate)?;
-        for table in [OBJECTS, ENTRIES, LINKS, CHUNKS, ORPHANS, PENDING] {
+        for table in [OBJECTS, ENTRIES, LINKS, CHUNKS, ORPHANS, PENDING, YOUNG] {
             write.delete_table(table).map_err(failed(&self.path))?;
             write.open_table(table).map_err(failed(&self.path))?;
         }
@@ -228,6 +235,7 @@ impl Store {
         self.put_meta(&write, "peer", &None::<Incarnation>)?;
         self.put_meta(&write, "reconciling", &false)?;
         self.put_meta(&write, "mark", &mark)?;
+        self.put_meta(&write, "deletions", &Vec::<(BatchId, Timestamp, u64)>::new())?;
         self.put_meta(&write, "incarnation", &Incarnation::random())?;
         write.commit().map_err(failed(&self.path))
     }
@@ -236,15 +244,16 @@ impl Store {
     /// deltas into the tables, in one durable transaction.
     pub fn prepare(
         &self,
-        delta: Option<&Delta>,
+        delta: Option<(&Delta, &Noted)>,
         acknowledged: &[&Delta],
     ) -> Result<(), IndexError> {
         let write = self.begin(Durability::Immediate)?;
         for delta in acknowledged {
             self.merge(&write, delta)?;
         }
-        if let Some(delta) = delta {
+        if let Some((delta, noted)) = delta {
             self.put_pending(&write, delta)?;
+            self.note(&write, noted)?;
         }
         write.commit().map_err(failed(&self.path))
     }
@@ -418,7 +427,7 @@ impl Store {
         std::fs::metadata(&self.path).map_or(0, |data| data.len())
     }
 
-    fn begin(&self, durability: Durability) -> Result<WriteTransaction, IndexError> {
+    pub(super) fn begin(&self, durability: Durability) -> Result<WriteTransaction, IndexError> {
         let mut write = self.db.begin_write().map_err(failed(&self.path))?;
         write.set_durability(durability).map_err(failed(&self.path))?;
         // Else redb walks the whole file after an unclean end.
@@ -426,14 +435,14 @@ impl Store {
         Ok(write)
     }
 
-    fn meta<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>, IndexError> {
+    pub(super) fn meta<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>, IndexError> {
         let read = self.db.begin_read().map_err(failed(&self.path))?;
         let table = read.open_table(META).map_err(failed(&self.path))?;
         let value = table.get(key).map_err(failed(&self.path))?;
         value.map(|value| self.decode("meta", value.value())).transpose()
     }
 
-    fn put_meta<T: Serialize>(
+    pub(super) fn put_meta<T: Serialize>(
         &self,
         write: &WriteTransaction,
         key: &str,
@@ -566,6 +575,30 @@ impl Snapshot {
         Ok(found)
     }
 
+    /// How many objects there are.
+    pub fn count(&self) -> Result<u64, IndexError> {
+        self.objects.len().map_err(failed(&self.path))
+    }
+
+    /// The first objects after one, in the order of their ids, `most` at most.
+    pub fn objects_after(
+        &self,
+        after: Option<&ObjectId>,
+        most: usize,
+    ) -> Result<Vec<(ObjectId, Known)>, IndexError> {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let from = after.map_or(Unbounded, |after| Excluded(after.as_bytes()));
+        let rows = self.objects.range::<&[u8]>((from, Unbounded)).map_err(failed(&self.path))?;
+        let mut found = Vec::new();
+        for row in rows.take(most) {
+            let (key, value) = row.map_err(failed(&self.path))?;
+            let object =
+                ObjectId::from_bytes(key.value()).ok_or_else(|| self.damaged("objects"))?;
+            found.push((object, self.row("objects", value.value())?));
+        }
+        Ok(found)
+    }
+
     /// Calls `each` with every object; stops at the first error.
     pub fn each_object(&self, mut each: impl FnMut(ObjectId, Known)) -> Result<(), IndexError> {
         for row in self.objects.iter().map_err(failed(&self.path))? {
@@ -610,7 +643,11 @@ impl Base for Store {
         Self::snapshot(self)
     }
 
-    fn prepare(&self, delta: Option<&Delta>, acknowledged: &[&Delta]) -> Result<(), IndexError> {
+    fn prepare(
+        &self,
+        delta: Option<(&Delta, &Noted)>,
+        acknowledged: &[&Delta],
+    ) -> Result<(), IndexError> {
         Self::prepare(self, delta, acknowledged)
     }
 
@@ -649,7 +686,7 @@ fn chunk_key(list: u64, segment: u32) -> [u8; 12] {
     pending_key(BatchId(list), segment)
 }
 
-fn failed<E: Into<redb::Error>>(path: &Path) -> impl Fn(E) -> IndexError + use<E> {
+pub(super) fn failed<E: Into<redb::Error>>(path: &Path) -> impl Fn(E) -> IndexError + use<E> {
     let path = path.to_owned();
     move |error| IndexError::Store { path: path.clone(), source: Box::new(error.into()) }
 }

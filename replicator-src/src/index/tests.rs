@@ -40,9 +40,9 @@ fn trap_5_a_batch_whose_acknowledgement_was_lost_is_known_after_a_crash() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("index.redb");
     let mut index = Index::new(Arc::new(Store::open(&path).unwrap())).unwrap();
-    index.prepare(delta(1, None, Some(7))).unwrap();
+    index.prepare(delta(1, None, Some(7)), &Noted::default()).unwrap();
     index.acknowledge(BatchId(1));
-    index.prepare(delta(2, Some(7), Some(8))).unwrap();
+    index.prepare(delta(2, Some(7), Some(8)), &Noted::default()).unwrap();
     for (committed, expected) in [(1, 7), (2, 8)] {
         let store = cut(&path, committed);
         let pending: Vec<u64> = store.pending().unwrap().iter().map(|d| d.mark.batch.0).collect();
@@ -88,9 +88,9 @@ fn chunk_lists_of_what_was_given_up_go() {
     let mut index = Index::new(store.clone()).unwrap();
     // A transfer was not placed (list 3); the next batches change attributes
     // alone, and then content, and neither is committed.
-    index.prepare(delta(1, file(1, 1), vec![3])).unwrap();
-    index.prepare(delta(2, file(1, 1), Vec::new())).unwrap();
-    index.prepare(delta(3, file(3, 2), vec![1])).unwrap();
+    index.prepare(delta(1, file(1, 1), vec![3]), &Noted::default()).unwrap();
+    index.prepare(delta(2, file(1, 1), Vec::new()), &Noted::default()).unwrap();
+    index.prepare(delta(3, file(3, 2), vec![1]), &Noted::default()).unwrap();
     index.settle(BatchId(1)).unwrap();
     let left: Vec<u64> = (1..=4).filter(|list| !store.chunks(*list).unwrap().is_empty()).collect();
     assert_eq!(left, [1, 4], "in use, and not known to anybody yet");

@@ -4,6 +4,7 @@ use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::name::Name;
 
 use super::known::{Delta, Known, Orphan};
+use super::noted::Noted;
 
 /// The index as planning sees it. Pure code is generic over this; tests give
 /// it a map.
@@ -34,9 +35,13 @@ pub trait Base {
 
     /// The tables as they stand now.
     fn snapshot(&self) -> Result<Self::Snapshot, Self::Error>;
-    /// Makes `delta` durable as pending and merges what was `acknowledged`
+    /// Makes `delta`, and what is noted with it, durable as pending and merges what was `acknowledged`
     /// before it.
-    fn prepare(&self, delta: Option<&Delta>, acknowledged: &[&Delta]) -> Result<(), Self::Error>;
+    fn prepare(
+        &self,
+        delta: Option<(&Delta, &Noted)>,
+        acknowledged: &[&Delta],
+    ) -> Result<(), Self::Error>;
     /// Merges what was `acknowledged`; durable with the next that is.
     fn merge_all(&self, acknowledged: &[&Delta]) -> Result<(), Self::Error>;
     /// Pending deltas up to `committed` took effect, later ones did not.

@@ -25,7 +25,7 @@ pub mod waits;
 pub use assemble::{Assembly, Hold, HoldReason, Outcome, Settings, assemble};
 pub use dirty::{Dirty, Listing, Rest};
 pub use recall::recall;
-pub use resolve::{Binding, Need, Resolve};
+pub use resolve::{Binding, Meanwhile, Need, Resolve};
 pub use tree::{Fate, Listed, Lookup, Seen, Skip, Tree};
 
 /// Why planning could not go on.

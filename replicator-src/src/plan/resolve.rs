@@ -37,6 +37,17 @@ pub struct Need {
     pub hint: Option<(ObjectId, Name)>,
 }
 
+/// What happened while a batch was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Meanwhile {
+    /// Nothing that it looked at changed: it is of the moment of its barrier.
+    Untouched,
+    /// It may look again at what changed.
+    Touched,
+    /// Events were lost: it is sent as it is, and the gap is the next one's.
+    Lost,
+}
+
 /// The state of resolving one batch. Fed one or several times; each time adds
 /// to what is there (a later look at the same entry replaces the earlier).
 #[derive(Default)]
@@ -176,9 +187,30 @@ impl Resolve {
             .or_insert(need);
     }
 
+    /// What becomes of records that came after the barrier, while what this
+    /// batch looked at was read.
+    ///
+    /// INVARIANT (the watermark tells the truth): a batch that has looked at
+    /// anything does not go on past a gap. The walk that closes the gap compares
+    /// all with the index; but of what this batch looked at before the gap, the
+    /// index knows nothing yet, and this batch does not look at it twice. So the
+    /// batch is left as it is, and the walk begins after it.
+    pub fn meanwhile<'a>(&self, records: impl IntoIterator<Item = &'a Record>) -> Meanwhile {
+        let mut meanwhile = Meanwhile::Untouched;
+        for record in records {
+            if matches!(record, Record::Gap { .. }) {
+                return Meanwhile::Lost;
+            }
+            if self.touches(record) {
+                meanwhile = Meanwhile::Touched;
+            }
+        }
+        meanwhile
+    }
+
     /// Whether a record that came after the barrier concerns anything that
     /// this batch has looked at.
-    pub fn touches(&self, record: &Record) -> bool {
+    fn touches(&self, record: &Record) -> bool {
         match record {
             Record::Entry { directory, name } | Record::Named { directory, name, .. } => {
                 self.listed.contains(directory)
@@ -187,8 +219,7 @@ impl Resolve {
             Record::Object { object, .. } => {
                 self.read.contains_key(object) || self.listed.contains(object)
             }
-            Record::Gap { .. } => true,
-            Record::Barrier { .. } => false,
+            Record::Gap { .. } | Record::Barrier { .. } => false,
         }
     }
 }
@@ -541,4 +572,22 @@ fn differs(known: &Known, seen: &Seen, look: Look, unproven: Option<Timestamp>) 
         Look::Force => (true, true),
     };
     (file && content, attributes || content || changed || touched)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_does_not_go_on_past_a_gap() {
+        let id = |n: u32| ObjectId::new(1, &n.to_be_bytes()).unwrap();
+        let entry = |n| Record::Entry { directory: id(n), name: Name::new(b"a").unwrap() };
+        let gap = || Record::Gap { reason: "overflow".to_owned() };
+        let mut resolve = Resolve::default();
+        resolve.listed.insert(id(1));
+        assert_eq!(resolve.meanwhile(&[entry(2)]), Meanwhile::Untouched);
+        assert_eq!(resolve.meanwhile(&[entry(1), entry(2)]), Meanwhile::Touched);
+        assert_eq!(resolve.meanwhile(&[entry(1), gap(), entry(2)]), Meanwhile::Lost);
+        assert_eq!(resolve.meanwhile(&[gap()]), Meanwhile::Lost);
+    }
 }

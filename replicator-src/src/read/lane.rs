@@ -5,7 +5,6 @@
 //! (36 bytes a chunk: 2.3 MB a GiB at the smallest chunks, at most some 15 MB
 //! up to 64 GiB, then 150 KB a GiB).
 
-use std::collections::HashMap;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -20,15 +19,14 @@ use replicator_common::wire::{DataFrame, Extent, Hash, Layout, PIECE_MAX, Piece,
 use rustix::io::Errno;
 
 use super::extents;
+use super::kept::{Dealer, KeptList};
+use super::runs::{HOLE, Run, fits_in_place, literal_bytes, patches, plan_runs};
 use super::same;
 use super::sink::{Sink, SinkError};
 use super::small::{read_full, state_of};
 use crate::clock::Clock;
 use crate::index::{Content, IndexError, Known, Store};
 use crate::source::{Opened, Opener};
-
-/// Stands for the bytes of a hole in chunk lists.
-pub(super) const HOLE: Hash = Hash([0; 32]);
 
 /// A large file to send.
 #[derive(Clone, Debug)]
@@ -47,6 +45,8 @@ pub struct Job {
     pub list: u64,
     /// Send all of it, whatever the replica may hold.
     pub whole: bool,
+    /// What staging has of it, or had: of a transfer that was broken off.
+    pub kept: Option<Arc<KeptList>>,
     /// Tells when reading began.
     pub clock: Arc<Clock>,
     /// How long reading and sending took, without waiting for the lane; set when
@@ -103,24 +103,6 @@ pub enum LaneError {
     Read(#[from] Errno),
 }
 
-/// A run of the file: how the destination gets it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Run {
-    Copy {
-        from: u64,
-        length: u64,
-    },
-    /// Chunk by chunk: index of the first chunk, their number and bytes.
-    Data {
-        first: usize,
-        count: usize,
-        length: u64,
-    },
-    Hole {
-        length: u64,
-    },
-}
-
 /// Sends one large file. Returns when all frames are queued.
 pub fn send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Done, LaneError> {
     match try_send(opener, store, sink, job) {
@@ -159,17 +141,16 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
         return Ok(Done::Small);
     }
     let basis = Basis::choose(store, job, before.size)?;
-    let average = basis.as_ref().map_or_else(|| chunk::average_for(before.size), |b| b.average);
+    let average = basis.as_ref().map_or_else(|| average_of(job, before.size), |b| b.average);
     let mut out = Out::new(sink, job);
-    let chunks = match &basis {
-        None => stream_whole(fd, &before, average, job, &mut out)?,
-        Some(basis) => match delta(fd, &before, basis, job, &mut out)? {
-            Some(chunks) => chunks,
-            None => {
-                let (known, moving) = unchanged(fd, job, read_at, &before)?;
-                return Ok(Done::Unchanged { known: Box::new(known), started, moving });
-            }
-        },
+    let sent = if basis.is_none() && !changed_since_kept(job, &before) {
+        Some(stream_whole(fd, &before, average, job, &mut out)?)
+    } else {
+        delta(fd, &before, basis.as_ref(), average, job, &mut out)?
+    };
+    let Some(chunks) = sent else {
+        let (known, moving) = unchanged(fd, job, read_at, &before)?;
+        return Ok(Done::Unchanged { known: Box::new(known), started, moving });
     };
     let after = stat::of_fd(fd)?;
     let mut state = state_of(fd, &after)?;
@@ -177,7 +158,8 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     out.end(&state)?;
     // What is sent whole all the same may be known to the replica.
     let old = if job.whole { Basis::resembling(store, job, before.size)? } else { None };
-    let fresh = old.map_or(out.literal, |old| literal_bytes(&plan_runs(&chunks, &old.chunks)));
+    let fresh =
+        old.map_or(out.literal + out.kept, |old| literal_bytes(&plan_runs(&chunks, &old.chunks)));
     store.put_chunks(job.list, &chunks)?;
     let content = Content::Chunks { average, list: job.list, digest: digest(&chunks) };
     let known = Known {
@@ -193,6 +175,21 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     let moving = (before.ctime, before.size) != (after.ctime, after.size);
     let basis = basis.map(|basis| (basis.object, basis.version));
     Ok(Done::Sent { known: Box::new(known), basis, fresh, started, moving })
+}
+
+/// The average size of chunks of a file that is not compared with the replica's:
+/// that of a transfer before, so that its chunks are met again.
+fn average_of(job: &Job, size: u64) -> u32 {
+    let before = job.kept.as_ref().map(|kept| chunk::average_for(kept.was.0));
+    before
+        .filter(|average| chunk::average_suits(*average, size))
+        .unwrap_or_else(|| chunk::average_for(size))
+}
+
+/// Whether the file is not what it was when what is kept of it was sent: then
+/// it is read once more, to see what of that is where.
+fn changed_since_kept(job: &Job, stat: &Stat) -> bool {
+    job.kept.as_ref().is_some_and(|kept| kept.was != (stat.size, stat.mtime))
 }
 
 /// What content is built from.
@@ -260,119 +257,64 @@ fn stream_whole(
         basis: None,
         basis_version: BatchId(0),
     })?;
-    let mut chunks = Vec::new();
+    out.reuse(job, true)?;
+    let mut dealer = Dealer::new(job.kept.as_deref(), true);
+    let (mut chunks, mut at) = (Vec::new(), 0);
     each_chunk(fd, stat, average, |chunk, bytes| {
         chunks.push(chunk);
-        match bytes {
-            None => out.piece(Piece::Hole { length: u64::from(chunk.length) }),
-            Some(bytes) => out.piece(Piece::Data { hash: chunk.hash, bytes }),
-        }
+        let (length, hash) = (chunk.length, chunk.hash);
+        let piece = match bytes {
+            None => Piece::Hole { length: u64::from(length) },
+            Some(bytes) => match dealer.deal(&hash, length, at) {
+                Some(from) => Piece::Kept { from, length, hash },
+                None => Piece::Data { hash, bytes },
+            },
+        };
+        at += u64::from(length);
+        out.piece(piece)
     })?;
     Ok(chunks)
 }
 
-/// Sends what the basis lacks. `None` when nothing differs from the object's
-/// own content.
+/// Sends what neither the basis nor staging has. `None` when nothing differs
+/// from the object's own content.
 fn delta(
     fd: BorrowedFd<'_>,
     stat: &Stat,
-    basis: &Basis,
+    basis: Option<&Basis>,
+    average: u32,
     job: &Job,
     out: &mut Out<'_>,
 ) -> Result<Option<Vec<Chunk>>, LaneError> {
     let mut chunks = Vec::new();
-    each_chunk(fd, stat, basis.average, |chunk, _| {
+    each_chunk(fd, stat, average, |chunk, _| {
         chunks.push(chunk);
         Ok(())
     })?;
-    if basis.own && (chunks == basis.chunks || same::content(fd, &chunks, &basis.chunks)?) {
+    let own = basis.is_some_and(|basis| basis.own);
+    if own
+        && let Some(basis) = basis
+        && (chunks == basis.chunks || same::content(fd, &chunks, &basis.chunks)?)
+    {
         return Ok(None);
     }
-    let runs = plan_runs(&chunks, &basis.chunks);
+    let runs = plan_runs(&chunks, basis.map_or(&[], |basis| &basis.chunks));
     let state = state_of(fd, stat)?;
-    let layout = if basis.own && patches(&runs) { Layout::Patch } else { Layout::Replace };
+    let layout = if own && patches(&runs) { Layout::Patch } else { Layout::Replace };
     out.begin(TransferBegin {
         transfer: job.transfer,
         object: job.object.clone(),
         state,
         layout,
-        basis: Some(basis.object.clone()),
-        basis_version: basis.version,
+        basis: basis.map(|basis| basis.object.clone()),
+        basis_version: basis.map_or(BatchId(0), |basis| basis.version),
     })?;
-    send_runs(fd, &runs, &mut chunks, out)?;
+    let kept = job.kept.as_deref();
+    let in_place = fits_in_place(&runs, &chunks, kept, layout);
+    out.reuse(job, in_place)?;
+    let dealer = Dealer::new(kept, in_place);
+    send_runs(fd, &runs, &mut chunks, (dealer, layout), out)?;
     Ok(Some(chunks))
-}
-
-/// Whether a file can be patched in place: what is copied stays where it is,
-/// and that is at least half of it.
-fn patches(runs: &[Run]) -> bool {
-    let (mut at, mut kept) = (0, 0);
-    for run in runs {
-        at += match *run {
-            Run::Copy { from, .. } if from != at => return false,
-            Run::Copy { length, .. } => {
-                kept += length;
-                length
-            }
-            Run::Hole { length } | Run::Data { length, .. } => length,
-        };
-    }
-    kept * 2 >= at
-}
-
-/// Bytes that the basis does not have.
-fn literal_bytes(runs: &[Run]) -> u64 {
-    runs.iter()
-        .map(|run| match *run {
-            Run::Data { length, .. } => length,
-            Run::Copy { .. } | Run::Hole { .. } => 0,
-        })
-        .sum()
-}
-
-/// Which runs of the file the basis has, and where.
-fn plan_runs(chunks: &[Chunk], basis: &[Chunk]) -> Vec<Run> {
-    let mut places: HashMap<(Hash, u32), u64> = HashMap::with_capacity(basis.len());
-    let mut at = 0;
-    let mut same_place: HashMap<u64, Chunk> = HashMap::new();
-    for chunk in basis {
-        if chunk.hash != HOLE {
-            places.entry((chunk.hash, chunk.length)).or_insert(at);
-            same_place.insert(at, *chunk);
-        }
-        at += u64::from(chunk.length);
-    }
-    let mut runs: Vec<Run> = Vec::new();
-    let mut at = 0;
-    for (index, chunk) in chunks.iter().enumerate() {
-        let length = u64::from(chunk.length);
-        // The same place first: only then can the file be patched in place.
-        let from = if same_place.get(&at) == Some(chunk) {
-            Some(at)
-        } else {
-            places.get(&(chunk.hash, chunk.length)).copied()
-        };
-        let run = match from {
-            _ if chunk.hash == HOLE => Run::Hole { length },
-            Some(from) => Run::Copy { from, length },
-            None => Run::Data { first: index, count: 1, length },
-        };
-        match (runs.last_mut(), run) {
-            (Some(Run::Copy { from, length: have }), Run::Copy { from: next, length })
-                if *from + *have == next =>
-            {
-                *have += length;
-            }
-            (Some(Run::Data { count, length: have, .. }), Run::Data { length, .. }) => {
-                *count += 1;
-                *have += length;
-            }
-            (Some(Run::Hole { length: have }), Run::Hole { length }) => *have += length,
-            _ => runs.push(run),
-        }
-        at += length;
-    }
-    runs
 }
 
 /// Sends the runs, reading literal chunks a second time. A chunk that changed
@@ -381,9 +323,10 @@ fn send_runs(
     fd: BorrowedFd<'_>,
     runs: &[Run],
     chunks: &mut [Chunk],
+    (mut dealer, layout): (Dealer<'_>, Layout),
     out: &mut Out<'_>,
 ) -> Result<(), LaneError> {
-    let mut at = 0;
+    let (mut at, mut literal) = (0, 0);
     for run in runs {
         match *run {
             Run::Copy { from, length } => {
@@ -396,6 +339,15 @@ fn send_runs(
             }
             Run::Data { first, count, .. } => {
                 for chunk in &mut chunks[first..first + count] {
+                    // Where the destination writes it.
+                    let to = if layout == Layout::Patch { literal } else { at };
+                    literal += u64::from(chunk.length);
+                    if let Some(from) = dealer.deal(&chunk.hash, chunk.length, to) {
+                        let (length, hash) = (chunk.length, chunk.hash);
+                        at += u64::from(length);
+                        out.piece(Piece::Kept { from, length, hash })?;
+                        continue;
+                    }
                     let mut bytes = vec![0; chunk.length as usize];
                     // What was cut off meanwhile reads as zeros; the event of
                     // the truncation makes the object dirty again.
@@ -480,6 +432,8 @@ struct Out<'a> {
     bytes: usize,
     /// Bytes of data pieces so far.
     literal: u64,
+    /// Bytes that the destination had kept.
+    kept: u64,
 }
 
 impl<'a> Out<'a> {
@@ -491,6 +445,7 @@ impl<'a> Out<'a> {
             pieces: Vec::new(),
             bytes: 0,
             literal: 0,
+            kept: 0,
         }
     }
 
@@ -498,10 +453,22 @@ impl<'a> Out<'a> {
         Ok(self.sink.send(self.stream, &DataFrame::TransferBegin(begin))?)
     }
 
+    /// Says that what was kept serves the transfer, which has just begun.
+    fn reuse(&mut self, job: &Job, in_place: bool) -> Result<(), LaneError> {
+        if job.kept.is_some() {
+            let frame = DataFrame::TransferReuse { transfer: self.transfer, in_place };
+            self.sink.send(self.stream, &frame)?;
+        }
+        Ok(())
+    }
+
     fn piece(&mut self, piece: Piece) -> Result<(), LaneError> {
         if let Piece::Data { bytes, .. } = &piece {
             self.bytes += bytes.len();
             self.literal += bytes.len() as u64;
+        }
+        if let Piece::Kept { length, .. } = &piece {
+            self.kept += u64::from(*length);
         }
         self.pieces.push(piece);
         // A piece is at most a quarter of this, so a frame stays in its limit.
@@ -528,39 +495,5 @@ impl<'a> Out<'a> {
         self.flush()?;
         let frame = DataFrame::TransferEnd { transfer: self.transfer, state: state.clone() };
         Ok(self.sink.send(self.stream, &frame)?)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn list(tags: &[u8]) -> Vec<Chunk> {
-        let hash = |tag: u8| if tag == 0 { HOLE } else { Hash([tag; 32]) };
-        tags.iter().map(|tag| Chunk { length: 20_000, hash: hash(*tag) }).collect()
-    }
-
-    #[test]
-    fn append_and_patch_stay_in_place_insertion_does_not() {
-        let basis = list(&[1, 2, 3, 4, 5, 6]);
-        let append = plan_runs(&list(&[1, 2, 3, 4, 5, 6, 9]), &basis);
-        assert_eq!(
-            append,
-            [
-                Run::Copy { from: 0, length: 120_000 },
-                Run::Data { first: 6, count: 1, length: 20_000 }
-            ]
-        );
-        assert!(patches(&append));
-        assert!(patches(&plan_runs(&list(&[1, 2, 9, 4, 5, 6]), &basis)));
-        assert!(!patches(&plan_runs(&list(&[1, 9, 2, 3, 4, 5, 6]), &basis)));
-        assert!(!patches(&plan_runs(&list(&[9, 8, 7, 6, 5, 6]), &basis)));
-    }
-
-    #[test]
-    fn repeated_chunks_are_taken_from_their_own_place() {
-        let basis = list(&[1, 1, 1, 1]);
-        let runs = plan_runs(&list(&[1, 1, 1, 1]), &basis);
-        assert_eq!(runs, [Run::Copy { from: 0, length: 80_000 }]);
     }
 }

@@ -3,13 +3,17 @@
 //! - [`sink`]: where encoded frames go.
 //! - [`small`]: small files, packed many to a frame; everything without content.
 //! - [`extents`]: where a file's data lies.
-//! - [`lane`]: large files, in transfers of their own, as deltas.
+//! - [`lane`]: large files, in transfers of their own, as deltas; [`runs`]: what
+//!   such a delta consists of.
+//! - [`kept`]: what the destination still has of a session before.
 //! - `same`: whether a large file only looks different.
 //! - [`pool`]: the threads that do it.
 
 pub mod extents;
+pub mod kept;
 pub mod lane;
 pub mod pool;
+pub mod runs;
 mod same;
 pub mod sink;
 pub mod small;

@@ -8,9 +8,10 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::wire::DataFrame;
 
+use super::kept::KeptObjects;
 use super::lane::{self, Done, Job, LaneError};
 use super::sink::{Sink, SinkError};
-use super::small::{self, Item};
+use super::small::{self, Item, Packed};
 use crate::index::Store;
 use crate::plan::Outcome;
 use crate::source::Opener;
@@ -37,6 +38,7 @@ struct SmallJob {
     batch: BatchId,
     version: u32,
     sink: Sink,
+    kept: Arc<KeptObjects>,
     reply: Sender<(usize, Result<Report, SinkError>)>,
 }
 
@@ -45,6 +47,7 @@ pub struct Reading<'a> {
     pool: &'a Pool,
     batch: BatchId,
     sink: Sink,
+    kept: Arc<KeptObjects>,
     reply: Sender<(usize, Result<Report, SinkError>)>,
     replies: Receiver<(usize, Result<Report, SinkError>)>,
     jobs: usize,
@@ -58,8 +61,8 @@ impl Reading<'_> {
         while items.peek().is_some() {
             let part: Vec<Item> = items.by_ref().take(JOB_ITEMS).collect();
             let (sink, reply) = (self.sink.clone(), self.reply.clone());
-            let (number, batch) = (self.jobs, self.batch);
-            let job = SmallJob { number, items: part, batch, version, sink, reply };
+            let (number, batch, kept) = (self.jobs, self.batch, self.kept.clone());
+            let job = SmallJob { number, items: part, batch, version, sink, kept, reply };
             let queue = self.pool.small.as_ref().ok_or(SinkError::Closed)?;
             queue.send(job).map_err(|_| SinkError::Closed)?;
             self.jobs += 1;
@@ -129,9 +132,11 @@ impl Pool {
     }
 
     /// Begins to read for a batch; what is needed is handed in as it is found.
-    pub fn begin(&self, batch: BatchId, sink: &Sink) -> Reading<'_> {
+    /// What the destination has `kept` is not sent.
+    pub fn begin(&self, batch: BatchId, sink: &Sink, kept: &Arc<KeptObjects>) -> Reading<'_> {
         let (reply, replies) = unbounded();
-        Reading { pool: self, batch, sink: sink.clone(), reply, replies, jobs: 0 }
+        let (sink, kept) = (sink.clone(), kept.clone());
+        Reading { pool: self, batch, sink, kept, reply, replies, jobs: 0 }
     }
 
     /// Starts sending a large file; `reply` is called on the lane's thread.
@@ -171,19 +176,23 @@ fn read_small(jobs: &Receiver<SmallJob>, opener: &Opener) {
 
 fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
     let mut report = Report { outcomes: Vec::new(), packed: 0 };
-    let (mut pack, mut filled) = (Vec::new(), 0);
+    let (mut pack, mut filled, mut again) = (Vec::new(), 0, Vec::new());
     let flush = |pack: &mut Vec<_>| {
         let objects = std::mem::take(pack);
         job.sink.pack(&DataFrame::Pack { batch: job.batch, objects })
     };
     for item in &job.items {
-        let reading = small::read(opener, item, job.batch, job.version);
+        let reading = small::read(opener, &job.kept, item, job.batch, job.version);
         report.outcomes.push((item.object.clone(), reading.outcome));
-        if let Some(packed) = reading.packed {
-            report.packed += 1;
-            // 512: an object's attributes and frame overhead, roughly.
-            filled += reading.bytes + 512;
-            pack.push(packed);
+        report.packed += u64::from(reading.packed.is_some());
+        match reading.packed {
+            Some(Packed::Whole(packed)) => {
+                // 512: an object's attributes and frame overhead, roughly.
+                filled += reading.bytes + 512;
+                pack.push(packed);
+            }
+            Some(Packed::Again(object)) => again.push(object),
+            None => {}
         }
         if filled >= PACK_BYTES {
             flush(&mut pack)?;
@@ -192,6 +201,10 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
     }
     if !pack.is_empty() {
         flush(&mut pack)?;
+    }
+    // At most [`JOB_ITEMS`], whose attributes fit a frame as those of a pack do.
+    if !again.is_empty() {
+        job.sink.pack(&DataFrame::PackAgain { batch: job.batch, objects: again })?;
     }
     Ok(report)
 }

@@ -12,7 +12,7 @@ use replicator_common::chunk::Chunk;
 use replicator_common::wire::Hash;
 use rustix::io::Errno;
 
-use super::lane::HOLE;
+use super::runs::HOLE;
 use super::small::read_full;
 
 /// Holes that the replica need not be told of.

@@ -60,10 +60,12 @@ fn content_of(frame: &DataFrame) -> u64 {
             .iter()
             .map(|piece| match piece {
                 Piece::Data { bytes, .. } => bytes.len() as u64,
-                Piece::Copy { .. } | Piece::Hole { .. } => 0,
+                Piece::Copy { .. } | Piece::Hole { .. } | Piece::Kept { .. } => 0,
             })
             .sum(),
-        DataFrame::TransferBegin(_)
+        DataFrame::PackAgain { .. }
+        | DataFrame::TransferBegin(_)
+        | DataFrame::TransferReuse { .. }
         | DataFrame::TransferEnd { .. }
         | DataFrame::TransferAbort { .. } => 0,
     }

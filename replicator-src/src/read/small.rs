@@ -7,11 +7,12 @@ use replicator_common::object::{Attributes, Kind, ObjectState};
 use replicator_common::sys::stat::{self, Stat};
 use replicator_common::sys::xattr;
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{ContentSource, Extent, Hash, PACK_MAX, PackedObject};
+use replicator_common::wire::{ContentSource, Extent, Hash, PACK_MAX, PackedAgain, PackedObject};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::extents;
+use super::kept::KeptObjects;
 use crate::index::{Content, Known};
 use crate::plan::{Need, Outcome};
 use crate::source::{Opened, Opener};
@@ -36,9 +37,17 @@ pub struct Reading {
     /// For planning.
     pub outcome: Outcome,
     /// The packed content, when it must travel.
-    pub packed: Option<PackedObject>,
+    pub packed: Option<Packed>,
     /// Content bytes in it.
     pub bytes: u64,
+}
+
+/// How a small file's content gets to the destination's staging.
+pub enum Packed {
+    /// It travels.
+    Whole(PackedObject),
+    /// It is there already.
+    Again(PackedAgain),
 }
 
 impl From<Outcome> for Reading {
@@ -49,12 +58,38 @@ impl From<Outcome> for Reading {
 
 /// Reads one object. Never fails as a whole: what cannot be read becomes
 /// [`Outcome::Unreadable`].
-pub fn read(opener: &Opener, item: &Item, batch: BatchId, version: u32) -> Reading {
+pub fn read(
+    opener: &Opener,
+    kept: &KeptObjects,
+    item: &Item,
+    batch: BatchId,
+    version: u32,
+) -> Reading {
     match try_read(opener, item, batch, version) {
-        Ok(reading) => reading,
+        Ok(reading) => unless_kept(kept, reading),
         Err(Errno::STALE | Errno::NOENT) => Outcome::Gone.into(),
         Err(error) => Outcome::Unreadable { error: error.to_string() }.into(),
     }
+}
+
+/// Content that the destination has in staging does not travel.
+fn unless_kept(kept: &KeptObjects, reading: Reading) -> Reading {
+    match reading {
+        Reading { outcome, packed: Some(Packed::Whole(packed)), .. }
+            if is_dense(&packed) && kept.take(&packed.object, &packed.hash) =>
+        {
+            let PackedObject { object, version, state, hash, .. } = packed;
+            let packed = Some(Packed::Again(PackedAgain { object, version, state, hash }));
+            Reading { outcome, packed, bytes: 0 }
+        }
+        other => other,
+    }
+}
+
+/// Whether a file has no holes: only then is the hash of its data that of all
+/// of its content.
+fn is_dense(packed: &PackedObject) -> bool {
+    packed.bytes.len() as u64 == packed.state.size
 }
 
 fn try_read(opener: &Opener, item: &Item, batch: BatchId, version: u32) -> Result<Reading, Errno> {
@@ -133,7 +168,8 @@ fn read_open(
                     let packed = PackedObject { object, version, state, extents, bytes, hash };
                     let content = ContentSource::Packed { version };
                     let outcome = Outcome::Ship { known, content };
-                    Ok(Reading { outcome, packed: Some(packed), bytes: size })
+                    let packed = Some(Packed::Whole(packed));
+                    Ok(Reading { outcome, packed, bytes: size })
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! A source daemon's replications: made, listed, paused, deleted.
 
 mod census;
+mod keeper;
 mod replication;
 mod supervise;
 
@@ -21,8 +22,10 @@ use replicator_common::net::token::Token;
 use replicator_common::status::{DesiredState, FailoverReport, Status};
 use replicator_common::supervisor::Supervisor;
 use replicator_common::time::Timestamp;
+use replicator_common::verification::{Findings, PassOptions};
 
 use crate::clock::Wall;
+use crate::engine::halt::HaltRule;
 use crate::engine::{self, EngineError};
 use crate::handover;
 use crate::index::IndexError;
@@ -51,6 +54,10 @@ pub struct SourceOptions {
     pub rescan_interval: Duration,
     /// Content bytes of small files in one batch, at most.
     pub max_batch_bytes: u64,
+    /// When deletions halt replication.
+    pub halt: HaltRule,
+    /// How often, and how fast, source and replica are compared.
+    pub verify: crate::verify::Settings,
     /// Where the wall clock is read: tests set it back.
     pub wall: Wall,
 }
@@ -66,6 +73,8 @@ impl SourceOptions {
             settle: engine.settle,
             rescan_interval: Duration::from_secs(60),
             max_batch_bytes: engine.batch_bytes,
+            halt: HaltRule::default(),
+            verify: crate::verify::Settings::default(),
             wall: Wall::default(),
         }
     }
@@ -127,7 +136,7 @@ pub struct SourceService {
 impl SourceService {
     /// Opens the state directory and starts every replication in it. One that
     /// cannot start (its source is gone, say) does not keep the others from
-    /// it: its status is ERROR and says why.
+    /// it: its status is ERROR, or HALTED, and says why.
     pub fn open(options: SourceOptions) -> Result<Arc<Self>, ServiceError> {
         Self::open_under(options, Arc::default())
     }
@@ -195,9 +204,7 @@ impl SourceService {
     }
 
     fn start(&self, replication: &Arc<Replication>) -> Result<(), ServiceError> {
-        self.check_state_outside(&replication.configuration().path)?;
-        let runtime = self.runtime.handle();
-        replication.start(&self.options, &self.identity, runtime, &self.supervisor)
+        replication.start(&self.options, &self.identity, self.runtime.handle(), &self.supervisor)
     }
 
     /// Ends all replications cleanly. Blocks until their threads have ended.
@@ -228,29 +235,13 @@ impl SourceService {
             .ok_or_else(|| ControlError::FileSystemNotFound(id.clone()))
     }
 
-    /// Our own writes would be replicated, and raise events, for ever (trap 18).
-    fn check_state_outside(&self, source: &Path) -> Result<(), ServiceError> {
-        let state = &self.options.state_dir;
-        let inside = ancestry::is_within(state, source).map_err(|error| {
-            ServiceError::Refused(format!("cannot look at {}: {error}", source.display()))
-        })?;
-        if inside {
-            return Err(ServiceError::Refused(format!(
-                "the state directory {} lies inside the source {}: choose one outside",
-                state.display(),
-                source.display()
-            )));
-        }
-        Ok(())
-    }
-
     /// Checks a source before anything is made for it.
     fn check_source(&self, request: &CreateRequest) -> Result<Root, ControlError> {
         let refuse = |error: ServiceError| ControlError::Validation(error.to_string());
         let path = std::path::absolute(&request.source)
             .map_err(|error| ControlError::Validation(error.to_string()))?;
         let root = Root::open(&path).map_err(|error| refuse(error.into()))?;
-        self.check_state_outside(&path).map_err(refuse)?;
+        check_state_outside(&self.options.state_dir, &path).map_err(refuse)?;
         for other in self.all().values() {
             let configuration = other.configuration();
             // Root directories of two file systems may have equal handles.
@@ -285,6 +276,21 @@ impl SourceService {
     }
 }
 
+/// Our own writes would be replicated, and raise events, for ever (trap 18).
+fn check_state_outside(state: &Path, source: &Path) -> Result<(), ServiceError> {
+    let inside = ancestry::is_within(state, source).map_err(|error| {
+        ServiceError::Refused(format!("cannot look at {}: {error}", source.display()))
+    })?;
+    if inside {
+        return Err(ServiceError::Refused(format!(
+            "the state directory {} lies inside the source {}: choose one outside",
+            state.display(),
+            source.display()
+        )));
+    }
+    Ok(())
+}
+
 impl Drop for SourceService {
     fn drop(&mut self) {
         self.shutdown();
@@ -314,6 +320,7 @@ impl Control for SourceService {
             destination_region: Some(enrolled.region).filter(|region| is_region(region)),
             path: root.path.clone(),
             root_born: root.born(),
+            file_system: root.file_system(),
             root: root.id,
             address: token.address.clone(),
             fingerprint: token.fingerprint,
@@ -390,9 +397,40 @@ impl Control for SourceService {
         desired: DesiredState,
     ) -> Result<Status, ControlError> {
         let replication = self.get(source)?;
+        if desired == DesiredState::Enabled
+            && let Some(halted) = replication.shared().halt()
+        {
+            return Err(ControlError::Conflict(halted));
+        }
         replication
             .set_desired(desired)
             .map_err(|error| ControlError::Internal(error.to_string()))?;
         Ok(replication.status())
+    }
+
+    fn accept_deletions(&self, source: &FileSystemId) -> Result<Status, ControlError> {
+        let replication = self.get(source)?;
+        if replication.shared().halt().is_some() && !replication.accept_deletions() {
+            return Err(ControlError::Conflict(
+                replication
+                    .shared()
+                    .halt()
+                    .unwrap_or_else(|| "the replication does not run: see its status".to_owned()),
+            ));
+        }
+        self.set_desired(source, DesiredState::Enabled)
+    }
+
+    fn verify(&self, source: &FileSystemId, options: PassOptions) -> Result<u64, ControlError> {
+        self.get(source)?.verify(options).map_err(ControlError::Conflict)
+    }
+
+    fn findings(
+        &self,
+        source: &FileSystemId,
+        pass: u64,
+        after: u64,
+    ) -> Result<Findings, ControlError> {
+        self.get(source)?.findings(pass, after).map_err(ControlError::Conflict)
     }
 }

@@ -1,55 +1,32 @@
 //! One replication: its configuration on disk, its engine and link.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam_channel::{Sender, bounded, unbounded};
+use crossbeam_channel::bounded;
 use replicator_common::control::WatcherChoice;
 use replicator_common::crashsafe::{self, Format, StateFileError};
-use replicator_common::id::{BatchId, FileSystemId, ObjectId};
-use replicator_common::name::Name;
-use replicator_common::net::frame::Compression;
-use replicator_common::net::identity::{Fingerprint, Identity};
-use replicator_common::object::Kind;
-use replicator_common::status::{
-    DesiredState, FailoverReport, ReplicationStatus, Status, WatcherKind,
-};
-use replicator_common::supervisor::Supervisor;
+use replicator_common::id::{FileSystemId, ObjectId};
+use replicator_common::net::identity::Fingerprint;
+use replicator_common::status::{DesiredState, FailoverReport, ReplicationStatus, Status};
 use replicator_common::time::Timestamp;
+use replicator_common::verification::{Findings, PassOptions};
 use serde::{Deserialize, Serialize};
 
-use super::{ServiceError, SourceOptions, census};
-use crate::boot::Boot;
-use crate::capture::{Capture, Members};
+use super::keeper::{Keeper, Running};
+use super::{ServiceError, SourceOptions};
 use crate::clock::Clock;
 use crate::engine::state::Shared;
-use crate::engine::{self, Command, Engine, Event, Parts, Start};
-use crate::handover::{self, Carried, Rest};
-use crate::index::{Index, Known, Store};
-use crate::journal::Journal;
-use crate::read::pool::Pool;
-use crate::read::sink::Wired;
-use crate::session::{self, Remote};
-use crate::source::{Filter, Opener, Places, Root, SourceTree};
-use crate::watcher::{self, DirectoryWatch, Watcher};
+use crate::engine::{Command, Event};
+use crate::verify::Verifier;
 
 /// Format of a configuration file. Versions: 1, the first.
 const FORMAT: Format = Format { name: "source-replication", version: 1 };
-/// Threads that read small objects. On two cores and a disk that is not in the
-/// cache, two of four wait for the disk at any time; more gave nothing.
-const READERS: usize = 4;
-/// Threads that send large files.
-const LANES: usize = 1;
 /// How long a waiter is kept for status to be brought up to date.
 const REFRESH: Duration = Duration::from_secs(1);
 /// How much longer than the engine we wait for the engine's answer.
 const ANSWER: Duration = Duration::from_secs(5);
-/// How long an engine that is told to stop may go on to send before its
-/// connection is taken away.
-const LAST_FRAME: Duration = Duration::from_secs(5);
 /// Paths that a failover report names.
 const PATHS: usize = 1000;
 
@@ -70,6 +47,10 @@ pub(super) struct Configuration {
     pub(super) root: ObjectId,
     /// When it was made, where the file system keeps that.
     pub(super) root_born: Option<Timestamp>,
+    /// Its file system's name for itself (see [`crate::source::Root::file_system`]); not known
+    /// of configurations that were made before it was kept.
+    #[serde(default)]
+    pub(super) file_system: Option<u64>,
     pub(super) address: String,
     pub(super) fingerprint: Fingerprint,
     pub(super) creation_time: Timestamp,
@@ -92,19 +73,15 @@ impl Configuration {
 
 /// One replication, running or not.
 pub(super) struct Replication {
-    directory: PathBuf,
+    pub(super) directory: PathBuf,
     /// This side's.
     region: String,
     configuration: Mutex<Configuration>,
-    shared: Arc<Shared>,
-    running: Mutex<Option<Running>>,
-}
-
-struct Running {
-    post: Sender<Event>,
-    engine: JoinHandle<Option<Rest>>,
-    link: tokio::task::JoinHandle<()>,
-    census: Option<(JoinHandle<()>, Arc<AtomicBool>)>,
+    pub(super) shared: Arc<Shared>,
+    /// What keeps it running, once it was started.
+    pub(super) keeper: Mutex<Option<Keeper>>,
+    /// What runs now: nothing while the source is not there.
+    pub(super) running: Mutex<Option<Running>>,
 }
 
 impl Replication {
@@ -125,186 +102,26 @@ impl Replication {
             region: options.region.clone(),
             configuration: Mutex::new(configuration),
             shared,
+            keeper: Mutex::default(),
             running: Mutex::default(),
         }))
     }
 
-    /// Starts watching and shipping.
-    pub(super) fn start(
-        self: &Arc<Self>,
-        options: &SourceOptions,
-        identity: &Identity,
-        runtime: &tokio::runtime::Handle,
-        supervisor: &Supervisor,
-    ) -> Result<(), ServiceError> {
-        let configuration = self.configuration();
-        let root = Arc::new(Root::open(&configuration.path)?);
-        if root.id != configuration.root || root.born() != configuration.root_born {
-            return Err(ServiceError::Refused(format!(
-                "{} is not the directory that was replicated: another file system is mounted there, or none",
-                configuration.path.display()
-            )));
-        }
-        let store = Arc::new(Store::open(&self.directory.join("index.redb"))?);
-        let mark = store.mark()?;
-        self.shared.acknowledged(&mark, Timestamp::NEVER);
-        let journal = Arc::new(Journal::open(&self.directory.join("journal"), mark.seq)?);
-        let members = Arc::new(Members::default());
-        let settings = watcher::Settings { rescan_interval: options.rescan_interval };
-        let newest = engine::leave::newest(&store)?;
-        let left = handover::take(&self.directory, &configuration.source, supervisor)?
-            .filter(|rest| is_the_state_of(rest, &journal, newest));
-        let (watcher, carried) = open_watcher(&root, &configuration, &settings, left)?;
-        if root.is_file_system_root() || watcher.report().kind != WatcherKind::Fanotify {
-            members.everything();
-        } else {
-            load_members(&root, &store, &members)?;
-            let linked = carried.iter().flat_map(|carried| &carried.linked);
-            linked.for_each(|object| members.add_linked(object.clone()));
-        }
-        let (captured, announced) = bounded(1);
-        let start = |what| move |source| ServiceError::Start { what, source };
-        let capture = Capture::start(
-            watcher,
-            journal.clone(),
-            members.clone(),
-            captured,
-            self.shared.clock(),
-            carried.as_ref().map_or(&[], |carried| &carried.recent),
-        )
-        .map_err(start("the capture thread"))?;
-        let opener = Opener::new(root.clone(), Arc::<Places>::default());
-        let watch = Arc::new(Joining { members: members.clone(), inner: capture.directories() });
-        let filter = Filter {
-            devices: configuration.devices,
-            reserved: Name::new(format!(".replicator-{}", configuration.source).as_bytes()).ok(),
-        };
-        let tree = SourceTree::new(opener.clone(), filter, watch);
-        let pool = Pool::start(&opener, &store, READERS, LANES).map_err(start("readers"))?;
-        let inbox = unbounded();
-        let wired = Arc::<Wired>::default();
-        let resumed = carried.is_some();
-        let reason = if mark.watermark.is_some() { "restart" } else { "initial sync" };
-        let reason = match journal.damage() {
-            Some(damage) => format!("{reason}, and {damage}"),
-            None => reason.to_owned(),
-        };
-        let engine = Engine::new(
-            Parts {
-                settings: engine::Settings {
-                    heartbeat: options.heartbeat,
-                    settle: options.settle,
-                    batch_bytes: options.max_batch_bytes,
-                    ..engine::Settings::default()
-                },
-                boot: Boot::open(&self.directory.join("boot"))?,
-                opener,
-                tree,
-                index: Index::new(store)?,
-                journal,
-                capture,
-                members,
-                pool,
-                inbox: inbox.clone(),
-                captured: announced,
-                shared: self.shared.clone(),
-                wired: wired.clone(),
-            },
-            carried.map_or(Start::Walk(reason), |carried| Start::Resume(Box::new(carried))),
-        )?;
-        let link = self.start_link(identity, runtime, wired, inbox.0.clone());
-        let shared = self.shared.clone();
-        let engine = std::thread::Builder::new()
-            .name("engine".to_owned())
-            .spawn(move || {
-                engine.run().unwrap_or_else(|error| {
-                    tracing::error!(%error, "replication stopped");
-                    shared.failed(error.to_string());
-                    None
-                })
-            })
-            .map_err(start("the engine"))?;
-        let census = if resumed {
-            // Nothing is walked, so there is no end to tell the way to.
-            None
-        } else {
-            Some(census::start(root, self.shared.clone()).map_err(start("the census"))?)
-        };
-        self.shared.started();
-        *self.running() = Some(Running { post: inbox.0, engine, link, census });
-        Ok(())
+    /// Begins a pass of verification; gives its number.
+    pub(super) fn verify(&self, options: PassOptions) -> Result<u64, String> {
+        self.verifier()?.begin(options)
     }
 
-    fn start_link(
-        &self,
-        identity: &Identity,
-        runtime: &tokio::runtime::Handle,
-        wired: Arc<Wired>,
-        post: Sender<Event>,
-    ) -> tokio::task::JoinHandle<()> {
-        let configuration = self.configuration();
-        let remote =
-            Remote { address: configuration.address, fingerprint: configuration.fingerprint };
-        let shared = self.shared.clone();
-        let (events, inbox) = unbounded();
-        // The link's events and the engine's are of different types; this
-        // thread joins them. It ends with the link.
-        std::thread::spawn(move || {
-            for event in inbox {
-                if post.send(Event::Link(event)).is_err() {
-                    return;
-                }
-            }
-        });
-        let link = session::Link {
-            identity: identity.clone(),
-            remote,
-            wired,
-            compression: Compression::Auto,
-            hurry: shared.hurry(),
-            silence: session::SILENCE,
-        };
-        let hello = move || shared.hello();
-        runtime.spawn(session::run(link, hello, events))
+    fn verifier(&self) -> Result<Arc<Verifier>, String> {
+        let running = self.running();
+        let verifier = running.as_ref().map(|running| running.verifier.clone());
+        verifier.ok_or_else(|| "the replication does not run".to_owned())
     }
 
-    /// Whether it ended by itself, or could not be started: with an error.
-    pub(super) fn has_ended(&self) -> bool {
-        match &*self.running() {
-            Some(running) => running.engine.is_finished(),
-            None => self.shared.failure().is_some(),
-        }
-    }
-
-    /// Ends everything that runs, cleanly; what the next process needs to go on
-    /// without a walk is left to it where the service manager keeps the watch.
-    /// Repeatable.
-    pub(super) fn stop(&self, supervisor: &Supervisor) {
-        let Some(running) = self.running().take() else { return };
-        let hand_over = supervisor.is_present();
-        // The engine may have ended by itself.
-        let _ = running.post.send(Event::Command(Command::Stop { hand_over }));
-        if let Some((thread, stop)) = running.census {
-            stop.store(true, Ordering::Release);
-            let _ = thread.join();
-        }
-        // It may be handing frames to a destination that takes none.
-        let until = std::time::Instant::now() + LAST_FRAME;
-        while !running.engine.is_finished() && std::time::Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        running.link.abort();
-        match running.engine.join() {
-            Ok(None) => {}
-            Ok(Some(rest)) => {
-                let source = self.configuration().source;
-                match handover::leave(&self.directory, &source, &rest, supervisor) {
-                    Ok(()) => tracing::info!(%source, "the watch goes on without us"),
-                    Err(reason) => tracing::warn!(%source, reason, "the next start must walk"),
-                }
-            }
-            Err(_) => tracing::error!("the engine panicked"),
-        }
+    /// What a pass of verification has found.
+    pub(super) fn findings(&self, pass: u64, after: u64) -> Result<Findings, String> {
+        let findings = self.verifier()?.findings(pass, after);
+        findings.ok_or_else(|| format!("verification {pass} is not the last one"))
     }
 
     /// Asks the destination to fail over and returns its report, filled up with
@@ -381,6 +198,14 @@ impl Replication {
         Ok(())
     }
 
+    /// Lets the deletions through for which replication has halted; whether
+    /// that was done.
+    pub(super) fn accept_deletions(&self) -> bool {
+        let (reply, done) = bounded(1);
+        self.post(Command::AcceptDeletions(reply));
+        done.recv_timeout(ANSWER).is_ok()
+    }
+
     /// Somebody waits for the watermark: where only a walk moves it, walk now.
     pub(super) fn nudge_for_wait(&self) {
         self.shared.call_now();
@@ -396,7 +221,7 @@ impl Replication {
         let _ = done.recv_timeout(REFRESH);
     }
 
-    fn post(&self, command: Command) {
+    pub(super) fn post(&self, command: Command) {
         if let Some(running) = &*self.running() {
             // An engine that has ended says so in status.
             let _ = running.post.send(Event::Command(command));
@@ -419,7 +244,7 @@ impl Replication {
         self.configuration.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn running(&self) -> MutexGuard<'_, Option<Running>> {
+    pub(super) fn running(&self) -> MutexGuard<'_, Option<Running>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -465,81 +290,6 @@ impl Replication {
             source: Some(source),
             destination: self.shared.destination().map(|(report, _)| report),
         }
-    }
-}
-
-/// Whether journal and index are those that the process before left: neither
-/// was replaced, nor set aside as damaged.
-fn is_the_state_of(rest: &Rest, journal: &Journal, newest: BatchId) -> bool {
-    let same = (journal.last(), newest) == (rest.seq, rest.batch) && journal.damage().is_none();
-    if !same {
-        tracing::warn!("journal and index are not as the process before left them");
-    }
-    same
-}
-
-/// The watcher that the process before left, with what else it left; else a new
-/// one.
-fn open_watcher(
-    root: &Root,
-    configuration: &Configuration,
-    settings: &watcher::Settings,
-    left: Option<Rest>,
-) -> Result<(Box<dyn Watcher>, Option<Carried>), ServiceError> {
-    let choice = configuration.watcher;
-    if let Some(Rest { queue, carried, .. }) = left {
-        match watcher::resume(root.fd(), &root.path, choice, settings, queue) {
-            Ok(watcher) => return Ok((watcher, Some(carried))),
-            Err(error) => {
-                tracing::warn!(%error, "the watch of the process before is not taken over");
-            }
-        }
-    }
-    Ok((watcher::open(root.fd(), &root.path, choice, settings)?, None))
-}
-
-/// The capture thread must know which directories are ours before the first
-/// event: those of the index now, others as they are listed. Only where a mark
-/// tells of the whole file system, and the source is a part of that; a watch on
-/// each directory tells of what is or was ours, also of files that are open
-/// under names in directories that are gone.
-fn load_members(root: &Root, store: &Store, members: &Members) -> Result<(), ServiceError> {
-    members.add_directory(root.id.clone());
-    let add = |object: ObjectId, known: &Known| {
-        if known.state.kind == Kind::Directory {
-            members.add_directory(object);
-        } else if known.nlink > known.links {
-            members.add_linked(object);
-        }
-    };
-    store.snapshot()?.each_object(|object, known| add(object, &known))?;
-    // What was sent and not acknowledged may turn out to be in the replica; then
-    // it is not listed any more.
-    for (object, known) in store.pending()?.into_iter().flat_map(|delta| delta.objects) {
-        known.iter().for_each(|known| add(object.clone(), known));
-    }
-    Ok(())
-}
-
-/// A directory joins the known set, then the watcher's, before it is listed.
-struct Joining {
-    members: Arc<Members>,
-    inner: Arc<dyn DirectoryWatch>,
-}
-
-impl DirectoryWatch for Joining {
-    fn before_listing(&self, directory: std::os::fd::BorrowedFd<'_>, id: &ObjectId) {
-        self.members.add_directory(id.clone());
-        self.inner.before_listing(directory, id);
-    }
-
-    fn found(&self, id: &ObjectId) {
-        self.members.add_directory(id.clone());
-    }
-
-    fn linked(&self, directory: std::os::fd::BorrowedFd<'_>, name: &Name, id: &ObjectId) {
-        self.members.add_linked(id.clone());
-        self.inner.linked(directory, name, id);
     }
 }
 

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use replicator_common::id::ObjectId;
-use replicator_common::sys::handle;
+use replicator_common::sys::{handle, stat};
 use rustix::fs::{Mode, OFlags};
 
 use super::WatchError;
@@ -17,6 +17,8 @@ pub(super) struct Root {
     fd: OwnedFd,
     path: PathBuf,
     id: ObjectId,
+    /// Roots of two file systems may have equal handles.
+    device: u64,
 }
 
 impl Root {
@@ -31,7 +33,8 @@ impl Root {
             source,
         })?;
         let id = handle::identify(directory).map_err(failed(watcher, "identify the source"))?;
-        Ok(Self { fd, path: path.to_owned(), id })
+        let data = stat::of_fd(directory).map_err(failed(watcher, "look at the source"))?;
+        Ok(Self { fd, path: path.to_owned(), id, device: data.dev })
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
@@ -46,9 +49,9 @@ impl Root {
     pub(super) fn check(&self, watcher: &'static str) -> Result<(), WatchError> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let reason = match rustix::fs::open(&self.path, flags, Mode::empty())
-            .and_then(|fd| handle::identify(fd.as_fd()))
+            .and_then(|fd| Ok((handle::identify(fd.as_fd())?, stat::of_fd(&fd)?.dev)))
         {
-            Ok(id) if id == self.id => return Ok(()),
+            Ok((id, device)) if id == self.id && device == self.device => return Ok(()),
             Ok(_) => "the path leads to another directory now".to_owned(),
             Err(error) => format!("the path cannot be opened: {error}"),
         };

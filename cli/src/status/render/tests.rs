@@ -50,6 +50,7 @@ fn source() -> SourceReport {
         link: link(),
         counters: Counters { bytes_changed: 1000, bytes_shipped: 250, ..Counters::default() },
         last_error: None,
+        verification: Default::default(),
     }
 }
 
@@ -122,6 +123,7 @@ fs-01234567 → fs-89abcdef  ENABLED
                   0 batches, 0 of them exact; 0 gaps, 0 rescans, 0 sessions
   read-only       by mount (even root gets EROFS)
   held            100,000 objects, 0 B staged, 0 being moved; batch 42 durable, 41 applied
+  verified        never
   link            connected with 127.0.0.1:4481 for 1 min 0 s, round trip 0.4 ms, replica's clock -1.5 ms"
     );
 }

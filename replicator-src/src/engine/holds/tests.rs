@@ -25,10 +25,14 @@ fn the_file_that_has_been_due_for_longest_comes_first() {
     let later = start + Duration::from_secs(3600);
     holds.insert(id(FILES + 2), held(later, large(), Transfer::Waiting));
 
+    let may = |held: &Held| {
+        matches!(held.hold.reason, HoldReason::Large { .. })
+            && matches!(held.transfer, Transfer::Waiting)
+    };
     let mut turns = [0; FILES as usize];
     for second in 1..=2 * u64::from(FILES) {
         let now = start + Duration::from_secs(second);
-        let object = next_due(&holds, now).unwrap();
+        let object = next_due(&holds, now, |_, held| may(held)).unwrap();
         let number = (0..FILES).find(|n| id(*n) == object).expect("none that must wait");
         turns[usize::from(number)] += 1;
         // It changed while it was read, and is due again at once.

@@ -1,0 +1,154 @@
+//! What a source asks of the replica to verify it, and what it is told: the
+//! replica as its file system shows it, not as the destination remembers it.
+
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
+
+use crate::id::{ObjectId, ReplicaHandle};
+use crate::name::Name;
+use crate::object::{Kind, ObjectState};
+use crate::wire::Hash;
+
+/// The most objects, or names, of one question.
+pub const ASKED_MAX: usize = 1024;
+/// The most bytes of one [`Describe::Range`].
+pub const RANGE_MAX: u64 = 8 << 20;
+/// The most questions that may wait for their answers.
+pub const QUESTIONS_MAX: usize = 4;
+/// The most names of one answer that the source did not name.
+pub const EXTRA_MAX: usize = 1024;
+
+/// A question.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Describe {
+    /// State of these objects, and content of those with `true` (as far as it
+    /// is at most [`crate::wire::PACK_MAX`] bytes).
+    Objects(Vec<(ObjectId, bool)>),
+    /// A run of a file's content; at most [`RANGE_MAX`] bytes.
+    Range {
+        /// The file.
+        object: ObjectId,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+    },
+    /// The names of a directory after one name and up to another.
+    Entries {
+        /// The directory.
+        directory: ObjectId,
+        /// Names after this one; all, without.
+        after: Option<Name>,
+        /// Up to and with this one; to the end, without.
+        until: Option<Name>,
+        /// What should be there, in order of names.
+        expected: Vec<(Name, Expected)>,
+        /// Names that are not expected are wanted too.
+        list: bool,
+    },
+}
+
+/// What a name of the replica should lead to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Expected {
+    /// To this object.
+    Object(ObjectId),
+    /// It should not be there.
+    Nothing,
+    /// Whatever is there is right: the name is on the source and does not
+    /// replicate, or could not be looked at.
+    Anything,
+}
+
+/// An answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Description {
+    /// To [`Describe::Objects`], in their order. There may be fewer than were
+    /// asked for, but one at least: the rest is to be asked for again.
+    Objects(Vec<Described>),
+    /// To [`Describe::Range`].
+    Range(RangeSeen),
+    /// To [`Describe::Entries`].
+    Entries(EntriesSeen),
+    /// The replica cannot be looked at now; to be asked again.
+    Busy,
+}
+
+/// One object of the replica.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Described {
+    /// The destination does not know of it.
+    Unknown,
+    /// It is known, and the replica could not make it.
+    Unmade,
+    /// It is known, and not there.
+    Missing,
+    /// It cannot be read, with what the system said.
+    Unreadable(String),
+    /// It is there.
+    Found {
+        /// State apart from content.
+        state: ObjectState,
+        /// Hash of its content, where that was asked for.
+        hash: Option<Hash>,
+        /// A symbolic link's target.
+        target: Option<ByteBuf>,
+    },
+}
+
+/// A run of a file in the replica.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RangeSeen {
+    /// The file is not there, or is no file.
+    Missing,
+    /// It cannot be read, with what the system said.
+    Unreadable(String),
+    /// What is there of it, up to the file's end.
+    Read {
+        /// Bytes.
+        length: u64,
+        /// Their hash.
+        hash: Hash,
+    },
+}
+
+/// Names of a directory in the replica, as far as they are not as expected.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EntriesSeen {
+    /// The directory is not there.
+    Missing,
+    /// It cannot be read, with what the system said.
+    Unreadable(String),
+    /// It was read.
+    Read {
+        /// Expected names, by their place in the question, that lead nowhere or
+        /// elsewhere.
+        wrong: Vec<(u32, EntrySeen)>,
+        /// Names that were not expected, at most [`EXTRA_MAX`].
+        extra: Vec<ExtraSeen>,
+    },
+}
+
+/// What a name leads to that should lead to something else.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EntrySeen {
+    /// Nothing.
+    Nothing,
+    /// Another object.
+    Other(ExtraSeen),
+    /// It cannot be looked at.
+    Unreadable(String),
+}
+
+/// A name that the source does not have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExtraSeen {
+    /// The name.
+    pub name: Name,
+    /// What it leads to.
+    pub handle: ReplicaHandle,
+    /// Of what kind that is.
+    pub kind: Kind,
+    /// Its size, bytes.
+    pub size: u64,
+}

@@ -1,0 +1,674 @@
+//! The verifier's thread: waits for the next pass, makes it, tells of it.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use replicator_common::describe::{Describe, Described, Description, EntriesSeen, Expected};
+use replicator_common::id::ObjectId;
+use replicator_common::name::Name;
+use replicator_common::object::Kind;
+use replicator_common::time::Timestamp;
+use replicator_common::verification::{Difference, DifferenceKind, OBJECT_COST, PassOptions};
+use replicator_common::wire::{Hash, PACK_MAX};
+
+use super::board::Board;
+use super::check::{Checker, Found, Item, Verdict};
+use super::look::Seen;
+use super::queue::{Queue, Stage, Waiting};
+use super::record::{File, Record, Running};
+use super::{Request, Settings};
+use crate::engine::Event;
+use crate::engine::verify::Query;
+use crate::index::Known;
+
+/// Objects of one question.
+const OBJECTS: usize = 128;
+/// Content bytes of one question, about.
+const BYTES: u64 = 4 << 20;
+/// Names of one question.
+const NAMES: usize = 512;
+/// Doubts at most; then they are settled before the pass goes on.
+const DOUBTS: usize = 4096;
+/// How often the record is written.
+const SAVE: Duration = Duration::from_secs(5);
+/// Between two looks at whether something is due.
+const PULSE: Duration = Duration::from_millis(20);
+/// While there is no session.
+const PATIENCE: Duration = Duration::from_millis(200);
+/// The slowest that a pass goes that began by itself, bytes a second.
+const SLOWEST: u64 = 1 << 20;
+
+/// Why work on a pass ended before its end.
+struct Stopped;
+
+pub(super) struct Thread {
+    checker: Checker,
+    board: Arc<Board>,
+    settings: Settings,
+    file: File,
+    record: Record,
+    requests: Receiver<Request>,
+    queue: Queue,
+    /// Where the pass is.
+    cursor: Option<ObjectId>,
+    /// The pass has differences that stayed.
+    stayed: bool,
+    /// Objects whose content was found to differ.
+    content: HashSet<ObjectId>,
+    saved: Instant,
+    pace: Pace,
+}
+
+impl Thread {
+    pub(super) fn new(
+        checker: Checker,
+        board: Arc<Board>,
+        settings: Settings,
+        file: File,
+        record: Record,
+        requests: Receiver<Request>,
+    ) -> Self {
+        // From the first, for the record is written again before the pass goes on.
+        let cursor = record.running.as_ref().and_then(Running::cursor);
+        Self {
+            checker,
+            board,
+            settings,
+            file,
+            record,
+            requests,
+            queue: Queue::default(),
+            cursor,
+            stayed: false,
+            content: HashSet::new(),
+            saved: Instant::now(),
+            pace: Pace::new(None),
+        }
+    }
+
+    /// Runs until it is told to stop.
+    pub(super) fn run(mut self) {
+        self.plan_next(false);
+        while !self.is_stopping() {
+            if self.record.running.is_none() && !self.next_begins() {
+                continue;
+            }
+            self.checker.ticks.set_active(true);
+            let ended = self.pass();
+            self.queue.clear();
+            self.content.clear();
+            self.checker.rest();
+            self.checker.ticks.set_active(false);
+            // The engine may have ended.
+            let _ = self.checker.post.send(Event::Verify(Query::Ended));
+            if ended.is_ok() {
+                self.end();
+            }
+        }
+        self.save();
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.checker.stop.load(Ordering::Acquire)
+    }
+
+    // ------------------------------------------------------ between passes
+
+    /// Waits a little for a reason to begin a pass; whether there is one.
+    fn next_begins(&mut self) -> bool {
+        match self.requests.recv_timeout(PATIENCE) {
+            Ok(request) => {
+                self.begin_asked(request);
+                return true;
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                std::thread::sleep(PATIENCE);
+                return false;
+            }
+        }
+        let due = self.record.next.is_some_and(|next| Timestamp::now() >= next);
+        // Not before there is anything to verify.
+        if due && self.checker.shared.report().watermark > Timestamp::NEVER {
+            self.begin(PassOptions { repair: true, rate: None }, false);
+            return true;
+        }
+        false
+    }
+
+    fn begin_asked(&mut self, (options, reply): Request) {
+        self.begin(options, true);
+        // Whoever asked may have given up waiting.
+        let _ = reply.send(self.board.verification().pass);
+    }
+
+    fn begin(&mut self, options: PassOptions, asked: bool) {
+        self.record.running = Some(Running::new(options, asked));
+        self.cursor = None;
+        self.queue.clear();
+        self.board.begin();
+        self.board.change(|now| {
+            let (pass, last) = (now.pass + 1, now.last_verified_timestamp);
+            let differences = std::mem::take(&mut now.differences);
+            *now = replicator_common::verification::Verification {
+                last_verified_timestamp: last,
+                pass,
+                running: true,
+                started: Some(Timestamp::now()),
+                differences,
+                ..Default::default()
+            };
+        });
+        tracing::info!(asked, repair = options.repair, "verification begins");
+        self.save();
+    }
+
+    /// When the next pass begins by itself. `anew`: one has just ended.
+    fn plan_next(&mut self, anew: bool) {
+        let now = Timestamp::now();
+        let Some(interval) = self.settings.interval else {
+            self.record.next = None;
+            return self.board.change(|now| now.next_pass = None);
+        };
+        let nanos = i64::try_from(interval.as_nanos()).unwrap_or(i64::MAX);
+        let from = self.board.verification().started.filter(|_| anew).unwrap_or(now);
+        let next = from.offset(nanos);
+        // An interval that was made shorter counts, and one that was planned
+        // stays planned over restarts.
+        let next = self.record.next.filter(|_| !anew).map_or(next, |old| old.min(next));
+        self.record.next = Some(next);
+        let running = self.record.running.is_some();
+        self.board.change(|now| now.next_pass = (!running).then_some(next));
+        self.save();
+    }
+
+    fn end(&mut self) {
+        self.record.running = None;
+        let stayed = self.stayed;
+        self.board.change(|now| {
+            now.running = false;
+            now.waiting = None;
+            now.ended = Some(Timestamp::now());
+            if !stayed && now.read_errors == 0 {
+                now.last_verified_timestamp = now.last_verified_timestamp.max(now.started);
+            }
+        });
+        let now = self.board.verification();
+        tracing::info!(
+            objects = now.objects,
+            differences = now.found(),
+            repaired = now.repaired,
+            read_errors = now.read_errors,
+            changing = now.changing,
+            "verification ended"
+        );
+        metrics::counter!("replicator_source_verification_passes_total").increment(1);
+        metrics::counter!("replicator_source_verification_differences_total")
+            .increment(now.found());
+        self.plan_next(true);
+    }
+
+    fn save(&mut self) {
+        self.saved = Instant::now();
+        let cursor = self.queue.resume_at(self.cursor.as_ref());
+        if let Some(running) = &mut self.record.running {
+            running.set_cursor(cursor.as_ref());
+        }
+        self.record.verification = self.board.verification();
+        if let Err(error) = self.file.write(&self.record) {
+            tracing::warn!(%error, "a restart will begin this verification anew");
+        }
+    }
+
+    // ------------------------------------------------------------- a pass
+
+    fn pass(&mut self) -> Result<(), Stopped> {
+        let Some(running) = self.record.running.clone() else { return Ok(()) };
+        let now = self.board.verification();
+        self.stayed = now.found() > now.repaired;
+        self.wait_until_ready()?;
+        let (objects, cost) = self.measure();
+        self.board.change(|now| now.objects_expected = objects);
+        self.pace = Pace::new(self.rate(&running, cost));
+        loop {
+            self.turn()?;
+            let chunk = self.chunk()?;
+            let Some((last, _)) = chunk.last() else { break };
+            let next = last.clone();
+            while !self.examine(&chunk)? {
+                std::thread::sleep(PATIENCE);
+                self.wait_until_ready()?;
+                self.turn()?;
+            }
+            self.cursor = Some(next);
+            while self.queue.len() > DOUBTS {
+                self.turn()?;
+                std::thread::sleep(PULSE);
+            }
+        }
+        while self.queue.len() > 0 {
+            self.turn()?;
+            std::thread::sleep(PULSE);
+        }
+        Ok(())
+    }
+
+    /// Waits for the initial sync to be through and the destination to be there.
+    fn wait_until_ready(&mut self) -> Result<(), Stopped> {
+        loop {
+            let report = self.checker.shared.report();
+            let why = if report.watermark == Timestamp::NEVER {
+                Some("the initial sync is not through")
+            } else if !report.link.connected || self.checker.abilities().is_none() {
+                Some("the destination is not connected")
+            } else {
+                None
+            };
+            if self.board.verification().waiting.as_deref() != why {
+                self.board.change(|now| now.waiting = why.map(str::to_owned));
+            }
+            if why.is_none() {
+                return Ok(());
+            }
+            std::thread::sleep(PATIENCE);
+            self.listen()?;
+        }
+    }
+
+    /// Objects of the index, and what comparing them costs.
+    fn measure(&self) -> (u64, u64) {
+        let (mut objects, mut cost) = (0, 0u64);
+        if let Some(snapshot) = self.checker.snapshot() {
+            let counted = snapshot.each_object(|_, known| {
+                objects += 1;
+                let size = if known.state.kind == Kind::File { known.state.size } else { 0 };
+                cost = cost.saturating_add(size.max(OBJECT_COST));
+            });
+            if let Err(error) = counted {
+                tracing::warn!(%error, "the size of a verification is not known");
+            }
+        }
+        (objects, cost)
+    }
+
+    /// Bytes a second: what was asked for; for a pass that began by itself, so
+    /// few that it takes most of the interval.
+    fn rate(&self, running: &Running, cost: u64) -> Option<u64> {
+        if running.asked {
+            return running.options.rate;
+        }
+        let seconds = self.settings.interval.unwrap_or_default().as_secs().max(1);
+        let spread = cost / seconds + cost / seconds / 4;
+        Some(spread.max(SLOWEST).min(self.settings.rate))
+    }
+
+    /// What is due beside the walk: requests, second looks, saving, pausing.
+    fn turn(&mut self) -> Result<(), Stopped> {
+        loop {
+            self.listen()?;
+            while let Some(waiting) = self.queue.take(Instant::now()) {
+                self.settle(waiting);
+                self.listen()?;
+            }
+            if self.saved.elapsed() >= SAVE {
+                self.save();
+            }
+            self.pace.add(std::mem::take(&mut self.checker.read));
+            let Some(pause) = self.pace.pause() else { break };
+            std::thread::sleep(pause.min(PULSE));
+        }
+        if self.queue.len() == 0 {
+            self.checker.ticks.settle(self.checker.ticks.now());
+        }
+        Ok(())
+    }
+
+    /// Hears requests: one replaces a pass that began by itself.
+    fn listen(&mut self) -> Result<(), Stopped> {
+        if self.is_stopping() {
+            return Err(Stopped);
+        }
+        let Ok(request) = self.requests.try_recv() else { return Ok(()) };
+        if self.record.running.as_ref().is_some_and(|running| running.asked) {
+            // Dropped: that says no.
+            return Ok(());
+        }
+        self.begin_asked(request);
+        Err(Stopped)
+    }
+
+    /// The next objects.
+    fn chunk(&mut self) -> Result<Vec<(ObjectId, Known)>, Stopped> {
+        loop {
+            let found = self
+                .checker
+                .snapshot()
+                .and_then(|snapshot| snapshot.objects_after(self.cursor.as_ref(), OBJECTS).ok());
+            let Some(mut found) = found else {
+                std::thread::sleep(PATIENCE);
+                self.listen()?;
+                continue;
+            };
+            let mut bytes = 0;
+            let most = found.iter().position(|(_, known)| {
+                bytes += if known.state.size <= PACK_MAX { known.state.size } else { 0 };
+                bytes > BYTES
+            });
+            found.truncate(most.map_or(OBJECTS, |most| most + 1));
+            return Ok(found);
+        }
+    }
+
+    // ------------------------------------------------- the first, swift look
+
+    /// Looks at objects; what differs is to be looked at again. `false` when
+    /// there is no session.
+    fn examine(&mut self, chunk: &[(ObjectId, Known)]) -> Result<bool, Stopped> {
+        let mut seen = Vec::new();
+        for (object, known) in chunk {
+            if object.is_foreign() {
+                continue;
+            }
+            match self.checker.look.state(object, known.entry.as_ref()) {
+                Ok(Some(found)) => seen.push((object, known, found)),
+                Ok(None) => {}
+                Err(error) => self.unreadable(&Item::Object(object.clone()), error.to_string()),
+            }
+        }
+        if !self.examine_objects(&seen)? {
+            return Ok(false);
+        }
+        for (object, known, found) in &seen {
+            let whole = match found.state.kind {
+                Kind::Directory => self.examine_names(object)?,
+                Kind::File if found.state.size > PACK_MAX => self.examine_content(object, known)?,
+                _ => true,
+            };
+            if !whole {
+                return Ok(false);
+            }
+        }
+        let (objects, bytes) = seen.iter().fold((0, 0), |(objects, bytes), (_, _, found)| {
+            let size = if found.state.kind == Kind::File { found.state.size } else { 0 };
+            (objects + 1, bytes + size)
+        });
+        self.board.change(|now| {
+            now.objects += objects;
+            now.bytes += bytes;
+        });
+        Ok(true)
+    }
+
+    fn examine_objects(&mut self, seen: &[(&ObjectId, &Known, Seen)]) -> Result<bool, Stopped> {
+        let mut left = seen;
+        while !left.is_empty() {
+            let asked = left
+                .iter()
+                .map(|(object, _, found)| ((*object).clone(), is_small(found)))
+                .collect();
+            let Some(answer) = self.checker.ask(Describe::Objects(asked)) else { return Ok(false) };
+            let hashes = self.hashes(left)?;
+            let Some(Description::Objects(described)) = self.checker.answer(&answer) else {
+                return Ok(false);
+            };
+            let count = described.len().min(left.len());
+            if count == 0 {
+                return Ok(false);
+            }
+            for (((object, _, found), hash), described) in left.iter().zip(hashes).zip(described) {
+                self.doubt_object(object, found, hash, described);
+            }
+            left = &left[count..];
+        }
+        Ok(true)
+    }
+
+    /// Hashes of the small files among the objects, read while the destination
+    /// reads its own. What could not be read has none.
+    fn hashes(&mut self, seen: &[(&ObjectId, &Known, Seen)]) -> Result<Vec<Option<Hash>>, Stopped> {
+        let mut hashes = Vec::with_capacity(seen.len());
+        for (object, known, found) in seen {
+            let mut cost = OBJECT_COST;
+            let hash = if is_small(found) {
+                cost = cost.max(found.state.size);
+                match self.checker.look.hash(object, known.entry.as_ref(), found) {
+                    Ok(hash) => hash,
+                    Err(error) => {
+                        let item = Item::Object((*object).clone());
+                        self.unreadable(&item, error.to_string());
+                        None
+                    }
+                }
+            } else {
+                None
+            };
+            hashes.push(hash);
+            self.pace.add(cost);
+        }
+        Ok(hashes)
+    }
+
+    fn doubt_object(
+        &mut self,
+        object: &ObjectId,
+        found: &Seen,
+        hash: Option<Hash>,
+        described: Described,
+    ) {
+        let Some(abilities) = self.checker.abilities() else { return };
+        // Without a hash of ours, theirs proves nothing.
+        let described = match (described, hash) {
+            (Described::Found { state, target, .. }, None) => {
+                Described::Found { state, hash: None, target }
+            }
+            (described, _) => described,
+        };
+        match self.checker.compare(object, found, hash, described, &abilities) {
+            Verdict::Equal => {}
+            _ => self.doubt(Item::Object(object.clone())),
+        }
+    }
+
+    fn examine_content(&mut self, object: &ObjectId, known: &Known) -> Result<bool, Stopped> {
+        let mut offset = 0;
+        loop {
+            match self.checker.range(object, known, offset) {
+                Ok(Some(next)) => offset = next,
+                Ok(None) => return Ok(true),
+                Err(Verdict::NotNow) => return Ok(false),
+                Err(_) => {
+                    self.doubt(Item::Content(object.clone(), offset));
+                    return Ok(true);
+                }
+            }
+            self.turn()?;
+        }
+    }
+
+    fn examine_names(&mut self, directory: &ObjectId) -> Result<bool, Stopped> {
+        let names = match self.checker.names(directory) {
+            Ok(Some(names)) => names,
+            Ok(None) => return Ok(true),
+            Err(error) => {
+                self.unreadable(&Item::Object(directory.clone()), error);
+                return Ok(true);
+            }
+        };
+        let mut after: Option<Name> = None;
+        let mut parts = names.chunks(NAMES).peekable();
+        loop {
+            let part = parts.next().unwrap_or_default();
+            let until = parts.peek().and_then(|_| part.last().cloned());
+            let span = (after.take(), until.clone());
+            if !self.examine_part(directory, span, part)? {
+                return Ok(false);
+            }
+            if until.is_none() {
+                return Ok(true);
+            }
+            after = until;
+            self.turn()?;
+        }
+    }
+
+    fn examine_part(
+        &mut self,
+        directory: &ObjectId,
+        (after, until): (Option<Name>, Option<Name>),
+        names: &[Name],
+    ) -> Result<bool, Stopped> {
+        let expected: Vec<(Name, Expected)> = names
+            .iter()
+            .map(|name| (name.clone(), self.checker.expected(directory, name)))
+            .collect();
+        self.pace.add(OBJECT_COST / 8 * names.len() as u64);
+        let directory = directory.clone();
+        let question =
+            Describe::Entries { directory: directory.clone(), after, until, expected, list: true };
+        let answer = self.checker.ask(question).and_then(|answer| self.checker.answer(&answer));
+        match answer {
+            Some(Description::Entries(EntriesSeen::Read { wrong, extra })) => {
+                let wrong = wrong.into_iter().filter_map(|(at, _)| names.get(at as usize).cloned());
+                let extra = extra.into_iter().map(|extra| extra.name);
+                for name in wrong.chain(extra) {
+                    self.doubt(Item::Entry(directory.clone(), name));
+                }
+                Ok(true)
+            }
+            Some(Description::Entries(EntriesSeen::Missing)) => Ok(true),
+            Some(Description::Entries(EntriesSeen::Unreadable(error))) => {
+                let item = Item::Object(directory);
+                self.unreadable(&item, format!("in the replica: {error}"));
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    fn doubt(&mut self, item: Item) {
+        self.queue.doubt(item, self.cursor.as_ref(), Instant::now());
+    }
+
+    fn unreadable(&self, item: &Item, error: String) {
+        self.board.unreadable(self.checker.path(item), error);
+    }
+
+    // ------------------------------------------------------ the second look
+
+    /// Looks at something in doubt, and settles it if that can be done now.
+    fn settle(&mut self, waiting: Waiting) {
+        let started = self.board.verification().started.unwrap_or(Timestamp::NEVER);
+        let verdict = self.checker.check(&waiting.item, started);
+        let now = Instant::now();
+        if let Stage::Repairing(difference, _) = &waiting.stage {
+            let difference = (**difference).clone();
+            match &verdict {
+                Verdict::Equal => return self.tell(difference, true),
+                _ if waiting.is_overdue(now) => return self.tell(difference, false),
+                _ => {}
+            }
+        }
+        match verdict {
+            Verdict::Equal => {}
+            Verdict::NotNow => self.queue.put_back(waiting.later(now)),
+            Verdict::Changing { fresh } => {
+                let settled = fresh && matches!(waiting.stage, Stage::Doubt | Stage::Suspect);
+                match waiting.changing(now) {
+                    Some(waiting) if !settled => self.queue.put_back(waiting),
+                    _ => self.board.change(|now| now.changing += 1),
+                }
+            }
+            Verdict::Unreadable(error) => self.unreadable(&waiting.item, error),
+            Verdict::Different(found) => self.different(waiting, *found, now),
+        }
+    }
+
+    fn different(&mut self, waiting: Waiting, found: Found, now: Instant) {
+        // A large file is met twice: for its state, and for its content.
+        let content = match &waiting.item {
+            Item::Object(object) | Item::Content(object, _)
+                if found.kind == DifferenceKind::Content =>
+            {
+                Some(object.clone())
+            }
+            _ => None,
+        };
+        let known = content.as_ref().is_some_and(|object| self.content.contains(object));
+        if known && matches!(waiting.stage, Stage::Suspect) {
+            return;
+        }
+        let repair = self.record.running.as_ref().is_some_and(|running| running.options.repair);
+        let difference = match &waiting.stage {
+            Stage::Doubt => return self.queue.put_back(waiting.suspect(now)),
+            Stage::Suspect => Difference {
+                kind: found.kind,
+                path: self.checker.path(&waiting.item),
+                source: found.source.clone(),
+                replica: found.replica.clone(),
+                repaired: false,
+                time: Timestamp::now(),
+            },
+            Stage::Repairing(difference, _) => (**difference).clone(),
+        };
+        if found.silent {
+            // Whether it took effect, the next pass sees.
+            self.checker.repair(found.repair);
+            return;
+        }
+        if !repair {
+            self.content.extend(content);
+            return self.tell(difference, false);
+        }
+        if !self.checker.repair(found.repair) {
+            // Batches are under way.
+            return self.queue.put_back(waiting.soon(now));
+        }
+        self.content.extend(content);
+        if matches!(waiting.stage, Stage::Suspect) {
+            tracing::warn!(
+                kind = difference.kind.as_str(),
+                path = difference.path,
+                source = difference.source,
+                replica = difference.replica,
+                "the replica differs and is put right"
+            );
+        }
+        self.queue.put_back(waiting.repairing(difference, now));
+    }
+
+    fn tell(&mut self, difference: Difference, repaired: bool) {
+        self.stayed |= !repaired;
+        self.board.found(Difference { repaired, ..difference });
+    }
+}
+
+fn is_small(found: &Seen) -> bool {
+    found.state.kind == Kind::File && found.state.size <= PACK_MAX
+}
+
+/// Keeps a rate.
+struct Pace {
+    rate: Option<u64>,
+    since: Instant,
+    done: u64,
+}
+
+impl Pace {
+    fn new(rate: Option<u64>) -> Self {
+        Self { rate, since: Instant::now(), done: 0 }
+    }
+
+    fn add(&mut self, bytes: u64) {
+        self.done = self.done.saturating_add(bytes);
+    }
+
+    /// How long to wait before more may be read.
+    fn pause(&self) -> Option<Duration> {
+        let rate = self.rate?.max(1);
+        let due = Duration::from_secs_f64(self.done as f64 / rate as f64);
+        due.checked_sub(self.since.elapsed()).filter(|left| !left.is_zero())
+    }
+}
