@@ -10,6 +10,7 @@ const RECORDS: u64 = 200_000;
 const GROWTH_MAX: u64 = 96 << 20;
 
 /// The most memory that this process has had, bytes.
+#[allow(clippy::unwrap_used)]
 fn peak() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
