@@ -29,7 +29,7 @@ use replicator_tests::workload::{Workload, content};
 const NEXT_ATTEMPT: Duration = Duration::from_secs(5);
 /// What the source's daemon may take with a backlog of any length, page cache
 /// excepted, bytes: ARCHITECTURE, "Memory".
-const MEMORY: u64 = 512 << 20;
+const MEMORY: u64 = 256 << 20;
 /// Changes that wait while the network is cut.
 const BACKLOG: u64 = 200_000;
 

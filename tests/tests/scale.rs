@@ -20,7 +20,7 @@ use replicator_tests::workload::raw;
 
 /// What both ends together may take at any size, page cache excepted, bytes:
 /// ARCHITECTURE, "Memory".
-const BOUND: u64 = 512 << 20;
+const BOUND: u64 = 384 << 20;
 
 fn objects() -> u64 {
     let given = std::env::var("REPLICATOR_SCALE").ok();

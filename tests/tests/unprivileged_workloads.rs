@@ -63,6 +63,8 @@ impl Pair {
         command.arg("run").arg(self.source()).arg(self.replica.path());
         command.arg("--state-dir").arg(self.state.path().join("state"));
         command.args(["--api", &format!("127.0.0.1:{port}"), "--watcher", "inotify"]);
+        // It deletes more than an operator would want unseen.
+        command.args(["--halt-deletions-percent", "0"]);
         let endpoint = format!("http://127.0.0.1:{port}");
         let mut daemon = Daemon::spawn(command, &endpoint, &self.state.path().join("log"));
         daemon.wait_ready();
