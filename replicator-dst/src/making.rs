@@ -25,8 +25,11 @@ enum TakeBackError {
     Area(#[from] AreaError),
 }
 
-/// Remembers, durably, that `config` is being made. Before anything is made in
-/// the replica.
+/// Remembers, durably, that `config` is being made.
+///
+/// INVARIANT: called before anything is made in the replica, and [`done`] only
+/// once `config.json` is durable; so what is found there without either is not
+/// ours.
 pub(crate) fn begin(directory: &Path, config: &Config) -> Result<(), StateFileError> {
     crashsafe::write(&directory.join(FILE), &CONFIG, config)
 }
