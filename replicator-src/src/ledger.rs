@@ -358,7 +358,12 @@ impl Claim<'_> {
 pub struct Memory {
     /// The destination's life that the index describes.
     pub peer: Option<Incarnation>,
-    /// The last batch in the index.
+    /// The last batch that is known to have taken effect.
+    ///
+    /// INVARIANT (trap 14): that is also the last one that was acknowledged to this
+    /// process, before its delta is merged into the index. The journal is trimmed
+    /// by then; a destination that has forgotten the batch since must not be taken
+    /// for one that never had it.
     pub merged: BatchId,
     /// The last batch whose delta is durable, acknowledged or not.
     pub pending: Option<BatchId>,

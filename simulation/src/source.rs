@@ -504,7 +504,8 @@ impl Source {
     ) {
         let tables = self.store.read();
         let pending = tables.pending.last().map(|delta| delta.mark.batch);
-        let memory = Memory { peer: tables.peer, merged: tables.mark.batch, pending };
+        let merged = tables.mark.batch.max(self.engine().index.acknowledged());
+        let memory = Memory { peer: tables.peer, merged, pending };
         if !memory.agrees(life, committed) {
             if let Some(wire) = wires.get_mut(&number) {
                 wire.hang_up();
@@ -561,6 +562,11 @@ impl Source {
             engine.dirty.merge(batch.input);
         }
         self.forget_owed();
+        let engine = self.engine();
+        if engine.gap.is_some() {
+            let orphans = engine.index.orphans().unwrap().into_iter().map(|(one, _)| one);
+            engine.dirty.walk_orphans(orphans);
+        }
         let mark = self.store.read().mark;
         let engine = self.engine();
         engine.totals = mark;
@@ -603,10 +609,8 @@ impl Source {
 
     fn start_walk(&mut self) {
         let engine = self.engine();
-        engine.dirty.listings.retain(|listing| !listing.deep);
-        engine.dirty.listings.push_back(Listing::new(id(ROOT), true));
-        let orphans = engine.index.orphans().unwrap().into_iter();
-        engine.dirty.listings.extend(orphans.map(|(one, _)| Listing::new(one, true)));
+        let orphans = engine.index.orphans().unwrap().into_iter().map(|(one, _)| one);
+        engine.dirty.walk(id(ROOT), orphans);
     }
 
     // ------------------------------------------------------------------ build

@@ -41,7 +41,7 @@ impl Engine {
         let hello = session.hello.clone();
         let known = self.peer()?;
         let pending = self.index.store().pending()?.last().map(|delta| delta.mark.batch);
-        let merged = self.index.store().mark()?.batch;
+        let merged = self.index.store().mark()?.batch.max(self.index.acknowledged());
         let memory = Memory { peer: known, merged, pending };
         let halfway = self.index.store().reconciling()?;
         if halfway || !memory.agrees(hello.incarnation, hello.committed) {
@@ -130,6 +130,10 @@ impl Engine {
             self.dirty.merge(batch.input);
         }
         self.forget_owed()?;
+        if self.gap.is_some() {
+            // Batches of an earlier process may have made them.
+            self.dirty.walk_orphans(self.index.orphans()?.into_iter().map(|(one, _)| one));
+        }
         self.totals = self.index.store().mark()?;
         self.claimed = self.totals.watermark.unwrap_or(Timestamp::NEVER);
         let mark = self.totals;
