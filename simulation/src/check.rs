@@ -154,7 +154,7 @@ fn expected<'a>(source: &'a Source, standing: &Standing) -> Option<&'a Expected>
         return None;
     }
     let life = standing.source_incarnation.unwrap();
-    Some(&source.expected[&(life.0, standing.committed)])
+    Some(&source.expected[&(life.0, standing.edition())])
 }
 
 /// The exact batch: the replica equals the source at that instant.

@@ -17,6 +17,7 @@ pub mod overlay;
 pub mod store;
 #[cfg(test)]
 mod tests;
+mod upgrade;
 pub mod view;
 
 pub use known::{Content, Delta, EntryChange, Known, Mark, Orphan};

@@ -108,10 +108,10 @@ impl<B: Base> Index<B> {
         mark
     }
 
-    /// The last batch under way that was acknowledged; 0 when there is none.
-    pub fn acknowledged(&self) -> BatchId {
+    /// The last batch under way that was acknowledged.
+    pub fn acknowledged(&self) -> Option<Mark> {
         let layers = self.layers.iter().filter(|layer| layer.acknowledged);
-        layers.map(|layer| layer.delta.mark.batch).max().unwrap_or_default()
+        layers.map(|layer| layer.delta.mark).last()
     }
 
     /// After a session was lost: keeps the deltas up to `committed`, forgets
