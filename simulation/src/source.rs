@@ -33,7 +33,7 @@ pub use journal::Journal;
 
 use crate::net::{Down, Up, Wire};
 use crate::store::Store;
-use crate::world::{World, inode};
+use crate::world::World;
 
 /// As the engine's.
 const IN_FLIGHT: usize = 2;

@@ -6,8 +6,7 @@ use std::convert::Infallible;
 use proptest::prelude::*;
 use replicator_common::id::{BatchId, ObjectId, ReplicaHandle};
 use replicator_common::name::Name;
-use replicator_common::object::{Attributes, Kind, ObjectState};
-use replicator_common::time::Timestamp;
+use replicator_common::object::Kind;
 use replicator_common::wire::{ContentSource, Op};
 
 use super::execute::{self, Finding};

@@ -435,7 +435,8 @@ impl FakeSource {
         }
         let plan = SourceMessage::Plan { batch: number, ops: batch.ops.clone() };
         self.writer.write(&plan).await.ok()?;
-        self.writer.write(&SourceMessage::Commit { batch: number, header }).await.ok()
+        self.writer.write(&SourceMessage::Commit { batch: number, header }).await.ok()?;
+        Some(())
     }
 
     /// Sends a batch and waits until it is applied.

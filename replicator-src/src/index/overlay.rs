@@ -111,7 +111,7 @@ impl<B: Base> Index<B> {
     /// The last batch under way that was acknowledged.
     pub fn acknowledged(&self) -> Option<Mark> {
         let layers = self.layers.iter().filter(|layer| layer.acknowledged);
-        layers.map(|layer| layer.delta.mark).last()
+        layers.map(|layer| layer.delta.mark).next_back()
     }
 
     /// After a session was lost: keeps the deltas up to `committed`, forgets

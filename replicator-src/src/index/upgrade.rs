@@ -139,8 +139,7 @@ mod tests {
                 meta.insert("version", &version.to_le_bytes()[..]).unwrap();
                 meta.insert("mark", encode_record(&mark(2)).unwrap().as_slice()).unwrap();
                 let mut pending = write.open_table(PENDING).unwrap();
-                let key = pending.first().unwrap().unwrap().0;
-                let key = key.value().to_vec();
+                let key = pending.first().unwrap().unwrap().0.value().to_vec();
                 pending.insert(&key[..], encode_record(&old).unwrap().as_slice()).unwrap();
             }
             write.commit().unwrap();

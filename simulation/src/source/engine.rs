@@ -1,6 +1,7 @@
 //! The engine's loop, and what a session's begin and end mean to it.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 
 use rand::Rng;
 use rand::rngs::StdRng;

@@ -11,7 +11,7 @@ use replicator_src::journal::Record;
 #[derive(Clone, Debug, Default)]
 pub struct Journal {
     records: BTreeMap<u64, Record>,
-    last: u64,
+    pub(super) last: u64,
     /// Forgotten up to here.
     pub trimmed: u64,
 }
