@@ -456,6 +456,19 @@ fn manifested(lost: &Path) -> BTreeSet<String> {
     contents(lost).into_iter().collect()
 }
 
+/// The contents of what is staged, but for plans: they say what files are to
+/// become, and are in the manifest by that.
+fn arrived(staging: &Path) -> BTreeSet<String> {
+    let shards = std::fs::read_dir(staging).into_iter().flatten().flatten();
+    let all = shards.flat_map(|shard| std::fs::read_dir(shard.path()).into_iter().flatten());
+    let files = all.flatten().map(|entry| entry.path()).filter(|path| {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        name.starts_with('p') && !name.starts_with("plan.")
+    });
+    let files = files.map(|path| std::fs::read(path).unwrap());
+    files.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).collect()
+}
+
 /// The contents of all files below a directory.
 fn contents(directory: &Path) -> Vec<String> {
     let mut all = Vec::new();
@@ -474,7 +487,7 @@ async fn run(seed: u64) -> u32 {
     let mut case = Case::new(seed).await;
     let models = case.replicate().await;
     drop(case.process.take());
-    let staged: BTreeSet<String> = contents(&case.hidden().join("staging")).into_iter().collect();
+    let staged = arrived(&case.hidden().join("staging"));
     case.fail_over();
     case.check(&models, &staged);
     case.kills
