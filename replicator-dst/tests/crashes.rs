@@ -163,6 +163,22 @@ impl Drop for Process {
     }
 }
 
+/// What becomes of a talk with the process; `None` when that ends before. (The
+/// network tells of the end of a killed peer much later.)
+async fn while_it_lives<T>(
+    process: &mut Option<Process>,
+    talk: impl Future<Output = T>,
+) -> Option<T> {
+    let mut talk = std::pin::pin!(talk);
+    loop {
+        match tokio::time::timeout(Duration::from_millis(10), &mut talk).await {
+            Ok(heard) => return Some(heard),
+            Err(_) if process.as_mut().is_none_or(Process::has_ended) => return None,
+            Err(_) => {}
+        }
+    }
+}
+
 // ------------------------------------------------------------- the source
 
 fn action(random: &mut StdRng) -> Action {
@@ -300,7 +316,9 @@ impl Case {
         loop {
             assert!(start.elapsed() < PATIENCE, "batch {number} is never applied");
             let Some(address) = self.address().await else { continue };
-            let Ok(mut source) = self.world.dial(address, self.applied).await else { continue };
+            let dialled = self.world.dial(address, self.applied);
+            let dialled = while_it_lives(&mut self.process, dialled).await;
+            let Some(Ok(mut source)) = dialled else { continue };
             let committed = source.hello.as_ref().unwrap().committed.batch.0;
             // The greeting comes after all that was logged is redone.
             let expected = if committed == number { visible(new) } else { visible(&self.old) };
@@ -335,7 +353,7 @@ impl Case {
             return false;
         }
         loop {
-            match source.heard().await {
+            match while_it_lives(&mut self.process, source.heard()).await.flatten() {
                 Some(DestinationMessage::Applied { batch, .. }) => return batch.0 == number,
                 Some(
                     DestinationMessage::Durable { .. }

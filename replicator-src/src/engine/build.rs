@@ -248,6 +248,10 @@ impl Engine {
         let report = reading.end()?;
         let waited = start.elapsed() - looked;
         tracing::debug!(batch = %draft.batch, ?looked, ?waited, read = report.outcomes.len(), "read");
+        for (object, outcome) in &report.outcomes {
+            let need = draft.resolve.read.get(object);
+            tracing::trace!(batch = %draft.batch, %object, ?need, ?outcome, "looked at");
+        }
         draft.packed += report.packed;
         draft.outcomes.extend(report.outcomes);
         Ok(())
@@ -307,6 +311,9 @@ impl Engine {
             outside_before: (gap.is_none() && draft.span.reached && seen)
                 .then(|| draft.span.time.offset(-(OUTSIDE_AFTER.as_nanos() as i64))),
         };
+        for ((directory, name), binding) in &draft.resolve.bindings {
+            tracing::trace!(batch = %draft.batch, %directory, ?name, ?binding, "bound");
+        }
         let root = self.opener.root().id.clone();
         let (index, tree) = (&self.index, &mut self.tree);
         let mut assembly = assemble(&draft.resolve, &draft.outcomes, &root, settings, index, tree)?;

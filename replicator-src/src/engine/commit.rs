@@ -117,6 +117,7 @@ impl Engine {
             input,
             closed,
             dropped: dropped.into_iter().collect(),
+            ops: header.ops,
             durable: false,
             before: ready.before,
             reached: ready.reached,

@@ -265,7 +265,8 @@ impl Replication {
         let newest = engine::leave::newest(&store)?;
         let left = handover::take(&self.directory, &configuration.source, &means.supervisor)?
             .filter(|rest| is_the_state_of(rest, &journal, newest));
-        let settings = watcher::Settings { rescan_interval: options.rescan_interval };
+        let (places, rescan_interval) = (Arc::<Places>::default(), options.rescan_interval);
+        let settings = watcher::Settings { rescan_interval, places: places.clone() };
         let (watcher, carried) = open_watcher(&root, &configuration, &settings, left)?;
         if root.is_file_system_root() || watcher.report().kind != WatcherKind::Fanotify {
             members.everything();
@@ -278,7 +279,7 @@ impl Replication {
         let (clock, marks) = (self.shared.clock(), members.clone());
         let capture = Capture::start(watcher, journal.clone(), marks, announce, clock, recent)
             .map_err(failed("the capture thread"))?;
-        let opener = Opener::new(root.clone(), Arc::<Places>::default());
+        let opener = Opener::new(root.clone(), places);
         let watch = Arc::new(Joining { members: members.clone(), inner: capture.directories() });
         let filter = Filter {
             devices: configuration.devices,
