@@ -67,7 +67,7 @@ const CALLS: [&str; 28] = [
 ];
 /// How long anything may take: far more than it does.
 const PATIENCE: Duration = Duration::from_secs(120);
-const DEFAULT_SEEDS: u64 = 4;
+const DEFAULT_SEEDS: u64 = 8;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap())
@@ -283,7 +283,7 @@ impl Case {
     }
 
     fn turn(&mut self) -> Option<u64> {
-        let most = [30, 120, 400][self.random.random_range(0..3)];
+        let most = [20, 60, 250][self.random.random_range(0..3)];
         self.random.random_bool(0.8).then(|| self.random.random_range(1..most))
     }
 
