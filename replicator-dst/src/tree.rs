@@ -42,6 +42,8 @@ pub fn abilities(area: &Area) -> Abilities {
         privileged_xattrs: xattrs && can(CapabilitySet::SYS_ADMIN),
         devices: can(CapabilitySet::MKNOD),
         handles,
+        links_max: place::links_max(area.root()).ok().flatten(),
+        name_max: place::name_max(area.root()).ok().flatten(),
     }
 }
 

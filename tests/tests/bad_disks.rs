@@ -3,11 +3,13 @@
 //! names. Beside `disks`, whose disks are full.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
+use replicator_common::time::Timestamp;
 use replicator_tests::compare;
 use replicator_tests::disks::{Disks, MIB, await_named, await_told, blockers, content, watermark};
-use replicator_tests::mounts::FileSystem::{Btrfs, Tmpfs};
+use replicator_tests::mounts::FileSystem::{Btrfs, Ext4, Tmpfs, Xfs};
 use replicator_tests::mounts::{Mount, run};
 use replicator_tests::process::Daemon;
 use replicator_tests::scenario::patience;
@@ -189,5 +191,52 @@ fn an_error_turns_the_replica_read_only() {
     disks.disk.attach();
     let mut daemon = disks.start();
     disks.settle(&mut daemon, "the operator has put it right");
+    assert!(daemon.interrupt().success());
+}
+
+/// More names than the replica's file system (ext4) takes of one file, which the
+/// source's (xfs) does: those that fit are there, the others are named with what
+/// to do, all else goes on; when some are removed, the others come.
+#[test]
+fn more_names_of_a_file_than_the_replica_takes() {
+    const MOST: usize = 65_000;
+    let disks = Disks::new(Xfs, (Ext4, 512 * MIB), None);
+    let file = disks.source().join("file");
+    fs::write(&file, "of many names").unwrap();
+    let names = disks.source().join("names");
+    fs::create_dir(&names).unwrap();
+    let name = |number: usize| names.join(format!("{number:05}"));
+    (2..MOST).for_each(|number| fs::hard_link(&file, name(number)).unwrap());
+    let mut daemon = disks.start();
+    disks.settle(&mut daemon, "one less than fit");
+    // The last that fits and two that do not, in one batch and by themselves.
+    for number in MOST..MOST + 3 {
+        fs::hard_link(&file, name(number)).unwrap();
+    }
+    let linked = Timestamp::now();
+    let words = ["no place at the destination", "65000 names of one file", "remove some"];
+    daemon.poll_until(patience(), "what is too much is named", |daemon| {
+        let all = blockers(&daemon.try_status()?);
+        let told = |why: &str| words.iter().all(|word| why.contains(word));
+        all.iter().any(|(path, why)| path.starts_with("names/6500") && told(why)).then_some(())
+    });
+    disks.write("other", 1000);
+    disks.await_same(&mut daemon, "other");
+    // The content goes on in all of them, and a rename needs no more names.
+    fs::write(&file, "of other content").unwrap();
+    fs::rename(name(2), disks.source().join("renamed")).unwrap();
+    for name in ["file", "renamed"] {
+        disks.await_same(&mut daemon, name);
+    }
+    let metadata = fs::metadata(disks.replica().join("file")).unwrap();
+    assert_eq!(metadata.nlink(), MOST as u64);
+    assert!(watermark(&daemon) < linked, "claimed, and not there");
+    let there = daemon.status().destination.unwrap();
+    assert!(there.stalled.is_none() && there.last_error.is_none(), "{there:?}");
+    for number in 3..10 {
+        fs::remove_file(name(number)).unwrap();
+    }
+    disks.settle(&mut daemon, "some are removed");
+    assert!(blockers(&daemon.status()).is_empty());
     assert!(daemon.interrupt().success());
 }
