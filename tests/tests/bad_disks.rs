@@ -69,7 +69,7 @@ fn on_a_bad_disk() -> Disks {
 }
 
 /// The size of that disk.
-const BAD: u64 = 96 * MIB;
+const BAD: u64 = 120 * MIB;
 
 /// Stops, mounts the replica anew so that nothing but its disk can be read, and
 /// compares. Whatever was acknowledged is there.
