@@ -408,8 +408,7 @@ fn never_missing(
 
 /// How many names a file may have at any moment of the batch. The source reckons
 /// so, and leaves out what the file system would refuse (its `plan::Limits`): a
-/// name that goes makes room at once where nothing comes to stand; of the others
-/// one does, because the file is moved from it.
+/// name that goes makes room at once where nothing comes to stand.
 fn most_names(replica: &Replica, old: &Source, new: &Source) -> BTreeMap<ReplicaHandle, usize> {
     let mut all = BTreeMap::new();
     for (object, known) in &replica.map {
@@ -420,7 +419,7 @@ fn most_names(replica: &Replica, old: &Source, new: &Source) -> BTreeMap<Replica
         let free = lost.iter().filter(|slot| !new.entries.contains_key(**slot)).count();
         // In the orphan area it has one, and is moved from there.
         let before = old.links(object);
-        let most = (before + gained).saturating_sub(free.max(lost.len().min(1)));
+        let most = (before + gained).saturating_sub(free);
         all.insert(handle, most.max(before).max(1));
     }
     all

@@ -58,8 +58,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
 
     /// How many of the names that a file gains are too many for it, at any moment
     /// while the batch is applied: a name that goes makes room for one that comes
-    /// when nothing comes to stand in its place, for then it goes first; of the
-    /// others one does, because it is moved.
+    /// when nothing comes to stand in its place, for then it goes first.
     fn surplus(&self, object: &ObjectId, most: usize) -> Result<usize, Failure<V, T>> {
         let gained = self.gained.get(object).map_or(0, BTreeSet::len);
         let before = self.known(object)?.map_or(0, |known| known.links as usize);
@@ -71,8 +70,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             .into_iter()
             .flatten()
             .filter(|place| self.changed.get(*place).is_some_and(|binding| binding.new.is_none()));
-        let room = free.count().max(lost.map_or(0, BTreeSet::len).min(1));
-        Ok((before + gained).saturating_sub(room).saturating_sub(most).min(gained))
+        Ok((before + gained).saturating_sub(free.count()).saturating_sub(most).min(gained))
     }
 
     /// Holds a name that the batch would give. The object that keeps its own
