@@ -225,6 +225,12 @@ impl Mount {
         run(Command::new("losetup").arg("-c").arg(self.device()));
     }
 
+    /// Whether a loop device still stands on the image: it goes when the last mount
+    /// has gone, in whatever namespace.
+    pub fn is_attached(&self) -> bool {
+        !run(Command::new("losetup").arg("-j").arg(self.image())).trim().is_empty()
+    }
+
     /// The loop device that it is mounted from.
     pub fn device(&self) -> PathBuf {
         let listed = run(Command::new("losetup").arg("-j").arg(self.image()));

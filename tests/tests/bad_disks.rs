@@ -7,7 +7,8 @@ use std::fs;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use replicator_common::time::Timestamp;
 use replicator_tests::compare;
@@ -84,10 +85,16 @@ fn compare_from_disk(disks: &Disks, daemon: Daemon, what: &str) {
     compare::assert_same(&disks.source(), &disks.replica(), &what);
 }
 
-/// Unmounts the replica's file system wherever it is mounted.
+/// Unmounts the replica's file system wherever it is mounted, and waits until the
+/// kernel has let go of it: mount namespaces of other tests may have copies.
 fn take_down(disks: &Disks) {
     run(Command::new("umount").arg(disks.door()));
     disks.disk.detach();
+    let start = Instant::now();
+    while disks.disk.is_attached() {
+        assert!(start.elapsed() < patience(), "the replica's file system is still mounted");
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Content cannot be written back (EIO). What is not on the disk is not
