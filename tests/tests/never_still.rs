@@ -414,7 +414,7 @@ fn bytes_shipped_stay_in_proportion_to_bytes_changed() {
     }
     // It was read a moment ago: the next reading comes after a rest of four times
     // as long, which a slow machine makes long.
-    daemon.wait(3 * patience());
+    daemon.wait(6 * patience());
     pair.settle(&daemon, &"in the end");
     let after = daemon.counters();
     let blocks: u64 = database.written.lock().unwrap().iter().map(|(_, count)| count + 1).sum();
@@ -423,7 +423,9 @@ fn bytes_shipped_stay_in_proportion_to_bytes_changed() {
     let counted = after.bytes_changed - before.bytes_changed;
     eprintln!("{written} bytes written, {counted} counted as changed, {shipped} shipped");
     // A block lies in one chunk of 16 KiB on average, larger ones more often,
-    // and sometimes in two.
+    // and sometimes in two: of 128 MiB with 2 % of its blocks changed, 23 MB
+    // travelled for 7 MB written, log included. Less would take a second cut, and
+    // hashes of each block of each chunk in the index.
     assert!(shipped < 10 * written, "{shipped} bytes for {written} that were written");
     // Nothing was sent again or in vain.
     assert!(shipped < counted + counted / 2, "{shipped} bytes for {counted} that changed");
