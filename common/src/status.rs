@@ -210,6 +210,12 @@ pub struct Abilities {
     pub devices: bool,
     /// Objects are found by handle.
     pub handles: bool,
+    /// Names that a file may have at most; `None` where no bound is known.
+    #[serde(default)]
+    pub links_max: Option<u32>,
+    /// Bytes that a name may have at most; `None` where no bound is known.
+    #[serde(default)]
+    pub name_max: Option<u32>,
 }
 
 /// Attributes that the replica could not take, in objects.

@@ -41,7 +41,7 @@ pub enum SourceError {
         reason: String,
     },
     /// One call failed.
-    #[error("cannot {action} {what}: {source}")]
+    #[error("cannot {action} {what}: {}", told(*source))]
     Call {
         /// What was tried.
         action: &'static str,
@@ -56,6 +56,18 @@ impl SourceError {
     fn call(action: &'static str, what: impl ToString) -> impl FnOnce(Errno) -> Self {
         move |source| Self::Call { action, what: what.to_string(), source }
     }
+}
+
+/// What the system said, and what an operator can do about it.
+pub fn told(error: Errno) -> String {
+    let advice = match error {
+        Errno::ACCESS | Errno::PERM => {
+            "; let the daemon's user read it, or give the daemon CAP_DAC_READ_SEARCH"
+        }
+        Errno::IO => "; look into the kernel's log for errors of the source's disk",
+        _ => "",
+    };
+    format!("{error}{advice}")
 }
 
 /// The root of a source: pinned by a descriptor, so that the file system
@@ -401,7 +413,7 @@ impl Tree for SourceTree {
         let (object, stat) = match found {
             Ok(found) => found,
             Err(Errno::NOENT | Errno::STALE | Errno::NOTDIR) => return Ok(Lookup::Absent),
-            Err(error) => return Ok(Lookup::Unreadable(error.to_string())),
+            Err(error) => return Ok(Lookup::Unreadable(told(error))),
         };
         if self.filter.reserved.as_ref() == Some(name) {
             // Only this replication's destination makes a directory of that
@@ -436,14 +448,14 @@ impl Tree for SourceTree {
         let entries = match rustix::fs::Dir::read_from(&*fd) {
             Ok(entries) => entries,
             Err(Errno::NOENT | Errno::STALE) => return Ok(Listed::Gone),
-            Err(error) => return Ok(self.trouble(directory, error)),
+            Err(error) => return Ok(self.trouble(directory, told(error))),
         };
         for entry in entries {
             let entry = match entry {
                 Ok(entry) => entry,
                 // A directory that is removed while it is read ends so.
                 Err(Errno::NOENT | Errno::STALE) => return Ok(Listed::Gone),
-                Err(error) => return Ok(self.trouble(directory, error)),
+                Err(error) => return Ok(self.trouble(directory, told(error))),
             };
             let name = entry.file_name().to_bytes();
             if let Ok(name) = Name::new(name) {

@@ -25,8 +25,8 @@ use replicator_src::ledger::{
 use replicator_src::plan::resolve::Budget;
 use replicator_src::plan::waits::{is_through, is_touched};
 use replicator_src::plan::{
-    Assembly, Dirty, Hold, HoldReason, Listing, Meanwhile, Need, Outcome, Resolve, Settings,
-    assemble,
+    Assembly, Dirty, Hold, HoldReason, Limits, Listing, Meanwhile, Need, Outcome, Resolve,
+    Settings, assemble,
 };
 use replicator_src::watcher::What;
 
@@ -850,6 +850,7 @@ impl Source {
             now: engine.clock.now(),
             floor: floor.min(engine.reached),
             outside_before: settled.then(|| draft.span.time.offset(-OUTSIDE_AFTER)),
+            limits: Limits::default(),
         };
         let mut assembly =
             assemble(&draft.resolve, &draft.outcomes, &id(ROOT), settings, &engine.index, world)

@@ -13,7 +13,7 @@ use crate::index::View;
 use crate::journal::Record;
 use crate::ledger::{Closing, Gap, Span};
 use crate::plan::resolve::Budget;
-use crate::plan::{Dirty, Listing, Meanwhile, Need, Outcome, Resolve, Settings, assemble};
+use crate::plan::{Dirty, Limits, Listing, Meanwhile, Need, Outcome, Resolve, Settings, assemble};
 use crate::read::sink::SinkError;
 use crate::read::small::Item;
 use crate::session::Session;
@@ -51,6 +51,8 @@ pub(super) struct Draft {
     pub(super) fresh: u64,
     /// Large files that this batch places.
     pub(super) placed: BTreeMap<ObjectId, Placed>,
+    /// What names the replica takes.
+    limits: Limits,
 }
 
 pub(super) struct Placed {
@@ -121,6 +123,7 @@ impl Engine {
             packed: 0,
             fresh: 0,
             placed: BTreeMap::new(),
+            limits: self.limits(),
         }
     }
 
@@ -284,6 +287,10 @@ impl Engine {
                 draft.outcomes.insert(object, outcome);
                 continue;
             }
+            if let Some(error) = has_no_name(draft, &object, &need) {
+                draft.outcomes.insert(object, Outcome::Refused { error });
+                continue;
+            }
             if self.take_ready(draft, &object, &need)? {
                 continue;
             }
@@ -310,6 +317,7 @@ impl Engine {
             floor: floor.min(self.reached),
             outside_before: (gap.is_none() && draft.span.reached && seen)
                 .then(|| draft.span.time.offset(-(OUTSIDE_AFTER.as_nanos() as i64))),
+            limits: draft.limits,
         };
         for ((directory, name), binding) in &draft.resolve.bindings {
             tracing::trace!(batch = %draft.batch, %directory, ?name, ?binding, "bound");
@@ -356,6 +364,15 @@ impl Engine {
         self.forget_dropped()
     }
 
+    /// What names the replica takes.
+    pub(super) fn limits(&self) -> Limits {
+        let session = self.session.as_ref();
+        session.map_or(Limits::default(), |session| {
+            let abilities = &session.hello.abilities;
+            Limits { links: abilities.links_max, name: abilities.name_max }
+        })
+    }
+
     /// A walk that has seen everything closes its gap, unless events were lost
     /// again meanwhile. Only the batch after the walk's end does: its barrier
     /// covers what moved from the unwalked to the walked part at the last
@@ -388,6 +405,17 @@ impl Engine {
             }
         }
     }
+}
+
+/// Why none of a new object's names fits, if so: then it is not read, since it
+/// would travel in vain.
+fn has_no_name(draft: &Draft, object: &ObjectId, need: &Need) -> Option<String> {
+    let (_, name) = need.hint.as_ref().filter(|_| need.new)?;
+    let error = draft.limits.too_long(name)?;
+    let fits = draft.resolve.bindings.iter().any(|((_, name), binding)| {
+        binding.new.as_ref() == Some(object) && draft.limits.too_long(name).is_none()
+    });
+    (!fits).then_some(error)
 }
 
 /// Why a batch was not built to its end.

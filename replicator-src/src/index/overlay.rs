@@ -182,15 +182,15 @@ impl<B: Base> View for Index<B> {
 
     fn links(&self, object: &ObjectId) -> Result<Vec<(ObjectId, Name)>, B::Error> {
         let mut links = self.snapshot.links(object)?;
+        // Gathered first: a batch may name tens of thousands.
+        let mut changed = BTreeMap::new();
         for (gained, directory, name) in
             self.layers.iter().filter_map(|layer| layer.links.get(object)).flatten()
         {
-            let place = (directory.clone(), name.clone());
-            links.retain(|link| *link != place);
-            if *gained {
-                links.push(place);
-            }
+            changed.insert((directory.clone(), name.clone()), *gained);
         }
+        links.retain(|link| !changed.contains_key(link));
+        links.extend(changed.into_iter().filter_map(|(place, gained)| gained.then_some(place)));
         Ok(links)
     }
 

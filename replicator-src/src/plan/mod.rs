@@ -22,7 +22,7 @@ mod tests;
 pub mod tree;
 pub mod waits;
 
-pub use assemble::{Assembly, Hold, HoldReason, Outcome, Settings, assemble};
+pub use assemble::{Assembly, Hold, HoldReason, Limits, Outcome, Settings, assemble};
 pub use dirty::{Dirty, Listing, Rest};
 pub use recall::recall;
 pub use resolve::{Binding, Meanwhile, Need, Resolve};

@@ -23,6 +23,7 @@ use crate::index::{Content, Delta, Known, Orphan, View};
 use crate::journal::Record;
 use crate::watcher::What;
 
+mod limits;
 mod traps;
 
 const ROOT: u32 = 1;
@@ -421,6 +422,7 @@ struct Run {
     batch: u64,
     held: Vec<(ObjectId, Hold)>,
     walking: bool,
+    limits: Limits,
 }
 
 impl Run {
@@ -485,6 +487,7 @@ impl Run {
             now: Timestamp(self.world.clock),
             floor: Timestamp::NEVER,
             outside_before: settled.then_some(Timestamp(i64::MAX)),
+            limits: self.limits,
         };
         let root = id(ROOT);
         let out =
@@ -634,6 +637,7 @@ proptest! {
             batch: 0,
             held: Vec::new(),
             walking: true,
+        limits: Limits::default(),
         };
         run.dirty.listings.push_back(Listing::new(id(ROOT), true));
         for step in steps {

@@ -19,6 +19,7 @@ use replicator_common::net::identity::Identity;
 use replicator_common::object::Kind;
 use replicator_common::status::WatcherKind;
 use replicator_common::supervisor::Supervisor;
+use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
 
 use super::replication::{Configuration, Replication};
@@ -255,6 +256,9 @@ impl Replication {
         let root = Arc::new(Root::open(&configuration.path)?);
         check_identity(&root, &configuration)?;
         check_state_outside(&options.state_dir, &configuration.path)?;
+        if self.shared.failure().is_some() {
+            forget_cached(&self.directory);
+        }
         let store = Arc::new(Store::open(&self.directory.join("index.redb"))?);
         let mark = store.mark()?;
         self.shared.returned();
@@ -375,6 +379,16 @@ impl Replication {
 
 fn failed(what: &'static str) -> impl FnOnce(std::io::Error) -> ServiceError {
     move |source| ServiceError::Start { what, source }
+}
+
+/// After a failure, which may have been the disk's: what could not be written is
+/// still in the kernel's cache, and would be taken for what is on disk.
+fn forget_cached(directory: &std::path::Path) {
+    for file in ["index.redb", "journal/db"] {
+        if let Ok(file) = std::fs::File::open(directory.join(file)) {
+            place::forget_cached(&file);
+        }
+    }
 }
 
 fn engine_settings(options: &SourceOptions) -> engine::Settings {
