@@ -227,8 +227,19 @@ impl Applier {
         Ok(())
     }
 
-    /// Runs the steps of `batch`, whose commit is durable.
+    /// Runs the steps of `batch`, whose commit is durable. On a full disk, with
+    /// the space that was kept for them.
     fn run_steps(&mut self, batch: BatchId, steps: &[Step]) -> Result<(), SealError> {
+        match self.try_steps(batch, steps) {
+            Err(SealError::Area(error)) if error.is_no_room() && self.replica.slack.spend() => {
+                tracing::warn!(%error, "the space that is kept for steps is used");
+                self.try_steps(batch, steps)
+            }
+            result => result,
+        }
+    }
+
+    fn try_steps(&mut self, batch: BatchId, steps: &[Step]) -> Result<(), SealError> {
         if steps.is_empty() {
             return Ok(());
         }

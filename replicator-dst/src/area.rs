@@ -49,6 +49,13 @@ impl AreaError {
         move |source| Self::System { action, what, source }
     }
 
+    /// What was given to the steps of a logged batch cannot be taken again.
+    pub fn no_slack(error: &std::io::Error) -> Self {
+        // An error that is not the kernel's is that too little is free.
+        let source = Errno::from_io_error(error).unwrap_or(Errno::NOSPC);
+        Self::System { action: "keep", what: "the space for what is logged".to_owned(), source }
+    }
+
     /// Whether the error says something of the object, or of the space that is
     /// left for it, so that others may fare better (deletions above all, which
     /// make room). An error that every object would meet is waited out instead.

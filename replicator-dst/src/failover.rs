@@ -133,6 +133,7 @@ pub fn run(replica: &Replica, tree: &mut Tree) -> Result<FailoverReport, Failove
     // What follows writes, and the disks may be full.
     reserve::give_back(&replica.directory);
     reserve::give_back(&replica.area.hidden_path());
+    replica.slack.spend();
     let path = replica.directory.join(RECORD_FILE);
     let mut record: Record = match crashsafe::read(&path, &RECORD)? {
         Some(record) => record,

@@ -26,7 +26,7 @@ use crate::kept::Kept;
 use crate::locate::Locator;
 use crate::mark;
 use crate::readonly::{Protection, ReadOnlyError};
-use crate::reserve;
+use crate::reserve::{self, Slack};
 use crate::store::{SetAsideItem, Standing, Store, StoreError};
 use crate::tree;
 
@@ -160,6 +160,8 @@ pub struct Replica {
     pub store: Arc<Store>,
     /// What staging has of the session before.
     pub kept: Arc<Kept>,
+    /// Space for the steps of a logged batch on a full disk.
+    pub slack: Slack,
     /// What it can hold.
     pub abilities: Abilities,
     /// How it is kept read-only.
@@ -212,6 +214,7 @@ impl Replica {
         };
         reserve::keep(directory);
         reserve::keep(&area.hidden_path());
+        let slack = Slack::open(&area.hidden_path());
         let told = told_before_redo(&standing);
         let mut abilities = tree::abilities(&area);
         abilities.handles &= !options.by_path;
@@ -232,6 +235,7 @@ impl Replica {
             kept: Arc::new(Kept::new(area.clone())),
             area,
             store: Arc::new(store),
+            slack,
             abilities,
             protection,
             applied: Arc::new(AtomicU64::new(standing.applied.0)),

@@ -113,7 +113,13 @@ impl Applier {
                 ContentSource::Unchanged if *new => None,
                 _ => continue,
             };
-            match self.make(object, state, made, &made_name(batch, number)?) {
+            let name = made_name(batch, number)?;
+            let room = self.replica.slack.restore();
+            let made = match room {
+                Ok(()) => self.make(object, state, made, &name),
+                Err(error) => Err(AreaError::no_slack(&error).into()),
+            };
+            match made {
                 Ok(arrival) => drop(staged.insert(object.clone(), arrival)),
                 Err(SealError::Area(error)) if error.is_of_one_object() => {
                     unplaceable.push((object.clone(), error.to_string()));

@@ -12,6 +12,7 @@ use replicator_common::net::frame::{FrameReader, decode_frame};
 use replicator_common::wire::{DataFrame, Refusal};
 use tokio::sync::mpsc;
 
+use crate::area::AreaError;
 use crate::attributes;
 use crate::receive::SessionError;
 use crate::replica::{APPLIER_SHARD, Replica};
@@ -312,7 +313,11 @@ fn patiently<T>(
 ) -> Result<Staged<T>, SessionError> {
     let (mut stalled, mut pause, mut gave_up) = (false, RETRY.0, false);
     loop {
-        match attempt() {
+        let attempted = match replica.slack.restore() {
+            Ok(()) => attempt(),
+            Err(error) => Err(StageError::Area(AreaError::no_slack(&error))),
+        };
+        match attempted {
             Ok(value) => {
                 if stalled {
                     replica.shared().stalled = None;

@@ -950,6 +950,7 @@ impl Source {
             input: draft.input,
             closed,
             dropped: gone.map(|(object, _)| object).collect(),
+            ops: header.ops,
             durable: false,
             before,
             reached,

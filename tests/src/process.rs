@@ -330,7 +330,7 @@ fn time_limit(body: Option<&Value>) -> Duration {
 
 /// A test run that is killed must not leave daemons behind. (The signal comes
 /// when the thread that spawned ends; that is the test's own.)
-fn die_with_parent(command: &mut Command) {
+pub(crate) fn die_with_parent(command: &mut Command) {
     let set = || {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
         Ok(())

@@ -237,6 +237,46 @@ fn a_full_replica_xfs() {
     a_full_replica(Xfs);
 }
 
+/// New names need blocks of their directory. On a disk that is full to the last
+/// block, a batch that is logged finds those that are kept for it; then nothing
+/// is staged before they are there again, and deletions go on.
+fn names_on_a_full_replica(kind: FileSystem) {
+    let disks = Disks::new(Tmpfs, (kind, 400 * MIB), None);
+    let name = |number: usize| format!("{number:04}-{}", "n".repeat(200));
+    let [from, to] = ["from", "to"].map(|directory| disks.source().join(directory));
+    fs::create_dir(&from).unwrap();
+    fs::create_dir(&to).unwrap();
+    for number in 0..1000 {
+        fs::write(from.join(name(number)), "content").unwrap();
+    }
+    disks.write("old", MIB);
+    let mut daemon = disks.start();
+    let filler = fill_up(&disks.door());
+    for number in 0..1000 {
+        fs::rename(from.join(name(number)), to.join(name(number))).unwrap();
+    }
+    disks.await_same(&mut daemon, &format!("to/{}", name(999)));
+    // The disk takes whatever is freed: what is kept is not to be had again.
+    disks.write("new", 100_000);
+    await_named(&mut daemon, "new", &["the space for what is logged", "free space"]);
+    fs::remove_file(disks.source().join("old")).unwrap();
+    disks.await_same(&mut daemon, "old");
+    fs::remove_file(filler).unwrap();
+    disks.settle(&mut daemon, "there is room again");
+    assert!(blockers(&daemon.status()).is_empty());
+    assert!(daemon.interrupt().success());
+}
+
+#[test]
+fn names_on_a_full_replica_ext4() {
+    names_on_a_full_replica(Ext4);
+}
+
+#[test]
+fn names_on_a_full_replica_xfs() {
+    names_on_a_full_replica(Xfs);
+}
+
 /// One file that can never be stored does not stop the others.
 #[test]
 fn a_file_larger_than_the_replica_can_hold() {
