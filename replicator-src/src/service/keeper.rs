@@ -318,12 +318,17 @@ impl Replication {
             wired: wired.clone(),
             ticks: ticks.clone(),
         };
-        // Where nothing is walked, there is no end to tell the way to.
-        let walks = carried.is_none();
+        // Where nothing is walked, there is no end to tell the way to. Where all
+        // was counted and shipped before, that is near enough, and counting anew
+        // would take as long as the walk.
+        let counts = carried.is_none() && mark.watermark.is_none();
+        if !counts {
+            self.shared.found(store.snapshot()?.count()?, 0, true);
+        }
         let start = carried.map_or(Start::Walk(reason), |carried| Start::Resume(Box::new(carried)));
         let engine = Engine::new(parts, start)?;
         let link = self.start_link(means, &configuration, wired, inbox.0.clone());
-        let census = match walks {
+        let census = match counts {
             true => Some(census::start(root, self.shared.clone()).map_err(failed("the census"))?),
             false => None,
         };
