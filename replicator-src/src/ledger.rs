@@ -332,6 +332,11 @@ impl Owed {
         self.0.retain(|(directory, _), _| !gone(directory));
     }
 
+    /// The entries.
+    pub fn places(&self) -> impl Iterator<Item = &Place> {
+        self.0.keys()
+    }
+
     /// Where it holds the watermark.
     pub fn floor(&self) -> Option<Timestamp> {
         self.0.values().min().copied()

@@ -70,6 +70,8 @@ impl Called {
             privileged_xattrs: true,
             devices: true,
             handles: true,
+            links_max: None,
+            name_max: None,
         };
         let hello = DestinationHello {
             destination: FileSystemId::random(),

@@ -13,6 +13,7 @@ pub mod binary;
 pub mod cgroup;
 pub mod compare;
 pub mod disk;
+pub mod disks;
 pub mod hosts;
 pub mod line;
 pub mod manager;

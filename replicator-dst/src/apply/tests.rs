@@ -157,6 +157,25 @@ fn never_missing(
         .collect()
 }
 
+/// How many names a file may have at any moment of the batch. The source reckons
+/// so, and leaves out what the file system would refuse (its `plan::Limits`): a
+/// name that goes makes room at once where nothing comes to stand.
+fn most_names(replica: &Replica, old: &Source, new: &Source) -> BTreeMap<ReplicaHandle, usize> {
+    let mut all = BTreeMap::new();
+    for (object, known) in &replica.map {
+        let (Some(handle), Kind::File) = (known.handle.clone(), known.kind) else { continue };
+        let named = |source: &Source, slot| source.entries.get(slot) == Some(object);
+        let lost: Vec<_> = old.entries.keys().filter(|s| named(old, s) && !named(new, s)).collect();
+        let gained = new.entries.keys().filter(|s| named(new, s) && !named(old, s)).count();
+        let free = lost.iter().filter(|slot| !new.entries.contains_key(**slot)).count();
+        // In the orphan area it has one, and is moved from there.
+        let before = old.links(object);
+        let most = (before + gained).saturating_sub(free);
+        all.insert(handle, most.max(before).max(1));
+    }
+    all
+}
+
 fn round(
     replica: &mut Replica,
     old: &Source,
@@ -167,6 +186,7 @@ fn round(
     let (ops, loose) = next_batch(old, new, seed, replica.batch == 0);
     let planned = replica.plan(ops, new);
     replica.tree.watched = never_missing(replica, old, new, &loose);
+    replica.tree.most = most_names(replica, old, new);
     replica.commit(&planned);
     let mut findings: Vec<Finding> = Vec::new();
     for crash in crashes {

@@ -26,7 +26,7 @@ use super::sink::{Sink, SinkError};
 use super::small::{read_full, state_of};
 use crate::clock::Clock;
 use crate::index::{Content, IndexError, Known, Store};
-use crate::source::{Opened, Opener};
+use crate::source::{Opened, Opener, told};
 
 /// A large file to send.
 #[derive(Clone, Debug)]
@@ -112,7 +112,7 @@ pub fn send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
         }
         Err(LaneError::Read(error)) => {
             abort(sink, job)?;
-            Ok(Done::Unreadable(error.to_string()))
+            Ok(Done::Unreadable(told(error)))
         }
         result => result,
     }
