@@ -179,6 +179,38 @@ counter!(
     /// means that none was ever committed.
     BatchId
 );
+/// A random value that a batch gets each time it is built; 0 stands for one that
+/// is not known, for it was built before there were nonces.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct BatchNonce(pub u64);
+
+impl BatchNonce {
+    /// A new one from the thread's cryptographic generator.
+    pub fn random() -> Self {
+        Self(rand::random::<u64>().max(1))
+    }
+}
+
+/// A batch as it was built once. One that was lost is built anew, with other
+/// content, under the same number: then its nonce is another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Edition {
+    /// Its number.
+    pub batch: BatchId,
+    /// Tells it from others of that number.
+    pub nonce: BatchNonce,
+}
+
+impl Edition {
+    /// Whether both are the same batch, as far as can be known.
+    pub fn is(&self, other: &Self) -> bool {
+        let unknown = BatchNonce::default();
+        let same = self.nonce == other.nonce;
+        self.batch == other.batch && (same || self.nonce == unknown || other.nonce == unknown)
+    }
+}
+
 counter!(
     /// A large object's transfer within one session.
     TransferId

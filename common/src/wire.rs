@@ -32,7 +32,8 @@ use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
 use crate::id::{
-    BatchId, FileSystemId, Incarnation, ObjectId, ReplicaHandle, Seq, SessionId, TransferId,
+    BatchId, BatchNonce, Edition, FileSystemId, Incarnation, ObjectId, ReplicaHandle, Seq,
+    SessionId, TransferId,
 };
 use crate::name::Name;
 use crate::object::ObjectState;
@@ -43,8 +44,9 @@ use crate::time::Timestamp;
 ///
 /// 1: the first. 2: sessions have names; what finds no place is given
 /// back; what was staged when a session ended is used by the next ([`kept`]);
-/// verification; the destination says what names its file system takes.
-pub const ALPN: &[u8] = b"replicator/2";
+/// verification; the destination says what names its file system takes. 3:
+/// greetings name batches by [`Edition`].
+pub const ALPN: &[u8] = b"replicator/3";
 /// ALPN of an enrolment connection.
 pub const ALPN_ENROL: &[u8] = b"replicator-enrol/1";
 /// The most bytes of one frame's body, compressed or not.
@@ -153,10 +155,10 @@ pub struct SourceHello {
     /// The destination's incarnation as last known; `None` at first contact.
     pub destination_incarnation: Option<Incarnation>,
     /// The last batch of which an acknowledgement arrived.
-    pub acknowledged: BatchId,
-    /// A batch whose index delta is durable on the source but whose
-    /// acknowledgement never arrived.
-    pub pending: Option<BatchId>,
+    pub acknowledged: Edition,
+    /// Batches after it whose index delta is durable on the source but whose
+    /// acknowledgement never arrived, oldest first.
+    pub pending: Vec<Edition>,
     /// The session that this process had last, as [`DestinationHello::session`]
     /// named it. It shows that a session that looks open at the destination is
     /// the newcomer's own: that one is replaced at once, another's only when it
@@ -169,6 +171,9 @@ pub struct SourceHello {
 /// What a batch says of itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BatchHeader {
+    /// Tells it from others of the same number. The source has made it durable
+    /// with the index's delta; the destination does so with the commit record.
+    pub nonce: BatchNonce,
     /// The journal is covered up to here.
     pub seq: Seq,
     /// After this batch, every change whose system call returned on the source
@@ -438,7 +443,7 @@ pub struct DestinationHello {
     /// This life of the destination's state.
     pub incarnation: Incarnation,
     /// The last batch that is durable here (it will be applied before the next).
-    pub committed: BatchId,
+    pub committed: Edition,
     /// The watermark that the replica stands at.
     pub watermark: Timestamp,
     /// The replica was not empty when the configuration was made, and has not

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use replicator_common::chunk::Chunk;
 use replicator_common::fuzzing;
-use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq, TransferId};
+use replicator_common::id::{BatchId, BatchNonce, Edition, Incarnation, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
 use replicator_common::net::frame::{Compression, decode_frame, encode_frame};
 use replicator_common::object::{Attributes, Kind, ObjectState, Xattr};
@@ -48,6 +48,7 @@ fn from_source() -> Vec<(&'static str, SourceMessage)> {
         Op::SetAside { object: id(6) },
     ];
     let header = BatchHeader {
+        nonce: BatchNonce(0x0102_0304_0506_0708),
         seq: Seq(9),
         watermark: Timestamp(1_600_000_000_000_000_000),
         exact: Some(Timestamp(5)),
@@ -61,8 +62,8 @@ fn from_source() -> Vec<(&'static str, SourceMessage)> {
         source: "fs-0123456789abcdef0".parse().unwrap(),
         incarnation: Incarnation([7; 16]),
         destination_incarnation: Some(Incarnation([8; 16])),
-        acknowledged: BatchId(2),
-        pending: Some(batch),
+        acknowledged: Edition { batch: BatchId(2), nonce: BatchNonce(0) },
+        pending: vec![Edition { batch, nonce: BatchNonce(u64::MAX) }],
         previous: None,
         time: Timestamp(1),
     };

@@ -45,7 +45,7 @@ pub enum Job {
     /// A session begins: settle who knows what, clean up after the last one.
     Begin {
         /// What the source says.
-        hello: SourceHello,
+        hello: Box<SourceHello>,
         /// Where the replica stands.
         reply: oneshot::Sender<Result<Standing, String>>,
     },
@@ -632,7 +632,7 @@ pub fn advance(standing: &Standing, batch: BatchId, header: &BatchHeader) -> Opt
         return None;
     }
     let mut next = standing.clone();
-    next.committed = batch;
+    (next.committed, next.nonce) = (batch, header.nonce);
     next.watermark = standing.watermark.max(header.watermark);
     next.last_consistent = standing.last_consistent.max(header.exact);
     next.complete |= header.complete;
@@ -649,7 +649,7 @@ pub fn advance(standing: &Standing, batch: BatchId, header: &BatchHeader) -> Opt
 pub fn mismatch(standing: &Standing, hello: &SourceHello) -> Option<&'static str> {
     let fresh = standing.committed == BatchId(0)
         && standing.source_incarnation.is_none_or(|known| known == hello.incarnation);
-    if fresh && hello.acknowledged == BatchId(0) {
+    if fresh && hello.acknowledged.batch == BatchId(0) {
         return None;
     }
     if standing.source_incarnation != Some(hello.incarnation) {
@@ -659,23 +659,33 @@ pub fn mismatch(standing: &Standing, hello: &SourceHello) -> Option<&'static str
         return Some("the source knows another life of this destination");
     }
     // Several batches may be under way, and any number of them may have come.
-    let newest = hello.pending.unwrap_or(hello.acknowledged);
-    let settled = (hello.acknowledged..=newest).contains(&standing.committed);
-    (!settled).then_some("source and destination disagree on the last batch")
+    let known = std::iter::once(&hello.acknowledged).chain(&hello.pending);
+    match known.into_iter().find(|known| known.batch == standing.committed) {
+        None => Some("source and destination disagree on the last batch"),
+        // Lost and built anew after the source's state was saved.
+        Some(known) if !known.is(&standing.edition()) => {
+            Some("the source means another batch by the number of the last one")
+        }
+        Some(_) => None,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use replicator_common::id::Incarnation;
+    use replicator_common::id::{BatchNonce, Edition, Incarnation};
+
+    fn edition(batch: u64, nonce: u64) -> Edition {
+        Edition { batch: BatchId(batch), nonce: BatchNonce(nonce) }
+    }
 
     fn hello(acknowledged: u64, pending: Option<u64>) -> SourceHello {
         SourceHello {
             source: replicator_common::id::FileSystemId::random(),
             incarnation: Incarnation([1; 16]),
             destination_incarnation: Some(Incarnation([2; 16])),
-            acknowledged: BatchId(acknowledged),
-            pending: pending.map(BatchId),
+            acknowledged: edition(acknowledged, acknowledged),
+            pending: pending.into_iter().map(|batch| edition(batch, batch)).collect(),
             previous: None,
             time: Timestamp(0),
         }
@@ -687,7 +697,7 @@ mod tests {
         assert_eq!(mismatch(&standing, &hello(0, None)), None);
         assert!(mismatch(&standing, &hello(3, None)).is_some(), "destination wiped");
         standing.source_incarnation = Some(Incarnation([1; 16]));
-        standing.committed = BatchId(3);
+        (standing.committed, standing.nonce) = (BatchId(3), BatchNonce(3));
         assert_eq!(mismatch(&standing, &hello(3, None)), None);
         assert_eq!(mismatch(&standing, &hello(2, Some(3))), None);
         assert_eq!(mismatch(&standing, &hello(3, Some(4))), None);
@@ -695,6 +705,12 @@ mod tests {
         assert!(mismatch(&standing, &hello(5, None)).is_some(), "destination rolled back");
         let other = SourceHello { incarnation: Incarnation([9; 16]), ..hello(3, None) };
         assert!(mismatch(&standing, &other).is_some(), "another source");
+        let rebuilt = SourceHello { pending: vec![edition(3, 4)], ..hello(2, None) };
+        assert!(mismatch(&standing, &rebuilt).is_some(), "another batch of that number");
+        let rebuilt = SourceHello { acknowledged: edition(3, 4), ..hello(3, None) };
+        assert!(mismatch(&standing, &rebuilt).is_some(), "another batch of that number");
+        let old = SourceHello { acknowledged: edition(3, 0), ..hello(3, None) };
+        assert_eq!(mismatch(&standing, &old), None, "of a program without nonces");
     }
 
     #[test]
@@ -703,6 +719,7 @@ mod tests {
         standing.watermark = Timestamp(100);
         standing.last_consistent = Some(Timestamp(90));
         let header = BatchHeader {
+            nonce: BatchNonce(7),
             seq: replicator_common::id::Seq(1),
             watermark: Timestamp(50),
             exact: None,

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use replicator_common::fuzzing;
-use replicator_common::id::{BatchId, ObjectId, Seq, TransferId};
+use replicator_common::id::{BatchId, BatchNonce, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
 use replicator_common::object::{Attributes, Kind, ObjectState};
 use replicator_common::time::Timestamp;
@@ -220,6 +220,7 @@ fn state() -> ObjectState {
 
 fn header(ops: u64, packed: u64) -> BatchHeader {
     BatchHeader {
+        nonce: BatchNonce(1),
         seq: Seq(1),
         watermark: Timestamp(0),
         exact: None,

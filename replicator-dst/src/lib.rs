@@ -36,3 +36,4 @@ pub mod store;
 pub mod streams;
 pub mod suitable;
 pub mod tree;
+mod upgrade;

@@ -283,7 +283,7 @@ async fn begin(
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let (reply, answer) = oneshot::channel();
-    hand_on(&context.jobs, Job::Begin { hello: hello.clone(), reply }).await?;
+    hand_on(&context.jobs, Job::Begin { hello: Box::new(hello.clone()), reply }).await?;
     match tokio::time::timeout(BEGIN, answer).await {
         Ok(Ok(Ok(standing))) => Ok(Ok(standing)),
         Ok(Ok(Err(reason))) => Ok(Err(Refusal::Unable(reason))),
@@ -325,7 +325,7 @@ async fn greet(
         destination: replica.config.destination.clone(),
         session: context.session,
         incarnation: standing.incarnation,
-        committed: standing.committed,
+        committed: standing.edition(),
         watermark: standing.watermark,
         reconcile: standing.reconcile,
         time: Timestamp::now(),

@@ -481,6 +481,7 @@ mod tests {
 
     fn header(ops: u64, packed: u64) -> BatchHeader {
         BatchHeader {
+            nonce: replicator_common::id::BatchNonce(1),
             seq: Seq(1),
             watermark: Timestamp(0),
             exact: None,

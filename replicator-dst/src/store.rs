@@ -9,7 +9,8 @@
 //!   `marked` → the mark that is durable in the replica (see [`crate::mark`];
 //!   missing until there is one).
 //!
-//! Versions so far: 1.
+//! Versions: 1, the first; 2, the standing names the last batch's nonce. An older
+//! one is upgraded when it is opened (see [`crate::upgrade`]).
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +19,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 use replicator_common::codec::{self, CodecError};
 use replicator_common::fault;
-use replicator_common::id::{BatchId, Incarnation, ObjectId};
+use replicator_common::id::{BatchId, BatchNonce, Edition, Incarnation, ObjectId};
 use replicator_common::status::{Shortfalls, TimedError};
 use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
@@ -26,8 +27,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::apply::Step;
 use crate::objects::{Known, Objects, Position};
+use crate::upgrade::StandingV1;
 
-const STORE_VERSION: u32 = 1;
+const STORE_VERSION: u32 = 2;
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 const OBJECTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("objects");
 const LOG: TableDefinition<'_, (u64, u32), &[u8]> = TableDefinition::new("log");
@@ -81,6 +83,8 @@ pub struct Standing {
     pub source_incarnation: Option<Incarnation>,
     /// The last batch logged.
     pub committed: BatchId,
+    /// Tells that batch from others of its number.
+    pub nonce: BatchNonce,
     /// The last batch applied, as far as the store knows: redo begins behind it.
     pub applied: BatchId,
     /// Everything on the source before this is in the replica.
@@ -115,6 +119,7 @@ impl Standing {
             incarnation,
             source_incarnation: None,
             committed: BatchId(0),
+            nonce: BatchNonce::default(),
             applied: BatchId(0),
             watermark: Timestamp::NEVER,
             last_consistent: None,
@@ -128,6 +133,11 @@ impl Standing {
             clock_offset: None,
             last_error: None,
         }
+    }
+
+    /// The last batch logged.
+    pub fn edition(&self) -> Edition {
+        Edition { batch: self.committed, nonce: self.nonce }
     }
 }
 
@@ -200,7 +210,20 @@ impl Store {
                 Some(found) if found > STORE_VERSION => {
                     Err(StoreError::Newer { path: store.path.clone(), found })
                 }
-                Some(_) => Ok(()),
+                Some(STORE_VERSION) => Ok(()),
+                Some(_) => {
+                    let row = meta.get("standing").map_err(|e| store.err("upgrade")(e.into()))?;
+                    let old = row.map(|row| store.decode::<StandingV1>(row.value())).transpose()?;
+                    let mut rows = vec![("version", store.encode(&STORE_VERSION)?)];
+                    if let Some(old) = old {
+                        rows.push(("standing", store.encode(&Standing::from(old))?));
+                    }
+                    for (key, value) in rows {
+                        meta.insert(key, value.as_slice())
+                            .map_err(|e| store.err("upgrade")(e.into()))?;
+                    }
+                    Ok(())
+                }
                 None => {
                     let rows = [
                         ("version", store.encode(&STORE_VERSION)?),
@@ -598,6 +621,34 @@ mod tests {
     use super::*;
     use crate::apply::{Place, Within};
     use replicator_common::name::Name;
+
+    #[test]
+    fn a_store_of_version_1_is_upgraded_and_a_newer_one_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("store.redb");
+        let mut standing = Standing::new(Incarnation([1; 16]), false);
+        standing.source_incarnation = Some(Incarnation([3; 16]));
+        (standing.committed, standing.applied) = (BatchId(7), BatchId(6));
+        standing.watermark = Timestamp(5);
+        let version = |version: u32, row: Vec<u8>| {
+            let store = Store::open(&path, || standing.clone()).unwrap();
+            let write = |transaction: &redb::WriteTransaction, store: &Store| {
+                let mut meta = transaction.open_table(META).unwrap();
+                meta.insert("version", store.encode(&version)?.as_slice()).unwrap();
+                meta.insert("standing", row.as_slice()).unwrap();
+                Ok(())
+            };
+            store.write("make it old", Durability::Immediate, write).unwrap();
+        };
+        version(1, codec::encode_record(&StandingV1::from(standing.clone())).unwrap());
+        for _ in 0..2 {
+            let store = Store::open(&path, || unreachable!()).unwrap();
+            assert_eq!(store.standing().unwrap(), standing);
+        }
+        version(STORE_VERSION + 1, codec::encode_record(&standing).unwrap());
+        let newer = Store::open(&path, || unreachable!());
+        assert!(matches!(newer, Err(StoreError::Newer { found, .. }) if found > STORE_VERSION));
+    }
 
     #[test]
     fn a_commit_survives_and_is_trimmed() {

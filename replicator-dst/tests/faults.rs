@@ -161,7 +161,7 @@ impl Round<'_> {
                     }
                 },
             };
-            if source.hello.as_ref().is_some_and(|hello| hello.committed == BatchId(number)) {
+            if source.hello.as_ref().is_some_and(|hello| hello.committed.batch == BatchId(number)) {
                 // Its commit was in doubt, and turned out to be there.
                 self.applied = number;
                 self.source = Some(source);

@@ -81,7 +81,7 @@ impl Stage {
     async fn end(self) {
         self.victim_is_well();
         let mut source = self.session().await;
-        assert_eq!(source.hello.as_ref().unwrap().committed, BatchId(1));
+        assert_eq!(source.hello.as_ref().unwrap().committed.batch, BatchId(1));
         let tree = self.world.tree();
         assert_eq!(tree.keys().collect::<Vec<_>>(), ["dir", "file", "link"]);
         source.apply(2, &Batch::new().directory(1).file(9, 1, "honest", b"x")).await;

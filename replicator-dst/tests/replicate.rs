@@ -93,7 +93,7 @@ async fn replicate_and_resume(mut world: World) {
     let service = world.open(None).await;
     world.enrol(&service, false).await;
     let mut source = world.connect(&service, 0).await;
-    assert_eq!(source.hello.as_ref().unwrap().committed, BatchId(0));
+    assert_eq!(source.hello.as_ref().unwrap().committed.batch, BatchId(0));
     source.apply(1, &first()).await;
     expect(&world.tree(), AFTER_FIRST);
     source.apply(2, &second()).await;
@@ -116,7 +116,7 @@ async fn replicate_and_resume(mut world: World) {
     assert_eq!((after.mtime(), after.mtime_nsec()), (1_600_000_000, before));
     // The same source again: the old session gives way.
     let source = world.connect(&service, 4).await;
-    assert_eq!(source.hello.as_ref().unwrap().committed, BatchId(4));
+    assert_eq!(source.hello.as_ref().unwrap().committed.batch, BatchId(4));
     service.shutdown().await;
     drop((service, source));
     let service = world.open(None).await;
@@ -153,7 +153,7 @@ async fn trap_8_a_batch_is_whole_whenever_the_applier_dies() {
 
         let service = world.open(None).await;
         let mut source = world.connect(&service, 1).await;
-        let committed = source.hello.as_ref().unwrap().committed;
+        let committed = source.hello.as_ref().unwrap().committed.batch;
         if matches!(point, Point::Staged | Point::Synced) {
             assert_eq!(committed, BatchId(1), "{point:?}");
             expect(&world.tree(), AFTER_FIRST);
@@ -514,7 +514,7 @@ async fn trap_15_a_map_that_is_not_true_is_given_up() {
     assert_eq!(service.list()[0].destination.as_ref().unwrap().last_replicated, None);
     let source = world.connect(&service, 1).await;
     let hello = source.hello.as_ref().unwrap();
-    assert_eq!((hello.reconcile, hello.committed), (true, BatchId(0)));
+    assert_eq!((hello.reconcile, hello.committed.batch), (true, BatchId(0)));
     let status = service.list().remove(0).destination.unwrap();
     assert!(status.last_error.is_some());
     assert_eq!(status.last_replicated, None);

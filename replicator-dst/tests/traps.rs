@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use common::{Batch, FakeSource, ROOT, World, id, once, state};
 use replicator_common::control::{Control, DeletionMode};
-use replicator_common::id::{BatchId, TransferId};
+use replicator_common::id::{BatchId, BatchNonce, TransferId};
 use replicator_common::object::Kind;
 use replicator_common::status::Status;
 use replicator_common::time::Timestamp;
@@ -120,7 +120,7 @@ async fn trap_16_what_was_staged_before_a_failed_sync_comes_again() {
     drop(source);
 
     let mut source = world.connect(&service, 1).await;
-    assert_eq!(source.hello.as_ref().unwrap().committed, BatchId(1));
+    assert_eq!(source.hello.as_ref().unwrap().committed.batch, BatchId(1));
     assert_eq!(std::fs::read_dir(&staging).unwrap().count(), 0, "in doubt, hence of no use");
     source.apply(2, &second).await;
     assert_eq!(std::fs::read(world.replica.join("b")).unwrap(), b"beta");
@@ -198,6 +198,34 @@ fn trap_16_the_descriptor_that_is_synced_is_real() {
     protection.release().unwrap();
 }
 
+/// The source's state was saved while a batch was on its way, which was lost and
+/// built anew, with other content, under its number; then the state is put back.
+/// Both name the same number, and do not mean the same batch.
+#[tokio::test(flavor = "multi_thread")]
+async fn trap_14_another_batch_of_the_same_number_is_noticed() {
+    let mut world = World::new();
+    let service = world.open(None).await;
+    world.enrol(&service, false).await;
+    let mut source = world.connect(&service, 0).await;
+    source.apply(1, &Batch::new().root()).await;
+    source.apply(2, &Batch::new().directory(ROOT).file(2, ROOT, "f", b"one")).await;
+    let life = source.hello.as_ref().unwrap().incarnation;
+    drop(source);
+    let source = world.connect(&service, 1).await;
+    let hello = source.hello.clone().unwrap();
+    assert_eq!((hello.incarnation, hello.committed.batch), (life, BatchId(2)));
+    assert_eq!(hello.committed.nonce, BatchNonce(2), "as the header said");
+    drop(source);
+
+    world.rebuilt = 1;
+    let source = world.connect(&service, 1).await;
+    let hello = source.hello.clone().unwrap();
+    assert_ne!(hello.incarnation, life, "what it remembers does not fit the replica");
+    assert_eq!(hello.committed.batch, BatchId(0));
+    assert!(hello.reconcile);
+    finish(&world, &service);
+}
+
 /// After a crash the store holds the claims of a batch that is logged and not
 /// applied: nobody is told of them before it is.
 #[tokio::test(flavor = "multi_thread")]
@@ -273,7 +301,7 @@ async fn what_waits_behind_a_batch_that_is_given_back_is_not_committed() {
     drop(source);
 
     let mut source = world.connect(&service, 1).await;
-    assert_eq!(source.hello.as_ref().unwrap().committed, BatchId(1));
+    assert_eq!(source.hello.as_ref().unwrap().committed.batch, BatchId(1));
     source.apply(2, &second).await;
     assert_eq!(std::fs::read(world.replica.join("b")).unwrap(), b"beta");
     finish(&world, &service);

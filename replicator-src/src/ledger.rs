@@ -11,7 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 
-use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq};
+use replicator_common::id::{BatchId, Edition, Incarnation, ObjectId, Seq};
 use replicator_common::name::Name;
 use replicator_common::time::Timestamp;
 
@@ -397,52 +397,80 @@ impl Claim<'_> {
 }
 
 /// What the source remembers when a session begins.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Memory {
     /// The destination's life that the index describes.
     pub peer: Option<Incarnation>,
-    /// The last batch in the index.
-    pub merged: BatchId,
-    /// The last batch whose delta is durable, acknowledged or not.
-    pub pending: Option<BatchId>,
+    /// The last batch that is known to have taken effect.
+    ///
+    /// INVARIANT (trap 14): that is also the last one that was acknowledged to this
+    /// process, before its delta is merged into the index. The journal is trimmed
+    /// by then; a destination that has forgotten the batch since must not be taken
+    /// for one that never had it.
+    pub merged: Edition,
+    /// Batches whose deltas are durable, acknowledged or not.
+    pub pending: Vec<Edition>,
 }
 
 impl Memory {
     /// Whether the index describes the replica of a destination that is of this
     /// `incarnation` and whose last batch is `committed` (trap 14).
-    pub fn agrees(&self, incarnation: Incarnation, committed: BatchId) -> bool {
-        let newest = self.pending.unwrap_or(self.merged).max(self.merged);
-        let fresh = newest == BatchId(0) && committed == BatchId(0);
-        let known = self.peer == Some(incarnation);
-        fresh || known && (self.merged..=newest).contains(&committed)
+    ///
+    /// INVARIANT: numbers alone do not agree. A batch that was lost is built anew
+    /// under its number; a state that was saved before, and put back, still
+    /// remembers the first, and the replica has the second.
+    pub fn agrees(&self, incarnation: Incarnation, committed: Edition) -> bool {
+        let pending = self.pending.iter().filter(|pending| pending.batch > self.merged.batch);
+        let mut known = std::iter::once(&self.merged).chain(pending);
+        if committed.batch == BatchId(0) && known.clone().all(|known| known.batch == BatchId(0)) {
+            return true;
+        }
+        self.peer == Some(incarnation) && known.any(|known| known.is(&committed))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use replicator_common::id::BatchNonce;
+
+    fn edition(batch: u64, nonce: u64) -> Edition {
+        Edition { batch: BatchId(batch), nonce: BatchNonce(nonce) }
+    }
 
     #[test]
     fn trap_14_what_does_not_fit_the_memory_is_not_agreed_to() {
         let (one, other) = (Incarnation([1; 16]), Incarnation([2; 16]));
-        let memory = |merged, pending: Option<u64>| Memory {
+        let memory = |merged: u64, pending: &[u64]| Memory {
             peer: Some(one),
-            merged: BatchId(merged),
-            pending: pending.map(BatchId),
+            merged: edition(merged, merged),
+            pending: pending.iter().map(|batch| edition(*batch, *batch)).collect(),
         };
         for (memory, committed, agreed) in [
-            (memory(0, None), 0, true),
-            (memory(3, None), 3, true),
-            (memory(3, Some(5)), 4, true),
-            (memory(3, Some(5)), 5, true),
-            (memory(3, Some(5)), 6, false),
-            (memory(3, Some(5)), 2, false),
-            (memory(3, None), 0, false),
-            (memory(0, None), 1, false),
+            (memory(0, &[]), 0, true),
+            (memory(3, &[]), 3, true),
+            (memory(3, &[4, 5]), 4, true),
+            (memory(3, &[4, 5]), 5, true),
+            (memory(3, &[4, 5]), 6, false),
+            (memory(3, &[4, 5]), 2, false),
+            (memory(3, &[2, 3, 4]), 2, false),
+            (memory(3, &[]), 0, false),
+            (memory(0, &[]), 1, false),
         ] {
-            assert_eq!(memory.agrees(one, BatchId(committed)), agreed, "{memory:?} {committed}");
+            let agrees = memory.agrees(one, edition(committed, committed));
+            assert_eq!(agrees, agreed, "{memory:?} {committed}");
         }
-        assert!(!memory(3, None).agrees(other, BatchId(3)));
-        assert!(memory(0, None).agrees(other, BatchId(0)), "nothing was ever replicated");
+        assert!(!memory(3, &[]).agrees(other, edition(3, 3)));
+        assert!(memory(0, &[]).agrees(other, edition(0, 0)), "nothing was ever replicated");
+    }
+
+    #[test]
+    fn trap_14_another_batch_of_the_same_number_is_not_agreed_to() {
+        let peer = Incarnation([1; 16]);
+        let memory =
+            Memory { peer: Some(peer), merged: edition(3, 9), pending: vec![edition(4, 8)] };
+        assert!(memory.agrees(peer, edition(4, 8)) && memory.agrees(peer, edition(3, 9)));
+        assert!(!memory.agrees(peer, edition(4, 7)) && !memory.agrees(peer, edition(3, 8)));
+        assert!(memory.agrees(peer, edition(4, 0)), "of a program without nonces");
     }
 }

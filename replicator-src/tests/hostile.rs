@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use quinn::{Connection, RecvStream, SendStream};
 use replicator_common::control::{Control, CreateRequest, WatcherChoice};
-use replicator_common::id::{BatchId, FileSystemId, Incarnation, ObjectId, SessionId, TransferId};
+use replicator_common::id::{
+    BatchId, BatchNonce, Edition, FileSystemId, Incarnation, ObjectId, SessionId, TransferId,
+};
 use replicator_common::name::Name;
 use replicator_common::net::enrol::{self, EnrolAnswer, Enrolled};
 use replicator_common::net::frame::{Compression, FrameReader, FrameWriter, encode_frame};
@@ -75,7 +77,7 @@ impl Called {
             destination: FileSystemId::random(),
             session: SessionId::random(),
             incarnation: Incarnation([9; 16]),
-            committed: BatchId(committed),
+            committed: Edition { batch: BatchId(committed), nonce: BatchNonce(0) },
             watermark: Timestamp::NEVER,
             reconcile,
             time: Timestamp(i64::MAX),
@@ -289,7 +291,7 @@ fn a_lie_ends_its_session_and_nothing_else() {
             if session.hello.destination_incarnation.is_none() {
                 assert!(session.greet(false, 0).await);
             } else {
-                assert!(session.greet(false, session.hello.acknowledged.0).await);
+                assert!(session.greet(false, session.hello.acknowledged.batch.0).await);
             }
             let _ = session.writer.write_encoded(&bytes).await;
             tokio::time::timeout(PATIENCE, session.connection.closed()).await.is_ok()
@@ -317,7 +319,7 @@ fn a_lie_ends_its_session_and_nothing_else() {
     let reason = "no".repeat(1 << 20);
     let much = DestinationMessage::TransferRefused { transfer: TransferId(9), reason };
     liar.runtime.block_on(async {
-        session.greet(false, session.hello.acknowledged.0).await;
+        session.greet(false, session.hello.acknowledged.batch.0).await;
         for _ in 0..200 {
             session.say(&much).await;
         }
@@ -328,7 +330,7 @@ fn a_lie_ends_its_session_and_nothing_else() {
 
     let mut session = liar.next();
     liar.runtime.spawn(async move {
-        session.greet(false, session.hello.acknowledged.0).await;
+        session.greet(false, session.hello.acknowledged.batch.0).await;
         session.behave().await;
     });
     let source = status(&service).source_file_system_id;
@@ -359,8 +361,8 @@ fn what_is_said_and_not_heard_costs_no_memory() {
             source: FileSystemId::random(),
             incarnation: Incarnation([1; 16]),
             destination_incarnation: None,
-            acknowledged: BatchId(0),
-            pending: None,
+            acknowledged: Edition::default(),
+            pending: Vec::new(),
             previous: None,
             time: Timestamp(0),
         })

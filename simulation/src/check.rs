@@ -86,7 +86,8 @@ fn claimed(world: &World, told: Timestamp, tree: &Model) {
         return;
     }
     let seen = Visible::replica(tree);
-    let inside = |inode: &&u32| world.was_inside_since(told.0, **inode);
+    let moving = world.moving(told.0);
+    let inside = |inode: &&u32| world.was_inside_since(told.0, **inode) && !moving.contains(*inode);
     for directory in seen.directories.iter().filter(inside) {
         for name in names() {
             let to = seen.entries.get(&(*directory, name.clone())).copied();
@@ -154,7 +155,7 @@ fn expected<'a>(source: &'a Source, standing: &Standing) -> Option<&'a Expected>
         return None;
     }
     let life = standing.source_incarnation.unwrap();
-    Some(&source.expected[&(life.0, standing.committed)])
+    Some(&source.expected[&(life.0, standing.edition())])
 }
 
 /// The exact batch: the replica equals the source at that instant.

@@ -498,7 +498,7 @@ impl Destination {
         if self.process().accepted == number {
             self.process().session = Some((number, Session::new(standing.committed)));
         }
-        let (incarnation, committed) = (standing.incarnation, standing.committed);
+        let (incarnation, committed) = (standing.incarnation, standing.edition());
         send(wires, number, Down::Hello { incarnation, committed });
     }
 

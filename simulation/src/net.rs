@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use rand::Rng;
 use rand::rngs::StdRng;
-use replicator_common::id::{BatchId, Incarnation, ObjectId, TransferId};
+use replicator_common::id::{BatchId, Edition, Incarnation, ObjectId, TransferId};
 use replicator_common::object::ObjectState;
 use replicator_common::wire::{BatchHeader, Op, SourceHello};
 
@@ -54,7 +54,7 @@ pub enum Down {
         /// The destination's life.
         incarnation: Incarnation,
         /// Its last batch.
-        committed: BatchId,
+        committed: Edition,
     },
     /// Logged.
     Durable(BatchId),

@@ -221,16 +221,6 @@ impl Run {
             }
             2 | 3 => {
                 let Some(saved) = self.saved.0.take() else { return };
-                // KNOWN HOLE of the product, left out here: a backup of the
-                // source's state that was taken while a batch was on its way,
-                // which was lost and built anew, put back while the destination
-                // stands at just that number. Greetings name batches by number
-                // alone, so both sides believe that they mean the same one. To
-                // close it, the destination has to keep and tell where in the
-                // journal its last batch ends (the number alone repeats).
-                if self.source.has_rebuilt(&saved.0) {
-                    return;
-                }
                 self.back = true;
                 self.kill_source();
                 self.source.restore(saved);

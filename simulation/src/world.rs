@@ -3,7 +3,7 @@
 //! moment at which the system call returned, which is what the watermark is
 //! about.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use rand::Rng;
 use rand::rngs::StdRng;
@@ -262,6 +262,33 @@ impl World {
     /// came in later was not changed in the source before.
     pub fn was_inside_since(&self, moment: i64, inode: u32) -> bool {
         self.entered.get(&inode).is_some_and(|(_, since)| *since < moment)
+    }
+
+    /// What renames that had had their effect at one moment, and had not returned,
+    /// were moving, with all that was below it.
+    ///
+    /// Nothing is claimed of it: it may have been looked for where it was no more,
+    /// and not yet where it was to be, and come afterwards, bit by bit.
+    pub fn moving(&self, moment: i64) -> BTreeSet<u32> {
+        let (mut from, mut to) = (BTreeSet::new(), BTreeSet::new());
+        for past in self.slots.values() {
+            for (at, (call, state)) in past.iter().enumerate() {
+                if state.made > moment || state.returned < moment {
+                    continue;
+                }
+                to.extend(state.value.map(|inode| (*call, inode)));
+                let before = at.checked_sub(1).and_then(|before| past[before].1.value);
+                from.extend(before.map(|inode| (*call, inode)));
+            }
+        }
+        let mut moving = BTreeSet::new();
+        let mut queue: Vec<u32> = from.intersection(&to).map(|(_, inode)| *inode).collect();
+        while let Some(inode) = queue.pop() {
+            if moving.insert(inode) {
+                queue.extend(names().filter_map(|name| self.led_to(moment, inode, &name)));
+            }
+        }
+        moving
     }
 
     /// A call that had its effect returns.

@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use quinn::{Connection, RecvStream, SendStream};
 use replicator_common::control::Control;
-use replicator_common::id::{BatchId, FileSystemId, Incarnation, ObjectId, Seq, SessionId};
+use replicator_common::id::{
+    BatchId, BatchNonce, Edition, FileSystemId, Incarnation, ObjectId, Seq, SessionId,
+};
 use replicator_common::name::Name;
 use replicator_common::net::enrol::{self, EnrolRequest, Enrolled};
 use replicator_common::net::frame::{FrameReader, FrameWriter};
@@ -155,6 +157,9 @@ pub struct World {
     pub by_path: bool,
     /// The last session: the next one is the same source's.
     pub last: Mutex<Option<SessionId>>,
+    /// The source remembers other batches by the numbers of those that it sent:
+    /// added to their nonces.
+    pub rebuilt: u64,
 }
 
 impl World {
@@ -172,6 +177,7 @@ impl World {
             enrolled: None,
             by_path: false,
             last: Mutex::default(),
+            rebuilt: 0,
         }
     }
 
@@ -234,12 +240,38 @@ impl World {
         service: &DestinationService,
         last: u64,
     ) -> Result<FakeSource, Refusal> {
-        let (address, token) = (service.local_address().unwrap(), self.token.as_ref().unwrap());
-        let fingerprint = token.fingerprint;
-        let connection =
-            quic::dial(&self.identity, &address.to_string(), fingerprint, ALPN).await.unwrap();
-        let (send, receive) = connection.open_bi().await.unwrap();
-        let data = FrameWriter::new(connection.open_uni().await.unwrap());
+        let address = service.local_address().unwrap();
+        match self.dial(address, last).await {
+            Ok(source) => Ok(source),
+            Err(Some(refusal)) => Err(refusal),
+            Err(None) => panic!("the destination ended the session"),
+        }
+    }
+
+    /// A destination's service on this state directory.
+    pub fn serve(state: &Path) -> Result<DestinationService, String> {
+        let options = DestinationOptions {
+            state_dir: state.to_owned(),
+            listen: "127.0.0.1:0".parse().unwrap(),
+            advertise: None,
+            region: "here".to_owned(),
+            hook: None,
+        };
+        let replicas = ReplicaOptions::default();
+        DestinationService::open_with(options, replicas).map_err(|error| error.to_string())
+    }
+
+    /// Opens a session. An error: the refusal, or none when the other side is gone.
+    pub async fn dial(
+        &self,
+        address: std::net::SocketAddr,
+        last: u64,
+    ) -> Result<FakeSource, Option<Refusal>> {
+        let fingerprint = self.token.as_ref().unwrap().fingerprint;
+        let dialled = quic::dial(&self.identity, &address.to_string(), fingerprint, ALPN).await;
+        let connection = dialled.map_err(|_| None)?;
+        let (send, receive) = connection.open_bi().await.map_err(|_| None)?;
+        let data = FrameWriter::new(connection.open_uni().await.map_err(|_| None)?);
         let mut source = FakeSource {
             connection,
             writer: FrameWriter::new(send),
@@ -249,23 +281,26 @@ impl World {
             kept: Default::default(),
             told: false,
         };
+        let edition =
+            |batch| Edition { batch: BatchId(batch), nonce: BatchNonce(batch + self.rebuilt) };
         let hello = SourceHello {
             source: self.source.clone(),
             incarnation: Incarnation([7; 16]),
             destination_incarnation: None,
-            acknowledged: BatchId(last),
-            pending: Some(BatchId(last + 1)),
+            acknowledged: edition(last),
+            pending: vec![edition(last + 1)],
             previous: *self.last.lock().unwrap(),
             time: Timestamp::now(),
         };
-        source.writer.write(&SourceMessage::Hello(hello)).await.unwrap();
-        match source.next().await {
-            DestinationMessage::Hello(hello) => {
+        source.writer.write(&SourceMessage::Hello(hello)).await.map_err(|_| None)?;
+        match source.heard().await {
+            Some(DestinationMessage::Hello(hello)) => {
                 *self.last.lock().unwrap() = Some(hello.session);
                 source.hello = Some(hello);
             }
-            DestinationMessage::Refused(refusal) => return Err(refusal),
-            other => panic!("{other:?}"),
+            Some(DestinationMessage::Refused(refusal)) => return Err(Some(refusal)),
+            Some(other) => panic!("{other:?}"),
+            None => return Err(None),
         }
         Ok(source)
     }
@@ -367,8 +402,9 @@ impl FakeSource {
         self.writer.write(&message).await.unwrap();
     }
 
-    pub async fn commit(&mut self, number: u64, batch: &Batch) {
-        let header = BatchHeader {
+    fn header(&self, number: u64, batch: &Batch) -> BatchHeader {
+        BatchHeader {
+            nonce: BatchNonce(number),
             seq: Seq(number),
             watermark: Timestamp(1_700_000_000_000_000_000 + number as i64),
             exact: None,
@@ -377,17 +413,30 @@ impl FakeSource {
             complete: true,
             bytes_changed: 1,
             bytes_shipped: 1,
-        };
+        }
+    }
+
+    pub async fn commit(&mut self, number: u64, batch: &Batch) {
+        let header = self.header(number, batch);
         let message = SourceMessage::Commit { batch: BatchId(number), header };
         self.writer.write(&message).await.unwrap();
     }
 
     pub async fn send(&mut self, number: u64, batch: &Batch) {
+        self.try_send(number, batch).await.unwrap();
+    }
+
+    /// The same; `None` when the other side is gone.
+    pub async fn try_send(&mut self, number: u64, batch: &Batch) -> Option<()> {
+        let (number, header) = (BatchId(number), self.header(number, batch));
         if !batch.packs.is_empty() {
-            self.packs(number, &batch.packs).await;
+            let objects = batch.packs.clone();
+            self.data.write(&DataFrame::Pack { batch: number, objects }).await.ok()?;
         }
-        self.plan(number, &batch.ops).await;
-        self.commit(number, batch).await;
+        let plan = SourceMessage::Plan { batch: number, ops: batch.ops.clone() };
+        self.writer.write(&plan).await.ok()?;
+        self.writer.write(&SourceMessage::Commit { batch: number, header }).await.ok()?;
+        Some(())
     }
 
     /// Sends a batch and waits until it is applied.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use replicator_common::id::{BatchId, ObjectId};
+use replicator_common::id::{BatchId, BatchNonce, ObjectId};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{BatchHeader, FRAME_MAX, Op, PLAN_OPS_MAX, SourceMessage};
 
@@ -87,6 +87,7 @@ impl Engine {
         let batch = self.next_batch;
         let mark = Mark {
             batch,
+            nonce: header.nonce,
             seq: header.seq,
             watermark: (header.watermark > Timestamp::NEVER).then_some(header.watermark),
             consistent: header.exact.or(self.totals.consistent),
@@ -106,7 +107,7 @@ impl Engine {
         tracing::debug!(%batch, operations = ops.len(), took = ?start.elapsed(), "prepared");
         // From here on the destination may have it, whatever becomes of the
         // session: the next greeting must say so.
-        self.shared.greeting_pending(batch);
+        self.shared.greeting_pending(mark.edition());
         self.totals = mark;
         self.claimed = self.claimed.max(header.watermark);
         self.next_batch = batch.next();
@@ -155,6 +156,7 @@ impl Engine {
         let watermark = self.clock.wall(reached).max(self.claimed);
         let exact = exact.then(|| self.clock.wall(draft.span.time));
         let header = BatchHeader {
+            nonce: BatchNonce::random(),
             seq: draft.span.seq,
             watermark,
             exact,

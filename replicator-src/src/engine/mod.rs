@@ -61,7 +61,7 @@ use crate::handover::{Carried, Rest};
 use crate::index::{Index, IndexError, Mark, View};
 use crate::journal::{Journal, JournalError};
 use crate::ledger::{Flights, Gap, Owed};
-use crate::plan::{Dirty, Listing, PlanError, Skip};
+use crate::plan::{Dirty, PlanError, Skip};
 use crate::read::lane::{Done, Job, LaneError};
 use crate::read::pool::Pool;
 use crate::read::sink::{SinkError, Wired};
@@ -619,11 +619,7 @@ impl Engine {
         self.shared.count(|counters| counters.rescans += 1);
         self.shared.begin_progress();
         let root = self.opener.root().id.clone();
-        self.dirty.listings.retain(|listing| !listing.deep);
-        self.dirty.listings.push_back(Listing::new(root, true));
-        // No walk from the root reaches orphans.
-        let orphans = self.index.orphans()?.into_iter().map(|(one, _)| Listing::new(one, true));
-        self.dirty.listings.extend(orphans);
+        self.dirty.walk(root, self.index.orphans()?.into_iter().map(|(one, _)| one));
         Ok(())
     }
 

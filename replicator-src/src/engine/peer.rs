@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use replicator_common::id::BatchId;
+use replicator_common::id::{BatchId, Edition};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{DestinationMessage, SourceMessage};
 
@@ -41,9 +41,11 @@ impl Engine {
     fn connected(&mut self, session: Session) -> Result<(), EngineError> {
         let hello = session.hello.clone();
         let known = self.peer()?;
-        let pending = self.index.store().pending()?.last().map(|delta| delta.mark.batch);
-        let merged = self.index.store().mark()?.batch;
-        let memory = Memory { peer: known, merged, pending };
+        let merged = match self.index.acknowledged() {
+            Some(mark) => mark.edition(),
+            None => self.index.store().mark()?.edition(),
+        };
+        let memory = Memory { peer: known, merged, pending: self.pending()? };
         let halfway = self.index.store().reconciling()?;
         if halfway || !memory.agrees(hello.incarnation, hello.committed) {
             return self.distrust(session, known.is_some());
@@ -53,13 +55,13 @@ impl Engine {
         }
         tracing::info!(
             peer = session.peer(),
-            committed = %hello.committed,
+            committed = %hello.committed.batch,
             "session open"
         );
         self.shared.connected(&session);
-        self.settle(hello.committed)?;
+        self.settle(hello.committed.batch)?;
         self.unsettled = false;
-        self.next_batch = hello.committed.next();
+        self.next_batch = hello.committed.batch.next();
         if hello.reconcile && !self.root_known()? && self.reconcile.is_none() {
             self.start_reconcile(&session)?;
         }
@@ -102,7 +104,7 @@ impl Engine {
             if had_peer { "the replica is compared anew" } else { "initial sync" }.into(),
         )?;
         let source = self.index.store().incarnation()?;
-        self.shared.greeting(source, None, BatchId(0), None);
+        self.shared.greeting(source, None, Edition::default(), Vec::new());
         // Dropped here: the destination must learn our new incarnation by a
         // new greeting.
         drop(session);
@@ -131,6 +133,10 @@ impl Engine {
             self.dirty.merge(batch.input);
         }
         self.forget_owed()?;
+        if self.gap.is_some() {
+            // Batches of an earlier process may have made them.
+            self.dirty.walk_orphans(self.index.orphans()?.into_iter().map(|(one, _)| one));
+        }
         self.totals = self.index.store().mark()?;
         self.claimed = self.totals.watermark.unwrap_or(Timestamp::NEVER);
         let mark = self.totals;
@@ -141,10 +147,15 @@ impl Engine {
     /// What the next greeting says.
     pub(super) fn greet(&self) -> Result<(), EngineError> {
         let store = self.index.store();
-        let acknowledged = store.mark()?.batch;
-        let pending = store.pending()?.last().map(|delta| delta.mark.batch);
-        self.shared.greeting(store.incarnation()?, store.peer()?, acknowledged, pending);
+        let acknowledged = store.mark()?.edition();
+        self.shared.greeting(store.incarnation()?, store.peer()?, acknowledged, self.pending()?);
         Ok(())
+    }
+
+    /// Batches whose deltas are durable and not merged.
+    fn pending(&self) -> Result<Vec<Edition>, EngineError> {
+        let pending = self.index.store().pending()?;
+        Ok(pending.iter().map(|delta| delta.mark.edition()).collect())
     }
 
     /// The destination broke the protocol. Nothing of what it said counts, and
@@ -263,7 +274,7 @@ impl Engine {
         self.index.acknowledge(batch);
         self.journal.trim(mark.seq)?;
         self.shared.acknowledged(&mark, reached);
-        self.shared.greeting_acknowledged(mark.batch);
+        self.shared.greeting_acknowledged(mark.edition());
         self.forget_refused();
         self.compared_on_this_boot()
     }

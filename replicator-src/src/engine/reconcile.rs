@@ -17,7 +17,7 @@
 use std::collections::{HashMap, HashSet};
 
 use replicator_common::chunk::Chunk;
-use replicator_common::id::{BatchId, ObjectId, ReplicaHandle};
+use replicator_common::id::{BatchId, BatchNonce, ObjectId, ReplicaHandle};
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
 use replicator_common::time::Timestamp;
@@ -253,6 +253,7 @@ impl Engine {
         state.adopted.clear();
         let delta = std::mem::take(&mut state.delta);
         let header = BatchHeader {
+            nonce: BatchNonce::random(),
             seq: self.cursor,
             watermark: Timestamp::NEVER,
             exact: None,

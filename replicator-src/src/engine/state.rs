@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use replicator_common::id::{BatchId, FileSystemId, Incarnation, TransferId};
+use replicator_common::id::{BatchId, Edition, FileSystemId, Incarnation, TransferId};
 use replicator_common::net::clock::{Estimate, Exchange};
 use replicator_common::status::{
     Blocker, Counters, DesiredState, DestinationReport, Link, PathError, Positions, Progress,
@@ -148,8 +148,8 @@ impl Shared {
         &self,
         incarnation: Incarnation,
         destination_incarnation: Option<Incarnation>,
-        acknowledged: BatchId,
-        pending: Option<BatchId>,
+        acknowledged: Edition,
+        pending: Vec<Edition>,
     ) {
         let mut inner = self.lock();
         inner.greeting = Some(SourceHello {
@@ -164,17 +164,18 @@ impl Shared {
     }
 
     /// A batch was acknowledged.
-    pub fn greeting_acknowledged(&self, batch: BatchId) {
+    pub fn greeting_acknowledged(&self, last: Edition) {
         if let Some(greeting) = &mut self.lock().greeting {
-            greeting.acknowledged = batch;
-            greeting.pending = greeting.pending.filter(|pending| *pending > batch);
+            greeting.acknowledged = last;
+            greeting.pending.retain(|pending| pending.batch > last.batch);
         }
     }
 
     /// A batch's delta is durable; the batch is about to be committed.
-    pub fn greeting_pending(&self, batch: BatchId) {
+    pub fn greeting_pending(&self, next: Edition) {
         if let Some(greeting) = &mut self.lock().greeting {
-            greeting.pending = Some(batch);
+            greeting.pending.retain(|pending| pending.batch < next.batch);
+            greeting.pending.push(next);
         }
     }
 

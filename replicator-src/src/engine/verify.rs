@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crossbeam_channel::Sender;
 use replicator_common::describe::{Describe, Description, QUESTIONS_MAX};
-use replicator_common::id::{ObjectId, ReplicaHandle};
+use replicator_common::id::{BatchNonce, ObjectId, ReplicaHandle};
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
 use replicator_common::time::Timestamp;
@@ -525,6 +525,7 @@ impl Engine {
     /// A batch of a repair: it says nothing new of the source.
     fn commit_repair(&mut self, ops: Vec<Op>, delta: Delta) -> Result<(), EngineError> {
         let header = BatchHeader {
+            nonce: BatchNonce::random(),
             seq: self.totals.seq,
             watermark: self.claimed,
             exact: None,

@@ -1,6 +1,6 @@
 //! What the index knows, as plain data.
 
-use replicator_common::id::{BatchId, ObjectId, Seq};
+use replicator_common::id::{BatchId, BatchNonce, Edition, ObjectId, Seq};
 use replicator_common::name::Name;
 use replicator_common::object::ObjectState;
 use replicator_common::time::Timestamp;
@@ -123,6 +123,8 @@ impl Delta {
 pub struct Mark {
     /// The batch.
     pub batch: BatchId,
+    /// Tells it from others of its number.
+    pub nonce: BatchNonce,
     /// The journal is covered up to here.
     pub seq: Seq,
     /// The watermark; [`Timestamp::NEVER`] before the initial sync is through.
@@ -137,4 +139,11 @@ pub struct Mark {
     pub objects_shipped: u64,
     /// Exact batches so far.
     pub exact_batches: u64,
+}
+
+impl Mark {
+    /// The batch, as it was built.
+    pub fn edition(&self) -> Edition {
+        Edition { batch: self.batch, nonce: self.nonce }
+    }
 }

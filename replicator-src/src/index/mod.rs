@@ -19,6 +19,7 @@ pub mod snapshot;
 pub mod store;
 #[cfg(test)]
 mod tests;
+mod upgrade;
 pub mod view;
 
 pub use known::{Content, Delta, EntryChange, Known, Mark, Orphan};

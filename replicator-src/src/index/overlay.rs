@@ -108,6 +108,12 @@ impl<B: Base> Index<B> {
         mark
     }
 
+    /// The last batch under way that was acknowledged.
+    pub fn acknowledged(&self) -> Option<Mark> {
+        let layers = self.layers.iter().filter(|layer| layer.acknowledged);
+        layers.map(|layer| layer.delta.mark).next_back()
+    }
+
     /// After a session was lost: keeps the deltas up to `committed`, forgets
     /// the rest. Returns the numbers of the batches that were forgotten.
     pub fn settle(&mut self, committed: BatchId) -> Result<Vec<BatchId>, B::Error> {

@@ -14,7 +14,8 @@
 //! - `pending`: batch and part, big endian → a part of a [`Delta`]
 //! - `young`: object → when it came, little endian nanoseconds
 //!
-//! Versions: 1, the first. (`deletions` and `young` came later: their absence
+//! Versions: 1, the first; 2, marks name their batch's nonce, and an older one is
+//! upgraded when it is opened (see [`super::upgrade`]). (`deletions` and `young` came later: their absence
 //! is as if they were empty, and who does not know them may leave them.)
 //!
 //! # Durability
@@ -45,16 +46,16 @@ use super::view::Base;
 
 pub(super) type Bytes = &'static [u8];
 
-const META: TableDefinition<'static, &'static str, Bytes> = TableDefinition::new("meta");
+pub(super) const META: TableDefinition<'static, &'static str, Bytes> = TableDefinition::new("meta");
 const OBJECTS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("objects");
 const ENTRIES: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("entries");
 const LINKS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("links");
 const CHUNKS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("chunks");
 const ORPHANS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("orphans");
-const PENDING: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("pending");
+pub(super) const PENDING: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("pending");
 pub(super) const YOUNG: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("young");
 
-const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 /// Chunks of a list in one row: 36 bytes each, so some 150 KB.
 const SEGMENT_CHUNKS: usize = 4096;
 /// Objects or entries of a delta in one pending row, so that a row stays far
@@ -154,7 +155,14 @@ impl Store {
                 Some(found) if found > VERSION => {
                     return Err(IndexError::Newer { path: self.path.clone(), found });
                 }
-                Some(_) => {}
+                Some(VERSION) => {}
+                Some(_) => {
+                    self.upgrade_mark(&mut meta)?;
+                    let mut pending = write.open_table(PENDING).map_err(failed(&self.path))?;
+                    self.upgrade_pending(&mut pending)?;
+                    meta.insert("version", &VERSION.to_le_bytes()[..])
+                        .map_err(failed(&self.path))?;
+                }
                 None => {
                     let incarnation = Incarnation::random();
                     let value = self.encode("meta", &incarnation)?;
@@ -454,7 +462,7 @@ impl Store {
         Ok(())
     }
 
-    fn encode<T: Serialize + ?Sized>(
+    pub(super) fn encode<T: Serialize + ?Sized>(
         &self,
         table: &'static str,
         value: &T,
@@ -466,7 +474,7 @@ impl Store {
         })
     }
 
-    fn decode<T: DeserializeOwned>(
+    pub(super) fn decode<T: DeserializeOwned>(
         &self,
         table: &'static str,
         value: &[u8],

@@ -1,7 +1,7 @@
 //! What is dirty: journal records merged, so that a thing that changed a
 //! thousand times is looked at once.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::Arc;
 
 use replicator_common::id::ObjectId;
@@ -156,6 +156,27 @@ impl Dirty {
         self.listings.extend(other.listings);
     }
 
+    /// Begins a walk: what the one before had left is looked at again with the rest.
+    pub fn walk(&mut self, root: ObjectId, orphans: impl IntoIterator<Item = ObjectId>) {
+        self.listings.retain(|listing| !listing.deep);
+        self.listings.push_back(Listing::new(root, true));
+        self.walk_orphans(orphans);
+    }
+
+    /// Adds orphans to a walk under way, those that it does not have yet.
+    ///
+    /// INVARIANT (the watermark tells the truth): no walk from the root reaches
+    /// what is below an orphan, and a batch that closes a gap claims that all was
+    /// compared. So a walk is told of each orphan: of those in the index when it
+    /// begins, of those that batches make meanwhile, and of those that become
+    /// known when a session says which batches of an earlier process took effect.
+    pub fn walk_orphans(&mut self, orphans: impl IntoIterator<Item = ObjectId>) {
+        let listed = self.listings.iter().filter(|listing| listing.deep && listing.rest.is_none());
+        let listed: HashSet<ObjectId> = listed.map(|listing| listing.directory.clone()).collect();
+        let new = orphans.into_iter().filter(|orphan| !listed.contains(orphan));
+        self.listings.extend(new.map(|orphan| Listing::new(orphan, true)));
+    }
+
     /// Directories that entries lie in.
     pub fn directories(&self) -> BTreeSet<&ObjectId> {
         self.entries.keys().map(|(directory, _)| directory).collect()
@@ -171,6 +192,20 @@ pub fn join(into: &mut What, what: What) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_walk_is_told_of_each_orphan_once() {
+        let id = |n: u8| ObjectId::new(1, &[n]).unwrap();
+        let mut dirty = Dirty::default();
+        dirty.listing(Listing::new(id(7), false));
+        dirty.walk(id(1), [id(2)]);
+        dirty.walk_orphans([id(2), id(3), id(7)]);
+        let seen = dirty.listings.iter().map(|listing| (listing.directory.clone(), listing.deep));
+        let all = [(id(7), false), (id(1), true), (id(2), true), (id(3), true), (id(7), true)];
+        assert_eq!(seen.collect::<Vec<_>>(), all);
+        dirty.walk(id(1), [id(2)]);
+        assert_eq!(dirty.listings.len(), 3, "the walk begins anew");
+    }
 
     #[test]
     fn copies_of_a_large_directory_share_its_names() {
