@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::codec;
-use crate::net::frame::{Compression, decode_frame, encode_frame};
+use crate::net::frame::{Compression, decode_frame, encode_frame, open_frame};
 use crate::wire::{DataFrame, DestinationMessage, SourceMessage};
 
 /// Inputs above this are cut by [`replay`]'s mutations.
@@ -20,7 +20,18 @@ const INPUT_MAX: usize = 1 << 16;
 pub fn frame(bytes: &[u8]) {
     one_frame::<SourceMessage>(bytes);
     one_frame::<DestinationMessage>(bytes);
-    one_frame::<DataFrame>(bytes);
+    // What is borrowed of a frame.
+    data_body(bytes);
+    if let Ok(body) = open_frame(bytes) {
+        data_body(&body);
+    }
+}
+
+fn data_body(bytes: &[u8]) {
+    let Ok(value) = codec::decode_borrowed::<DataFrame>(bytes) else { return };
+    let again = codec::encode(&value).expect("what was decoded");
+    let value: DataFrame = codec::decode_borrowed(&again).expect("what was encoded");
+    assert_eq!(codec::encode(&value).expect("as before"), again);
 }
 
 fn one_frame<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
