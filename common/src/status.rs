@@ -135,7 +135,8 @@ pub struct StageLag {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Progress {
-    /// The walk has seen everything, so the totals are final.
+    /// The source was counted, so the totals are final. (In a rescan, objects are
+    /// those of the replica, and bytes those that are done.)
     pub walk_complete: bool,
     /// Objects found so far.
     pub objects_found: u64,
@@ -210,6 +211,12 @@ pub struct Abilities {
     pub devices: bool,
     /// Objects are found by handle.
     pub handles: bool,
+    /// Names that a file may have at most; `None` where no bound is known.
+    #[serde(default)]
+    pub links_max: Option<u32>,
+    /// Bytes that a name may have at most; `None` where no bound is known.
+    #[serde(default)]
+    pub name_max: Option<u32>,
 }
 
 /// Attributes that the replica could not take, in objects.

@@ -45,7 +45,8 @@ use crate::time::Timestamp;
 ///
 /// 1: the first. 2: sessions have names; what finds no place is given
 /// back; what was staged when a session ended is used by the next ([`kept`]);
-/// verification. 3: the bytes of a frame's pieces stand together behind them.
+/// verification; the destination says what names its file system takes. 3: the
+/// bytes of a frame's pieces stand together behind them.
 pub const ALPN: &[u8] = b"replicator/3";
 /// ALPN of an enrolment connection.
 pub const ALPN_ENROL: &[u8] = b"replicator-enrol/1";

@@ -219,7 +219,10 @@ impl Applier {
         })?;
         if !steps.is_empty() {
             tracing::info!(steps = steps.len(), "redoing the last batch");
-            self.run_steps(last, &steps)?;
+            self.tree.redoing(true);
+            let result = self.run_steps(last, &steps);
+            self.tree.redoing(false);
+            result?;
             self.uncovered = true;
         }
         self.doubt = false;

@@ -69,6 +69,8 @@ impl Broken {
                 privileged_xattrs: false,
                 devices: false,
                 handles: false,
+                links_max: None,
+                name_max: None,
             },
             shortfalls: Shortfalls::default(),
             staged_bytes: 0,

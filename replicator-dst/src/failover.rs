@@ -192,6 +192,7 @@ fn redo(replica: &Replica, tree: &mut Tree) -> Result<Vec<String>, FailoverError
     replica.store.each_logged(|_, part| steps.extend(part))?;
     let mut findings = Vec::new();
     tree.learn(&steps);
+    tree.redoing(true);
     execute::run(tree, &steps, &mut findings)?;
     let warnings: Vec<_> = findings.iter().map(ToString::to_string).collect();
     for warning in &warnings {

@@ -20,6 +20,7 @@ use replicator_common::codec::{self, CodecError};
 use replicator_common::fault;
 use replicator_common::id::{BatchId, Incarnation, ObjectId};
 use replicator_common::status::{Shortfalls, TimedError};
+use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -245,6 +246,11 @@ impl Store {
         let mut database = self.database.write().unwrap_or_else(PoisonError::into_inner);
         // Closed first: a file that is open is locked.
         *database = None;
+        // What could not be written is still in the kernel's cache, and would be
+        // taken for what is on disk.
+        if let Ok(file) = std::fs::File::open(&self.path) {
+            place::forget_cached(&file);
+        }
         *database = Some(open_database(&self.path)?);
         self.failed.store(false, Ordering::Release);
         Ok(())

@@ -42,6 +42,8 @@ pub fn abilities(area: &Area) -> Abilities {
         privileged_xattrs: xattrs && can(CapabilitySet::SYS_ADMIN),
         devices: can(CapabilitySet::MKNOD),
         handles,
+        links_max: place::links_max(area.root()).ok().flatten(),
+        name_max: place::name_max(area.root()).ok().flatten(),
     }
 }
 
@@ -53,6 +55,8 @@ pub struct Tree {
     hints: HashMap<ReplicaHandle, Vec<Place>>,
     /// What could not be held, since last taken.
     pub shortfalls: Shortfalls,
+    /// What runs now is done again, see [`Self::redoing`].
+    again: bool,
 }
 
 impl Tree {
@@ -64,6 +68,28 @@ impl Tree {
             cache: HashMap::new(),
             hints: HashMap::new(),
             shortfalls: Shortfalls::default(),
+            again: false,
+        }
+    }
+
+    /// Whether the steps that are run next may have been run before, and the disk
+    /// have failed since.
+    ///
+    /// INVARIANT (acknowledged means durable): content is then written through
+    /// pages that are read anew. A page whose writeback failed counts as clean and
+    /// as having its block. On ext4, writing the same page again brings it to that
+    /// block, a sync succeeds, and the block is still marked as never written: as
+    /// soon as the page leaves the cache, zeros are read (seen on Linux 6.18).
+    ///
+    /// RACE: a page that a reader has mapped stays in the cache. Then this holds
+    /// for all but that page, and verification finds it once it has left.
+    pub fn redoing(&mut self, again: bool) {
+        self.again = again;
+    }
+
+    fn distrust_pages(&self, target: &OwnedFd) {
+        if self.again {
+            place::forget_cached(target);
         }
     }
 
@@ -370,6 +396,7 @@ impl ReplicaTree for Tree {
         else {
             return Ok(Outcome::Missing);
         };
+        self.distrust_pages(&target);
         copy_whole(&staged, &target).map_err(AreaError::system("rewrite", object))?;
         Ok(Outcome::Done)
     }
@@ -386,6 +413,8 @@ impl ReplicaTree for Tree {
         else {
             return Ok(Outcome::Missing);
         };
+        self.distrust_pages(&target);
+        grow(&target, size).map_err(AreaError::system("patch", object))?;
         let result = patch::read(io::BufReader::new(File::from(list)), |piece| {
             let (offset, length) = (piece.target.offset, piece.target.length);
             match piece.literal {
@@ -436,6 +465,7 @@ impl ReplicaTree for Tree {
 /// shorter than both.
 fn copy_whole(staged: &OwnedFd, target: &OwnedFd) -> Result<(), Errno> {
     let size = stat::of_fd(staged)?.size;
+    grow(target, size)?;
     let mut at = 0;
     while let Some((start, end)) = place::next_data(staged, at)? {
         if start > at {
@@ -448,6 +478,12 @@ fn copy_whole(staged: &OwnedFd, target: &OwnedFd) -> Result<(), Errno> {
         place::punch(target, at, size - at)?;
     }
     place::set_size(target, size)
+}
+
+/// Before holes are punched in it: btrfs writes zeros behind the old end, up to
+/// the end of its block, when a file gets longer.
+fn grow(target: &OwnedFd, size: u64) -> Result<(), Errno> {
+    if stat::of_fd(target)?.size < size { place::set_size(target, size) } else { Ok(()) }
 }
 
 #[cfg(test)]

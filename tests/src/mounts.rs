@@ -184,22 +184,72 @@ impl Mount {
 
     /// A new file system of `bytes`; xfs wants 300 MiB at least.
     pub fn with_size(kind: FileSystem, bytes: u64) -> Self {
-        require_root();
-        let scratch = Scratch::new(kind.as_str());
-        let path = scratch.path().join("mnt");
-        fs::create_dir(&path).unwrap();
-        let mount = Self { kind, path, scratch };
+        let mount = Self::prepare(kind);
         if kind == FileSystem::Tmpfs {
             let size = format!("size={bytes}");
             run(Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(&mount.path));
         } else {
-            let image = mount.image();
-            File::create(&image).and_then(|file| file.set_len(bytes)).unwrap();
-            let mkfs = format!("mkfs.{}", kind.as_str());
-            run(Command::new(mkfs).arg("-q").arg(&image));
-            mount.attach();
+            mount.make(bytes, &[]);
         }
         mount
+    }
+
+    /// An ext4 of less than 128 MiB whose own structures stand before all
+    /// content, so that [`Self::cut`] takes places of content alone.
+    pub fn with_content_last(bytes: u64) -> Self {
+        let mount = Self::prepare(FileSystem::Ext4);
+        let now = "lazy_itable_init=0,lazy_journal_init=0";
+        mount.make(bytes, &["-b", "4096", "-E", now]);
+        mount
+    }
+
+    /// The disk loses what lies behind the last block that is in use: reading
+    /// and writing there fail with EIO. Of [`Self::with_content_last`]. Nothing
+    /// is synced for it: content that has no block yet will find none.
+    pub fn cut(&self) {
+        // The device and not the image: what the kernel has in its cache counts.
+        let told = run(Command::new("dumpe2fs").arg(self.device()));
+        let free = told.lines().filter_map(|line| line.trim().strip_prefix("Free blocks: "));
+        let last = free.filter_map(|ranges| ranges.rsplit(", ").next()).next_back().unwrap();
+        let first: u64 = last.split('-').next().unwrap().parse().unwrap();
+        self.resize(first * 4096);
+    }
+
+    /// The disk is as long as `bytes` again.
+    pub fn mend(&self, bytes: u64) {
+        self.resize(bytes);
+    }
+
+    fn resize(&self, bytes: u64) {
+        File::options().write(true).open(self.image()).unwrap().set_len(bytes).unwrap();
+        run(Command::new("losetup").arg("-c").arg(self.device()));
+    }
+
+    /// Whether a loop device still stands on the image: it goes when the last mount
+    /// has gone, in whatever namespace.
+    pub fn is_attached(&self) -> bool {
+        !run(Command::new("losetup").arg("-j").arg(self.image())).trim().is_empty()
+    }
+
+    /// The loop device that it is mounted from.
+    pub fn device(&self) -> PathBuf {
+        let listed = run(Command::new("losetup").arg("-j").arg(self.image()));
+        PathBuf::from(listed.split(':').next().unwrap())
+    }
+
+    fn prepare(kind: FileSystem) -> Self {
+        require_root();
+        let scratch = Scratch::new(kind.as_str());
+        let path = scratch.path().join("mnt");
+        fs::create_dir(&path).unwrap();
+        Self { kind, path, scratch }
+    }
+
+    fn make(&self, bytes: u64, options: &[&str]) {
+        File::create(self.image()).and_then(|file| file.set_len(bytes)).unwrap();
+        let mkfs = format!("mkfs.{}", self.kind.as_str());
+        run(Command::new(mkfs).arg("-q").args(options).arg(self.image()));
+        self.attach();
     }
 
     /// The file system's root.

@@ -4,11 +4,14 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use replicator_common::status::ReplicationStatus;
+use replicator_common::time::Timestamp;
 use replicator_tests::binary;
-use replicator_tests::compare;
+use replicator_tests::compare::{self, Aspect};
+use replicator_tests::disks::{await_named, watermark};
 use replicator_tests::mounts::FileSystem::{self, Btrfs, Ext4, Xfs};
 use replicator_tests::mounts::Mount;
-use replicator_tests::process::run_to_end;
+use replicator_tests::process::{Daemon, free_port, run_to_end};
 use replicator_tests::scenario::patience;
 use replicator_tests::serial;
 
@@ -161,4 +164,97 @@ fn a_replica_is_reconciled() {
         !one.path.starts_with(b"efs-replication-lost+found-") && !one.path.is_empty()
     });
     assert!(found.is_empty(), "{}", compare::report(&found));
+}
+
+/// What the source's user may not read is named with the reason and what to do;
+/// all else goes on, and it comes by itself once it may be read.
+#[test]
+fn what_may_not_be_read_is_named_and_comes_later() {
+    let _share = serial::share();
+    let mount = Mount::new(Ext4);
+    let base = mount.path().join("user");
+    std::fs::create_dir(&base).unwrap();
+    std::os::unix::fs::chown(&base, Some(65534), Some(65534)).unwrap();
+    script(&base, "mkdir -p source/open; echo 1 > source/open/before");
+    // Of root, for nobody: made as root, before the daemon runs.
+    let source = base.join("source");
+    let shut = |name: &str, bytes: usize| {
+        let path = source.join(name);
+        std::fs::write(&path, vec![b'x'; bytes]).unwrap();
+        mode(&path, 0);
+    };
+    shut("roots", 5000);
+    shut("roots-large", 2_000_000);
+    std::fs::create_dir_all(source.join("dark/below")).unwrap();
+    shut("dark/file", 5000);
+    std::fs::write(source.join("dark/below/file"), "below").unwrap();
+    mode(&source.join("dark"), 0);
+
+    let (port, log) = (free_port(), mount.path().join("log"));
+    let mut command = as_user(binary::replicator());
+    command.arg("run").arg(&source).arg(base.join("replica"));
+    command.arg("--state-dir").arg(base.join("state"));
+    command.args(["--api", &format!("127.0.0.1:{port}"), "--watcher", "inotify"]);
+    let mut daemon = Daemon::spawn(command, &format!("http://127.0.0.1:{port}"), &log);
+    daemon.wait_ready();
+    let words = ["ermission denied", "let the daemon's user read it"];
+    for name in ["roots", "roots-large", "dark"] {
+        await_named(&mut daemon, name, &words);
+    }
+    // While it runs: the user's own files, which get their content when nobody
+    // may open them any more, and a directory that nobody could list before.
+    script(
+        &base,
+        "mkdir later; echo f > later/file; chmod 0300 later; mv later source/later
+         (chmod 0 source/own; echo own >&3) 3> source/own
+         (chmod 0 source/own-large; head -c 2000000 /dev/urandom >&3) 3> source/own-large
+         echo 2 > source/open/while; echo changed > source/open/before",
+    );
+    let written = Timestamp::now();
+    for name in ["own", "own-large", "later"] {
+        await_named(&mut daemon, name, &words);
+    }
+    for name in ["open/while", "open/before"] {
+        daemon.poll_until(patience(), &format!("{name} goes on"), |_| {
+            let (here, there) = (source.join(name), base.join("replica").join(name));
+            (std::fs::read(here).ok() == std::fs::read(there).ok()).then_some(())
+        });
+    }
+    let claimed = watermark_or_never(&daemon);
+    assert!(
+        claimed < written,
+        "{claimed} is claimed, and what was written at {written} is not there"
+    );
+
+    for name in ["roots", "roots-large", "own", "own-large", "dark/file"] {
+        mode(&source.join(name), 0o644);
+    }
+    for name in ["dark", "later"] {
+        mode(&source.join(name), 0o755);
+    }
+    daemon.poll_until(patience(), "all can be read", |daemon| {
+        daemon.try_wait(Duration::from_secs(5)).ok()
+    });
+    let differs = compare::compare(&source, &base.join("replica"), compare::Options::default());
+    // An owner that is not root cannot give files to root.
+    let owned = |one: &compare::Difference| matches!(one.aspect, Aspect::Owner | Aspect::Group);
+    let differs: Vec<_> = differs.into_iter().filter(|one| !owned(one)).collect();
+    assert!(differs.is_empty(), "{}", compare::report(&differs));
+    daemon.poll_until(patience(), "nothing waits any more", |daemon| {
+        let status = daemon.try_status()?;
+        let none = status.source.as_ref()?.blocked_by.is_empty();
+        (none && status.status == ReplicationStatus::Enabled).then_some(())
+    });
+    assert!(watermark(&daemon) > written);
+    assert!(daemon.interrupt().success());
+}
+
+fn mode(path: &Path, mode: u32) {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+}
+
+/// Before the initial sync is through, nothing is claimed.
+fn watermark_or_never(daemon: &Daemon) -> Timestamp {
+    daemon.status().destination.and_then(|there| there.last_replicated).unwrap_or(Timestamp::NEVER)
 }

@@ -346,6 +346,26 @@ pub fn file_system_magic(fd: impl AsFd) -> Result<u64, Errno> {
     Ok(rustix::fs::fstatfs(fd)?.f_type as u64)
 }
 
+/// Names that a file may have at most on the file system of `fd`; `None` where no
+/// bound is known. (The kernel does not tell, and the C library guesses by the
+/// same means.)
+pub fn links_max(fd: impl AsFd) -> Result<Option<u32>, Errno> {
+    const EXT: u64 = 0xef53;
+    const BTRFS: u64 = 0x9123_683e;
+    Ok(match file_system_magic(fd)? {
+        // ext2, 3 and 4, by the one driver that is left.
+        EXT => Some(65_000),
+        BTRFS => Some(65_535),
+        _ => None,
+    })
+}
+
+/// Bytes that a name may have at most on the file system of `fd`.
+pub fn name_max(fd: impl AsFd) -> Result<Option<u32>, Errno> {
+    let told = rustix::fs::fstatvfs(fd)?.f_namemax;
+    Ok(u32::try_from(told).ok().filter(|bytes| *bytes > 0))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -40,6 +40,8 @@ pub(super) struct Model {
     pub(super) mutations: usize,
     /// Slots that must never be empty, looked at after each mutation.
     pub(super) watched: Vec<(ReplicaHandle, Name)>,
+    /// How many names objects may have at any moment, as the source reckons it.
+    pub(super) most: BTreeMap<ReplicaHandle, usize>,
 }
 
 impl Model {
@@ -56,6 +58,7 @@ impl Model {
             fuse: None,
             mutations: 0,
             watched: Vec::new(),
+            most: BTreeMap::new(),
         };
         for _ in 0..4 {
             model.create(Node::Directory(BTreeMap::new()));
@@ -108,6 +111,14 @@ impl Model {
             Some(Node::Directory(names)) => names.get(&place.name).cloned(),
             _ => None,
         }
+    }
+
+    fn count(&self, object: &ReplicaHandle) -> usize {
+        let names = |node: &Node| match node {
+            Node::Directory(names) => names.values().filter(|one| *one == object).count(),
+            Node::File(_) => 0,
+        };
+        self.nodes.values().map(names).sum()
     }
 
     fn is_directory(&self, object: &ReplicaHandle) -> bool {
@@ -209,6 +220,9 @@ impl ReplicaTree for Model {
         }
         self.spark()?;
         self.names(&target).unwrap().insert(to.name.clone(), object.clone());
+        if self.most.get(object).is_some_and(|most| self.count(object) > *most) {
+            return Err(Stop::Refused("more names than the source reckons with"));
+        }
         self.mutated();
         Ok(Outcome::Done)
     }

@@ -133,7 +133,7 @@ pub fn plan<O: Objects>(
 pub(super) struct Route {
     /// Slots it leaves.
     leaves: Vec<Slot>,
-    /// Slots it enters.
+    /// Slots it enters, in order.
     pub(super) enters: Vec<Slot>,
     /// It has a slot that stays.
     kept: bool,
@@ -391,27 +391,30 @@ impl<'a, O: Objects> Planner<'a, O> {
     fn fill(&mut self, slot: &Slot) -> Result<(), PlanError<O::Error>> {
         let change = self.parts.slots[slot].clone();
         let Some(object) = change.after else { return Ok(()) };
-        let route = self.routes[&object].clone();
         let to = self.place(slot)?;
         let over = if self.replaced_at(slot) { change.before } else { None };
         let staged = self.inode(&object).and_then(|inode| inode.staged.clone());
+        // Not cloned as a whole, and searched by halves: a file may enter tens of
+        // thousands of slots in one batch.
+        let route = &self.routes[&object];
         let first = route.enters.first() == Some(slot) && !route.kept;
+        let index = route.enters.binary_search(slot).unwrap_or(0);
+        let (detached, carried_from) = (route.detached, route.carried_from.clone());
         if first {
-            let from = match (staged, &route.carried_from) {
+            let from = match (staged, &carried_from) {
                 (Some(place), _) => place,
-                (None, Some(_)) if route.detached => self.moving(&object),
-                (None, Some(from)) => self.place(&from.clone())?,
+                (None, Some(_)) if detached => self.moving(&object),
+                (None, Some(from)) => self.place(from)?,
                 // Neither staged nor anywhere: the row has no handle, and then
                 // there is no inode either.
                 (None, None) => return Ok(()),
             };
             // Into a private place it went in phase 1.
-            if !(matches!(slot, Slot::Orphan(_) | Slot::Lost(_)) && route.carried_from.is_some()) {
+            if !(matches!(slot, Slot::Orphan(_) | Slot::Lost(_)) && carried_from.is_some()) {
                 self.out.steps.push(Step::Move { object, from, to, over });
             }
         } else {
             let inode = self.inode(&object).map_or(&object, |inode| &inode.object);
-            let index = route.enters.iter().position(|entered| entered == slot).unwrap_or(0);
             let name = area_name(inode, &format!(".{index}"));
             let spare = Place { within: Within::Orphans, name };
             self.out.steps.push(Step::Link { object, to, over, spare });

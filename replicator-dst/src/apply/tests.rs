@@ -406,6 +406,25 @@ fn never_missing(
         .collect()
 }
 
+/// How many names a file may have at any moment of the batch. The source reckons
+/// so, and leaves out what the file system would refuse (its `plan::Limits`): a
+/// name that goes makes room at once where nothing comes to stand.
+fn most_names(replica: &Replica, old: &Source, new: &Source) -> BTreeMap<ReplicaHandle, usize> {
+    let mut all = BTreeMap::new();
+    for (object, known) in &replica.map {
+        let (Some(handle), Kind::File) = (known.handle.clone(), known.kind) else { continue };
+        let named = |source: &Source, slot| source.entries.get(slot) == Some(object);
+        let lost: Vec<_> = old.entries.keys().filter(|s| named(old, s) && !named(new, s)).collect();
+        let gained = new.entries.keys().filter(|s| named(new, s) && !named(old, s)).count();
+        let free = lost.iter().filter(|slot| !new.entries.contains_key(**slot)).count();
+        // In the orphan area it has one, and is moved from there.
+        let before = old.links(object);
+        let most = (before + gained).saturating_sub(free);
+        all.insert(handle, most.max(before).max(1));
+    }
+    all
+}
+
 /// Objects that have no entry and are said to be dead: a directory takes along
 /// what hangs below it, so that the plan stays closed.
 fn choose_dead(source: &mut Source, seed: u32) -> BTreeSet<ObjectId> {
@@ -469,6 +488,7 @@ fn round(
     let ops = diff(old, new, &loose, replica.batch == 0);
     let planned = replica.plan(ops, new);
     replica.tree.watched = never_missing(replica, old, new, &loose);
+    replica.tree.most = most_names(replica, old, new);
     replica.commit(&planned);
     let mut findings: Vec<Finding> = Vec::new();
     for crash in crashes {

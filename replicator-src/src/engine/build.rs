@@ -1,10 +1,11 @@
 //! How a batch comes about: barrier, absorb, resolve, read, look again,
 //! assemble, make durable, commit.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use replicator_common::id::{BatchId, ObjectId, Seq, TransferId};
+use replicator_common::name::Name;
 
 use super::commit::dropped_by;
 use super::holds::{ReadyFile, Transfer};
@@ -13,7 +14,7 @@ use crate::index::View;
 use crate::journal::Record;
 use crate::ledger::{Closing, Gap, Span};
 use crate::plan::resolve::Budget;
-use crate::plan::{Dirty, Listing, Meanwhile, Need, Outcome, Resolve, Settings, assemble};
+use crate::plan::{Dirty, Limits, Listing, Meanwhile, Need, Outcome, Resolve, Settings, assemble};
 use crate::read::sink::SinkError;
 use crate::read::small::Item;
 use crate::session::Session;
@@ -29,6 +30,9 @@ const SOON: usize = 2048;
 /// kilobyte until the batch is acknowledged (new names of hard links need no
 /// reading, so it is this that bounds them).
 const ENTRIES: usize = 16_384;
+/// Entries that a batch of a walk compares with the index and finds equal, at
+/// most: they cost it nothing more, but the engine should look up now and then.
+const COMPARED: usize = 131_072;
 /// How often a batch follows what changed while it was read, before it is
 /// sent as it is (fuzzy).
 const ROUNDS: u32 = 3;
@@ -51,6 +55,8 @@ pub(super) struct Draft {
     pub(super) fresh: u64,
     /// Large files that this batch places.
     pub(super) placed: BTreeMap<ObjectId, Placed>,
+    /// What names the replica takes.
+    limits: Limits,
 }
 
 pub(super) struct Placed {
@@ -99,12 +105,20 @@ impl Engine {
         let root = self.opener.root();
         draft.resolve.root = (!root.by_handle()).then(|| root.id.clone());
         self.take_records(&mut draft)?;
+        draft.resolve.waiting = self.gap.is_some().then(|| self.waiting());
         draft.span.reach(barrier.seq, barrier.time);
         if !self.root_known()? {
             draft.resolve.begin_at(&self.opener.root().id);
         }
         draft.input = self.dirty.clone();
         Ok(draft)
+    }
+
+    /// The entries that wait for something, and are to be looked at however
+    /// equal they are.
+    fn waiting(&self) -> HashSet<(ObjectId, Name)> {
+        let held = self.holds.values().flat_map(|held| &held.hold.entries);
+        held.chain(self.owed.places()).cloned().collect()
     }
 
     fn draft(&self) -> Draft {
@@ -121,6 +135,7 @@ impl Engine {
             packed: 0,
             fresh: 0,
             placed: BTreeMap::new(),
+            limits: self.limits(),
         }
     }
 
@@ -248,6 +263,10 @@ impl Engine {
         let report = reading.end()?;
         let waited = start.elapsed() - looked;
         tracing::debug!(batch = %draft.batch, ?looked, ?waited, read = report.outcomes.len(), "read");
+        for (object, outcome) in &report.outcomes {
+            let need = draft.resolve.read.get(object);
+            tracing::trace!(batch = %draft.batch, %object, ?need, ?outcome, "looked at");
+        }
         draft.packed += report.packed;
         draft.outcomes.extend(report.outcomes);
         Ok(())
@@ -257,6 +276,7 @@ impl Engine {
         Budget {
             objects,
             entries: ENTRIES,
+            compared: COMPARED,
             bytes: self.settings.batch_bytes,
             large: replicator_common::wire::PACK_MAX,
         }
@@ -278,6 +298,10 @@ impl Engine {
         for (object, need) in needs {
             if let Some(outcome) = self.still_refused(&object) {
                 draft.outcomes.insert(object, outcome);
+                continue;
+            }
+            if let Some(error) = has_no_name(draft, &object, &need) {
+                draft.outcomes.insert(object, Outcome::Refused { error });
                 continue;
             }
             if self.take_ready(draft, &object, &need)? {
@@ -306,7 +330,11 @@ impl Engine {
             floor: floor.min(self.reached),
             outside_before: (gap.is_none() && draft.span.reached && seen)
                 .then(|| draft.span.time.offset(-(OUTSIDE_AFTER.as_nanos() as i64))),
+            limits: draft.limits,
         };
+        for ((directory, name), binding) in &draft.resolve.bindings {
+            tracing::trace!(batch = %draft.batch, %directory, ?name, ?binding, "bound");
+        }
         let root = self.opener.root().id.clone();
         let (index, tree) = (&self.index, &mut self.tree);
         let mut assembly = assemble(&draft.resolve, &draft.outcomes, &root, settings, index, tree)?;
@@ -349,6 +377,15 @@ impl Engine {
         self.forget_dropped()
     }
 
+    /// What names the replica takes.
+    pub(super) fn limits(&self) -> Limits {
+        let session = self.session.as_ref();
+        session.map_or(Limits::default(), |session| {
+            let abilities = &session.hello.abilities;
+            Limits { links: abilities.links_max, name: abilities.name_max }
+        })
+    }
+
     /// A walk that has seen everything closes its gap, unless events were lost
     /// again meanwhile. Only the batch after the walk's end does: its barrier
     /// covers what moved from the unwalked to the walked part at the last
@@ -381,6 +418,17 @@ impl Engine {
             }
         }
     }
+}
+
+/// Why none of a new object's names fits, if so: then it is not read, since it
+/// would travel in vain.
+fn has_no_name(draft: &Draft, object: &ObjectId, need: &Need) -> Option<String> {
+    let (_, name) = need.hint.as_ref().filter(|_| need.new)?;
+    let error = draft.limits.too_long(name)?;
+    let fits = draft.resolve.bindings.iter().any(|((_, name), binding)| {
+        binding.new.as_ref() == Some(object) && draft.limits.too_long(name).is_none()
+    });
+    (!fits).then_some(error)
 }
 
 /// Why a batch was not built to its end.

@@ -22,6 +22,11 @@ use crate::watcher::What;
 const TRANSFERS: usize = 2;
 /// When what could not be read is tried again.
 const RETRY: Duration = Duration::from_secs(5);
+/// What waits because of its names is looked at again after this for each.
+const EACH: Duration = Duration::from_millis(1);
+/// When a name that is too long is looked at again, unless an event tells that
+/// it was changed.
+const RENAMED: Duration = Duration::from_secs(3600);
 /// When a transfer of what was not found where it was believed is begun again.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 /// When a file that has arrived and is not placed is looked for again.
@@ -141,14 +146,21 @@ impl Engine {
         floor: Timestamp,
         walking: bool,
     ) {
-        let now = Instant::now();
+        let (now, limits) = (Instant::now(), self.limits());
         for (object, hold) in holds {
             let delay = match hold.reason {
+                HoldReason::Refused { .. }
+                    if hold.entries.iter().any(|(_, name)| limits.too_long(name).is_some()) =>
+                {
+                    RENAMED
+                }
                 HoldReason::Unreadable { .. } => RETRY,
                 HoldReason::Refused { .. } => self
                     .refused
                     .get(&object)
-                    .map_or(RETRY, |one| one.due.saturating_duration_since(now)),
+                    .map_or(RETRY, |one| one.due.saturating_duration_since(now))
+                    // Looking at names that do not fit costs a bounded share of a core.
+                    .max(EACH * hold.entries.len() as u32),
                 // A walk finds what was there before; events find what is
                 // being written now.
                 HoldReason::Large { .. } if walking => Duration::ZERO,

@@ -14,6 +14,8 @@ use replicator_common::object::Kind;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{ContentSource, Op};
 
+pub use limits::Limits;
+
 use super::PlanError;
 use super::dirty::Dirty;
 use super::resolve::{Binding, Resolve};
@@ -22,6 +24,8 @@ use crate::index::overlay::entries_of;
 use crate::index::store::dead_list;
 use crate::index::{Delta, EntryChange, Known, Orphan, View};
 use crate::watcher::What;
+
+mod limits;
 
 /// What reading an object gave.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,12 +106,18 @@ pub struct Settings {
     /// event that could tell of a new entry has been seen. `None` while a gap
     /// is open or the journal has not been read that far.
     pub outside_before: Option<Timestamp>,
+    /// What names the replica's file system takes.
+    pub limits: Limits,
 }
 
 impl Settings {
     /// With nothing known of time: for tests, and the first batch.
-    pub const UNKNOWN: Self =
-        Self { now: Timestamp::NEVER, floor: Timestamp::NEVER, outside_before: None };
+    pub const UNKNOWN: Self = Self {
+        now: Timestamp::NEVER,
+        floor: Timestamp::NEVER,
+        outside_before: None,
+        limits: Limits { links: None, name: None },
+    };
 }
 
 /// A batch, closed.
@@ -158,6 +168,7 @@ pub fn assemble<V: View, T: Tree>(
     };
     work.admitted = work.admit()?;
     work.bind()?;
+    work.fit_links()?;
     work.unite_directories()?;
     work.break_loops()?;
     work.detach()?;
@@ -208,9 +219,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     fn admit(&self) -> Result<HashSet<ObjectId>, Failure<V, T>> {
         let mut below: HashMap<&ObjectId, Vec<&ObjectId>> = HashMap::new();
         let mut queue = VecDeque::new();
-        for ((directory, _), binding) in &self.resolve.bindings {
+        for ((directory, name), binding) in &self.resolve.bindings {
             let Some(new) = &binding.new else { continue };
-            if !self.shippable(new) {
+            if !self.shippable(new) || self.too_long(name).is_some() {
                 continue;
             }
             below.entry(directory).or_default().push(new);
@@ -248,7 +259,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
                 continue;
             }
             let new = match &binding.new {
-                Some(new) if !self.admitted.contains(new) && self.known(new)?.is_none() => {
+                Some(new) if self.is_held(new, place)? => {
                     self.hold(new, place);
                     match &binding.old {
                         Some(old) if !self.stays_under_held(old)? => None,
@@ -262,6 +273,13 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         Ok(())
     }
 
+    /// Whether an entry cannot come to be now: its object is not there, or the
+    /// replica does not take its name.
+    fn is_held(&self, object: &ObjectId, (_, name): &Place) -> Result<bool, Failure<V, T>> {
+        let there = self.admitted.contains(object) || self.known(object)?.is_some();
+        Ok(!there || self.too_long(name).is_some())
+    }
+
     /// Whether the object that a held entry would replace may stay there
     /// meanwhile. A directory may not: it can have only one entry, and may be
     /// on its way elsewhere.
@@ -271,6 +289,10 @@ impl<V: View, T: Tree> Work<'_, V, T> {
 
     /// Takes an entry out of the batch because its object is not there yet.
     fn hold(&mut self, object: &ObjectId, place: &Place) {
+        if let Some(error) = self.too_long(&place.1) {
+            self.hold_entry(object, place, HoldReason::Refused { error });
+            return;
+        }
         let reason = match self.outcomes.get(object) {
             Some(Outcome::Large { size }) => HoldReason::Large { size: *size },
             Some(Outcome::Unreadable { error }) => HoldReason::Unreadable { error: error.clone() },
@@ -285,12 +307,18 @@ impl<V: View, T: Tree> Work<'_, V, T> {
                 return;
             }
         };
-        self.out
-            .holds
-            .entry(object.clone())
-            .or_insert_with(|| Hold { reason, entries: BTreeSet::new() })
-            .entries
-            .insert(place.clone());
+        self.hold_entry(object, place, reason);
+    }
+
+    /// Content comes before names that do not fit: a transfer begins only of what
+    /// waits for its content.
+    fn hold_entry(&mut self, object: &ObjectId, place: &Place, reason: HoldReason) {
+        let fresh = || Hold { reason: reason.clone(), entries: BTreeSet::new() };
+        let hold = self.out.holds.entry(object.clone()).or_insert_with(fresh);
+        hold.entries.insert(place.clone());
+        if matches!(reason, HoldReason::Large { .. }) {
+            hold.reason = reason;
+        }
     }
 
     fn change(&mut self, place: Place, binding: Binding) {
@@ -397,9 +425,11 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             links.retain(|place| !lost.contains(place));
         }
         if let Some(gained) = self.gained.get(object) {
-            links.extend(
-                gained.iter().filter(|place| !links.contains(place)).cloned().collect::<Vec<_>>(),
-            );
+            // By hash: both may be tens of thousands.
+            let there: HashSet<&Place> = links.iter().collect();
+            let new: Vec<Place> =
+                gained.iter().filter(|place| !there.contains(place)).cloned().collect();
+            links.extend(new);
         }
         Ok(links)
     }
@@ -588,11 +618,10 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         Ok(())
     }
 
+    /// Names of it may be held already, see [`Self::hold_entry`].
     fn hold_content(&mut self, object: &ObjectId, reason: HoldReason) {
-        self.out
-            .holds
-            .entry(object.clone())
-            .or_insert_with(|| Hold { reason, entries: BTreeSet::new() });
+        let entries = self.out.holds.remove(object).map(|hold| hold.entries).unwrap_or_default();
+        self.out.holds.insert(object.clone(), Hold { reason, entries });
     }
 
     /// An object that lost an entry and gained none keeps others: one of them

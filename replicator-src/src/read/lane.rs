@@ -29,7 +29,7 @@ use super::sink::{Sink, SinkError};
 use super::small::{read_full, state_of};
 use crate::clock::Clock;
 use crate::index::{Content, IndexError, Known, Store};
-use crate::source::{Opened, Opener};
+use crate::source::{Opened, Opener, told};
 
 /// Bytes of a frame of pieces, about: what is read at once makes one frame.
 const FRAME_DATA: usize = 448 << 10;
@@ -118,7 +118,7 @@ pub fn send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
         }
         Err(LaneError::Read(error)) => {
             abort(sink, job)?;
-            Ok(Done::Unreadable(error.to_string()))
+            Ok(Done::Unreadable(told(error)))
         }
         result => result,
     }

@@ -15,7 +15,7 @@ use super::extents;
 use super::kept::KeptObjects;
 use crate::index::{Content, Known};
 use crate::plan::{Need, Outcome};
-use crate::source::{Opened, Opener};
+use crate::source::{Opened, Opener, told};
 
 /// How often a file that changes while it is read is read again at once. After
 /// that what was read is taken; the event of the change makes it dirty again.
@@ -68,7 +68,7 @@ pub fn read(
     match try_read(opener, item, batch, version) {
         Ok(reading) => unless_kept(kept, reading),
         Err(Errno::STALE | Errno::NOENT) => Outcome::Gone.into(),
-        Err(error) => Outcome::Unreadable { error: error.to_string() }.into(),
+        Err(error) => Outcome::Unreadable { error: told(error) }.into(),
     }
 }
 

@@ -19,6 +19,7 @@ use replicator_common::net::identity::Identity;
 use replicator_common::object::Kind;
 use replicator_common::status::WatcherKind;
 use replicator_common::supervisor::Supervisor;
+use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
 
 use super::replication::{Configuration, Replication};
@@ -255,6 +256,9 @@ impl Replication {
         let root = Arc::new(Root::open(&configuration.path)?);
         check_identity(&root, &configuration)?;
         check_state_outside(&options.state_dir, &configuration.path)?;
+        if self.shared.failure().is_some() {
+            forget_cached(&self.directory);
+        }
         let store = Arc::new(Store::open(&self.directory.join("index.redb"))?);
         let mark = store.mark()?;
         self.shared.returned();
@@ -265,7 +269,8 @@ impl Replication {
         let newest = engine::leave::newest(&store)?;
         let left = handover::take(&self.directory, &configuration.source, &means.supervisor)?
             .filter(|rest| is_the_state_of(rest, &journal, newest));
-        let settings = watcher::Settings { rescan_interval: options.rescan_interval };
+        let (places, rescan_interval) = (Arc::<Places>::default(), options.rescan_interval);
+        let settings = watcher::Settings { rescan_interval, places: places.clone() };
         let (watcher, carried) = open_watcher(&root, &configuration, &settings, left)?;
         if root.is_file_system_root() || watcher.report().kind != WatcherKind::Fanotify {
             members.everything();
@@ -278,7 +283,7 @@ impl Replication {
         let (clock, marks) = (self.shared.clock(), members.clone());
         let capture = Capture::start(watcher, journal.clone(), marks, announce, clock, recent)
             .map_err(failed("the capture thread"))?;
-        let opener = Opener::new(root.clone(), Arc::<Places>::default());
+        let opener = Opener::new(root.clone(), places);
         let watch = Arc::new(Joining { members: members.clone(), inner: capture.directories() });
         let filter = Filter {
             devices: configuration.devices,
@@ -313,12 +318,17 @@ impl Replication {
             wired: wired.clone(),
             ticks: ticks.clone(),
         };
-        // Where nothing is walked, there is no end to tell the way to.
-        let walks = carried.is_none();
+        // Where nothing is walked, there is no end to tell the way to. Where all
+        // was counted and shipped before, that is near enough, and counting anew
+        // would take as long as the walk.
+        let counts = carried.is_none() && mark.watermark.is_none();
+        if !counts {
+            self.shared.found(store.snapshot()?.count()?, 0, true);
+        }
         let start = carried.map_or(Start::Walk(reason), |carried| Start::Resume(Box::new(carried)));
         let engine = Engine::new(parts, start)?;
         let link = self.start_link(means, &configuration, wired, inbox.0.clone());
-        let census = match walks {
+        let census = match counts {
             true => Some(census::start(root, self.shared.clone()).map_err(failed("the census"))?),
             false => None,
         };
@@ -374,6 +384,16 @@ impl Replication {
 
 fn failed(what: &'static str) -> impl FnOnce(std::io::Error) -> ServiceError {
     move |source| ServiceError::Start { what, source }
+}
+
+/// After a failure, which may have been the disk's: what could not be written is
+/// still in the kernel's cache, and would be taken for what is on disk.
+fn forget_cached(directory: &std::path::Path) {
+    for file in ["index.redb", "journal/db"] {
+        if let Ok(file) = std::fs::File::open(directory.join(file)) {
+            place::forget_cached(&file);
+        }
+    }
 }
 
 fn engine_settings(options: &SourceOptions) -> engine::Settings {

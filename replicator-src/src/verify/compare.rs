@@ -104,7 +104,15 @@ mod tests {
     }
 
     fn abilities(all: bool) -> Abilities {
-        Abilities { chown: all, xattrs: true, privileged_xattrs: all, devices: all, handles: all }
+        Abilities {
+            chown: all,
+            xattrs: true,
+            privileged_xattrs: all,
+            devices: all,
+            handles: all,
+            links_max: None,
+            name_max: None,
+        }
     }
 
     #[test]

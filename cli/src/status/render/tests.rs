@@ -75,6 +75,8 @@ fn destination() -> DestinationReport {
             privileged_xattrs: true,
             devices: true,
             handles: true,
+            links_max: None,
+            name_max: None,
         },
         shortfalls: Shortfalls::default(),
         staged_bytes: 0,

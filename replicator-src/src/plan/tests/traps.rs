@@ -4,7 +4,7 @@
 use super::*;
 
 /// A world that is in the replica already.
-fn replicated(world: World) -> Run {
+pub(super) fn replicated(world: World) -> Run {
     let mut run = Run {
         world,
         index: Map::default(),
@@ -15,6 +15,7 @@ fn replicated(world: World) -> Run {
         batch: 0,
         held: Vec::new(),
         walking: true,
+        limits: Limits::default(),
     };
     run.world.records.clear();
     run.dirty.listings.push_back(Listing::new(id(ROOT), true));
@@ -22,11 +23,11 @@ fn replicated(world: World) -> Run {
     run
 }
 
-fn called(text: &str) -> Name {
+pub(super) fn called(text: &str) -> Name {
     Name::new(text.as_bytes()).unwrap()
 }
 
-fn make(world: &mut World, directory: u32, text: &str, kind: Kind) -> u32 {
+pub(super) fn make(world: &mut World, directory: u32, text: &str, kind: Kind) -> u32 {
     let new = world.make(kind);
     world.inodes.get_mut(&directory).unwrap().entries.insert(called(text), new);
     world.entry_event(directory, &called(text));
@@ -34,7 +35,7 @@ fn make(world: &mut World, directory: u32, text: &str, kind: Kind) -> u32 {
 }
 
 /// Renames; the records come in the order old name, new name, object.
-fn rename(world: &mut World, from: (u32, &str), to: (u32, &str)) {
+pub(super) fn rename(world: &mut World, from: (u32, &str), to: (u32, &str)) {
     let moved = world.inodes.get_mut(&from.0).unwrap().entries.remove(&called(from.1)).unwrap();
     world.inodes.get_mut(&to.0).unwrap().entries.insert(called(to.1), moved);
     world.touch(moved);
@@ -44,12 +45,20 @@ fn rename(world: &mut World, from: (u32, &str), to: (u32, &str)) {
     world.collect();
 }
 
-fn unlink(world: &mut World, directory: u32, text: &str) {
+pub(super) fn unlink(world: &mut World, directory: u32, text: &str) {
     let gone = world.inodes.get_mut(&directory).unwrap().entries.remove(&called(text)).unwrap();
     world.touch(gone);
     world.entry_event(directory, &called(text));
     world.object_event(gone, false);
     world.collect();
+}
+
+/// One more name; the record of the object comes first, as the kernel's does.
+pub(super) fn link(world: &mut World, file: u32, (directory, text): (u32, &str)) {
+    world.inodes.get_mut(&directory).unwrap().entries.insert(called(text), file);
+    world.touch(file);
+    world.object_event(file, false);
+    world.entry_event(directory, &called(text));
 }
 
 /// Changes content; says nothing of it when events are lost.
@@ -62,10 +71,10 @@ fn write(world: &mut World, file: u32, seen: bool) {
 }
 
 const OUTSIDE: u32 = 2;
-const ENOUGH: usize = 1000;
+pub(super) const ENOUGH: usize = 1000;
 
 impl Run {
-    fn entry(&self, directory: u32, text: &str) -> Option<u32> {
+    pub(super) fn entry(&self, directory: u32, text: &str) -> Option<u32> {
         self.replica.entries.get(&(id(directory), called(text))).map(inode)
     }
 
@@ -78,7 +87,7 @@ impl Run {
     }
 
     /// Takes in `records` of what happened, and builds a batch.
-    fn step(&mut self, records: usize, large: u32, settled: bool) {
+    pub(super) fn step(&mut self, records: usize, large: u32, settled: bool) {
         self.absorb(records);
         self.batch(&[], ENOUGH, large, settled, false);
     }
