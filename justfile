@@ -45,7 +45,7 @@ network SECONDS="600" SEED="":
 scale OBJECTS="1000000":
     REPLICATOR_SCALE={{ OBJECTS }} cargo test --release --locked -p replicator-tests --test scale -- --nocapture --test-threads 1
 
-# Looks for inputs that break TARGET (frame, journal_record, log_record or session) until stopped.
+# Looks for inputs that break TARGET (frame, journal_record, log_record, session or replies) until stopped.
 # Needs nightly and cargo-fuzz: `rustup toolchain install nightly`, `cargo install cargo-fuzz`. What
 # it finds goes into fuzz/corpus/TARGET, which `cargo test` replays on stable.
 fuzz TARGET:

@@ -2,6 +2,8 @@
 //! their corpora on stable Rust. For tests alone.
 
 use std::path::Path;
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
@@ -10,17 +12,43 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::codec;
-use crate::net::frame::{Compression, decode_frame, encode_frame};
+use crate::net::frame::{Compression, FrameReader, decode_frame, encode_frame};
 use crate::wire::{DataFrame, DestinationMessage, SourceMessage};
 
 /// Inputs above this are cut by [`replay`]'s mutations.
 const INPUT_MAX: usize = 1 << 16;
 
-/// Arbitrary bytes as a frame, and as the body of one, of every stream.
+/// Arbitrary bytes as a frame, and as the body of one, of every stream; and as a
+/// stream, as sessions read them.
 pub fn frame(bytes: &[u8]) {
     one_frame::<SourceMessage>(bytes);
     one_frame::<DestinationMessage>(bytes);
     one_frame::<DataFrame>(bytes);
+    // Control messages are decoded where they are read, data frames elsewhere.
+    let mut control = FrameReader::new(bytes);
+    let mut data = FrameReader::new(bytes);
+    loop {
+        let message = at_once(control.read::<DestinationMessage>());
+        let frame = at_once(data.read_encoded());
+        let Ok(Some(frame)) = frame else {
+            assert!(!matches!(message, Ok(Some(_))), "what is no frame was understood");
+            return;
+        };
+        let alone = decode_frame::<DestinationMessage>(&frame);
+        assert_eq!(matches!(message, Ok(Some(_))), alone.is_ok());
+        if alone.is_err() {
+            return;
+        }
+    }
+}
+
+/// What a read of bytes that are all there gives.
+fn at_once<T>(read: impl Future<Output = T>) -> T {
+    let mut context = Context::from_waker(Waker::noop());
+    match pin!(read).poll(&mut context) {
+        Poll::Ready(read) => read,
+        Poll::Pending => unreachable!("memory is always ready"),
+    }
 }
 
 fn one_frame<T: Serialize + DeserializeOwned>(bytes: &[u8]) {

@@ -51,6 +51,17 @@ impl ObjectId {
         u64::from_le_bytes(number)
     }
 
+    /// The inode number, where the kernel's handle says it for certain: handles
+    /// of inode and generation (ext2/3/4 and others), of xfs with inode numbers
+    /// of 64 bits, and of btrfs.
+    pub fn inode(&self) -> Option<u64> {
+        const GENERIC: (u8, usize) = (1, 8);
+        const XFS: (u8, usize) = (0x81, 12);
+        const BTRFS: (u8, usize) = (0x4d, 20);
+        let shape = (self.tag(), self.body().len());
+        matches!(shape, GENERIC | XFS | BTRFS).then(|| self.locality())
+    }
+
     /// Builds an id from its tag and body; `None` when it is too long.
     pub fn new(tag: u8, body: &[u8]) -> Option<Self> {
         if 1 + body.len() > OBJECT_ID_MAX {

@@ -135,7 +135,8 @@ pub struct StageLag {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Progress {
-    /// The walk has seen everything, so the totals are final.
+    /// The source was counted, so the totals are final. (In a rescan, objects are
+    /// those of the replica, and bytes those that are done.)
     pub walk_complete: bool,
     /// Objects found so far.
     pub objects_found: u64,

@@ -10,11 +10,18 @@ use replicator_common::time::Timestamp;
 use replicator_common::wire::{BatchHeader, ContentSource, Op};
 
 use crate::apply::{Place, Step, Within};
-use crate::session::{Breach, Session, StagedFile, StagedTransfer, WholeBatch};
+use crate::objects::Known;
+use crate::session::{Breach, Returned, Session, StagedFile, StagedTransfer, WholeBatch};
+use crate::store::{SetAsideItem, Standing};
 
-/// Arbitrary bytes as a row of the commit log.
+/// Arbitrary bytes as a row of the commit log, as one of the store's other
+/// tables, and as the plan that is kept for a manifest.
 pub fn log_record(bytes: &[u8]) {
     fuzzing::record::<Vec<Step>>(bytes);
+    fuzzing::record::<Known>(bytes);
+    fuzzing::record::<Standing>(bytes);
+    fuzzing::record::<SetAsideItem>(bytes);
+    fuzzing::record::<Vec<Op>>(bytes);
 }
 
 /// Arbitrary bytes as what arrives in a session, in an order that no honest
@@ -26,6 +33,8 @@ pub fn session(bytes: &[u8]) -> Result<u64, Breach> {
         session: Session::new(BatchId(FIRST - 1)),
         next: FIRST,
         planned: 0,
+        applied: FIRST - 1,
+        returning: None,
         staged: 0,
         held: HashSet::new(),
     };
@@ -46,6 +55,11 @@ struct World<'a> {
     next: u64,
     /// The batch whose plan is sent, counted from the first.
     planned: u64,
+    /// The last batch that the applier has applied.
+    applied: u64,
+    /// This batch, and what follows it, was given back, and the source has not
+    /// said yet that it begins anew.
+    returning: Option<u64>,
     /// Files that were staged.
     staged: u64,
     /// Those of them that the session has neither given back nor handed on.
@@ -100,7 +114,7 @@ impl World<'_> {
     }
 
     fn event(&mut self, event: u8) -> Result<(), Breach> {
-        match event % 8 {
+        match event % 12 {
             0 | 1 => {
                 let batch = self.batch();
                 let count = self.small(4);
@@ -111,8 +125,10 @@ impl World<'_> {
                 let batch = self.batch();
                 let (ops, packed) = (self.small(8).into(), self.small(8).into());
                 self.session.commit(batch, header(ops, packed))?;
-                assert_eq!(batch.0, FIRST + self.planned, "in order");
-                self.planned += 1;
+                if self.returning.is_none_or(|returned| batch.0 < returned) {
+                    assert_eq!(batch.0, FIRST + self.planned, "in order");
+                    self.planned += 1;
+                }
             }
             3 | 4 => {
                 let (batch, object) = (self.batch(), self.object());
@@ -131,16 +147,43 @@ impl World<'_> {
                 let back = self.session.aborted(transfer);
                 self.given_back(&back);
             }
-            _ => {
+            7 => {
                 let batch = self.batch();
                 let back = self.session.abandon(batch)?;
                 self.given_back(&back);
+                if self.returning.take_if(|returned| *returned == batch.0).is_some() {
+                    self.planned = batch.0 - FIRST;
+                }
             }
+            8 | 9 => {
+                let (batch, object) = (self.batch(), self.object());
+                let version = self.small(3).into();
+                self.session.failed(batch, object, version, "the disk is full".to_owned())?;
+            }
+            // What was handed on is applied, or finds no place.
+            10 if self.applied + 1 < self.next => self.applied += 1,
+            11 if self.applied + 1 < self.next => {
+                let returned = self.session.give_back(BatchId(self.applied + 1), Vec::new());
+                self.returned(&returned);
+            }
+            _ => {}
         }
         while let Some(whole) = self.session.next_whole()? {
             self.whole(&whole);
         }
+        if let Some(returned) = self.session.next_returned(BatchId(self.applied)) {
+            assert!(!returned.objects.is_empty(), "nothing is in its way");
+            self.returned(&returned);
+        }
         Ok(())
+    }
+
+    /// A batch goes back to the source, with all that follow.
+    fn returned(&mut self, returned: &Returned) {
+        assert_eq!(returned.batch.0, self.applied + 1, "all before it are applied");
+        self.given_back(&returned.places);
+        self.next = returned.batch.0;
+        self.returning = Some(returned.batch.0);
     }
 
     /// What is to be deleted, or handed on, is so once.

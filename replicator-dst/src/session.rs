@@ -344,8 +344,14 @@ impl Session {
         if gathering.failed.len() >= PACKED_MAX {
             return Err(Breach::TooManyPacked);
         }
-        gathering.failed.insert((object, version), reason);
-        Ok(())
+        let weight = size_of::<(ObjectId, u32, String)>() + reason.len();
+        gathering.weight += weight;
+        if let Some(old) = gathering.failed.insert((object, version), reason) {
+            let gone = size_of::<(ObjectId, u32, String)>() + old.len();
+            gathering.weight -= gone;
+            self.held -= gone;
+        }
+        self.hold(weight)
     }
 
     /// Whether a batch is one of those that were given back.

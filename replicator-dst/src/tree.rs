@@ -414,6 +414,7 @@ impl ReplicaTree for Tree {
             return Ok(Outcome::Missing);
         };
         self.distrust_pages(&target);
+        grow(&target, size).map_err(AreaError::system("patch", object))?;
         let result = patch::read(io::BufReader::new(File::from(list)), |piece| {
             let (offset, length) = (piece.target.offset, piece.target.length);
             match piece.literal {
@@ -464,6 +465,7 @@ impl ReplicaTree for Tree {
 /// shorter than both.
 fn copy_whole(staged: &OwnedFd, target: &OwnedFd) -> Result<(), Errno> {
     let size = stat::of_fd(staged)?.size;
+    grow(target, size)?;
     let mut at = 0;
     while let Some((start, end)) = place::next_data(staged, at)? {
         if start > at {
@@ -476,6 +478,12 @@ fn copy_whole(staged: &OwnedFd, target: &OwnedFd) -> Result<(), Errno> {
         place::punch(target, at, size - at)?;
     }
     place::set_size(target, size)
+}
+
+/// Before holes are punched in it: btrfs writes zeros behind the old end, up to
+/// the end of its block, when a file gets longer.
+fn grow(target: &OwnedFd, size: u64) -> Result<(), Errno> {
+    if stat::of_fd(target)?.size < size { place::set_size(target, size) } else { Ok(()) }
 }
 
 #[cfg(test)]

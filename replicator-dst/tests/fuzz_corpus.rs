@@ -71,7 +71,7 @@ fn the_corpus_of_log_records_and_what_is_near_it() {
 #[test]
 fn the_corpus_of_sessions_and_what_is_near_it() {
     // See `fuzzing::session` for what the bytes mean.
-    let seeds: [(&str, Vec<u8>, Result<u64, &str>); 7] = [
+    let seeds: [(&str, Vec<u8>, Result<u64, &str>); 9] = [
         ("packed-then-planned", vec![3, 0, 1, 1, 0, 0, 0, 1, 1, 2, 1, 2, 0, 1, 1], Ok(1)),
         ("planned-then-packed", vec![0, 0, 1, 1, 2, 1, 2, 0, 1, 1, 3, 202, 1, 1, 0], Ok(1)),
         ("transferred", vec![5, 1, 2, 0, 0, 0, 1, 2, 4, 1, 2, 0, 1, 0], Ok(1)),
@@ -82,6 +82,22 @@ fn the_corpus_of_sessions_and_what_is_near_it() {
         ),
         ("abandoned", vec![3, 0, 1, 1, 0, 0, 0, 1, 1, 0, 7, 0, 2, 0, 0, 0], Ok(1)),
         ("two-batches", vec![0, 0, 1, 1, 2, 1, 2, 0, 1, 1, 2, 0, 0, 0, 3, 201, 1, 1, 0], Ok(2)),
+        (
+            "no-place",
+            vec![
+                8, 0, 1, 1, 0, 0, 1, 1, 2, 1, 2, 0, 1, 1, 7, 202, 3, 0, 1, 2, 0, 0, 0, 1, 1, 2, 2,
+                2, 0, 1, 1, 10,
+            ],
+            Ok(1),
+        ),
+        (
+            "given-back-by-the-applier",
+            vec![
+                0, 0, 1, 1, 2, 1, 2, 0, 1, 1, 3, 202, 1, 1, 0, 11, 7, 202, 3, 0, 1, 2, 0, 0, 0, 1,
+                1, 2, 2, 2, 0, 1, 1, 10,
+            ],
+            Ok(1),
+        ),
         ("far-ahead", vec![3, 255, 1, 1, 0], Err("too far ahead")),
     ];
     write("session", &seeds.clone().map(|(name, bytes, _)| (name, bytes)));

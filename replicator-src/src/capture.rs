@@ -468,6 +468,9 @@ impl Thread {
         if records.is_empty() {
             return Ok(false);
         }
+        for record in &records {
+            tracing::trace!(?record, "captured");
+        }
         self.journal.append(&records)?;
         metrics::counter!("replicator_source_journal_records_total")
             .increment(records.len() as u64);

@@ -17,6 +17,7 @@ use replicator_common::time::Timestamp;
 
 use crate::index::Mark;
 use crate::plan::Dirty;
+use crate::replies::Breach;
 
 /// Which part of the journal, and of time, a batch covers while it is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,6 +136,8 @@ pub struct Flight<T> {
     pub closed: Option<Gap>,
     /// Objects that it drops.
     pub dropped: HashSet<ObjectId>,
+    /// Operations of its plan.
+    pub ops: u64,
     /// The destination said that it is durable.
     pub durable: bool,
     /// Every change before this moment was in the replica before it: what holds
@@ -158,11 +161,15 @@ pub struct Settled<T> {
 
 /// Batches that are under way, oldest first.
 #[derive(Clone, Debug)]
-pub struct Flights<T>(VecDeque<Flight<T>>);
+pub struct Flights<T> {
+    queue: VecDeque<Flight<T>>,
+    /// Objects that the destination named of the oldest, which it gives back.
+    named: u64,
+}
 
 impl<T> Default for Flights<T> {
     fn default() -> Self {
-        Self(VecDeque::new())
+        Self { queue: VecDeque::new(), named: 0 }
     }
 }
 
@@ -170,19 +177,20 @@ impl<T> std::ops::Deref for Flights<T> {
     type Target = VecDeque<Flight<T>>;
 
     fn deref(&self) -> &Self::Target {
-        &self.0
+        &self.queue
     }
 }
 
 impl<T> Flights<T> {
     /// One more is committed.
     pub fn push(&mut self, flight: Flight<T>) {
-        self.0.push_back(flight);
+        self.queue.push_back(flight);
     }
 
     /// None of them counts any more.
     pub fn clear(&mut self) {
-        self.0.clear();
+        self.queue.clear();
+        self.named = 0;
     }
 
     /// Whether one of them drops this object.
@@ -193,12 +201,38 @@ impl<T> Flights<T> {
     /// lost, the replica has the object as before, and nobody would look at what
     /// happened to it meanwhile.
     pub fn drops(&self, object: &ObjectId) -> bool {
-        self.0.iter().any(|flight| flight.dropped.contains(object))
+        self.queue.iter().any(|flight| flight.dropped.contains(object))
+    }
+
+    /// The destination says that those up to `batch` are durable, or in the
+    /// replica; `next` is the one that will be sent next.
+    ///
+    /// INVARIANT (acknowledged means durable): what was not sent cannot have
+    /// arrived. Else the acknowledgement of a batch to come would trim the
+    /// journal of what is in no batch yet.
+    pub fn may_acknowledge(&self, batch: BatchId, next: BatchId) -> Result<(), Breach> {
+        if batch < next { Ok(()) } else { Err(Breach::NotSent { batch, next }) }
+    }
+
+    /// The destination gives `batch` back, and names `objects` of it that find
+    /// no place.
+    ///
+    /// INVARIANT: only the oldest under way can be given back, since all before
+    /// it are in the replica. So giving back acknowledges nothing, and batches
+    /// are numbered on from where they are, not from where a liar says.
+    ///
+    /// INVARIANT (bounded resources): it names no more objects than the batch
+    /// has operations, in however many messages.
+    pub fn may_return(&mut self, batch: BatchId, objects: usize) -> Result<(), Breach> {
+        let oldest = self.queue.front().filter(|oldest| oldest.mark.batch == batch);
+        let Some(oldest) = oldest else { return Err(Breach::NotOldest { batch }) };
+        self.named = self.named.saturating_add(objects as u64);
+        if self.named > oldest.ops { Err(Breach::TooManyNamed { batch }) } else { Ok(()) }
     }
 
     /// The destination says that those up to `batch` are durable.
     pub fn durable(&mut self, batch: BatchId) {
-        for flight in &mut self.0 {
+        for flight in &mut self.queue {
             flight.durable |= flight.mark.batch <= batch;
         }
     }
@@ -209,15 +243,19 @@ impl<T> Flights<T> {
     /// INVARIANT (acknowledged means durable): the journal is trimmed up to the
     /// marks of what this returns, or [`Flights::settle`] does, and no further.
     pub fn applied(&mut self, batch: BatchId) -> Vec<Flight<T>> {
-        let count = self.0.iter().take_while(|flight| flight.mark.batch <= batch).count();
-        self.0.drain(..count).collect()
+        let count = self.queue.iter().take_while(|flight| flight.mark.batch <= batch).count();
+        if count > 0 {
+            self.named = 0;
+        }
+        self.queue.drain(..count).collect()
     }
 
     /// A new session begins: batches up to `committed` took effect, later ones
     /// are built anew.
     pub fn settle(&mut self, committed: BatchId) -> Settled<T> {
         let done = self.applied(committed);
-        Settled { done, lost: self.0.drain(..).collect() }
+        self.named = 0;
+        Settled { done, lost: self.queue.drain(..).collect() }
     }
 }
 
@@ -292,6 +330,11 @@ impl Owed {
     /// Nothing is in directories that are gone.
     pub fn forget(&mut self, mut gone: impl FnMut(&ObjectId) -> bool) {
         self.0.retain(|(directory, _), _| !gone(directory));
+    }
+
+    /// The entries.
+    pub fn places(&self) -> impl Iterator<Item = &Place> {
+        self.0.keys()
     }
 
     /// Where it holds the watermark.

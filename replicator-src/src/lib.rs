@@ -17,6 +17,7 @@ pub mod ledger;
 mod places;
 pub mod plan;
 pub mod read;
+pub mod replies;
 pub mod service;
 pub mod session;
 pub mod source;

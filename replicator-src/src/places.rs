@@ -39,14 +39,14 @@ pub enum Opened<T = OwnedFd> {
     Away,
 }
 
-/// Where directories stand, and those that are open. Shared between the engine
-/// and the readers.
-#[derive(Default)]
+/// Where directories stand, and those that are open. Shared between the engine,
+/// the readers and the watcher.
+#[derive(Debug, Default)]
 pub struct Places {
     state: Mutex<State>,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct State {
     known: HashMap<ObjectId, (ObjectId, Name)>,
     open: HashMap<ObjectId, Arc<OwnedFd>>,

@@ -12,17 +12,24 @@ use std::sync::Arc;
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
+use replicator_common::sys::stat::Stat;
 use replicator_common::sys::{handle, place, stat};
 use replicator_common::time::Timestamp;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 pub use crate::places::{Opened, Places};
-use crate::plan::{Fate, Listed, Lookup, Seen, Skip, Tree};
+use crate::plan::{Ask, Fate, Listed, Lookup, Seen, Skip, Tree};
 use crate::watcher::DirectoryWatch;
 
 /// Directories whose descriptors are kept open between look-ups.
 const OPEN_DIRECTORIES: usize = 512;
+
+/// Threads that look at entries, at most: more than there are processors, for a
+/// disk that is not in the cache does several things at once.
+const PROBERS: usize = 8;
+/// Entries that are worth a thread.
+const PROBES: usize = 512;
 
 /// `statfs(2)` of ext2, ext3 and ext4.
 const EXT: u64 = 0xef53;
@@ -379,6 +386,30 @@ impl SourceTree {
         self.open.clear();
     }
 
+    /// See [`Tree::probe`]. Of files and symbolic links alone.
+    ///
+    /// The inode number has to do where the handle holds it: a number that was
+    /// given anew comes with a change time that is later than any reading of the
+    /// object before, so whoever compares that too (and knows that the change
+    /// time of that object was well before its reading) is not misled.
+    fn probe_one(&self, directory: BorrowedFd<'_>, ask: &Ask<'_>) -> Option<Stat> {
+        let stat = stat::of_entry(directory, ask.name).ok()?;
+        let plain = matches!(stat.kind, Kind::File | Kind::Symlink);
+        let reserved = self.filter.reserved.as_ref() == Some(ask.name);
+        if !plain || reserved || self.opener.root().elsewhere(&stat) {
+            return None;
+        }
+        let linked = stat.nlink > 1;
+        let same = match ask.object.inode() {
+            Some(inode) if !linked => inode == stat.ino,
+            _ => handle::identify_entry(directory, ask.name).ok()? == *ask.object,
+        };
+        if same && linked {
+            self.watch.linked(directory, ask.name, ask.object);
+        }
+        same.then_some(stat)
+    }
+
     fn skip(&self, directory: &ObjectId, name: &Name, data: &stat::Stat) -> Option<Skip> {
         let root = self.opener.root();
         let own = root.own_lost_and_found && name.as_bytes() == b"lost+found";
@@ -434,6 +465,47 @@ impl Tree for SourceTree {
             self.watch.linked(fd.as_fd(), name, &object);
         }
         Ok(Lookup::Found(Seen { object, stat }))
+    }
+
+    fn probe(&mut self, asks: &[Ask<'_>]) -> Result<Vec<Option<Stat>>, SourceError> {
+        let mut places: Vec<(usize, Arc<OwnedFd>)> = Vec::with_capacity(asks.len());
+        let mut last: Option<(&ObjectId, Option<Arc<OwnedFd>>)> = None;
+        for (at, ask) in asks.iter().enumerate() {
+            let directory = match &last {
+                Some((id, fd)) if *id == ask.directory => fd.clone(),
+                _ => match self.directory(ask.directory) {
+                    Ok(Opened::Here(fd)) => Some(fd),
+                    // It is looked at once more, and then the reason counts.
+                    Ok(Opened::Gone | Opened::Away) | Err(_) => None,
+                },
+            };
+            last = Some((ask.directory, directory.clone()));
+            places.extend(directory.map(|fd| (at, fd)));
+        }
+        // Inodes that are neighbours on disk are read one after the other.
+        places.sort_by_key(|(at, _)| asks[*at].object.locality());
+        let mut found = vec![None; asks.len()];
+        let share = places.len().div_ceil(PROBERS).max(PROBES);
+        let tree = &*self;
+        let probe =
+            |(at, fd): &(usize, Arc<OwnedFd>)| (*at, tree.probe_one(fd.as_fd(), &asks[*at]));
+        std::thread::scope(|scope| {
+            let mut shares = places.chunks(share);
+            let own = shares.next().unwrap_or_default();
+            let others: Vec<_> = shares
+                .map(|share| scope.spawn(move || share.iter().map(probe).collect::<Vec<_>>()))
+                .collect();
+            for (at, stat) in own.iter().map(probe) {
+                found[at] = stat;
+            }
+            for other in others {
+                // What a thread that panicked had is looked at entry by entry.
+                for (at, stat) in other.join().unwrap_or_default() {
+                    found[at] = stat;
+                }
+            }
+        });
+        Ok(found)
     }
 
     fn list(&mut self, directory: &ObjectId) -> Result<Listed, SourceError> {
@@ -514,6 +586,49 @@ mod tests {
         std::fs::remove_file(directory.path().join("file")).unwrap();
         assert_eq!(tree.fate(&file).unwrap(), Fate::Dead);
         assert_eq!(tree.take_doubts(), []);
+    }
+
+    /// A probe answers for what stands where the index says, and for nothing
+    /// else.
+    #[test]
+    fn a_probe_answers_for_the_very_object() {
+        let base = tempfile::tempdir().unwrap();
+        let path = |name: &str| base.path().join(name);
+        for name in ["file", "other", "linked", "replaced", "gone"] {
+            std::fs::write(path(name), name).unwrap();
+        }
+        std::fs::hard_link(path("linked"), path("second")).unwrap();
+        std::fs::create_dir(path("directory")).unwrap();
+        std::os::unix::fs::symlink("file", path("link")).unwrap();
+        let opener = Opener::new(Arc::new(Root::open(base.path()).unwrap()), Arc::default());
+        let root = opener.root().id.clone();
+        let mut tree = SourceTree::new(opener, Filter::default(), Arc::new(NoWatch));
+        let name = |name: &str| Name::new(name.as_bytes()).unwrap();
+        let identify = |name: &Name| {
+            let directory = std::fs::File::open(base.path()).unwrap();
+            handle::identify_entry(directory.as_fd(), name).unwrap()
+        };
+        let there = ["file", "other", "linked", "second", "replaced", "gone", "directory", "link"];
+        let mut known: Vec<_> = there.iter().map(|n| (name(n), identify(&name(n)))).collect();
+        for (name, object) in &known {
+            use std::os::unix::fs::MetadataExt;
+            let number = std::fs::symlink_metadata(base.path().join(name)).unwrap().ino();
+            assert!(object.inode().is_none_or(|inode| inode == number), "{object} {number}");
+        }
+        let other = known[1].1.clone();
+        known.push((name("file"), other));
+        std::fs::rename(path("other"), path("replaced")).unwrap();
+        std::fs::remove_file(path("gone")).unwrap();
+        let asks: Vec<_> =
+            known.iter().map(|(name, object)| Ask { directory: &root, name, object }).collect();
+        let found = tree.probe(&asks).unwrap();
+        let same: Vec<bool> = found.iter().map(Option::is_some).collect();
+        assert_eq!(same, [true, false, true, true, false, false, false, true, false]);
+        assert_eq!(found[0].as_ref().map(|stat| stat.size), Some(4));
+        assert_eq!(found[2], found[3], "one object under two names");
+        // A directory that is gone.
+        let ask = Ask { directory: &known[5].1, name: &known[0].0, object: &known[0].1 };
+        assert_eq!(tree.probe(&[ask]).unwrap(), [None]);
     }
 
     /// Below a directory of thousands of levels: no path leads there, and no

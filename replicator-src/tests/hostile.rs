@@ -243,6 +243,10 @@ fn frame(message: &DestinationMessage) -> Vec<u8> {
 fn lies() -> Vec<(Vec<u8>, &'static str)> {
     let (time, transfer) = (Timestamp(i64::MAX), TransferId(u64::MAX));
     let applied = |batch| frame(&DestinationMessage::Applied { batch: BatchId(batch), time });
+    let returned = |batch| {
+        let (batch, objects) = (BatchId(batch), Vec::new());
+        frame(&DestinationMessage::Returned { batch, objects, last: true })
+    };
     let inventory = DestinationMessage::Inventory { items: vec![item(2)], last: true };
     let refusal = Refusal::Protocol("because I say so".to_owned());
     let harmless = [
@@ -261,6 +265,9 @@ fn lies() -> Vec<(Vec<u8>, &'static str)> {
         (frame(&DestinationMessage::Durable { batch: BatchId(u64::MAX) }), "acknowledges batch"),
         (applied(u64::MAX), "acknowledges batch"),
         (applied(1 << 40), "acknowledges batch"),
+        (returned(u64::MAX), "not the oldest"),
+        (returned(1 << 40), "not the oldest"),
+        (returned(0), "not the oldest"),
         (frame(&inventory), "not asked for"),
         (with_name(b"../../"), "not a valid entry name"),
         (with_name(b"a/b/cd"), "not a valid entry name"),

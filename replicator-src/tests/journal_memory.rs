@@ -6,8 +6,9 @@ use replicator_common::name::Name;
 use replicator_src::journal::{Journal, Record};
 
 const RECORDS: u64 = 200_000;
-/// With ten times as large batches it was more than 200 MiB.
-const GROWTH_MAX: u64 = 96 << 20;
+/// Some 70 MiB on an idle machine and 101 on one whose cores are taken, where what sled frees waits for
+/// its threads; with ten times as large batches more than 200.
+const GROWTH_MAX: u64 = 150 << 20;
 
 /// The most memory that this process has had, bytes.
 #[allow(clippy::unwrap_used)]

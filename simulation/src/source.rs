@@ -619,6 +619,9 @@ impl Source {
         self.take_records(&mut draft);
         draft.span.reach(seq, time);
         let engine = self.engine();
+        let held = engine.holds.values().flat_map(|held| &held.hold.entries);
+        let waiting = held.chain(engine.owed.places()).cloned().collect();
+        draft.resolve.waiting = engine.gap.is_some().then_some(waiting);
         if engine.index.object(&id(ROOT)).unwrap().is_none() {
             draft.resolve.begin_at(&id(ROOT));
         }
@@ -715,7 +718,13 @@ impl Source {
     fn resolve(&mut self, draft: &mut Draft, world: &mut World) {
         let engine = self.engine.as_mut().unwrap();
         let objects = draft.budget;
-        let budget = Budget { objects, entries: objects * 2, bytes: u64::MAX, large: 0 };
+        let budget = Budget {
+            objects,
+            entries: objects * 2,
+            compared: objects * 4,
+            bytes: u64::MAX,
+            large: 0,
+        };
         draft.resolve.feed(&mut engine.dirty, budget, &engine.index, world).unwrap();
         draft.version += 1;
         for (object, need) in draft.resolve.take_needs() {
@@ -942,6 +951,7 @@ impl Source {
             input: draft.input,
             closed,
             dropped: gone.map(|(object, _)| object).collect(),
+            ops: header.ops,
             durable: false,
             before,
             reached,

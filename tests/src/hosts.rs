@@ -326,6 +326,19 @@ impl Hosts {
         self.spawn_with(side, &[]);
     }
 
+    /// What runs a daemon, for somebody else who starts it on its host. It must
+    /// have been started before.
+    pub fn serving(&self, side: Side) -> Command {
+        let mut command = Command::new(side.program());
+        command.args(["serve", "--config"]).arg(self.config(side));
+        command
+    }
+
+    /// The network namespace that is one of the hosts.
+    pub fn namespace(&self, side: Side) -> PathBuf {
+        Path::new("/run/netns").join(self.network.namespace(side))
+    }
+
     fn spawn_with(&mut self, side: Side, variables: &[(&str, &str)]) {
         let config = self.config(side);
         let mut command = self.network.inside(side, side.program());
@@ -336,7 +349,7 @@ impl Hosts {
         if let Some(preload) = &self.clocks {
             preload.apply(&mut command, &self.clock(side));
         }
-        let namespace = Path::new("/run/netns").join(self.network.namespace(side));
+        let namespace = self.namespace(side);
         let log = config.with_extension("log");
         let daemon = Daemon::spawn(command, API, &log).in_namespace(namespace);
         *self.slot(side) = Some(daemon);

@@ -23,6 +23,7 @@ pub mod relay;
 pub mod scenario;
 pub mod serial;
 pub mod stamps;
+pub mod systemd;
 pub mod torture;
 pub mod trace;
 pub mod workload;

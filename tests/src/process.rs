@@ -278,10 +278,24 @@ impl Daemon {
     }
 }
 
+impl Daemon {
+    /// Copies the whole log to where `REPLICATOR_KEEP_LOGS` says, if it is set:
+    /// with `RUST_LOG=trace` a rare failure explains itself.
+    fn keep_log(&self) {
+        if let Some(directory) = std::env::var_os("REPLICATOR_KEEP_LOGS") {
+            let kept = PathBuf::from(directory).join(format!("log-{}", self.id()));
+            if let Err(error) = std::fs::copy(&self.log, &kept) {
+                eprintln!("the log could not be kept: {error}");
+            }
+        }
+    }
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         if thread::panicking() {
             eprintln!("{}", self.last_words());
+            self.keep_log();
         }
         // It may have ended already; then neither does anything.
         let _ = self.child.kill();
@@ -330,7 +344,7 @@ fn time_limit(body: Option<&Value>) -> Duration {
 
 /// A test run that is killed must not leave daemons behind. (The signal comes
 /// when the thread that spawned ends; that is the test's own.)
-fn die_with_parent(command: &mut Command) {
+pub(crate) fn die_with_parent(command: &mut Command) {
     let set = || {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
         Ok(())

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use replicator_common::sys::{handle, proc_path};
-use replicator_tests::mounts::FileSystem::{Ext4, Tmpfs, Xfs};
+use replicator_tests::mounts::FileSystem::{Btrfs, Ext4, Tmpfs, Xfs};
 use replicator_tests::process::Daemon;
 use replicator_tests::scenario::{Layout, Pair, patience};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
@@ -118,6 +118,34 @@ fn trap_2_a_write_through_a_dead_name() {
         churn(pair.outside());
         daemon.wait(patience());
         file.write_all(b"through the dead name").unwrap();
+        pair.settle(&daemon, &watcher);
+    }
+}
+
+/// A name in a directory that nobody lists meanwhile: none does while
+/// replication is paused, nor while the destination is away. When it is listed,
+/// the name is gone, and only a watch that was there by then tells of the file.
+#[test]
+fn trap_2_a_write_through_a_name_that_comes_and_goes_in_a_new_directory() {
+    for watcher in ["fanotify", "inotify"] {
+        let pair = Pair::new(Layout::Two(Btrfs, Tmpfs));
+        let file = pair.source().join("f");
+        fs::write(&file, "old").unwrap();
+        let mut daemon = pair.start_enabled(watcher);
+        daemon.wait(patience());
+        daemon.request("POST", "/replicator/v1/pause", Some(serde_json::json!({}))).unwrap();
+        let new = pair.source().join("new/below");
+        let watches = |daemon: &Daemon| daemon.status().source.unwrap().watcher.watches;
+        let before = watches(&daemon);
+        fs::create_dir_all(&new).unwrap();
+        daemon.poll_until(patience(), "the new directories are watched", |daemon| {
+            (watches(daemon) == before.map(|count| count + 2)).then_some(())
+        });
+        let link = new.join("link");
+        fs::hard_link(&file, &link).unwrap();
+        fs::write(&link, "written through the link").unwrap();
+        fs::remove_file(&link).unwrap();
+        daemon.request("POST", "/replicator/v1/resume", Some(serde_json::json!({}))).unwrap();
         pair.settle(&daemon, &watcher);
     }
 }

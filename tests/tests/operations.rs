@@ -386,6 +386,27 @@ fn a_sparse_file_stays_sparse() {
 }
 
 /// Thousands of levels: no path for it, no recursion for it.
+/// Files that are changed in place, a small one because of its two names, get
+/// longer by a hole that begins before their old end.
+#[test]
+fn a_hole_over_the_old_end_is_one_on_the_replica() {
+    for to in [Ext4, Xfs, Btrfs] {
+        let pair = Pair::new(Layout::Two(Ext4, to));
+        let path = |name| pair.source().join(name);
+        fs::write(path("small"), vec![7; 183_967]).unwrap();
+        fs::hard_link(path("small"), path("second")).unwrap();
+        fs::write(path("large"), content::bytes(1, 700_001)).unwrap();
+        let daemon = pair.start_enabled("fanotify");
+        pair.settle(&daemon, &format!("{to:?}"));
+        for (name, keep) in [("small", 0), ("large", 100_000)] {
+            let file = fs::File::options().write(true).open(path(name)).unwrap();
+            file.set_len(keep).unwrap();
+            file.set_len(8 << 20).unwrap();
+        }
+        pair.settle(&daemon, &format!("longer, {to:?}"));
+    }
+}
+
 #[test]
 fn a_branch_of_thousands_of_levels_arrives_and_goes() {
     let pair = Pair::new(Layout::Two(Ext4, Ext4));

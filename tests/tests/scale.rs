@@ -7,9 +7,9 @@
 //! quadratic step at that size does not end within the patience of the tests.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use replicator_tests::cgroup::{MemoryLimit, peak_memory};
 use replicator_tests::compare;
@@ -37,19 +37,61 @@ fn pair(layout: Layout) -> Pair {
     Pair::sized(layout, (2 << 30) + objects() * 2 * 16384)
 }
 
-/// Waits until all is replicated.
-fn settle(daemon: &Daemon, pair: &Pair, memory: &MemoryLimit, what: &str) {
-    if let Err(error) = daemon.try_wait(limit()) {
-        panic!("{what}: {error}; {} killed by the limit", memory.kills());
-    }
-    eprintln!("{what}: peak memory {} MiB", peak_memory(daemon.id()) >> 20);
-    compare::assert_same(pair.source(), pair.replica(), &what);
+/// A stretch of a test, for the figures that it prints.
+struct Phase {
+    what: &'static str,
+    began: Instant,
+    /// What the daemon had used of a processor before.
+    used: Duration,
 }
 
-fn start(pair: &Pair, memory: &MemoryLimit) -> Daemon {
+impl Phase {
+    fn new(what: &'static str, daemon: Option<&Daemon>) -> Self {
+        let used = daemon.map_or(Duration::ZERO, Daemon::processor_time);
+        Self { what, began: Instant::now(), used }
+    }
+
+    /// Waits until all is replicated, says what it took, and compares.
+    fn settle(self, daemon: &Daemon, pair: &Pair, memory: &MemoryLimit) {
+        let what = self.what;
+        if let Err(error) = daemon.try_wait(limit()) {
+            panic!("{what}: {error}; {} killed by the limit", memory.kills());
+        }
+        let (time, used) = (self.began.elapsed(), daemon.processor_time() - self.used);
+        let peak = peak_memory(daemon.id()) >> 20;
+        let disk = sizes(&pair.state_dir());
+        eprintln!("{what}: {time:.1?}, CPU {used:.1?}, peak memory {peak} MiB; on disk {disk}");
+        compare::assert_same(pair.source(), pair.replica(), &what);
+    }
+}
+
+/// The files of a state directory that have a size to speak of, and theirs.
+fn sizes(state: &Path) -> String {
+    let mut found = Vec::new();
+    let mut directories = vec![state.to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            // What is gone meanwhile has no size.
+            let Ok(metadata) = entry.metadata() else { continue };
+            if metadata.is_dir() {
+                directories.push(entry.path());
+            } else if metadata.blocks() >= 2048 {
+                let path = entry.path();
+                let name = path.strip_prefix(state).unwrap_or(&path).display().to_string();
+                found.push(format!("{name} {} MiB", metadata.blocks() >> 11));
+            }
+        }
+    }
+    found.sort();
+    found.join(", ")
+}
+
+/// Starts; the phase lasts until `settle`.
+fn start(pair: &Pair, memory: &MemoryLimit, what: &'static str) -> (Daemon, Phase) {
+    let phase = Phase::new(what, None);
     let mut daemon = pair.start_within(memory, &[]);
     daemon.wait_enabled(limit());
-    daemon
+    (daemon, phase)
 }
 
 fn file(directory: &Path, number: u64) -> PathBuf {
@@ -65,17 +107,19 @@ fn one_directory(layout: Layout) {
     for number in 0..objects() {
         fs::write(file(&directory, number), number.to_le_bytes()).unwrap();
     }
-    let daemon = start(&pair, &memory);
-    settle(&daemon, &pair, &memory, "the initial sync");
+    let (daemon, phase) = start(&pair, &memory, "the initial sync");
+    phase.settle(&daemon, &pair, &memory);
     daemon.kill();
-    let daemon = start(&pair, &memory);
-    settle(&daemon, &pair, &memory, "the rescan after a restart");
+    let (daemon, phase) = start(&pair, &memory, "the rescan after a restart");
+    phase.settle(&daemon, &pair, &memory);
     let shipped = daemon.counters().bytes_shipped;
+    let phase = Phase::new("the directory's new name", Some(&daemon));
     fs::rename(&directory, pair.source().join("renamed")).unwrap();
-    settle(&daemon, &pair, &memory, "the directory's new name");
+    phase.settle(&daemon, &pair, &memory);
     assert_eq!(daemon.counters().bytes_shipped, shipped, "a new name ships no content");
+    let phase = Phase::new("removed", Some(&daemon));
     fs::remove_dir_all(pair.source().join("renamed")).unwrap();
-    settle(&daemon, &pair, &memory, "removed");
+    phase.settle(&daemon, &pair, &memory);
 }
 
 #[test]
@@ -100,16 +144,17 @@ fn very_many_groups_of_hard_links() {
         fs::write(file(&left, number), number.to_le_bytes()).unwrap();
         fs::hard_link(file(&left, number), file(&right, number)).unwrap();
     }
-    let daemon = start(&pair, &memory);
-    settle(&daemon, &pair, &memory, "the initial sync");
+    let (daemon, phase) = start(&pair, &memory, "the initial sync");
+    phase.settle(&daemon, &pair, &memory);
+    let phase = Phase::new("changes through the other names", Some(&daemon));
     for number in (0..objects()).step_by(10) {
         fs::write(file(&right, number), "changed through the other name").unwrap();
         fs::remove_file(file(&left, number)).unwrap();
     }
-    settle(&daemon, &pair, &memory, "changes through the other names");
+    phase.settle(&daemon, &pair, &memory);
     daemon.kill();
-    let daemon = start(&pair, &memory);
-    settle(&daemon, &pair, &memory, "the rescan after a restart");
+    let (daemon, phase) = start(&pair, &memory, "the rescan after a restart");
+    phase.settle(&daemon, &pair, &memory);
 }
 
 /// Ten changes of each object while nothing is shipped: ten times as many
@@ -126,19 +171,23 @@ fn a_backlog_of_very_many_records() {
         fs::create_dir_all(directory).unwrap();
         fs::write(path, "x").unwrap();
     }
-    let daemon = start(&pair, &memory);
-    settle(&daemon, &pair, &memory, "the initial sync");
+    let (daemon, phase) = start(&pair, &memory, "the initial sync");
+    phase.settle(&daemon, &pair, &memory);
     daemon.request("POST", "/replicator/v1/pause", None).unwrap();
+    let phase = Phase::new("the backlog is made", Some(&daemon));
     for round in 0..10 {
         for (_, path) in &files {
             let mode = fs::Permissions::from_mode(0o600 + round);
             fs::set_permissions(path, mode).unwrap();
         }
     }
+    let (time, used) = (phase.began.elapsed(), daemon.processor_time() - phase.used);
     let backlog = daemon.status().source.unwrap().backlog_records;
-    eprintln!("{backlog} records of backlog, {} MiB", peak_memory(daemon.id()) >> 20);
+    let (peak, disk) = (peak_memory(daemon.id()) >> 20, sizes(&pair.state_dir()));
+    eprintln!("{backlog} records: {time:.1?}, CPU {used:.1?}, peak memory {peak} MiB; {disk}");
+    let phase = Phase::new("the backlog", Some(&daemon));
     daemon.request("POST", "/replicator/v1/resume", None).unwrap();
-    settle(&daemon, &pair, &memory, "the backlog");
+    phase.settle(&daemon, &pair, &memory);
 }
 
 /// Directories in each other: no step takes time or memory by the length of
@@ -147,9 +196,9 @@ fn a_backlog_of_very_many_records() {
 fn a_tree_of_thousands_of_levels() {
     let (pair, memory) = (Pair::new(Layout::Two(Ext4, Xfs)), MemoryLimit::new(BOUND));
     raw::deep_file(pair.source(), 2000, 1, b"at the bottom");
-    let daemon = start(&pair, &memory);
-    settle(&daemon, &pair, &memory, "the initial sync");
+    let (daemon, phase) = start(&pair, &memory, "the initial sync");
+    phase.settle(&daemon, &pair, &memory);
     daemon.kill();
-    let daemon = start(&pair, &memory);
-    settle(&daemon, &pair, &memory, "the rescan after a restart");
+    let (daemon, phase) = start(&pair, &memory, "the rescan after a restart");
+    phase.settle(&daemon, &pair, &memory);
 }

@@ -10,7 +10,7 @@ use std::thread;
 
 use replicator_tests::binary;
 use replicator_tests::compare;
-use replicator_tests::mounts::FileSystem::{self, Ext4, Xfs};
+use replicator_tests::mounts::FileSystem::{self, Btrfs, Ext4, Xfs};
 use replicator_tests::mounts::{Mount, Scratch};
 use replicator_tests::process::{Daemon, free_port};
 use replicator_tests::scenario::patience;
@@ -133,4 +133,9 @@ fn ext4_to_xfs() {
 #[test]
 fn xfs_to_ext4() {
     continuous(Xfs, Ext4);
+}
+
+#[test]
+fn btrfs_to_ext4() {
+    continuous(Btrfs, Ext4);
 }

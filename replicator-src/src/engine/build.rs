@@ -1,10 +1,11 @@
 //! How a batch comes about: barrier, absorb, resolve, read, look again,
 //! assemble, make durable, commit.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use replicator_common::id::{BatchId, ObjectId, Seq, TransferId};
+use replicator_common::name::Name;
 
 use super::commit::dropped_by;
 use super::holds::{ReadyFile, Transfer};
@@ -29,6 +30,9 @@ const SOON: usize = 2048;
 /// kilobyte until the batch is acknowledged (new names of hard links need no
 /// reading, so it is this that bounds them).
 const ENTRIES: usize = 16_384;
+/// Entries that a batch of a walk compares with the index and finds equal, at
+/// most: they cost it nothing more, but the engine should look up now and then.
+const COMPARED: usize = 131_072;
 /// How often a batch follows what changed while it was read, before it is
 /// sent as it is (fuzzy).
 const ROUNDS: u32 = 3;
@@ -101,12 +105,20 @@ impl Engine {
         let root = self.opener.root();
         draft.resolve.root = (!root.by_handle()).then(|| root.id.clone());
         self.take_records(&mut draft)?;
+        draft.resolve.waiting = self.gap.is_some().then(|| self.waiting());
         draft.span.reach(barrier.seq, barrier.time);
         if !self.root_known()? {
             draft.resolve.begin_at(&self.opener.root().id);
         }
         draft.input = self.dirty.clone();
         Ok(draft)
+    }
+
+    /// The entries that wait for something, and are to be looked at however
+    /// equal they are.
+    fn waiting(&self) -> HashSet<(ObjectId, Name)> {
+        let held = self.holds.values().flat_map(|held| &held.hold.entries);
+        held.chain(self.owed.places()).cloned().collect()
     }
 
     fn draft(&self) -> Draft {
@@ -251,6 +263,10 @@ impl Engine {
         let report = reading.end()?;
         let waited = start.elapsed() - looked;
         tracing::debug!(batch = %draft.batch, ?looked, ?waited, read = report.outcomes.len(), "read");
+        for (object, outcome) in &report.outcomes {
+            let need = draft.resolve.read.get(object);
+            tracing::trace!(batch = %draft.batch, %object, ?need, ?outcome, "looked at");
+        }
         draft.packed += report.packed;
         draft.outcomes.extend(report.outcomes);
         Ok(())
@@ -260,6 +276,7 @@ impl Engine {
         Budget {
             objects,
             entries: ENTRIES,
+            compared: COMPARED,
             bytes: self.settings.batch_bytes,
             large: replicator_common::wire::PACK_MAX,
         }
@@ -315,6 +332,9 @@ impl Engine {
                 .then(|| draft.span.time.offset(-(OUTSIDE_AFTER.as_nanos() as i64))),
             limits: draft.limits,
         };
+        for ((directory, name), binding) in &draft.resolve.bindings {
+            tracing::trace!(batch = %draft.batch, %directory, ?name, ?binding, "bound");
+        }
         let root = self.opener.root().id.clone();
         let (index, tree) = (&self.index, &mut self.tree);
         let mut assembly = assemble(&draft.resolve, &draft.outcomes, &root, settings, index, tree)?;

@@ -116,6 +116,7 @@ impl Engine {
             input,
             closed,
             dropped: dropped.into_iter().collect(),
+            ops: header.ops,
             durable: false,
             before: ready.before,
             reached: ready.reached,

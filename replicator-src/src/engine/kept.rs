@@ -33,7 +33,7 @@ const UNDER_WAY: u32 = 8;
 
 /// What a session's destination has of the one before.
 #[derive(Default)]
-pub(super) struct Kept {
+pub(crate) struct Kept {
     /// The destination has said all of it.
     told: bool,
     /// Small files, as far as they were not sent again.
@@ -56,33 +56,80 @@ enum Offer {
 }
 
 impl Kept {
+    /// The destination names what it has. What goes beyond the limits is the
+    /// destination's mistake, and passed over; so is what it says after the end.
+    ///
+    /// INVARIANT (bounded resources): no more than the limits of
+    /// [`replicator_common::wire::kept`] is noted, whatever it says.
+    pub(crate) fn tell(&mut self, packed: Vec<KeptObject>, large: Vec<ObjectId>, last: bool) {
+        if self.told {
+            return;
+        }
+        self.unreleased |= !packed.is_empty();
+        self.packed.extend(packed, KEPT_PACKED_MAX);
+        for object in large {
+            if self.large.len() < KEPT_TRANSFERS_MAX {
+                self.large.entry(object).or_insert(Offer::Told);
+            }
+        }
+        self.told = last;
+    }
+
+    /// The transfer of a large file is due: whether its chunks are to be asked
+    /// for now.
+    pub(crate) fn ask(&mut self, object: &ObjectId) -> bool {
+        let Some(offer @ Offer::Told) = self.large.get_mut(object) else { return false };
+        *offer = Offer::Asked(Vec::new());
+        true
+    }
+
+    /// Some of the chunks that were asked for. What was not asked for, and what
+    /// goes beyond the limit, is passed over.
+    pub(crate) fn answer(
+        &mut self,
+        object: &ObjectId,
+        was: (u64, Timestamp),
+        chunks: Vec<KeptChunk>,
+        last: bool,
+    ) {
+        let Some(offer) = self.large.get_mut(object) else { return };
+        let Offer::Asked(have) = offer else { return };
+        if have.len() + chunks.len() <= KEPT_CHUNKS_MAX {
+            have.extend(chunks);
+        }
+        if last {
+            let list = KeptList::new(was, std::mem::take(have));
+            *offer = Offer::Answered(Arc::new(list));
+        }
+    }
+
     /// Whether a batch may be built.
-    pub(super) fn is_told(&self) -> bool {
+    pub(crate) fn is_told(&self) -> bool {
         self.told
     }
 
     /// For the readers.
-    pub(super) fn packed(&self) -> &Arc<KeptObjects> {
+    pub(crate) fn packed(&self) -> &Arc<KeptObjects> {
         &self.packed
     }
 
     /// Large files whose chunks were asked for and that have not begun.
-    pub(super) fn asked(&self) -> usize {
+    pub(crate) fn asked(&self) -> usize {
         self.large.values().filter(|offer| !matches!(offer, Offer::Told)).count()
     }
 
     /// Whether the answer to what was asked has come.
-    pub(super) fn is_answered(&self, object: &ObjectId) -> bool {
+    pub(crate) fn is_answered(&self, object: &ObjectId) -> bool {
         matches!(self.large.get(object), Some(Offer::Answered(_)))
     }
 
     /// Whether the answer to what was asked has not come.
-    pub(super) fn is_awaited(&self, object: &ObjectId) -> bool {
+    pub(crate) fn is_awaited(&self, object: &ObjectId) -> bool {
         matches!(self.large.get(object), Some(Offer::Asked(_)))
     }
 
     /// The chunks of a file whose transfer begins.
-    pub(super) fn begin(&mut self, object: &ObjectId) -> Option<Arc<KeptList>> {
+    pub(crate) fn begin(&mut self, object: &ObjectId) -> Option<Arc<KeptList>> {
         match self.large.remove(object)? {
             Offer::Answered(list) => Some(list).filter(|list| !list.is_empty()),
             Offer::Told | Offer::Asked(_) => None,
@@ -91,8 +138,18 @@ impl Kept {
 
     /// A transfer came to nothing before it began: what there is of it is there
     /// still. (Else the answer to the next question is that there is nothing.)
-    pub(super) fn put_back(&mut self, object: ObjectId) {
+    pub(crate) fn put_back(&mut self, object: ObjectId) {
         self.large.entry(object).or_insert(Offer::Told);
+    }
+
+    /// Small files, large ones, and chunks of these, for tests.
+    pub(crate) fn size(&self) -> (usize, usize, usize) {
+        let chunks = self.large.values().map(|offer| match offer {
+            Offer::Told => 0,
+            Offer::Asked(chunks) => chunks.len(),
+            Offer::Answered(list) => list.len(),
+        });
+        (self.packed.len(), self.large.len(), chunks.sum())
     }
 
     /// A batch was acknowledged.
@@ -105,47 +162,10 @@ impl Kept {
 }
 
 impl Engine {
-    /// The destination names what it has. What goes beyond the limits is the
-    /// destination's mistake, and passed over.
-    pub(super) fn kept(&mut self, packed: Vec<KeptObject>, large: Vec<ObjectId>, last: bool) {
-        if self.kept.told {
-            return;
-        }
-        self.kept.unreleased |= !packed.is_empty();
-        self.kept.packed.extend(packed, KEPT_PACKED_MAX);
-        for object in large {
-            if self.kept.large.len() < KEPT_TRANSFERS_MAX {
-                self.kept.large.insert(object, Offer::Told);
-            }
-        }
-        self.kept.told = last;
-    }
-
-    /// Some of the chunks that were asked for.
-    pub(super) fn kept_chunks(
-        &mut self,
-        object: &ObjectId,
-        was: (u64, Timestamp),
-        chunks: Vec<KeptChunk>,
-        last: bool,
-    ) {
-        let Some(offer) = self.kept.large.get_mut(object) else { return };
-        let Offer::Asked(have) = offer else { return };
-        if have.len() + chunks.len() <= KEPT_CHUNKS_MAX {
-            have.extend(chunks);
-        }
-        if last {
-            let list = KeptList::new(was, std::mem::take(have));
-            *offer = Offer::Answered(Arc::new(list));
-        }
-    }
-
     /// Asks for the chunks of a large file whose transfer is due, if there are
     /// any: whether it has to wait for the answer.
     pub(super) fn ask_kept(&mut self, object: &ObjectId) -> bool {
-        let Some(offer) = self.kept.large.get_mut(object) else { return false };
-        if matches!(offer, Offer::Told) {
-            *offer = Offer::Asked(Vec::new());
+        if self.kept.ask(object) {
             let message = SourceMessage::AskKept { object: object.clone() };
             // An error says that the session is gone, and all of this with it.
             let _ = self.session.as_ref().map(|session| session.send(&message));

@@ -29,7 +29,7 @@ mod build;
 mod commit;
 pub mod halt;
 mod holds;
-mod kept;
+pub(crate) mod kept;
 pub(crate) mod leave;
 mod peer;
 mod placing;

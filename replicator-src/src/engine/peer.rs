@@ -10,6 +10,7 @@ use super::kept::Kept;
 use super::{Engine, EngineError, FailoverReply};
 use crate::index::{Index, View};
 use crate::ledger::{Memory, Owed, take_back};
+use crate::replies::Breach;
 use crate::session::{LinkEvent, Session};
 
 impl Engine {
@@ -148,10 +149,10 @@ impl Engine {
 
     /// The destination broke the protocol. Nothing of what it said counts, and
     /// the session ends; the link tells when it has.
-    pub(super) fn breach(&self, reason: String) {
-        tracing::warn!(reason, "the destination broke the protocol");
+    pub(super) fn breach(&self, breach: &Breach) {
+        tracing::warn!(%breach, "the destination broke the protocol");
         if let Some(session) = &self.session {
-            session.reject(reason);
+            session.reject(breach.to_string());
         }
     }
 
@@ -175,19 +176,18 @@ impl Engine {
 
     fn message(&mut self, message: DestinationMessage) -> Result<(), EngineError> {
         match message {
-            // INVARIANT (acknowledged means durable): what was not sent cannot
-            // have arrived. Else the acknowledgement of a batch to come would
-            // trim the journal of what is in no batch yet.
-            DestinationMessage::Durable { batch } | DestinationMessage::Applied { batch, .. }
-                if batch >= self.next_batch =>
-            {
-                let next = self.next_batch;
-                self.breach(format!("it acknowledges batch {batch}, and {next} is the next"));
-            }
             DestinationMessage::Durable { batch } => {
-                self.in_flight.durable(batch);
+                match self.in_flight.may_acknowledge(batch, self.next_batch) {
+                    Ok(()) => self.in_flight.durable(batch),
+                    Err(breach) => self.breach(&breach),
+                }
             }
-            DestinationMessage::Applied { batch, .. } => self.applied(batch)?,
+            DestinationMessage::Applied { batch, .. } => {
+                match self.in_flight.may_acknowledge(batch, self.next_batch) {
+                    Ok(()) => self.applied(batch)?,
+                    Err(breach) => self.breach(&breach),
+                }
+            }
             DestinationMessage::Report(report) => self.shared.destination_report(*report),
             DestinationMessage::Inventory { items, last } => self.inventory(items, last),
             DestinationMessage::TransferRefused { transfer, reason } => {
@@ -197,15 +197,18 @@ impl Engine {
                 self.transfer_unplaced(transfer, &reason);
             }
             DestinationMessage::Returned { batch, objects, last } => {
-                self.returned(batch, objects, last)?;
+                match self.in_flight.may_return(batch, objects.len()) {
+                    Ok(()) => self.returned(batch, objects, last)?,
+                    Err(breach) => self.breach(&breach),
+                }
             }
             DestinationMessage::Transferred { transfer } => self.transfer_arrived(transfer),
             DestinationMessage::Described(description) => self.described(*description),
             DestinationMessage::Kept { packed, transfers, last } => {
-                self.kept(packed, transfers, last);
+                self.kept.tell(packed, transfers, last);
             }
             DestinationMessage::KeptChunks { object, was, chunks, last } => {
-                self.kept_chunks(&object, was, chunks, last);
+                self.kept.answer(&object, was, chunks, last);
             }
             DestinationMessage::FailedOver { report } => {
                 if let Some((reply, _)) = self.failing.take() {

@@ -14,7 +14,7 @@
 //! whose entries are still to come (the inventory goes breadth first), and the
 //! objects with several names.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 
 use replicator_common::chunk::Chunk;
 use replicator_common::id::{BatchId, ObjectId, ReplicaHandle};
@@ -28,6 +28,7 @@ use super::{Engine, EngineError, IN_FLIGHT};
 use crate::index::{Content, Delta, EntryChange, Known, View};
 use crate::plan::{Lookup, Seen, Tree};
 use crate::read::{lane, small};
+use crate::replies::{Breach, Parts};
 use crate::session::Session;
 use crate::source::Opened;
 
@@ -39,10 +40,8 @@ const WINDOW: usize = 4;
 /// A reconciliation under way.
 #[derive(Default)]
 pub(super) struct Reconcile {
-    /// Parts that arrived, whether each is the last, and are still to be adopted.
-    parts: VecDeque<(Vec<InventoryItem>, bool)>,
-    /// Parts that were asked for and have not arrived.
-    asked: usize,
+    /// Parts that were asked for, and those that arrived and are to be adopted.
+    parts: Parts,
     /// The last part was adopted.
     ended: bool,
     /// Source directory of each replica directory that was adopted and whose
@@ -73,21 +72,20 @@ impl Engine {
     pub(super) fn start_reconcile(&mut self, session: &Session) -> Result<(), EngineError> {
         tracing::info!("the replica is not empty: reconciling");
         self.index.store().set_reconciling(true)?;
-        self.reconcile = Some(Reconcile { asked: WINDOW, ..Reconcile::default() });
-        (0..WINDOW).for_each(|_| ask(session));
+        let mut state = Reconcile::default();
+        (0..WINDOW).for_each(|_| ask(&mut state.parts, session));
+        self.reconcile = Some(state);
         Ok(())
     }
 
     /// A part of the inventory arrived. It is adopted when it is its turn.
-    ///
-    /// INVARIANT (bounded resources): no more parts wait than were asked for.
     pub(super) fn inventory(&mut self, items: Vec<InventoryItem>, last: bool) {
-        match &mut self.reconcile {
-            Some(state) if state.asked > 0 => {
-                state.asked -= 1;
-                state.parts.push_back((items, last));
-            }
-            _ => self.breach("it sends an inventory that was not asked for".to_owned()),
+        let arrived = match &mut self.reconcile {
+            Some(state) => state.parts.arrived(items, last),
+            None => Err(Breach::Inventory),
+        };
+        if let Err(breach) = arrived {
+            self.breach(&breach);
         }
     }
 
@@ -96,7 +94,7 @@ impl Engine {
     pub(super) fn continue_reconcile(&mut self) -> Result<(), EngineError> {
         let Some(mut state) = self.reconcile.take() else { return Ok(()) };
         while self.in_flight.len() < IN_FLIGHT
-            && let Some((items, last)) = state.parts.pop_front()
+            && let Some((items, last)) = state.parts.take()
         {
             self.adopt_part(&mut state, items, last)?;
         }
@@ -124,8 +122,7 @@ impl Engine {
         }
         state.ended |= last;
         if let (false, Some(session)) = (last, &self.session) {
-            ask(session);
-            state.asked += 1;
+            ask(&mut state.parts, session);
         }
         Ok(())
     }
@@ -282,7 +279,8 @@ impl Engine {
     }
 }
 
-fn ask(session: &Session) {
+fn ask(parts: &mut Parts, session: &Session) {
+    parts.ask();
     if let Err(error) = session.send(&SourceMessage::RequestInventory) {
         // The link tells of the end too.
         tracing::debug!(%error, "cannot ask for the inventory");

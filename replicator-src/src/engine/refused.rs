@@ -9,6 +9,7 @@ use replicator_common::wire::SourceMessage;
 
 use super::holds::Transfer;
 use super::{Engine, EngineError};
+use crate::index::View;
 use crate::plan::Outcome;
 
 /// First and longest pause before an object is tried again.
@@ -16,6 +17,8 @@ const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 /// Objects that may wait for their next try at a time: beyond that nothing is
 /// shipped, so that a full disk costs the journal and not memory.
 const MOST: usize = 4096;
+/// Bytes of the destination's words that are kept of each.
+const CAUSE_MAX: usize = 512;
 
 /// An object that found no place.
 pub(super) struct Refused {
@@ -34,7 +37,8 @@ impl Engine {
     }
 
     /// Notes that an object found no place; says when it is tried again.
-    fn note_refused(&mut self, object: ObjectId, cause: String) -> Instant {
+    fn note_refused(&mut self, object: ObjectId, mut cause: String) -> Instant {
+        cause.truncate(cause.floor_char_boundary(CAUSE_MAX));
         let last = self.refused.get(&object).map(|one| one.pause);
         let pause = last.map_or(PAUSE.0, |last| (last * 2).min(PAUSE.1));
         let due = Instant::now() + pause;
@@ -57,7 +61,11 @@ impl Engine {
         self.refused.retain(|object, one| one.due > now || holds.contains_key(object));
     }
 
-    /// The destination gave a batch back, and all that follow it.
+    /// The destination gave a batch back, and all that follow it; it may (see
+    /// [`crate::ledger::Flights::may_return`]).
+    ///
+    /// INVARIANT (bounded resources): only what the replica was to have is
+    /// noted, however many names the destination makes up.
     pub(super) fn returned(
         &mut self,
         batch: BatchId,
@@ -66,7 +74,10 @@ impl Engine {
     ) -> Result<(), EngineError> {
         tracing::warn!(%batch, objects = objects.len(), "the destination has no place for some of it");
         for (object, cause) in objects {
-            self.note_refused(object, cause);
+            // (Not what a batch behind it drops: nobody tries that again.)
+            if self.index.object(&object)?.is_some() {
+                self.note_refused(object, cause);
+            }
         }
         if !last {
             return Ok(());

@@ -9,11 +9,13 @@
 //! - [`view`]: what planning may ask, as a trait; [`overlay`] answers with the
 //!   deltas under way laid over [`store`].
 //! - [`noted`]: what the guard against deletions remembers.
+//! - [`snapshot`]: reads the tables as they stand at one moment.
 //! - [`store`]: the tables (redb) and the order in which they become durable.
 
 pub mod known;
 pub mod noted;
 pub mod overlay;
+pub mod snapshot;
 pub mod store;
 #[cfg(test)]
 mod tests;
@@ -22,5 +24,6 @@ pub mod view;
 pub use known::{Content, Delta, EntryChange, Known, Mark, Orphan};
 pub use noted::Noted;
 pub use overlay::Index;
+pub use snapshot::Snapshot;
 pub use store::{IndexError, Store};
-pub use view::{Base, View};
+pub use view::{Base, Page, View};

@@ -9,7 +9,7 @@ use replicator_common::name::Name;
 use super::known::{Delta, Known, Mark, Orphan};
 use super::noted::Noted;
 use super::store::{IndexError, Store};
-use super::view::{Base, View};
+use super::view::{Base, Page, View};
 
 /// One delta, arranged for look-up.
 struct Layer {
@@ -178,6 +178,42 @@ impl<B: Base> View for Index<B> {
             stored.into_iter().map(|(name, object)| (name, Some(object))).collect();
         all.extend(changed);
         Ok(all.into_iter().filter_map(|(name, object)| Some((name, object?))).collect())
+    }
+
+    fn page(&self, directory: &ObjectId, after: Option<&Name>) -> Result<Page, B::Error> {
+        let stored = self.snapshot.page(directory, after)?;
+        let within = |name: &Name| {
+            after.is_none_or(|after| name > after)
+                && stored.through.as_ref().is_none_or(|through| name <= through)
+        };
+        let mut changed = BTreeMap::new();
+        for layer in &self.layers {
+            let entries = entries_of(&layer.entries, directory);
+            for ((_, name), object) in entries.filter(|((_, name), _)| within(name)) {
+                changed.insert(name.clone(), object.clone());
+            }
+        }
+        if changed.is_empty() {
+            return Ok(stored);
+        }
+        let Page { entries, through } = stored;
+        let mut all: BTreeMap<Name, Option<ObjectId>> =
+            entries.into_iter().map(|(name, object)| (name, Some(object))).collect();
+        all.extend(changed);
+        let entries = all.into_iter().filter_map(|(name, object)| Some((name, object?))).collect();
+        Ok(Page { entries, through })
+    }
+
+    fn objects(&self, objects: &[ObjectId]) -> Result<Vec<Option<Known>>, B::Error> {
+        let mut found = self.snapshot.objects(objects)?;
+        for layer in &self.layers {
+            for (object, found) in objects.iter().zip(&mut found) {
+                if let Some(at) = layer.objects.get(object) {
+                    found.clone_from(&layer.delta.objects[*at].1);
+                }
+            }
+        }
+        Ok(found)
     }
 
     fn links(&self, object: &ObjectId) -> Result<Vec<(ObjectId, Name)>, B::Error> {

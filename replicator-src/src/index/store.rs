@@ -27,8 +27,7 @@
 use std::path::{Path, PathBuf};
 
 use redb::{
-    Database, Durability, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition,
-    WriteTransaction,
+    Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction,
 };
 use replicator_common::chunk::Chunk;
 use replicator_common::codec::{self, CodecError};
@@ -41,9 +40,10 @@ use serde::de::DeserializeOwned;
 
 use super::known::{Content, Delta, EntryChange, Known, Mark, Orphan};
 use super::noted::Noted;
-use super::view::{Base, View};
+use super::snapshot::Snapshot;
+use super::view::Base;
 
-type Bytes = &'static [u8];
+pub(super) type Bytes = &'static [u8];
 
 const META: TableDefinition<'static, &'static str, Bytes> = TableDefinition::new("meta");
 const OBJECTS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("objects");
@@ -121,7 +121,7 @@ fn link_key(object: &ObjectId, directory: &ObjectId, name: &Name) -> Vec<u8> {
 }
 
 /// Takes a `pair_key` apart.
-fn split_key(key: &[u8]) -> Option<(ObjectId, &[u8])> {
+pub(super) fn split_key(key: &[u8]) -> Option<(ObjectId, &[u8])> {
     let (length, rest) = key.split_first()?;
     let (first, second) = rest.split_at_checked(usize::from(*length))?;
     Some((ObjectId::from_bytes(first)?, second))
@@ -496,143 +496,6 @@ fn merge_entry(
         links.insert(link_key(new, &change.directory, &change.name).as_slice(), &[][..])?;
     }
     Ok(())
-}
-
-/// The tables at one moment, for reading.
-pub struct Snapshot {
-    objects: redb::ReadOnlyTable<Bytes, Bytes>,
-    entries: redb::ReadOnlyTable<Bytes, Bytes>,
-    links: redb::ReadOnlyTable<Bytes, Bytes>,
-    orphans: redb::ReadOnlyTable<Bytes, Bytes>,
-    path: PathBuf,
-}
-
-impl Snapshot {
-    fn row<T: DeserializeOwned>(&self, table: &'static str, value: &[u8]) -> Result<T, IndexError> {
-        codec::decode_record(value).map_err(|source| IndexError::Row {
-            path: self.path.clone(),
-            table,
-            source,
-        })
-    }
-
-    fn damaged(&self, table: &'static str) -> IndexError {
-        IndexError::Row { path: self.path.clone(), table, source: CodecError::Damaged("key") }
-    }
-
-    /// See [`super::View::object`].
-    pub fn object(&self, object: &ObjectId) -> Result<Option<Known>, IndexError> {
-        let value = self.objects.get(object.as_bytes()).map_err(failed(&self.path))?;
-        value.map(|value| self.row("objects", value.value())).transpose()
-    }
-
-    /// See [`super::View::entry`].
-    pub fn entry(&self, directory: &ObjectId, name: &Name) -> Result<Option<ObjectId>, IndexError> {
-        let key = pair_key(directory, name.as_bytes());
-        let value = self.entries.get(key.as_slice()).map_err(failed(&self.path))?;
-        value
-            .map(|value| ObjectId::from_bytes(value.value()).ok_or_else(|| self.damaged("entries")))
-            .transpose()
-    }
-
-    /// See [`super::View::children`].
-    pub fn children(&self, directory: &ObjectId) -> Result<Vec<(Name, ObjectId)>, IndexError> {
-        let mut found = Vec::new();
-        let prefix = pair_key(directory, &[]);
-        for row in self.entries.range(prefix.as_slice()..).map_err(failed(&self.path))? {
-            let (key, value) = row.map_err(failed(&self.path))?;
-            let Some(name) = key.value().strip_prefix(prefix.as_slice()) else { break };
-            let name = Name::new(name).map_err(|_| self.damaged("entries"))?;
-            let object =
-                ObjectId::from_bytes(value.value()).ok_or_else(|| self.damaged("entries"))?;
-            found.push((name, object));
-        }
-        Ok(found)
-    }
-
-    /// See [`super::View::links`].
-    pub fn links(&self, object: &ObjectId) -> Result<Vec<(ObjectId, Name)>, IndexError> {
-        let mut found = Vec::new();
-        let prefix = pair_key(object, &[]);
-        for row in self.links.range(prefix.as_slice()..).map_err(failed(&self.path))? {
-            let (key, _) = row.map_err(failed(&self.path))?;
-            let Some(rest) = key.value().strip_prefix(prefix.as_slice()) else { break };
-            let (directory, name) = split_key(rest).ok_or_else(|| self.damaged("links"))?;
-            found.push((directory, Name::new(name).map_err(|_| self.damaged("links"))?));
-        }
-        Ok(found)
-    }
-
-    /// See [`super::View::orphans`].
-    pub fn orphans(&self) -> Result<Vec<(ObjectId, Orphan)>, IndexError> {
-        let mut found = Vec::new();
-        for row in self.orphans.iter().map_err(failed(&self.path))? {
-            let (key, value) = row.map_err(failed(&self.path))?;
-            let object =
-                ObjectId::from_bytes(key.value()).ok_or_else(|| self.damaged("orphans"))?;
-            found.push((object, self.row("orphans", value.value())?));
-        }
-        Ok(found)
-    }
-
-    /// How many objects there are.
-    pub fn count(&self) -> Result<u64, IndexError> {
-        self.objects.len().map_err(failed(&self.path))
-    }
-
-    /// The first objects after one, in the order of their ids, `most` at most.
-    pub fn objects_after(
-        &self,
-        after: Option<&ObjectId>,
-        most: usize,
-    ) -> Result<Vec<(ObjectId, Known)>, IndexError> {
-        use std::ops::Bound::{Excluded, Unbounded};
-        let from = after.map_or(Unbounded, |after| Excluded(after.as_bytes()));
-        let rows = self.objects.range::<&[u8]>((from, Unbounded)).map_err(failed(&self.path))?;
-        let mut found = Vec::new();
-        for row in rows.take(most) {
-            let (key, value) = row.map_err(failed(&self.path))?;
-            let object =
-                ObjectId::from_bytes(key.value()).ok_or_else(|| self.damaged("objects"))?;
-            found.push((object, self.row("objects", value.value())?));
-        }
-        Ok(found)
-    }
-
-    /// Calls `each` with every object; stops at the first error.
-    pub fn each_object(&self, mut each: impl FnMut(ObjectId, Known)) -> Result<(), IndexError> {
-        for row in self.objects.iter().map_err(failed(&self.path))? {
-            let (key, value) = row.map_err(failed(&self.path))?;
-            let object =
-                ObjectId::from_bytes(key.value()).ok_or_else(|| self.damaged("objects"))?;
-            each(object, self.row("objects", value.value())?);
-        }
-        Ok(())
-    }
-}
-
-impl View for Snapshot {
-    type Error = IndexError;
-
-    fn object(&self, object: &ObjectId) -> Result<Option<Known>, IndexError> {
-        Self::object(self, object)
-    }
-
-    fn entry(&self, directory: &ObjectId, name: &Name) -> Result<Option<ObjectId>, IndexError> {
-        Self::entry(self, directory, name)
-    }
-
-    fn children(&self, directory: &ObjectId) -> Result<Vec<(Name, ObjectId)>, IndexError> {
-        Self::children(self, directory)
-    }
-
-    fn links(&self, object: &ObjectId) -> Result<Vec<(ObjectId, Name)>, IndexError> {
-        Self::links(self, object)
-    }
-
-    fn orphans(&self) -> Result<Vec<(ObjectId, Orphan)>, IndexError> {
-        Self::orphans(self)
-    }
 }
 
 impl Base for Store {

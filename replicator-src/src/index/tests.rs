@@ -95,3 +95,64 @@ fn chunk_lists_of_what_was_given_up_go() {
     let left: Vec<u64> = (1..=4).filter(|list| !store.chunks(*list).unwrap().is_empty()).collect();
     assert_eq!(left, [1, 4], "in use, and not known to anybody yet");
 }
+
+/// Pages one after the other are all entries, with what is under way laid over
+/// them; several objects at once are each of them.
+#[test]
+fn pages_and_several_objects_are_what_is_there() {
+    const MANY: u32 = 20_000;
+    let directory = tempfile::tempdir().unwrap();
+    let mut index =
+        Index::new(Arc::new(Store::open(&directory.path().join("index")).unwrap())).unwrap();
+    let object = |n: u32| ObjectId::new(1, &n.to_be_bytes()).unwrap();
+    let change = |n: u32, old: Option<u32>, new: Option<u32>| EntryChange {
+        directory: id(1),
+        name: Name::new(format!("{n:06}").as_bytes()).unwrap(),
+        old: old.map(object),
+        new: new.map(object),
+    };
+    let mut first = Delta::default();
+    first.mark.batch = BatchId(1);
+    for n in (0..MANY).filter(|n| n % 3 != 0) {
+        first.entries.push(change(n, None, Some(n)));
+        first.objects.push((object(n), Some(file(u64::from(n), 1))));
+    }
+    // A neighbour's entries are not this directory's.
+    let (other, name) = (id(2), Name::new(b"other").unwrap());
+    first.entries.push(EntryChange { directory: other, name, old: None, new: Some(object(1)) });
+    index.prepare(first, &Noted::default()).unwrap();
+    index.acknowledge(BatchId(1));
+    index.merge().unwrap();
+    let mut second = Delta::default();
+    second.mark.batch = BatchId(2);
+    for n in (0..MANY).step_by(5) {
+        let there = (n % 3 != 0).then_some(n);
+        let after = there.is_none().then_some(n);
+        second.entries.push(change(n, there, after));
+        second.objects.push((object(n), after.map(|n| file(u64::from(n), 2))));
+    }
+    index.prepare(second, &Noted::default()).unwrap();
+
+    let mut entries = Vec::new();
+    let mut after = None;
+    let mut pages = 0;
+    loop {
+        let page = index.page(&id(1), after.as_ref()).unwrap();
+        pages += 1;
+        entries.extend(page.entries);
+        let Some(through) = page.through else { break };
+        assert!(after.is_none_or(|after| after < through));
+        after = Some(through);
+    }
+    assert!(pages > 1, "the test is of several pages");
+    assert_eq!(entries, index.children(&id(1)).unwrap());
+
+    let ordered: Vec<_> = (0..MANY + 100).step_by(7).map(object).collect();
+    let close: Vec<_> = (100..400).flat_map(|n| [object(n), object(n)]).collect();
+    let disordered: Vec<_> = (0..1000).map(|n| object(n * 7919 % MANY)).collect();
+    for wanted in [ordered, close, disordered] {
+        let each: Vec<_> = wanted.iter().map(|one| index.object(one).unwrap()).collect();
+        assert!(each.iter().any(Option::is_some) && each.iter().any(Option::is_none));
+        assert_eq!(index.objects(&wanted).unwrap(), each);
+    }
+}

@@ -6,6 +6,15 @@ use replicator_common::name::Name;
 use super::known::{Delta, Known, Orphan};
 use super::noted::Noted;
 
+/// A part of a directory's entries in the replica.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Page {
+    /// Ordered by name.
+    pub entries: Vec<(Name, ObjectId)>,
+    /// The name up to which these are all; `None` when there are no more.
+    pub through: Option<Name>,
+}
+
 /// The index as planning sees it. Pure code is generic over this; tests give
 /// it a map.
 pub trait View {
@@ -18,6 +27,18 @@ pub trait View {
     fn entry(&self, directory: &ObjectId, name: &Name) -> Result<Option<ObjectId>, Self::Error>;
     /// All entries of a directory in the replica, ordered by name.
     fn children(&self, directory: &ObjectId) -> Result<Vec<(Name, ObjectId)>, Self::Error>;
+    /// Some entries of a directory in the replica, ordered by name: those after
+    /// `after`, as many as are worth reading at once.
+    fn page(&self, directory: &ObjectId, after: Option<&Name>) -> Result<Page, Self::Error> {
+        let mut entries = self.children(directory)?;
+        entries.retain(|(name, _)| after.is_none_or(|after| name > after));
+        Ok(Page { entries, through: None })
+    }
+    /// Several objects as the replica holds them, in the order asked for, which
+    /// should be that of ids.
+    fn objects(&self, objects: &[ObjectId]) -> Result<Vec<Option<Known>>, Self::Error> {
+        objects.iter().map(|object| self.object(object)).collect()
+    }
     /// All entries of an object in the replica.
     fn links(&self, object: &ObjectId) -> Result<Vec<(ObjectId, Name)>, Self::Error>;
     /// Objects without entries that are still alive.

@@ -32,12 +32,46 @@ pub struct Listing {
 pub struct Rest {
     names: Arc<[Name]>,
     from: usize,
+    stage: Stage,
+}
+
+/// What is to be done with the names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Each is looked at by itself.
+    Each,
+    /// They are the source's, to be compared with those that the index has after
+    /// this one; most will turn out to be equal (see [`super::survey`]).
+    Compare(Option<Name>),
 }
 
 impl Rest {
-    /// All of them.
+    /// All of them, to be looked at one by one.
     pub fn all(names: Vec<Name>) -> Self {
-        Self { names: names.into(), from: 0 }
+        Self { names: names.into(), from: 0, stage: Stage::Each }
+    }
+
+    /// All that the source has, to be compared with the index.
+    pub fn to_compare(names: Vec<Name>) -> Self {
+        Self { names: names.into(), from: 0, stage: Stage::Compare(None) }
+    }
+
+    /// Without the first `count`, those up to `name`, which were compared.
+    pub fn compared(&self, count: usize, name: Name) -> Self {
+        Self { stage: Stage::Compare(Some(name)), ..self.after(count) }
+    }
+
+    /// The name up to which the names were compared with the index.
+    pub fn compared_to(&self) -> Option<&Name> {
+        match &self.stage {
+            Stage::Each => None,
+            Stage::Compare(name) => name.as_ref(),
+        }
+    }
+
+    /// Whether each of the names is to be looked at, and none beside them.
+    pub fn is_each(&self) -> bool {
+        self.stage == Stage::Each
     }
 
     /// The names.
@@ -47,7 +81,7 @@ impl Rest {
 
     /// Without the first `count`.
     pub fn after(&self, count: usize) -> Self {
-        Self { names: self.names.clone(), from: self.from + count }
+        Self { names: self.names.clone(), from: self.from + count, stage: self.stage.clone() }
     }
 }
 

@@ -4,7 +4,8 @@
 //! 1. [`dirty`] merges journal records: a thing that changed often is dirty once.
 //! 2. [`resolve`] looks at each dirty entry and object as it stands now (trait
 //!    [`Tree`]) and as the replica holds it (trait [`View`]), and says what
-//!    must be read.
+//!    must be read. Of a walk, [`survey`] first takes out what is as the index
+//!    says, many entries at a time.
 //! 3. The engine has it read.
 //! 4. [`mod@assemble`] closes the batch over references and makes its operations
 //!    and its index delta.
@@ -17,6 +18,7 @@ pub mod assemble;
 pub mod dirty;
 pub mod recall;
 pub mod resolve;
+pub mod survey;
 #[cfg(test)]
 mod tests;
 pub mod tree;
@@ -26,7 +28,7 @@ pub use assemble::{Assembly, Hold, HoldReason, Limits, Outcome, Settings, assemb
 pub use dirty::{Dirty, Listing, Rest};
 pub use recall::recall;
 pub use resolve::{Binding, Meanwhile, Need, Resolve};
-pub use tree::{Fate, Listed, Lookup, Seen, Skip, Tree};
+pub use tree::{Ask, Fate, Listed, Lookup, Seen, Skip, Tree};
 
 /// Why planning could not go on.
 #[derive(Debug, thiserror::Error)]

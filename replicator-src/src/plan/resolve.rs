@@ -10,10 +10,14 @@ use replicator_common::time::Timestamp;
 use super::PlanError;
 use super::dirty::{Dirty, Listing, Rest};
 use super::recall::way;
+use super::survey::survey;
 use super::tree::{Listed, Lookup, Seen, Skip, Tree};
 use crate::index::{Known, View};
 use crate::journal::Record;
 use crate::watcher::What;
+
+/// An entry.
+pub type Place = (ObjectId, Name);
 
 /// What an entry is in the replica and what it is to become.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,6 +94,12 @@ pub struct Resolve {
     /// INVARIANT: it stays dirty until the directory is found, or until the
     /// index says that it left the source.
     pub astray: Dirty,
+    /// For walks: what is as the index says need not be looked at entry by entry
+    /// (see [`super::survey`]), all but these entries, which somebody waits to
+    /// hear of. `None` when each entry is to be looked at.
+    pub waiting: Option<HashSet<Place>>,
+    /// Entries that were compared with the index, many at a time.
+    pub looked: usize,
     /// Sizes counted into `bytes`, to count each object once.
     counted: HashMap<ObjectId, u64>,
 }
@@ -101,6 +111,9 @@ pub struct Budget {
     pub objects: usize,
     /// Entries to look at.
     pub entries: usize,
+    /// Entries to compare with the index, many at a time; the last time may
+    /// exceed it.
+    pub compared: usize,
     /// Content bytes of small files to read.
     pub bytes: u64,
     /// Files larger than this do not count as bytes: they travel on their own.
@@ -135,6 +148,7 @@ impl Resolve {
             work.object(object, what)?;
         }
         while !work.state.full(budget) {
+            survey(work.state, &mut dirty.listings, work.view, work.tree)?;
             let Some(listing) = dirty.listings.pop_front() else { break };
             work.listing(&listing, budget, dirty)?;
         }
@@ -146,6 +160,7 @@ impl Resolve {
         self.needs.len() >= budget.objects
             || self.bytes >= budget.bytes
             || self.bindings.len() >= budget.entries
+            || self.looked >= budget.compared
     }
 
     /// Begins with a root that the index does not know: the first batch.
@@ -158,6 +173,11 @@ impl Resolve {
     /// Whether the object's content was asked for in this batch.
     pub fn wants_content(&self, object: &ObjectId) -> bool {
         self.content.contains(object)
+    }
+
+    /// Whether the object is to be read.
+    pub(super) fn is_needed(&self, object: &ObjectId) -> bool {
+        self.needs.contains_key(object)
     }
 
     /// What must be read now. The next feed starts a new set.
@@ -224,7 +244,7 @@ impl Resolve {
     }
 }
 
-type Failure<V, T> = PlanError<<V as View>::Error, <T as Tree>::Error>;
+pub(super) type Failure<V, T> = PlanError<<V as View>::Error, <T as Tree>::Error>;
 
 struct Work<'a, V, T> {
     state: &'a mut Resolve,
@@ -424,8 +444,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             return Ok(());
         }
         let rest = match &listing.rest {
-            Some(rest) => rest.clone(),
-            None => match self.names(directory, fresh)? {
+            Some(rest) if rest.is_each() => rest.clone(),
+            // What was to be compared all at once, and now is not, is so no more.
+            _ => match self.names(directory, fresh)? {
                 Listed::Names(names) => Rest::all(names),
                 // The entry that led here is dirty because of that.
                 Listed::Gone => return Ok(()),
@@ -546,7 +567,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
 
 /// Why an entry is looked at: decides what of a known object is read again.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Look {
+pub(super) enum Look {
     /// Events were seen, and tell what may have changed.
     Event(What),
     /// Events may have been lost: whatever could differ is read.
@@ -557,7 +578,12 @@ enum Look {
 }
 
 /// Whether (content, attributes) of a known object must be read again.
-fn differs(known: &Known, seen: &Seen, look: Look, unproven: Option<Timestamp>) -> (bool, bool) {
+pub(super) fn differs(
+    known: &Known,
+    seen: &Seen,
+    look: Look,
+    unproven: Option<Timestamp>,
+) -> (bool, bool) {
     let stat = &seen.stat;
     let changed = known.ctime != stat.ctime;
     let file = stat.kind == Kind::File;

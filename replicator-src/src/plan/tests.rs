@@ -6,7 +6,7 @@
 //! promises (ARCHITECTURE.md "Wire"); at the end, when all records are in, the
 //! replica equals the source.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::convert::Infallible;
 
 use proptest::prelude::*;
@@ -463,11 +463,18 @@ impl Run {
         self.dirty.merge(recall(astray, &id(ROOT), &self.index, &mut self.world).unwrap());
         let mut resolve = Resolve::default();
         resolve.walking = self.walking;
+        resolve.waiting = self.walking.then(HashSet::new);
         resolve.root = self.world.places.is_some().then(|| id(ROOT));
         if !self.index.objects.contains_key(&id(ROOT)) {
             resolve.begin_at(&id(ROOT));
         }
-        let budget = Budget { objects: budget, entries: budget * 2, bytes: u64::MAX, large: 0 };
+        let budget = Budget {
+            objects: budget,
+            entries: budget * 2,
+            compared: budget * 3,
+            bytes: u64::MAX,
+            large: 0,
+        };
         resolve.feed(&mut self.dirty, budget, &self.index, &mut self.world).unwrap();
         let half = between.len() / 2;
         between[..half].iter().for_each(|action| self.world.act(*action));

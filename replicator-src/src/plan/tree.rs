@@ -57,6 +57,17 @@ pub struct Seen {
     pub stat: Stat,
 }
 
+/// Whether an entry still leads to the object that the index has there.
+#[derive(Clone, Copy, Debug)]
+pub struct Ask<'a> {
+    /// The directory.
+    pub directory: &'a ObjectId,
+    /// The name.
+    pub name: &'a Name,
+    /// What the index has there: a file or a symbolic link.
+    pub object: &'a ObjectId,
+}
+
 /// What became of an object without entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
@@ -73,6 +84,20 @@ pub trait Tree {
 
     /// What stands under `name` in `directory`.
     fn lookup(&mut self, directory: &ObjectId, name: &Name) -> Result<Lookup, Self::Error>;
+    /// The state of entries that lead where the index says, in the order asked
+    /// for; `None` for those that do not, or that need a closer look. Where the
+    /// change time is not the one that the index has, it need not be that object:
+    /// its inode number may have been given anew.
+    fn probe(&mut self, asks: &[Ask<'_>]) -> Result<Vec<Option<Stat>>, Self::Error> {
+        let mut found = Vec::with_capacity(asks.len());
+        for ask in asks {
+            found.push(match self.lookup(ask.directory, ask.name)? {
+                Lookup::Found(seen) if seen.object == *ask.object => Some(seen.stat),
+                _ => None,
+            });
+        }
+        Ok(found)
+    }
     /// All names of a directory. Tells the watcher about the directory before
     /// it reads it.
     fn list(&mut self, directory: &ObjectId) -> Result<Listed, Self::Error>;

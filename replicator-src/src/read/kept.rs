@@ -49,6 +49,16 @@ impl KeptObjects {
         same
     }
 
+    /// How many are noted.
+    pub fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// None of them is used from now on.
     pub fn clear(&self) {
         self.any.store(false, Ordering::Release);
@@ -72,7 +82,12 @@ impl KeptList {
         Self { was, chunks }
     }
 
-    /// Whether there is anything in it.
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.chunks.len()
+    }
+
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.chunks.is_empty()
     }

@@ -269,7 +269,8 @@ impl Replication {
         let newest = engine::leave::newest(&store)?;
         let left = handover::take(&self.directory, &configuration.source, &means.supervisor)?
             .filter(|rest| is_the_state_of(rest, &journal, newest));
-        let settings = watcher::Settings { rescan_interval: options.rescan_interval };
+        let (places, rescan_interval) = (Arc::<Places>::default(), options.rescan_interval);
+        let settings = watcher::Settings { rescan_interval, places: places.clone() };
         let (watcher, carried) = open_watcher(&root, &configuration, &settings, left)?;
         if root.is_file_system_root() || watcher.report().kind != WatcherKind::Fanotify {
             members.everything();
@@ -282,7 +283,7 @@ impl Replication {
         let (clock, marks) = (self.shared.clock(), members.clone());
         let capture = Capture::start(watcher, journal.clone(), marks, announce, clock, recent)
             .map_err(failed("the capture thread"))?;
-        let opener = Opener::new(root.clone(), Arc::<Places>::default());
+        let opener = Opener::new(root.clone(), places);
         let watch = Arc::new(Joining { members: members.clone(), inner: capture.directories() });
         let filter = Filter {
             devices: configuration.devices,
@@ -317,12 +318,17 @@ impl Replication {
             wired: wired.clone(),
             ticks: ticks.clone(),
         };
-        // Where nothing is walked, there is no end to tell the way to.
-        let walks = carried.is_none();
+        // Where nothing is walked, there is no end to tell the way to. Where all
+        // was counted and shipped before, that is near enough, and counting anew
+        // would take as long as the walk.
+        let counts = carried.is_none() && mark.watermark.is_none();
+        if !counts {
+            self.shared.found(store.snapshot()?.count()?, 0, true);
+        }
         let start = carried.map_or(Start::Walk(reason), |carried| Start::Resume(Box::new(carried)));
         let engine = Engine::new(parts, start)?;
         let link = self.start_link(means, &configuration, wired, inbox.0.clone());
-        let census = match walks {
+        let census = match counts {
             true => Some(census::start(root, self.shared.clone()).map_err(failed("the census"))?),
             false => None,
         };

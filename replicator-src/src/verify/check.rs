@@ -22,7 +22,7 @@ use super::look::{Look, Seen};
 use crate::engine::Event;
 use crate::engine::state::Shared;
 use crate::engine::verify::{Query, Repair, Subject, Ticks};
-use crate::index::{Known, Store, store::Snapshot};
+use crate::index::{Known, Snapshot, Store};
 use crate::plan::{Listed, Lookup, Tree};
 use crate::source::SourceTree;
 

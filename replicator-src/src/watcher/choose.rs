@@ -2,6 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use replicator_common::control::WatcherChoice;
@@ -14,12 +15,15 @@ use super::marks::Marks;
 use super::scan::Scan;
 use super::waker::failed;
 use super::{Queue, WatchError, Watcher};
+use crate::places::Places;
 
 /// What a watcher has to be told.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Settings {
     /// How often the source is walked where events alone do not suffice.
     pub rescan_interval: Duration,
+    /// Where directories stand, for whoever may not open them by handle.
+    pub places: Arc<Places>,
 }
 
 /// Opens the watcher of the operator's choice, or with `auto` the best that
@@ -148,7 +152,8 @@ impl Opener<'_> {
         let rescan = self.settings.rescan_interval;
         let marks = format!("{reason}; a fanotify mark on each directory");
         let report = self.report(WatcherKind::Inotify, marks);
-        let why = match Marks::new(self.source, self.path, rescan, self.blind(), report) {
+        let places = self.settings.places.clone();
+        let why = match Marks::new(self.source, self.path, rescan, self.blind(), places, report) {
             Ok(watcher) => return Ok(boxed(watcher)),
             Err(WatchError::Unsupported { reason, .. }) => reason,
             Err(error) => return Err(error),

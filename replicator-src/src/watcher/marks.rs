@@ -6,8 +6,11 @@
 //! file that gets a second name, is changed through it and loses it again
 //! before anybody looks was changed under a name that leads nowhere.
 //!
-//! Marks are added by the walk, before it lists a directory. A file that has
-//! several names gets a mark of its own, for some of them may be outside.
+//! Marks are added by the walk, before it lists a directory, and to a new
+//! directory as soon as its event is read (see `early`). A file that has several
+//! names gets a mark of its own, for some of them may be outside.
+
+mod early;
 
 use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -27,6 +30,7 @@ use super::fanotify::{CHANGES, CONTENT, translate};
 use super::root::Root;
 use super::waker::{Bell, failed};
 use super::{Change, DirectoryWatch, Waker, WatchError, Watcher};
+use crate::places::Places;
 
 /// The operator knows it as the watcher with a watch on each directory.
 const NAME: &str = "inotify";
@@ -54,12 +58,14 @@ pub(super) struct Marks {
 
 impl Marks {
     /// `rescan` is how often the source is walked when that is needed: when
-    /// there are directories without a mark, or when `blind`.
+    /// there are directories without a mark, or when `blind`. `places` says where
+    /// directories stand, where they cannot be opened by handle.
     pub(super) fn new(
         source: BorrowedFd<'_>,
         path: &Path,
         rescan: Duration,
         blind: bool,
+        places: Arc<Places>,
         report: WatcherReport,
     ) -> Result<Self, WatchError> {
         let root = Root::new(NAME, source, path)?;
@@ -76,7 +82,7 @@ impl Marks {
         let linked_most = marks_allowed() / LINKED_SHARE;
         let state = Mutex::new(State { marked, linked_most, ..State::default() });
         Ok(Self {
-            directories: Arc::new(Directories { group, root, state }),
+            directories: Arc::new(Directories { group, root, places, state }),
             bell: Bell::new(NAME)?,
             buffer: vec![0; BUFFER].into(),
             report,
@@ -100,6 +106,7 @@ impl Marks {
                     if event.is(bits::DELETE_SELF) {
                         self.directories.gone(&event);
                     }
+                    self.directories.follow(&event);
                     translate(event, changes);
                 }
                 Err(malformed) => changes.push(Change::Gap { reason: malformed.to_string() }),
@@ -157,9 +164,10 @@ impl Watcher for Marks {
         let mut report = self.report.clone();
         report.kind = WatcherKind::Inotify;
         report.doubts.push(
-            "a write is not seen when it goes through a name outside the source that is newer \
-             than the last look at the file, or through a file that was opened by handle or, \
-             before it had a name, outside the source (O_TMPFILE)"
+            "a write is not seen when it goes through a hard link that is newer than the last \
+             look at the file and lies outside the source, or in a directory that is so new that \
+             it has no watch yet, or through a file that was opened by handle or, before it had \
+             a name, outside the source (O_TMPFILE)"
                 .to_owned(),
         );
         let state = self.directories.state();
@@ -185,6 +193,7 @@ impl Watcher for Marks {
 struct Directories {
     group: Group,
     root: Root,
+    places: Arc<Places>,
     state: Mutex<State>,
 }
 
@@ -192,6 +201,8 @@ struct Directories {
 struct State {
     /// Directories with a mark.
     marked: HashSet<ObjectId>,
+    /// Those of them that nobody has listed yet.
+    early: HashSet<ObjectId>,
     /// Files with several names that have a mark of their own.
     linked: HashSet<ObjectId>,
     /// Most of them.
@@ -219,6 +230,7 @@ impl Directories {
         if let Some(id) = event.target.as_ref().or(place) {
             let mut state = self.state();
             state.marked.remove(id);
+            state.early.remove(id);
             state.linked.remove(id);
         }
     }
@@ -231,8 +243,11 @@ impl Directories {
         state.unmarked.clear();
         state.crowded.clear();
         state.last_error = None;
-        if state.strays && self.group.unmark_all(self.root.fd()).is_ok() {
+        // What was marked early and is not listed yet may have left unnoticed.
+        let strays = state.strays || !state.early.is_empty();
+        if strays && self.group.unmark_all(self.root.fd()).is_ok() {
             state.marked.clear();
+            state.early.clear();
             state.linked.clear();
             state.strays = false;
         }
@@ -281,6 +296,7 @@ impl DirectoryWatch for Directories {
         match self.group.mark_directory(directory, MASK) {
             Ok(()) => {
                 state.marked.insert(id.clone());
+                state.early.remove(id);
                 state.unmarked.remove(id);
             }
             Err(error) => {
@@ -311,6 +327,7 @@ impl DirectoryWatch for Directories {
         let mut state = self.state();
         state.unmarked.remove(id);
         state.crowded.remove(id);
+        state.early.remove(id);
         let directory = state.marked.remove(id) && self.unmark(id, MASK).is_err();
         let linked = state.linked.remove(id) && self.unmark(id, LINKED).is_err();
         state.strays |= directory || linked;

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use replicator_common::control::WatcherChoice;
@@ -65,6 +66,11 @@ pub(super) fn open_directory(path: &Path) -> OwnedFd {
     rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap()
 }
 
+/// With a walk every so many seconds.
+pub(super) fn settings(seconds: u64) -> Settings {
+    Settings { rescan_interval: Duration::from_secs(seconds), places: Arc::default() }
+}
+
 /// The object at `path`; a symbolic link's own.
 pub(super) fn id(path: &Path) -> ObjectId {
     let fd = rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty()).unwrap();
@@ -95,7 +101,7 @@ pub(super) struct Watched {
 
 impl Watched {
     pub(super) fn open(path: &Path, choice: WatcherChoice) -> Self {
-        let settings = Settings { rescan_interval: Duration::from_secs(5) };
+        let settings = settings(5);
         let watcher = open(open_directory(path).as_fd(), path, choice, &settings).unwrap();
         Self { watcher, path: path.to_owned() }
     }
@@ -158,7 +164,7 @@ fn empty_report() -> WatcherReport {
     }
 }
 
-fn walk(watch: &std::sync::Arc<dyn crate::watcher::DirectoryWatch>, path: &Path) {
+fn walk(watch: &Arc<dyn crate::watcher::DirectoryWatch>, path: &Path) {
     let fd = open_directory(path);
     watch.before_listing(fd.as_fd(), &handle::identify(fd.as_fd()).unwrap());
     for entry in fs::read_dir(path).unwrap() {

@@ -196,13 +196,11 @@ fn fanotify_of_older_kernels_sees_every_operation() {
 }
 
 /// Runs in a fresh directory, so that a second watcher finds nothing there.
-fn sees_every_operation_by_directory(mut watched: Watched) {
+fn sees_every_operation_by_directory(mut watched: Watched, watches: u64) {
     watched.walk();
     every_operation(&mut watched);
     assert!(watched.watcher.proves() && watched.watcher.rescan_every().is_none());
-    // The root, d, one and two; the directory renamed with its content was
-    // made after the walk.
-    assert_eq!(watched.watcher.report().watches, Some(4));
+    assert_eq!(watched.watcher.report().watches, Some(watches));
 }
 
 #[test]
@@ -211,8 +209,10 @@ fn inotify_sees_every_operation() {
         let (marks, names) = (path.join("marks"), path.join("names"));
         fs::create_dir(&marks).unwrap();
         fs::create_dir(&names).unwrap();
-        sees_every_operation_by_directory(Watched::open(&marks, WatcherChoice::Inotify));
-        sees_every_operation_by_directory(Watched::names(&names));
+        // The root, d, one and two; the directory that is renamed with its content
+        // was made after the walk, and only marks need none.
+        sees_every_operation_by_directory(Watched::open(&marks, WatcherChoice::Inotify), 5);
+        sees_every_operation_by_directory(Watched::names(&names), 4);
     });
 }
 

@@ -10,8 +10,8 @@ use replicator_common::sys::fanotify::{Detail, Group, Queue, bits};
 use replicator_common::sys::{handle, mount};
 use rustix::mount::MountFlags;
 
-use super::fixture::{Seen, Watched, know, on, open_directory};
-use crate::watcher::{Change, Settings, WatchError, Watcher, open};
+use super::fixture::{Seen, Watched, know, on, on_each, open_directory, settings};
+use crate::watcher::{Change, WatchError, Watcher, open};
 
 fn limit(path: &str) -> usize {
     fs::read_to_string(path).unwrap().trim().parse().unwrap()
@@ -259,9 +259,73 @@ fn trap_4_a_new_directory_that_is_filled_at_once_is_seen_by_watching_before_list
     });
 }
 
+/// A file of the source gets a name in a new directory, is changed through that
+/// name, and loses it again, before anybody lists the directory.
+#[test]
+fn trap_2_a_name_that_comes_and_goes_in_a_new_directory() {
+    on_each(|path| {
+        let old = path.join("old");
+        fs::create_dir(&old).unwrap();
+        let file = old.join("f");
+        fs::write(&file, "x").unwrap();
+        let mut watched = Watched::open(path, WatcherChoice::Inotify);
+        watched.walk();
+        watched.during(|_| fs::create_dir(path.join("new")).unwrap());
+        watched.during(|_| fs::create_dir_all(path.join("above/below")).unwrap());
+        for new in ["new", "above/below"] {
+            let seen = watched.during(|_| {
+                let link = path.join(new).join("link");
+                fs::hard_link(&file, &link).unwrap();
+                fs::write(&link, new).unwrap();
+                fs::remove_file(&link).unwrap();
+            });
+            seen.content(&know(&file));
+        }
+    });
+}
+
+/// The same where only names lead to directories.
+#[test]
+fn trap_2_a_name_that_comes_and_goes_in_a_new_directory_without_privilege() {
+    on("ext4", |path| {
+        let file = path.join("f");
+        fs::write(&file, "x").unwrap();
+        without_privilege();
+        let mut watched = Watched::open(path, WatcherChoice::Inotify);
+        watched.walk();
+        watched.during(|_| fs::create_dir_all(path.join("a/b")).unwrap());
+        watched.during(|_| fs::create_dir(path.join("a/b/c")).unwrap());
+        let seen = watched.during(|_| {
+            let link = path.join("a/b/c/link");
+            fs::hard_link(&file, &link).unwrap();
+            fs::write(&link, "through the link").unwrap();
+            fs::remove_file(&link).unwrap();
+        });
+        seen.content(&know(&file));
+    });
+}
+
+/// What was marked early and moves out before anybody lists it is of no concern.
+#[test]
+fn trap_3_a_new_directory_that_leaves_unlisted_is_not_watched() {
+    on("tmpfs", |path| {
+        let source = path.join("source");
+        fs::create_dir(&source).unwrap();
+        let mut watched = Watched::open(&source, WatcherChoice::Inotify);
+        watched.walk();
+        let (inside, outside) = (source.join("d"), path.join("away"));
+        watched.during(|_| fs::create_dir(&inside).unwrap());
+        let in_it = inside.join("f");
+        watched.during(|_| fs::write(&in_it, "").unwrap()).content(&know(&in_it));
+        watched.during(|_| fs::rename(&inside, &outside).unwrap());
+        watched.during(|_| fs::write(outside.join("g"), "").unwrap()).nothing();
+        assert_eq!(watched.watcher.report().watches, Some(1));
+    });
+}
+
 fn open_overlay(base: &Path, choice: WatcherChoice) -> Result<Box<dyn Watcher>, WatchError> {
     let merged = base.join("merged");
-    let settings = Settings { rescan_interval: Duration::from_secs(7) };
+    let settings = settings(7);
     open(open_directory(&merged).as_fd(), &merged, choice, &settings)
 }
 
@@ -293,7 +357,7 @@ fn a_file_system_that_changes_without_events_is_walked() {
 fn without_privilege_auto_takes_inotify_and_fanotify_is_refused() {
     on("ext4", |path| {
         without_privilege();
-        let settings = Settings { rescan_interval: Duration::from_secs(5) };
+        let settings = settings(5);
         let root = open_directory(path);
         let report = open(root.as_fd(), path, WatcherChoice::Auto, &settings).unwrap().report();
         assert_eq!(report.kind.as_str(), "inotify");
