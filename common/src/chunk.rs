@@ -5,8 +5,10 @@
 //! shifts the bytes behind it but not their chunks, so only the chunks around
 //! the change are new.
 
-use std::io::{self, Read};
+use std::io;
 
+use bytes::Bytes;
+use fastcdc::v2020::FastCDC;
 use serde::{Deserialize, Serialize};
 
 use crate::wire::Hash;
@@ -45,42 +47,67 @@ pub fn average_suits(average: u32, size: u64) -> bool {
         && average >= ideal / 4
 }
 
-/// Cuts a stream into chunks.
-pub struct Chunker<R: Read> {
-    inner: fastcdc::v2020::StreamCDC<R>,
+/// Bytes that are read at once: few enough to stay in the processor's cache
+/// until they are cut, hashed and sent; and at least twice the longest chunk
+/// that [`AVERAGE_MIN`] makes.
+const WINDOW: usize = 512 << 10;
+
+/// Cuts a stream into chunks, window by window: bytes are read to where they are
+/// sent from, and not copied but for the end of a window, which may be the
+/// beginning of a chunk.
+pub struct Chunker<R> {
+    read: R,
+    average: u32,
+    /// Of the window before: what is not cut yet.
+    rest: Vec<u8>,
+    ended: bool,
 }
 
-/// A chunk with its place and its bytes.
-pub struct ChunkData {
-    /// First byte in the stream.
-    pub offset: u64,
-    /// Length and hash.
-    pub chunk: Chunk,
+/// Some bytes of a stream, and the chunks that they consist of.
+pub struct Window {
     /// The bytes.
-    pub bytes: Vec<u8>,
+    pub bytes: Bytes,
+    /// The chunks, which cover them.
+    pub chunks: Vec<Chunk>,
 }
 
-impl<R: Read> Chunker<R> {
-    /// `average` is one of those that [`average_for`] gives: minimum a quarter
-    /// of it, maximum four times it.
-    pub fn new(source: R, average: u32) -> Self {
+impl<R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Chunker<R> {
+    /// `read` appends the next bytes of the stream, as many as fit into the
+    /// spare capacity; 0 says that the stream ended. `average` is one of those
+    /// that [`average_for`] gives: minimum a quarter of it, maximum four times it.
+    pub fn new(read: R, average: u32) -> Self {
         let average = average.clamp(AVERAGE_MIN, AVERAGE_MAX);
-        Self { inner: fastcdc::v2020::StreamCDC::new(source, average / 4, average, average * 4) }
+        Self { read, average, rest: Vec::new(), ended: false }
+    }
+
+    fn window(&mut self) -> io::Result<Option<Window>> {
+        let longest = self.average as usize * 4;
+        let mut bytes = Vec::with_capacity(WINDOW.max(2 * longest));
+        bytes.append(&mut self.rest);
+        while !self.ended && bytes.len() < bytes.capacity() {
+            self.ended = (self.read)(&mut bytes)? == 0;
+        }
+        if bytes.is_empty() {
+            return Ok(None);
+        }
+        let cutter = FastCDC::new(&bytes, self.average / 4, self.average, self.average * 4);
+        let (mut chunks, mut at) = (Vec::new(), 0);
+        // A cut means something only if the longest chunk would have fitted.
+        while at < bytes.len() && (self.ended || bytes.len() - at >= longest) {
+            let (_, end) = cutter.cut(at, bytes.len() - at);
+            chunks.push(Chunk { length: (end - at) as u32, hash: Hash::of(&bytes[at..end]) });
+            at = end;
+        }
+        self.rest = bytes.split_off(at);
+        Ok(Some(Window { bytes: bytes.into(), chunks }))
     }
 }
 
-impl<R: Read> Iterator for Chunker<R> {
-    type Item = io::Result<ChunkData>;
+impl<R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Iterator for Chunker<R> {
+    type Item = io::Result<Window>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        Some(match self.inner.next()? {
-            Ok(data) => Ok(ChunkData {
-                offset: data.offset,
-                chunk: Chunk { length: data.length as u32, hash: Hash::of(&data.data) },
-                bytes: data.data,
-            }),
-            Err(error) => Err(error.into()),
-        })
+        self.window().transpose()
     }
 }
 
@@ -88,19 +115,60 @@ impl<R: Read> Iterator for Chunker<R> {
 mod tests {
     use super::*;
 
+    /// Reads `bytes`, at most `step` at once.
+    fn reader(bytes: &[u8], step: usize) -> impl FnMut(&mut Vec<u8>) -> io::Result<usize> + '_ {
+        let mut rest = bytes;
+        move |out| {
+            let room = (out.capacity() - out.len()).min(step);
+            let (part, after) = rest.split_at(room.min(rest.len()));
+            out.extend_from_slice(part);
+            rest = after;
+            Ok(part.len())
+        }
+    }
+
     fn cut(bytes: &[u8]) -> Vec<Chunk> {
-        Chunker::new(bytes, AVERAGE_MIN).map(|c| c.unwrap().chunk).collect()
+        let windows = Chunker::new(reader(bytes, usize::MAX), AVERAGE_MIN);
+        windows.flat_map(|window| window.unwrap().chunks).collect()
+    }
+
+    fn noise(length: usize) -> Vec<u8> {
+        let mut state = 1u64;
+        let mut step = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 56) as u8
+        };
+        (0..length).map(|_| step()).collect()
+    }
+
+    #[test]
+    fn windows_do_not_show() {
+        let data = noise(3_000_000);
+        for average in [AVERAGE_MIN, 64 << 10, AVERAGE_MAX] {
+            let whole = FastCDC::new(&data, average / 4, average, average * 4);
+            let expected: Vec<_> = whole.map(|chunk| chunk.length as u32).collect();
+            for step in [usize::MAX, 4096, 100_003] {
+                let mut at = 0;
+                let mut lengths = Vec::new();
+                for window in Chunker::new(reader(&data, step), average) {
+                    let window = window.unwrap();
+                    assert_eq!(window.bytes, data[at..at + window.bytes.len()]);
+                    for chunk in window.chunks {
+                        let end = at + chunk.length as usize;
+                        assert_eq!(chunk.hash, Hash::of(&data[at..end]));
+                        lengths.push(chunk.length);
+                        at = end;
+                    }
+                }
+                assert_eq!(at, data.len());
+                assert_eq!(lengths, expected, "average {average}, step {step}");
+            }
+        }
     }
 
     #[test]
     fn an_insertion_changes_few_chunks() {
-        let mut state = 1u64;
-        let mut data: Vec<u8> = (0..2_000_000)
-            .map(|_| {
-                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                (state >> 56) as u8
-            })
-            .collect();
+        let mut data = noise(2_000_000);
         let before = cut(&data);
         data.splice(1_000_000..1_000_000, *b"inserted");
         let after = cut(&data);

@@ -5,8 +5,9 @@
 //! bincode 2's standard configuration (little endian, variable-length
 //! integers) through serde. Decoding never allocates more than the limit.
 
-use serde::Serialize;
+use bytes::{Bytes, BytesMut};
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 /// The most bytes one encoded value may have: frames and records are both
 /// below it (see [`crate::wire::FRAME_MAX`]).
@@ -50,9 +51,59 @@ pub fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, CodecError> {
     Ok(bincode::serde::encode_to_vec(value, config())?)
 }
 
+/// Byte strings from this length on are referred to by [`encode_around`].
+const SHARED_MIN: usize = 1 << 10;
+
+/// Encodes a value behind `reserved` bytes for the caller to fill. What of it are
+/// byte strings within `shared`, and not short, is not copied: the parts, one
+/// after the other, are what [`encode`] would give.
+pub fn encode_around<T: Serialize + ?Sized>(
+    value: &T,
+    shared: &Bytes,
+    reserved: usize,
+) -> Result<Vec<Bytes>, CodecError> {
+    let head = BytesMut::zeroed(reserved);
+    let mut writer = Around { shared, head, parts: Vec::with_capacity(3) };
+    bincode::serde::encode_into_writer(value, &mut writer, config())?;
+    writer.cut();
+    Ok(writer.parts)
+}
+
+/// Collects what [`encode_around`] gives.
+struct Around<'a> {
+    shared: &'a Bytes,
+    head: BytesMut,
+    parts: Vec<Bytes>,
+}
+
+impl Around<'_> {
+    fn cut(&mut self) {
+        if !self.head.is_empty() {
+            self.parts.push(self.head.split().freeze());
+        }
+    }
+}
+
+impl bincode::enc::write::Writer for Around<'_> {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), bincode::error::EncodeError> {
+        if bytes.len() >= SHARED_MIN && self.shared.as_ptr_range().contains(&bytes.as_ptr()) {
+            self.cut();
+            self.parts.push(self.shared.slice_ref(bytes));
+        } else {
+            self.head.extend_from_slice(bytes);
+        }
+        Ok(())
+    }
+}
+
 /// Decodes a value that fills `bytes` exactly.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
-    let (value, read) = bincode::serde::decode_from_slice(bytes, config())?;
+    decode_borrowed(bytes)
+}
+
+/// The same of a value that may borrow from `bytes`.
+pub fn decode_borrowed<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, CodecError> {
+    let (value, read) = bincode::serde::borrow_decode_from_slice(bytes, config())?;
     match bytes.len() - read {
         0 => Ok(value),
         left => Err(CodecError::Trailing(left)),
@@ -102,6 +153,24 @@ mod tests {
             let mut bad = record.clone();
             bad[i / 8] ^= 1 << (i % 8);
             assert!(decode_record::<(u64, String)>(&bad).is_err(), "bit {i}");
+        }
+    }
+
+    #[test]
+    fn what_is_shared_is_not_copied() {
+        let shared = Bytes::from((0..5000u32).map(|n| n as u8).collect::<Vec<_>>());
+        let value = |bytes: &[u8]| (7u32, serde_bytes::ByteBuf::from(bytes), "text");
+        let other = serde_bytes::Bytes::new(&[9; 3000]);
+        for (from, to) in [(0, 5000), (100, 3000), (10, 20), (5000, 5000)] {
+            let part = &shared[from..to];
+            let parts =
+                encode_around(&(7u32, serde_bytes::Bytes::new(part), "text", other), &shared, 3)
+                    .unwrap();
+            let whole = parts.concat();
+            let copied = encode(&(value(part).0, value(part).1, value(part).2, other)).unwrap();
+            assert_eq!((&whole[..3], &whole[3..]), (&[0; 3][..], &copied[..]));
+            let is_shared = parts.iter().any(|p| p.as_ptr() == part.as_ptr());
+            assert_eq!(is_shared, part.len() >= SHARED_MIN, "{from} to {to}");
         }
     }
 

@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::codec;
-use crate::net::frame::{Compression, FrameReader, decode_frame, encode_frame};
+use crate::net::frame::{Compression, FrameReader, decode_frame, encode_frame, open_frame};
 use crate::wire::{DataFrame, DestinationMessage, SourceMessage};
 
 /// Inputs above this are cut by [`replay`]'s mutations.
@@ -23,7 +23,11 @@ const INPUT_MAX: usize = 1 << 16;
 pub fn frame(bytes: &[u8]) {
     one_frame::<SourceMessage>(bytes);
     one_frame::<DestinationMessage>(bytes);
-    one_frame::<DataFrame>(bytes);
+    // What is borrowed of a frame.
+    data_body(bytes);
+    if let Ok(body) = open_frame(bytes) {
+        data_body(&body);
+    }
     // Control messages are decoded where they are read, data frames elsewhere.
     let mut control = FrameReader::new(bytes);
     let mut data = FrameReader::new(bytes);
@@ -49,6 +53,13 @@ fn at_once<T>(read: impl Future<Output = T>) -> T {
         Poll::Ready(read) => read,
         Poll::Pending => unreachable!("memory is always ready"),
     }
+}
+
+fn data_body(bytes: &[u8]) {
+    let Ok(value) = codec::decode_borrowed::<DataFrame>(bytes) else { return };
+    let again = codec::encode(&value).expect("what was decoded");
+    let value: DataFrame = codec::decode_borrowed(&again).expect("what was encoded");
+    assert_eq!(codec::encode(&value).expect("as before"), again);
 }
 
 fn one_frame<T: Serialize + DeserializeOwned>(bytes: &[u8]) {

@@ -28,6 +28,8 @@ pub mod kept;
 
 pub use kept::{KeptChunk, KeptObject, PackedAgain};
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
@@ -44,8 +46,9 @@ use crate::time::Timestamp;
 ///
 /// 1: the first. 2: sessions have names; what finds no place is given
 /// back; what was staged when a session ended is used by the next ([`kept`]);
-/// verification. 3: greetings name batches by [`Edition`]; the destination says
-/// what names its file system takes.
+/// verification; the destination says what names its file system takes. 3:
+/// greetings name batches by [`Edition`]; the bytes of a frame's pieces stand
+/// together behind them.
 pub const ALPN: &[u8] = b"replicator/3";
 /// ALPN of an enrolment connection.
 pub const ALPN_ENROL: &[u8] = b"replicator-enrol/1";
@@ -58,7 +61,7 @@ pub const DATA_STREAMS: usize = 4;
 /// Files up to this many bytes travel whole, packed many to a frame; larger
 /// ones travel as transfers and as deltas.
 pub const PACK_MAX: u64 = 256 << 10;
-/// The most content bytes of one [`Piece::Data`].
+/// The most content bytes of one [`Piece`].
 pub const PIECE_MAX: usize = 1 << 20;
 
 /// A BLAKE3 hash.
@@ -526,15 +529,17 @@ pub enum Refusal {
 
 // ------------------------------------------------------------------- data
 
-/// From the source, on a data stream.
+/// From the source, on a data stream. Content is borrowed: from what was read at
+/// the one end, from the frame at the other.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub enum DataFrame {
+pub enum DataFrame<'a> {
     /// Small objects of a batch, many to a frame.
     Pack {
         /// The batch they belong to.
         batch: BatchId,
         /// The objects.
-        objects: Vec<PackedObject>,
+        #[serde(borrow)]
+        objects: Vec<PackedObject<'a>>,
     },
     /// A large object's transfer starts. All its frames are on one stream.
     TransferBegin(TransferBegin),
@@ -544,6 +549,9 @@ pub enum DataFrame {
         transfer: TransferId,
         /// The pieces.
         pieces: Vec<Piece>,
+        /// The bytes of all [`Piece::Data`], one after the other.
+        #[serde(borrow, with = "serde_bytes")]
+        data: Cow<'a, [u8]>,
     },
     /// All pieces were sent.
     TransferEnd {
@@ -578,7 +586,7 @@ pub enum DataFrame {
 
 /// A small regular file: content and attributes, staged as one.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct PackedObject {
+pub struct PackedObject<'a> {
     /// The object.
     pub object: ObjectId,
     /// Grows with each reading of the object within a batch; the plan names
@@ -589,8 +597,8 @@ pub struct PackedObject {
     /// Where data lies; all else are holes. Ordered, not overlapping.
     pub extents: Vec<Extent>,
     /// The extents' bytes, one after the other.
-    #[serde(with = "serde_bytes")]
-    pub bytes: Vec<u8>,
+    #[serde(borrow, with = "serde_bytes")]
+    pub bytes: Cow<'a, [u8]>,
     /// Hash of `bytes`.
     pub hash: Hash,
 }
@@ -628,13 +636,12 @@ pub struct TransferBegin {
 /// A run of a transferred file's content.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Piece {
-    /// Bytes, at most [`PIECE_MAX`].
+    /// The next bytes of the frame's `data`.
     Data {
-        /// Hash of `bytes`.
+        /// Their hash.
         hash: Hash,
-        /// The bytes.
-        #[serde(with = "serde_bytes")]
-        bytes: Vec<u8>,
+        /// How many, at most [`PIECE_MAX`].
+        length: u32,
     },
     /// The same bytes as the basis has there.
     Copy {
@@ -665,9 +672,8 @@ impl Piece {
     /// Bytes of the file that this piece covers.
     pub fn length(&self) -> u64 {
         match self {
-            Self::Data { bytes, .. } => bytes.len() as u64,
             Self::Copy { length, .. } | Self::Hole { length } => *length,
-            Self::Kept { length, .. } => u64::from(*length),
+            Self::Data { length, .. } | Self::Kept { length, .. } => u64::from(*length),
         }
     }
 }

@@ -10,7 +10,9 @@ use replicator_common::chunk::Chunk;
 use replicator_common::fuzzing;
 use replicator_common::id::{BatchId, BatchNonce, Edition, Incarnation, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
-use replicator_common::net::frame::{Compression, decode_frame, encode_frame};
+use replicator_common::net::frame::{
+    Compression, decode_body, decode_frame, encode_frame, open_frame,
+};
 use replicator_common::object::{Attributes, Kind, ObjectState, Xattr};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
@@ -102,13 +104,13 @@ fn from_destination() -> Vec<(&'static str, DestinationMessage)> {
     ]
 }
 
-fn data() -> Vec<(&'static str, DataFrame)> {
+fn data() -> Vec<(&'static str, DataFrame<'static>)> {
     let packed = PackedObject {
         object: id(1),
         version: 1,
         state: state(),
         extents: vec![Extent { offset: 0, length: 3 }],
-        bytes: b"abc".to_vec(),
+        bytes: b"abc".into(),
         hash: Hash::of(b"abc"),
     };
     let transfer = TransferId(4);
@@ -121,7 +123,7 @@ fn data() -> Vec<(&'static str, DataFrame)> {
         basis_version: BatchId(2),
     };
     let pieces = vec![
-        Piece::Data { hash: Hash::of(b"abc"), bytes: b"abc".to_vec() },
+        Piece::Data { hash: Hash::of(b"abc"), length: 3 },
         Piece::Copy { from: 3, length: 9 },
         Piece::Hole { length: 4096 },
         Piece::Kept { from: 7, length: 3, hash: Hash::of(b"abc") },
@@ -133,7 +135,7 @@ fn data() -> Vec<(&'static str, DataFrame)> {
         ("pack-again", DataFrame::PackAgain { batch: BatchId(3), objects: vec![again] }),
         ("begin", DataFrame::TransferBegin(begin)),
         ("reuse", DataFrame::TransferReuse { transfer, in_place: true }),
-        ("pieces", DataFrame::TransferPieces { transfer, pieces }),
+        ("pieces", DataFrame::TransferPieces { transfer, pieces, data: b"abc".into() }),
         ("end", DataFrame::TransferEnd { transfer, state: state() }),
     ]
 }
@@ -170,7 +172,9 @@ fn the_corpus_of_frames_and_what_is_near_it() {
     let read = |name| std::fs::read(corpus().join(name)).unwrap();
     decode_frame::<SourceMessage>(&read("plan")).unwrap();
     decode_frame::<DestinationMessage>(&read("inventory")).unwrap();
-    decode_frame::<DataFrame>(&read("pack")).unwrap();
+    for name in ["pack", "pieces"] {
+        decode_body::<DataFrame>(&open_frame(&read(name)).unwrap()).unwrap();
+    }
     assert_eq!(read("compressed")[4], 1, "compressed");
     fuzzing::replay(corpus(), Duration::from_secs(1), fuzzing::frame);
 }

@@ -2,7 +2,6 @@
 //! before children, so that the source sends only what differs.
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use replicator_common::chunk::{self, Chunker};
@@ -11,6 +10,7 @@ use replicator_common::name::Name;
 use replicator_common::object::{Attributes, Kind, ObjectState};
 use replicator_common::sys::{handle, place, stat, xattr};
 use replicator_common::wire::{Hash, InventoryContent, InventoryItem, PACK_MAX};
+use rustix::buffer::spare_capacity;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use serde_bytes::ByteBuf;
@@ -127,7 +127,7 @@ fn item(
         }
         Kind::File => {
             let file = place::reopen(fd.as_fd(), OFlags::RDONLY).map_err(failed("open"))?;
-            chunks(out, File::from(file), size, &item).map_err(failed("read"))?;
+            chunks(out, file, size, &item).map_err(failed("read"))?;
         }
         Kind::Symlink => {
             let target =
@@ -141,19 +141,22 @@ fn item(
 
 fn chunks(
     out: &mut Frames<'_, '_>,
-    file: File,
+    file: OwnedFd,
     size: u64,
     item: &dyn Fn(InventoryContent) -> InventoryItem,
 ) -> Result<(), Errno> {
     let average = chunk::average_for(size);
     let mut list = Vec::new();
-    for piece in Chunker::new(file, average) {
-        let piece = piece.map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?;
-        if list.len() == CHUNKS_MAX {
-            let chunks = std::mem::take(&mut list);
-            out.push(item(InventoryContent::Chunks { average, chunks, more: true }));
+    let read = |bytes: &mut Vec<u8>| Ok(rustix::io::read(&file, spare_capacity(bytes))?);
+    for window in Chunker::new(read, average) {
+        let window = window.map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?;
+        for chunk in window.chunks {
+            if list.len() == CHUNKS_MAX {
+                let chunks = std::mem::take(&mut list);
+                out.push(item(InventoryContent::Chunks { average, chunks, more: true }));
+            }
+            list.push(chunk);
         }
-        list.push(piece.chunk);
     }
     out.push(item(InventoryContent::Chunks { average, chunks: list, more: false }));
     Ok(())

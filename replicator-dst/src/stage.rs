@@ -164,7 +164,7 @@ impl Stager {
     pub fn pack(
         &mut self,
         batch: BatchId,
-        packed: &PackedObject,
+        packed: &PackedObject<'_>,
     ) -> Result<StagedFile, StageError> {
         check_packed(packed)?;
         let name = self.name('p', batch, &packed.object);
@@ -180,7 +180,7 @@ impl Stager {
         &mut self,
         file: &OwnedFd,
         name: &Name,
-        packed: &PackedObject,
+        packed: &PackedObject<'_>,
     ) -> Result<StagedFile, StageError> {
         let failed = |action| AreaError::system(action, name);
         let mut from = 0;
@@ -304,11 +304,21 @@ impl Stager {
         file.map(Some).ok_or_else(|| refused("the basis cannot be found"))
     }
 
-    /// Pieces of a transfer arrived. Those of a transfer that was refused are
-    /// passed over.
-    pub fn pieces(&mut self, transfer: TransferId, pieces: &[Piece]) -> Result<(), StageError> {
+    /// Pieces of a transfer arrived, with the bytes of those that are data; all of
+    /// them are, or it is one. Those of a transfer that was refused are passed over.
+    ///
+    /// After an error that is the file system's, the same may be tried again.
+    pub fn pieces(
+        &mut self,
+        transfer: TransferId,
+        pieces: &[Piece],
+        data: &[u8],
+    ) -> Result<(), StageError> {
         let Some(open) = self.open.get_mut(&transfer) else { return Ok(()) };
-        let result = pieces.iter().try_for_each(|piece| open.add(transfer, piece));
+        let result = match pieces {
+            [Piece::Data { .. }, ..] => open.data(transfer, pieces, data),
+            _ => pieces.iter().try_for_each(|piece| open.add(transfer, piece)),
+        };
         let result = open.without_room(transfer, result);
         if matches!(result, Err(StageError::Refused { .. })) {
             self.abort(transfer);
@@ -403,18 +413,19 @@ impl Open {
         let failed = |action| AreaError::system(action, &self.name);
         let target = Extent { offset: self.offset, length };
         match piece {
-            Piece::Data { hash, bytes } => {
-                if bytes.len() > PIECE_MAX {
-                    return Err(StageError::Breach(format!("a piece of {length} bytes")));
-                }
-                if Hash::of(bytes) != *hash {
-                    return Err(StageError::Breach(format!("transfer {transfer}: wrong hash")));
-                }
-                self.literal(hash, bytes, None)?;
+            Piece::Data { .. } => {
+                return Err(StageError::Breach(format!(
+                    "transfer {transfer}: no bytes of a piece"
+                )));
             }
             Piece::Kept { from, hash, .. } => {
                 let bytes = self.kept_bytes(transfer, piece)?;
-                self.literal(hash, &bytes, Some(*from))?;
+                let at = self.literal_at();
+                if !(self.is_in_place() && *from == at) {
+                    place::write_at(&self.file, &bytes, at).map_err(failed("write"))?;
+                    self.record.push(at, bytes.len() as u32, hash).map_err(failed("write"))?;
+                }
+                self.literal(length)?;
             }
             Piece::Hole { .. } => {
                 if let Some((name, list)) = &mut self.list {
@@ -456,19 +467,41 @@ impl Open {
         Ok(())
     }
 
-    /// Literal bytes of the object: written where they belong, unless they stand
-    /// there already because they were kept in place.
-    fn literal(&mut self, hash: &Hash, bytes: &[u8], from: Option<u64>) -> Result<(), StageError> {
+    /// Bytes that came, of several pieces: they stand side by side here, too, and
+    /// are written by one call.
+    fn data(
+        &mut self,
+        transfer: TransferId,
+        pieces: &[Piece],
+        data: &[u8],
+    ) -> Result<(), StageError> {
         let failed = |action| AreaError::system(action, &self.name);
-        let length = bytes.len() as u64;
-        let target = Extent { offset: self.offset, length };
-        let at = if self.list.is_some() { self.literal } else { self.offset };
-        if !(self.is_in_place() && from == Some(at)) {
-            place::write_at(&self.file, bytes, at).map_err(failed("write"))?;
-            // A piece is far below 4 GiB.
-            let short = u32::try_from(length).unwrap_or(u32::MAX);
-            self.record.push(at, short, hash).map_err(failed("write"))?;
+        if self.offset.checked_add(data.len() as u64).is_none_or(|end| end > i64::MAX as u64) {
+            return Err(StageError::Breach(format!("transfer {transfer} has no end")));
         }
+        check_data(transfer, pieces, data)?;
+        let mut at = self.literal_at();
+        place::write_at(&self.file, data, at).map_err(failed("write"))?;
+        for piece in pieces {
+            if let Piece::Data { hash, length } = piece {
+                self.record.push(at, *length, hash).map_err(failed("write"))?;
+                at += u64::from(*length);
+            }
+        }
+        // One entry of a patch's list, as one write will do it.
+        self.literal(data.len() as u64)?;
+        self.offset += data.len() as u64;
+        Ok(())
+    }
+
+    /// Where the next literal bytes are written.
+    fn literal_at(&self) -> u64 {
+        if self.list.is_some() { self.literal } else { self.offset }
+    }
+
+    /// So many literal bytes were written, and belong at the present offset.
+    fn literal(&mut self, length: u64) -> Result<(), StageError> {
+        let (at, target) = (self.literal_at(), Extent { offset: self.offset, length });
         if let Some((name, list)) = &mut self.list {
             list.push(&PatchPiece { target, literal: Some(at) })
                 .map_err(|e| io_failed(&e, name))?;
@@ -476,6 +509,27 @@ impl Open {
         }
         Ok(())
     }
+}
+
+/// Whether `data` is what the pieces, all of them data, say.
+fn check_data(transfer: TransferId, pieces: &[Piece], data: &[u8]) -> Result<(), StageError> {
+    let breach = |what: &str| Err(StageError::Breach(format!("transfer {transfer}: {what}")));
+    let mut rest = data;
+    for piece in pieces {
+        let Piece::Data { hash, length } = piece else { return breach("a piece without bytes") };
+        let length = *length as usize;
+        if length > PIECE_MAX {
+            return breach("a piece that is too long");
+        }
+        let Some((bytes, after)) = rest.split_at_checked(length) else {
+            return breach("pieces and bytes differ in length");
+        };
+        if Hash::of(bytes) != *hash {
+            return breach("wrong hash");
+        }
+        rest = after;
+    }
+    if rest.is_empty() { Ok(()) } else { breach("pieces and bytes differ in length") }
 }
 
 fn unnamed(name: &Name) -> AreaError {
@@ -486,7 +540,7 @@ fn io_failed(error: &std::io::Error, name: &Name) -> AreaError {
     AreaError::system("write", name)(Errno::from_io_error(error).unwrap_or(Errno::IO))
 }
 
-fn check_packed(packed: &PackedObject) -> Result<(), StageError> {
+fn check_packed(packed: &PackedObject<'_>) -> Result<(), StageError> {
     let breach = |what: &str| Err(StageError::Breach(format!("object {}: {what}", packed.object)));
     if packed.state.kind != Kind::File {
         return breach("packed, but no file");

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use quinn::RecvStream;
 use replicator_common::id::{BatchId, ObjectId, TransferId};
-use replicator_common::net::frame::{FrameReader, decode_frame};
-use replicator_common::wire::{DataFrame, Refusal};
+use replicator_common::net::frame::{FrameReader, decode_body, open_frame};
+use replicator_common::wire::{DataFrame, Piece, Refusal};
 use tokio::sync::mpsc;
 
 use crate::area::AreaError;
@@ -164,10 +164,10 @@ fn stage_all(
         }
         metrics::counter!("replicator_destination_received_bytes_total")
             .increment(frame.len() as u64);
-        let result = match decode_frame::<DataFrame>(&frame) {
-            Ok(frame) => stage_one(replica, &mut stager, frame, events),
-            Err(error) => Err(SessionError::unread(error)),
-        };
+        let result = open_frame(&frame).map_err(SessionError::unread).and_then(|body| {
+            let frame = decode_body(&body).map_err(SessionError::unread)?;
+            stage_one(replica, &mut stager, frame, events)
+        });
         let shortfalls = std::mem::take(&mut stager.shortfalls);
         attributes::merge(&mut replica.shared().standing.shortfalls, shortfalls);
         if let Err(error) = result {
@@ -180,7 +180,7 @@ fn stage_all(
 fn stage_one(
     replica: &Replica,
     stager: &mut Stager,
-    frame: DataFrame,
+    frame: DataFrame<'_>,
     events: &mpsc::Sender<Event>,
 ) -> Result<(), SessionError> {
     let tell = |event| events.blocking_send(event).map_err(|_| SessionError::Closed);
@@ -243,13 +243,12 @@ fn stage_one(
                 Staged::Done(_) | Staged::Refused => Ok(()),
             }
         }
-        DataFrame::TransferPieces { transfer, pieces } => {
-            // One by one: a piece that failed half-way is written again at the
-            // same place, those before it are not.
-            for piece in &pieces {
-                let piece = std::slice::from_ref(piece);
+        DataFrame::TransferPieces { transfer, pieces, data } => {
+            // Part by part: one that failed half-way is written again at the same
+            // place, those before it are not.
+            for (pieces, data) in parts(&pieces, &data)? {
                 if let Staged::Unplaced(reason) =
-                    patiently(replica, events, || stager.pieces(transfer, piece))?
+                    patiently(replica, events, || stager.pieces(transfer, pieces, data))?
                 {
                     // What came of it makes room for others. The rest is passed over.
                     stager.abort(transfer);
@@ -291,6 +290,28 @@ fn stage_one(
             tell(Event::Aborted { transfer })
         }
     }
+}
+
+/// Pieces that are staged at once, with the bytes of those that are data.
+type Part<'a> = (&'a [Piece], &'a [u8]);
+
+/// Pieces that are data and stand side by side; and each other piece.
+fn parts<'a>(pieces: &'a [Piece], data: &'a [u8]) -> Result<Vec<Part<'a>>, SessionError> {
+    let is_data = |piece: &Piece| matches!(piece, Piece::Data { .. });
+    let (mut rest, mut parts) = (data, Vec::new());
+    for part in pieces.chunk_by(|one, next| is_data(one) && is_data(next)) {
+        let length = part.iter().filter(|one| is_data(one)).map(Piece::length).sum::<u64>();
+        let split = usize::try_from(length).ok().and_then(|length| rest.split_at_checked(length));
+        let Some((bytes, after)) = split else { return Err(uneven()) };
+        parts.push((part, bytes));
+        rest = after;
+    }
+    if rest.is_empty() { Ok(parts) } else { Err(uneven()) }
+}
+
+fn uneven() -> SessionError {
+    let what = "a frame whose pieces and bytes differ in length".to_owned();
+    SessionError::Refused(Refusal::Protocol(what))
 }
 
 /// What came of an attempt to stage.

@@ -209,7 +209,7 @@ fn packed(ops: Vec<Op>, source: &Source) -> Batch {
             state: state.clone(),
             extents: vec![Extent { offset: 0, length: bytes.len() as u64 }],
             hash: Hash::of(&bytes),
-            bytes,
+            bytes: bytes.into(),
         });
     }
     Batch { ops, packs }

@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use common::{Batch, FakeSource, ROOT, World, id, name, state};
+use common::{Batch, FakeSource, ROOT, World, data, id, name, pieces, plain, state};
 use replicator_common::control::{Control, DeletionMode};
 use replicator_common::describe::{
     ASKED_MAX, Describe, Description, EntriesSeen, RANGE_MAX, RangeSeen,
@@ -23,8 +23,8 @@ use replicator_common::object::Kind;
 use replicator_common::sys::{handle, place};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
-    ContentSource, DataFrame, DestinationMessage, FRAME_MAX, Layout, Op, Piece, SourceMessage,
-    TransferBegin,
+    ContentSource, DataFrame, DestinationMessage, FRAME_MAX, Hash, Layout, Op, PIECE_MAX, Piece,
+    SourceMessage, TransferBegin,
 };
 use replicator_dst::readonly::Protection;
 use replicator_dst::service::DestinationService;
@@ -171,7 +171,7 @@ async fn what_is_out_of_turn_or_not_what_it_claims_is_refused() {
 
     let mut source = stage.session().await;
     let mut batch = Batch::new().file(5, ROOT, "x", b"what was read");
-    batch.packs[0].bytes[0] ^= 1;
+    batch.packs[0].bytes.to_mut()[0] ^= 1;
     source.packs(2, &batch.packs).await;
     refused(source, "wrong hash").await;
 
@@ -186,9 +186,26 @@ async fn what_is_out_of_turn_or_not_what_it_claims_is_refused() {
         basis_version: BatchId(1),
     });
     source.data.write(&begin).await.unwrap();
-    let pieces = vec![Piece::Copy { from: u64::MAX - 1, length: 9 }];
-    source.data.write(&DataFrame::TransferPieces { transfer, pieces }).await.unwrap();
+    let piece = Piece::Copy { from: u64::MAX - 1, length: 9 };
+    source.data.write(&pieces(transfer, vec![plain(piece)])).await.unwrap();
     refused(source, "copies nothing").await;
+
+    // Pieces that say other than their bytes.
+    let (whole, words) = (data(*b"what was read"), "differ in length");
+    let (hash, long) = (Hash::of(b"what was read"), PIECE_MAX as u32 + 1);
+    let lies = [
+        (Piece::Data { hash, length: 12 }, whole.1.clone(), words),
+        (Piece::Data { hash, length: 14 }, whole.1.clone(), words),
+        (Piece::Copy { from: 0, length: 5 }, whole.1.clone(), words),
+        (Piece::Data { hash, length: long }, vec![0; long as usize], "too long"),
+        (Piece::Data { hash: Hash::of(b"a lie"), length: 13 }, whole.1, "wrong hash"),
+    ];
+    for (piece, bytes, words) in lies {
+        let mut source = stage.session().await;
+        source.data.write(&begin).await.unwrap();
+        source.data.write(&pieces(transfer, vec![(piece, bytes)])).await.unwrap();
+        refused(source, words).await;
+    }
 
     let mut source = stage.session().await;
     source.send(2, &Batch::new().file(5, 3, "through-the-link", b"x")).await;

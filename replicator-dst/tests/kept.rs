@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::{Batch, FakeSource, ROOT, World, id, state};
+use common::{Batch, FakeSource, Part, ROOT, World, id, pieces, plain, state};
 use replicator_common::control::{Control, DeletionMode};
 use replicator_common::id::{BatchId, TransferId};
 use replicator_common::object::Kind;
@@ -39,17 +39,17 @@ fn chunk(tag: u8) -> Vec<u8> {
     (0..length).map(|at| (at as u8).wrapping_mul(tag) ^ (at >> 8) as u8).collect()
 }
 
-fn data(tag: u8) -> Piece {
-    Piece::Data { hash: Hash::of(&chunk(tag)), bytes: chunk(tag) }
+fn data(tag: u8) -> Part {
+    common::data(chunk(tag))
 }
 
-fn again(content: &[u8]) -> DataFrame {
+fn again(content: &[u8]) -> DataFrame<'static> {
     let state = state(Kind::File, 0o604, content.len() as u64);
     let again = PackedAgain { object: id(SMALL), version: 1, state, hash: Hash::of(content) };
     DataFrame::PackAgain { batch: BatchId(2), objects: vec![again] }
 }
 
-fn begin(number: u64, object: u8, size: u64) -> DataFrame {
+fn begin(number: u64, object: u8, size: u64) -> DataFrame<'static> {
     DataFrame::TransferBegin(TransferBegin {
         transfer: TransferId(number),
         object: id(object),
@@ -60,8 +60,8 @@ fn begin(number: u64, object: u8, size: u64) -> DataFrame {
     })
 }
 
-fn kept(offer: &KeptChunk) -> Piece {
-    Piece::Kept { from: offer.from, length: offer.chunk.length, hash: offer.chunk.hash }
+fn kept(offer: &KeptChunk) -> Part {
+    plain(Piece::Kept { from: offer.from, length: offer.chunk.length, hash: offer.chunk.hash })
 }
 
 fn put(content: ContentSource, object: u8, mode: u32, size: u64) -> Op {
@@ -90,8 +90,7 @@ impl Stage {
     async fn fill(&self, source: &mut FakeSource) {
         source.packs(2, &Batch::new().file(SMALL, ROOT, "small", b"small content").packs).await;
         source.data.write(&begin(1, LARGE, 90_000)).await.unwrap();
-        let pieces = vec![data(1), data(2), data(3)];
-        let frame = DataFrame::TransferPieces { transfer: TransferId(1), pieces };
+        let frame = pieces(TransferId(1), vec![data(1), data(2), data(3)]);
         source.data.write(&frame).await.unwrap();
         let arriving = || self.service.list().remove(0).destination.unwrap().arriving;
         while arriving().first().is_none_or(|one| one.bytes < 60_000) {
@@ -172,8 +171,8 @@ async fn use_kept(stage: &Stage, in_place: bool) {
         1..=3 => kept(&offer[usize::from(*tag) - 1]),
         other => data(*other),
     };
-    let pieces = tags.iter().map(of).collect();
-    source.data.write(&DataFrame::TransferPieces { transfer, pieces }).await.unwrap();
+    let parts = tags.iter().map(of).collect();
+    source.data.write(&pieces(transfer, parts)).await.unwrap();
     let size = content.len() as u64;
     let state = state(Kind::File, 0o640, size);
     source.data.write(&DataFrame::TransferEnd { transfer, state }).await.unwrap();
@@ -291,8 +290,8 @@ async fn lies_about_what_was_kept_are_refused() {
             let said = source.next().await;
             assert!(matches!(said, DestinationMessage::TransferRefused { .. }), "{said:?}");
         } else {
-            let pieces = vec![Piece::Kept { from: 0, length: 9, hash: Hash::of(b"x") }];
-            let frame = DataFrame::TransferPieces { transfer, pieces };
+            let piece = Piece::Kept { from: 0, length: 9, hash: Hash::of(b"x") };
+            let frame = pieces(transfer, vec![plain(piece)]);
             source.data.write(&frame).await.unwrap();
             refused(source, "not kept for it").await;
         }
@@ -312,8 +311,8 @@ async fn lies_about_what_was_kept_are_refused() {
         source.data.write(&begin(1, LARGE, 90_000)).await.unwrap();
         let frame = DataFrame::TransferReuse { transfer, in_place: false };
         source.data.write(&frame).await.unwrap();
-        let pieces = vec![Piece::Kept { from, length, hash }];
-        source.data.write(&DataFrame::TransferPieces { transfer, pieces }).await.unwrap();
+        let piece = Piece::Kept { from, length, hash };
+        source.data.write(&pieces(transfer, vec![plain(piece)])).await.unwrap();
         match source.next().await {
             DestinationMessage::TransferRefused { .. } | DestinationMessage::Refused(_) => {}
             other => panic!("{other:?}"),

@@ -7,13 +7,13 @@ mod common;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use common::{Batch, ROOT, World, id, name, once, state};
+use common::{Batch, Part, ROOT, World, data, id, name, once, pieces, plain, state};
 use replicator_common::control::{Control, DeletionMode};
 use replicator_common::id::{BatchId, TransferId};
 use replicator_common::object::{Kind, Xattr};
 use replicator_common::wire::{
-    ContentSource, DataFrame, DestinationMessage, Hash, InventoryItem, Layout, Op, Piece,
-    SourceMessage, TransferBegin,
+    ContentSource, DataFrame, DestinationMessage, InventoryItem, Layout, Op, Piece, SourceMessage,
+    TransferBegin,
 };
 use replicator_dst::failover::{self, Manifest};
 use replicator_dst::replica::Point;
@@ -171,18 +171,14 @@ async fn transfer(
     source: &mut common::FakeSource,
     number: u64,
     begin: TransferBegin,
-    pieces: Vec<Piece>,
+    parts: Vec<Part>,
     size: u64,
 ) {
     let transfer = TransferId(number);
     source.data.write(&DataFrame::TransferBegin(begin)).await.unwrap();
-    source.data.write(&DataFrame::TransferPieces { transfer, pieces }).await.unwrap();
+    source.data.write(&pieces(transfer, parts)).await.unwrap();
     let end = DataFrame::TransferEnd { transfer, state: state(Kind::File, 0o600, size) };
     source.data.write(&end).await.unwrap();
-}
-
-fn data(bytes: Vec<u8>) -> Piece {
-    Piece::Data { hash: Hash::of(&bytes), bytes }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -214,22 +210,28 @@ async fn replace_and_patch(mut world: World) {
     expected.extend(vec![0; 100_000]);
     expected.extend(b"end");
     let size = expected.len() as u64;
-    let pieces =
-        vec![data(vec![b'x'; 300_000]), Piece::Hole { length: 100_000 }, data(b"end".to_vec())];
-    transfer(&mut source, 1, begin(1, Layout::Replace, None, 0), pieces, size).await;
+    // Two pieces of data side by side, and one behind the hole.
+    let parts = vec![
+        data(vec![b'x'; 200_000]),
+        data(vec![b'x'; 100_000]),
+        plain(Piece::Hole { length: 100_000 }),
+        data(*b"end"),
+    ];
+    transfer(&mut source, 1, begin(1, Layout::Replace, None, 0), parts, size).await;
     let batch = Batch::new().root().op(put(1, true, size)).entry(ROOT, "big", None, Some(2));
     source.apply(1, &batch).await;
     assert_eq!(std::fs::read(world.replica.join("big")).unwrap(), expected);
 
     // A patch: one run rewritten, one made a hole, the end cut.
-    let pieces = vec![
-        Piece::Copy { from: 0, length: 1000 },
-        data(b"patched".to_vec()),
-        Piece::Copy { from: 1007, length: 98_993 },
-        Piece::Hole { length: 100_000 },
-        Piece::Copy { from: 200_000, length: 150_000 },
+    let parts = vec![
+        plain(Piece::Copy { from: 0, length: 1000 }),
+        data(*b"pat"),
+        data(*b"ched"),
+        plain(Piece::Copy { from: 1007, length: 98_993 }),
+        plain(Piece::Hole { length: 100_000 }),
+        plain(Piece::Copy { from: 200_000, length: 150_000 }),
     ];
-    transfer(&mut source, 2, begin(2, Layout::Patch, Some(2), 1), pieces, 350_000).await;
+    transfer(&mut source, 2, begin(2, Layout::Patch, Some(2), 1), parts, 350_000).await;
     source.apply(2, &Batch::new().op(put(2, false, 350_000))).await;
     expected[1000..1007].copy_from_slice(b"patched");
     expected[100_000..200_000].fill(0);
@@ -237,12 +239,12 @@ async fn replace_and_patch(mut world: World) {
     assert_eq!(std::fs::read(world.replica.join("big")).unwrap(), expected);
 
     // A new file from the old one's pieces, with an insertion.
-    let pieces = vec![
-        Piece::Copy { from: 0, length: 500 },
-        data(b"inserted".to_vec()),
-        Piece::Copy { from: 500, length: 349_500 },
+    let parts = vec![
+        plain(Piece::Copy { from: 0, length: 500 }),
+        data(*b"inserted"),
+        plain(Piece::Copy { from: 500, length: 349_500 }),
     ];
-    transfer(&mut source, 3, begin(3, Layout::Replace, Some(2), 2), pieces, 350_008).await;
+    transfer(&mut source, 3, begin(3, Layout::Replace, Some(2), 2), parts, 350_008).await;
     source.apply(3, &Batch::new().op(put(3, false, 350_008))).await;
     expected.splice(500..500, *b"inserted");
     assert_eq!(std::fs::read(world.replica.join("big")).unwrap(), expected);

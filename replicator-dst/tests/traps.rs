@@ -8,15 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::{Batch, FakeSource, ROOT, World, id, once, state};
+use common::{Batch, FakeSource, ROOT, World, data, id, once, pieces, state};
 use replicator_common::control::{Control, DeletionMode};
 use replicator_common::id::{BatchId, BatchNonce, TransferId};
 use replicator_common::object::Kind;
 use replicator_common::status::Status;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
-    ContentSource, DataFrame, DestinationMessage, Hash, Layout, Op, Piece, SourceMessage,
-    TransferBegin,
+    ContentSource, DataFrame, DestinationMessage, Layout, Op, SourceMessage, TransferBegin,
 };
 use replicator_dst::readonly::Protection;
 use replicator_dst::replica::{Point, Replica};
@@ -76,9 +75,7 @@ async fn trap_5_a_delta_of_another_version_of_its_basis_is_refused() {
     }
     let transfer = TransferId(9);
     source.data.write(&begin(9, 1)).await.unwrap();
-    let (bytes, hash) = (b"two".to_vec(), Hash::of(b"two"));
-    let pieces = vec![Piece::Data { hash, bytes }];
-    source.data.write(&DataFrame::TransferPieces { transfer, pieces }).await.unwrap();
+    source.data.write(&pieces(transfer, vec![data(*b"two")])).await.unwrap();
     let end = DataFrame::TransferEnd { transfer, state: state(Kind::File, 0o600, 3) };
     source.data.write(&end).await.unwrap();
     let put = Op::Put {

@@ -18,7 +18,7 @@ use replicator_common::wire::{
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
-use crate::read::sink::{Sink, SinkError, Wired};
+use crate::read::sink::{Frame, Sink, SinkError, Wired};
 
 /// First and longest pause between attempts to connect. An attempt that began
 /// while the network was cut is of use if the network is back by its last
@@ -102,7 +102,7 @@ pub struct Session {
     /// The greeting and its answer, by both clocks.
     pub clocks: Exchange,
     connection: quinn::Connection,
-    control: mpsc::Sender<Vec<u8>>,
+    control: mpsc::Sender<Frame>,
     wired: Arc<Wired>,
     verdict: Arc<OnceLock<String>>,
 }
@@ -127,7 +127,7 @@ impl Session {
     pub fn send(&self, message: &SourceMessage) -> Result<(), SinkError> {
         let frame = encode_frame(message, Compression::Auto)?;
         self.wired.frame(frame.len());
-        self.control.blocking_send(frame).map_err(|_| SinkError::Closed)
+        self.control.blocking_send(vec![frame.into()]).map_err(|_| SinkError::Closed)
     }
 
     /// The connection's present round trip.
@@ -269,7 +269,7 @@ impl Attempt<'_> {
             Exchange { sent: hello.echo, received: hello.received, answered: hello.time, heard };
         let mut writers = JoinSet::new();
         let (control, frames) = mpsc::channel(CONTROL_QUEUE);
-        writers.spawn(write_frames(writer, frames));
+        writers.spawn(write_frames(writer.into_inner(), frames));
         let mut queues = Vec::new();
         for number in 0..DATA_STREAMS {
             let stream = connection.open_uni().await.map_err(|error| broke(&error))?;
@@ -277,7 +277,7 @@ impl Attempt<'_> {
             // queue behind large ones.
             prefer(&stream, if number < DATA_STREAMS / 2 { 1 } else { 0 });
             let (queue, frames) = mpsc::channel(DATA_QUEUE);
-            writers.spawn(write_frames(FrameWriter::new(stream), frames));
+            writers.spawn(write_frames(stream, frames));
             queues.push(queue);
         }
         let Link { wired, compression, .. } = self.link;
@@ -306,11 +306,11 @@ fn prefer(stream: &quinn::SendStream, priority: i32) {
 }
 
 async fn write_frames(
-    mut writer: FrameWriter<quinn::SendStream>,
-    mut frames: mpsc::Receiver<Vec<u8>>,
+    mut stream: quinn::SendStream,
+    mut frames: mpsc::Receiver<Frame>,
 ) -> Result<(), String> {
-    while let Some(frame) = frames.recv().await {
-        writer.write_encoded(&frame).await.map_err(|error| error.to_string())?;
+    while let Some(mut parts) = frames.recv().await {
+        stream.write_all_chunks(&mut parts).await.map_err(|error| error.to_string())?;
     }
     Ok(())
 }

@@ -194,25 +194,48 @@ impl Mount {
         mount
     }
 
-    /// An ext4 of less than 128 MiB whose own structures stand before all
-    /// content, so that [`Self::cut`] takes places of content alone.
-    pub fn with_content_last(bytes: u64) -> Self {
+    /// An ext4 of less than 128 MiB of which the first `bytes` that its own
+    /// structures leave are free, and the rest is taken until [`Self::free_end`].
+    pub fn with_end_taken(bytes: u64, free: u64) -> Self {
         let mount = Self::prepare(FileSystem::Ext4);
         let now = "lazy_itable_init=0,lazy_journal_init=0";
-        mount.make(bytes, &["-b", "4096", "-E", now]);
+        mount.make(bytes, &["-b", "4096", "-m", "0", "-E", now]);
+        // All of it, with what ext4 keeps for itself, in one piece from the first
+        // free block to the last; then the first of it is given back.
+        let device = mount.device();
+        let name = device.file_name().unwrap().to_str().unwrap();
+        fs::write(format!("/sys/fs/ext4/{name}/reserved_clusters"), "0").unwrap();
+        let left = rustix::fs::statvfs(&mount.path).unwrap();
+        let all = (left.f_bavail * left.f_frsize).to_string();
+        let end = mount.path.join("end");
+        run(Command::new("fallocate").args(["-l", &all]).arg(&end));
+        run(Command::new("fallocate").args(["-p", "-l", &free.to_string()]).arg(&end));
+        rustix::fs::sync();
         mount
     }
 
-    /// The disk loses what lies behind the last block that is in use: reading
-    /// and writing there fail with EIO. Of [`Self::with_content_last`]. Nothing
-    /// is synced for it: content that has no block yet will find none.
-    pub fn cut(&self) {
+    /// Frees the end of [`Self::with_end_taken`].
+    pub fn free_end(&self) {
+        fs::remove_file(self.path.join("end")).unwrap();
+        rustix::fs::sync();
+    }
+
+    /// The disk loses its free end: reading and writing there fail with EIO. False
+    /// where less than 8 MiB of it are free. Nothing is synced for it: content that has no block
+    /// yet will find none.
+    pub fn cut(&self) -> bool {
         // The device and not the image: what the kernel has in its cache counts.
         let told = run(Command::new("dumpe2fs").arg(self.device()));
-        let free = told.lines().filter_map(|line| line.trim().strip_prefix("Free blocks: "));
-        let last = free.filter_map(|ranges| ranges.rsplit(", ").next()).next_back().unwrap();
-        let first: u64 = last.split('-').next().unwrap().parse().unwrap();
+        let after = |prefix| told.lines().filter_map(move |l| l.trim().strip_prefix(prefix));
+        let count: u64 = after("Block count:").next().unwrap().trim().parse().unwrap();
+        let last = after("Free blocks: ").next_back().and_then(|r| r.rsplit(", ").next()).unwrap();
+        let (first, end) = last.split_once('-').unwrap_or((last, last));
+        let first: u64 = first.parse().unwrap();
+        if end.parse() != Ok(count - 1) || count - first < 2048 {
+            return false;
+        }
         self.resize(first * 4096);
+        true
     }
 
     /// The disk is as long as `bytes` again.

@@ -17,11 +17,13 @@
 //! [`FrameReader::read_encoded`] with [`decode_frame`]); small control messages
 //! go through [`FrameWriter::write`] and [`FrameReader::read`].
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::io;
 
-use serde::Serialize;
+use bytes::{BufMut, Bytes};
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::codec::{self, CodecError};
@@ -163,6 +165,31 @@ pub fn encode_frame<T: Serialize + ?Sized>(
     Ok(frame)
 }
 
+/// The same of a message whose content stands in `content`: the frame in parts,
+/// of which those that are content are not copied, unless it is compressed.
+///
+/// # Errors
+/// As [`encode_frame`].
+pub fn encode_frame_around<T: Serialize + ?Sized>(
+    value: &T,
+    content: &Bytes,
+    compression: Compression,
+) -> Result<Vec<Bytes>, FrameError> {
+    // Content that a sample shows to shrink: the whole is looked at.
+    if compression == Compression::Auto && sample_shrinks(content) {
+        return Ok(vec![encode_frame(value, compression)?.into()]);
+    }
+    let mut parts = codec::encode_around(value, content, HEADER)?;
+    let length = parts.iter().map(Bytes::len).sum::<usize>() - HEADER;
+    if length > FRAME_MAX {
+        return Err(FrameError::TooLong { length, limit: FRAME_MAX });
+    }
+    let mut first = Vec::from(std::mem::take(&mut parts[0]));
+    first[..4].copy_from_slice(&length_bytes(length));
+    parts[0] = first.into();
+    Ok(parts)
+}
+
 /// A length that was checked against [`FRAME_MAX`], which 32 bits hold.
 fn length_bytes(length: usize) -> [u8; 4] {
     const { assert!(FRAME_MAX <= u32::MAX as usize) };
@@ -177,7 +204,27 @@ pub fn decode_frame<T: DeserializeOwned>(frame: &[u8]) -> Result<T, FrameError> 
     decode_within(frame, FRAME_MAX)
 }
 
+/// The body of a whole frame, for [`decode_body`].
+///
+/// # Errors
+/// Any [`FrameError`] but [`FrameError::Io`] and [`FrameError::Codec`].
+pub fn open_frame(frame: &[u8]) -> Result<Cow<'_, [u8]>, FrameError> {
+    body_within(frame, FRAME_MAX)
+}
+
+/// Decodes a message, which may borrow from the body.
+///
+/// # Errors
+/// [`FrameError::Codec`].
+pub fn decode_body<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, FrameError> {
+    Ok(codec::decode_borrowed(body)?)
+}
+
 fn decode_within<T: DeserializeOwned>(frame: &[u8], limit: usize) -> Result<T, FrameError> {
+    Ok(codec::decode(&body_within(frame, limit)?)?)
+}
+
+fn body_within(frame: &[u8], limit: usize) -> Result<Cow<'_, [u8]>, FrameError> {
     let (header, body) = Header::parse(frame, limit)?.ok_or(FrameError::Truncated)?;
     match body.len().checked_sub(header.length) {
         Some(0) => {}
@@ -185,8 +232,8 @@ fn decode_within<T: DeserializeOwned>(frame: &[u8], limit: usize) -> Result<T, F
         None => return Err(FrameError::Truncated),
     }
     match header.raw {
-        None => Ok(codec::decode(body)?),
-        Some(raw) => Ok(codec::decode(&decompress(body, raw)?)?),
+        None => Ok(body.into()),
+        Some(raw) => Ok(decompress(body, raw)?.into()),
     }
 }
 
@@ -198,13 +245,16 @@ thread_local! {
 
 /// The compressed body, when it is at least a tenth smaller.
 fn compress_if_it_pays(body: &[u8]) -> Option<Vec<u8>> {
-    if body.len() < COMPRESS_MIN {
+    if !sample_shrinks(body) {
         return None;
     }
-    if body.len() > SAMPLE {
-        compress_to(&sample(body), SAMPLE - SAMPLE / 10)?;
-    }
     compress_to(body, body.len() - body.len() / 10)
+}
+
+/// Whether it may pay to compress these bytes.
+fn sample_shrinks(bytes: &[u8]) -> bool {
+    bytes.len() >= COMPRESS_MIN
+        && (bytes.len() <= SAMPLE || compress_to(&sample(bytes), SAMPLE - SAMPLE / 10).is_some())
 }
 
 /// Bytes from the beginning, the middle and the end, as one piece.
@@ -305,9 +355,8 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
 pub struct FrameReader<R> {
     stream: R,
     limit: usize,
-    /// The frame being read; only the first `filled` bytes mean anything.
+    /// What is there of the frame being read.
     buffer: Vec<u8>,
-    filled: usize,
 }
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
@@ -318,7 +367,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
 
     /// A reader that takes no body above `limit` bytes, compressed or not.
     pub fn with_limit(stream: R, limit: usize) -> Self {
-        Self { stream, limit: limit.min(FRAME_MAX), buffer: Vec::new(), filled: 0 }
+        Self { stream, limit: limit.min(FRAME_MAX), buffer: Vec::new() }
     }
 
     /// The next message; `None` when the stream ended cleanly between frames.
@@ -330,11 +379,12 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// Any [`FrameError`]; [`FrameError::Truncated`] when the stream ends
     /// within a frame.
     pub async fn read<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
-        let Some(length) = self.fill_frame().await? else {
+        if !self.fill_frame().await? {
             return Ok(None);
-        };
-        self.filled = 0;
-        decode_within(&self.buffer[..length], self.limit).map(Some)
+        }
+        let message = decode_within(&self.buffer, self.limit);
+        self.buffer.clear();
+        message.map(Some)
     }
 
     /// The next whole frame, envelope included, for [`decode_frame`] on another
@@ -343,43 +393,35 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// # Errors
     /// As [`Self::read`], but for those of decoding.
     pub async fn read_encoded(&mut self) -> Result<Option<Vec<u8>>, FrameError> {
-        let Some(length) = self.fill_frame().await? else {
-            return Ok(None);
-        };
-        self.filled = 0;
-        let mut frame = std::mem::take(&mut self.buffer);
-        frame.truncate(length);
-        Ok(Some(frame))
+        Ok(self.fill_frame().await?.then(|| std::mem::take(&mut self.buffer)))
     }
 
-    /// Reads until the buffer holds one frame; returns its length.
-    async fn fill_frame(&mut self) -> Result<Option<usize>, FrameError> {
+    /// Reads until the buffer holds one frame. False when the stream ended
+    /// before its first byte.
+    async fn fill_frame(&mut self) -> Result<bool, FrameError> {
         if !self.fill(HEADER).await? {
-            return Ok(None);
+            return Ok(false);
         }
         let first = self.buffer.first_chunk::<HEADER>().ok_or(FrameError::Truncated)?;
         let size = Header::size(first, self.limit)?;
         self.fill(size).await?;
         let (header, _) =
             Header::parse(&self.buffer[..size], self.limit)?.ok_or(FrameError::Truncated)?;
-        let whole = size + header.length;
-        self.fill(whole).await?;
-        Ok(Some(whole))
+        self.fill(size + header.length).await
     }
 
     /// Reads until `target` bytes of the frame are there. False when the
     /// stream ended before its first byte.
     async fn fill(&mut self, target: usize) -> Result<bool, FrameError> {
-        if self.buffer.len() < target {
-            // Exactly: growing by doubling would pass the limit.
-            self.buffer.reserve_exact(target - self.buffer.len());
-            self.buffer.resize(target, 0);
-        }
-        while self.filled < target {
-            match self.stream.read(&mut self.buffer[self.filled..target]).await? {
-                0 if self.filled == 0 => return Ok(false),
+        // Exactly: growing by doubling would pass the limit.
+        self.buffer.reserve_exact(target.saturating_sub(self.buffer.len()));
+        while self.buffer.len() < target {
+            let missing = target - self.buffer.len();
+            let mut room = (&mut self.buffer).limit(missing);
+            match self.stream.read_buf(&mut room).await? {
+                0 if self.buffer.is_empty() => return Ok(false),
                 0 => return Err(FrameError::Truncated),
-                read => self.filled += read,
+                _ => {}
             }
         }
         Ok(true)
@@ -435,6 +477,23 @@ mod tests {
         mixed[(1 << 20) - 4096..].fill(0);
         let mixed = ByteBuf::from(mixed);
         assert_eq!(size(&mixed, Compression::Auto), size(&mixed, Compression::Never));
+    }
+
+    #[test]
+    fn a_frame_around_content_is_the_same_frame() {
+        for content in [noise(300_000), b"again and again ".repeat(20_000), Vec::new()] {
+            let content = Bytes::from(content);
+            let half = serde_bytes::Bytes::new(&content[content.len() / 2..]);
+            let value = (3u8, half, "end");
+            for compression in [Compression::Never, Compression::Auto] {
+                let parts = encode_frame_around(&value, &content, compression).unwrap();
+                assert_eq!(parts.concat(), encode_frame(&value, compression).unwrap());
+            }
+        }
+        let content = Bytes::from(noise(FRAME_MAX));
+        let value = serde_bytes::Bytes::new(&content);
+        let error = encode_frame_around(value, &content, Compression::Never).unwrap_err();
+        assert!(matches!(error, FrameError::TooLong { .. }), "{error}");
     }
 
     #[test]
@@ -558,7 +617,7 @@ mod tests {
             let framed = frame_of(length as usize, flags, &bytes);
             let _ = decode_frame::<crate::wire::SourceMessage>(&framed);
             let exact = frame_of(bytes.len(), 0, &bytes);
-            let _ = decode_frame::<crate::wire::DataFrame>(&exact);
+            let _ = decode_body::<crate::wire::DataFrame>(&open_frame(&exact).unwrap());
         }
 
         #[test]

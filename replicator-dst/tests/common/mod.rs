@@ -10,7 +10,7 @@ use std::time::Duration;
 use quinn::{Connection, RecvStream, SendStream};
 use replicator_common::control::Control;
 use replicator_common::id::{
-    BatchId, BatchNonce, Edition, FileSystemId, Incarnation, ObjectId, Seq, SessionId,
+    BatchId, BatchNonce, Edition, FileSystemId, Incarnation, ObjectId, Seq, SessionId, TransferId,
 };
 use replicator_common::name::Name;
 use replicator_common::net::enrol::{self, EnrolRequest, Enrolled};
@@ -23,7 +23,7 @@ use replicator_common::status::{ReplicationStatus, Status};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
     ALPN, BatchHeader, ContentSource, DataFrame, DestinationHello, DestinationMessage, Extent,
-    Hash, KeptObject, Op, PackedObject, Refusal, SourceHello, SourceMessage,
+    Hash, KeptObject, Op, PackedObject, Piece, Refusal, SourceHello, SourceMessage,
 };
 use replicator_dst::replica::{Hook, ReplicaOptions};
 use replicator_dst::service::{DestinationOptions, DestinationService};
@@ -33,6 +33,23 @@ pub fn id(n: u8) -> ObjectId {
 }
 
 pub const ROOT: u8 = 0;
+
+/// A piece of a transfer, with its bytes if it is data.
+pub type Part = (Piece, Vec<u8>);
+
+pub fn data(bytes: impl Into<Vec<u8>>) -> Part {
+    let bytes = bytes.into();
+    (Piece::Data { hash: Hash::of(&bytes), length: bytes.len() as u32 }, bytes)
+}
+
+pub fn plain(piece: Piece) -> Part {
+    (piece, Vec::new())
+}
+
+pub fn pieces(transfer: TransferId, parts: Vec<Part>) -> DataFrame<'static> {
+    let (pieces, bytes): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+    DataFrame::TransferPieces { transfer, pieces, data: bytes.concat().into() }
+}
 
 pub fn name(text: &str) -> Name {
     Name::new(text.as_bytes()).unwrap()
@@ -53,7 +70,7 @@ pub fn state(kind: Kind, mode: u32, size: u64) -> ObjectState {
 #[derive(Clone, Default)]
 pub struct Batch {
     pub ops: Vec<Op>,
-    pub packs: Vec<PackedObject>,
+    pub packs: Vec<PackedObject<'static>>,
 }
 
 impl Batch {
@@ -117,7 +134,7 @@ impl Batch {
             version: 1,
             state,
             extents: vec![Extent { offset: 0, length: content.len() as u64 }],
-            bytes: content.to_vec(),
+            bytes: content.to_vec().into(),
             hash: Hash::of(content),
         });
         self
@@ -392,7 +409,7 @@ impl FakeSource {
         tokio::time::timeout(Duration::from_secs(20), read).await.expect("in time").ok().flatten()
     }
 
-    pub async fn packs(&mut self, number: u64, packs: &[PackedObject]) {
+    pub async fn packs(&mut self, number: u64, packs: &[PackedObject<'static>]) {
         let frame = DataFrame::Pack { batch: BatchId(number), objects: packs.to_vec() };
         self.data.write(&frame).await.unwrap();
     }

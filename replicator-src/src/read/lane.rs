@@ -5,17 +5,20 @@
 //! (36 bytes a chunk: 2.3 MB a GiB at the smallest chunks, at most some 15 MB
 //! up to 64 GiB, then 150 KB a GiB).
 
-use std::io::{self, Read};
+use std::borrow::Cow;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use replicator_common::chunk::{self, Chunk, Chunker};
 use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::name::Name;
 use replicator_common::sys::stat::{self, Stat};
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{DataFrame, Extent, Hash, Layout, PIECE_MAX, Piece, TransferBegin};
+use replicator_common::wire::{DataFrame, Extent, Hash, Layout, Piece, TransferBegin};
+use rustix::buffer::spare_capacity;
 use rustix::io::Errno;
 
 use super::extents;
@@ -27,6 +30,9 @@ use super::small::{read_full, state_of};
 use crate::clock::Clock;
 use crate::index::{Content, IndexError, Known, Store};
 use crate::source::{Opened, Opener, told};
+
+/// Bytes of a frame of pieces, about: what is read at once makes one frame.
+const FRAME_DATA: usize = 448 << 10;
 
 /// A large file to send.
 #[derive(Clone, Debug)]
@@ -263,15 +269,13 @@ fn stream_whole(
     each_chunk(fd, stat, average, |chunk, bytes| {
         chunks.push(chunk);
         let (length, hash) = (chunk.length, chunk.hash);
-        let piece = match bytes {
-            None => Piece::Hole { length: u64::from(length) },
-            Some(bytes) => match dealer.deal(&hash, length, at) {
-                Some(from) => Piece::Kept { from, length, hash },
-                None => Piece::Data { hash, bytes },
-            },
-        };
+        let kept = bytes.as_ref().and_then(|_| dealer.deal(&hash, length, at));
         at += u64::from(length);
-        out.piece(piece)
+        match (bytes, kept) {
+            (None, _) => out.piece(Piece::Hole { length: u64::from(length) }),
+            (_, Some(from)) => out.piece(Piece::Kept { from, length, hash }),
+            (Some((window, range)), None) => out.data(hash, window, range),
+        }
     })?;
     Ok(chunks)
 }
@@ -354,7 +358,7 @@ fn send_runs(
                     read_full(fd, &mut bytes, at)?;
                     chunk.hash = Hash::of(&bytes);
                     at += u64::from(chunk.length);
-                    out.piece(Piece::Data { hash: chunk.hash, bytes })?;
+                    out.data(chunk.hash, &bytes.into(), 0..chunk.length as usize)?;
                 }
             }
         }
@@ -362,12 +366,13 @@ fn send_runs(
     Ok(())
 }
 
-/// Calls `each` with every chunk of a file in order; holes come without bytes.
+/// Calls `each` with every chunk of a file in order, and with where its bytes
+/// stand; holes come without.
 fn each_chunk(
     fd: BorrowedFd<'_>,
     stat: &Stat,
     average: u32,
-    mut each: impl FnMut(Chunk, Option<Vec<u8>>) -> Result<(), LaneError>,
+    mut each: impl FnMut(Chunk, Option<(&Bytes, Range<usize>)>) -> Result<(), LaneError>,
 ) -> Result<(), LaneError> {
     let mut at = 0;
     let mut extents = extents::of(fd, stat)?;
@@ -381,34 +386,46 @@ fn each_chunk(
         if extent.length == 0 {
             continue;
         }
-        let reader = Positioned { fd, at: extent.offset, end: extent.offset + extent.length };
-        for chunk in Chunker::new(reader, average) {
-            let data = chunk.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-            at += u64::from(data.chunk.length);
-            if data.bytes.iter().all(|byte| *byte == 0) {
-                // Preallocated blocks that were looked at count as data, though
-                // nothing was ever written there. Zeros need no room anyway.
-                each(Chunk { hash: HOLE, ..data.chunk }, None)?;
-                continue;
+        for window in Chunker::new(reader(fd, extent), average) {
+            let window =
+                window.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+            let mut end = 0;
+            for chunk in window.chunks {
+                at += u64::from(chunk.length);
+                let range = end..end + chunk.length as usize;
+                end = range.end;
+                if window.bytes[range.clone()].iter().all(|byte| *byte == 0) {
+                    // Preallocated blocks that were looked at count as data, though
+                    // nothing was ever written there. Zeros need no room anyway.
+                    each(Chunk { hash: HOLE, ..chunk }, None)?;
+                } else {
+                    each(chunk, Some((&window.bytes, range)))?;
+                }
             }
-            each(data.chunk, Some(data.bytes))?;
         }
     }
     Ok(())
 }
 
-/// A part of a file as a stream.
-struct Positioned<'a> {
-    fd: BorrowedFd<'a>,
-    at: u64,
-    end: u64,
-}
-
-impl Read for Positioned<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let most = (self.end - self.at).min(buffer.len() as u64) as usize;
-        let read = rustix::io::pread(self.fd, &mut buffer[..most], self.at)?;
-        self.at += read as u64;
+/// Reads a part of a file as [`Chunker`] wants it.
+fn reader(
+    fd: BorrowedFd<'_>,
+    part: Extent,
+) -> impl FnMut(&mut Vec<u8>) -> std::io::Result<usize> + '_ {
+    let (mut at, end) = (part.offset, part.offset + part.length);
+    move |bytes| {
+        let before = bytes.len();
+        let read = if end - at >= (bytes.capacity() - before) as u64 {
+            rustix::io::pread(fd, spare_capacity(bytes), at)?
+        } else {
+            // No byte behind the part: there another begins, or a hole.
+            let rest = (end - at) as usize;
+            bytes.resize(before + rest, 0);
+            let read = rustix::io::pread(fd, &mut bytes[before..], at);
+            bytes.truncate(before + *read.as_ref().unwrap_or(&0));
+            read?
+        };
+        at += read as u64;
         Ok(read)
     }
 }
@@ -423,13 +440,57 @@ pub fn digest(chunks: &[Chunk]) -> Hash {
     Hash(*hasher.finalize().as_bytes())
 }
 
+/// The bytes of the pieces that wait for their frame.
+#[derive(Default)]
+enum Gathered {
+    #[default]
+    Nothing,
+    /// Where they were read, side by side.
+    Window(Bytes, Range<usize>),
+    /// From several places.
+    Copied(Vec<u8>),
+}
+
+impl Gathered {
+    fn len(&self) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::Window(_, range) => range.len(),
+            Self::Copied(bytes) => bytes.len(),
+        }
+    }
+
+    fn add(&mut self, window: &Bytes, range: Range<usize>) {
+        match self {
+            Self::Nothing => *self = Self::Window(window.clone(), range),
+            Self::Window(bytes, had)
+                if bytes.as_ptr() == window.as_ptr() && had.end == range.start =>
+            {
+                had.end = range.end;
+            }
+            Self::Window(bytes, had) => {
+                *self = Self::Copied([&bytes[had.clone()], &window[range]].concat());
+            }
+            Self::Copied(bytes) => bytes.extend_from_slice(&window[range]),
+        }
+    }
+
+    fn take(&mut self) -> Bytes {
+        match std::mem::take(self) {
+            Self::Nothing => Bytes::new(),
+            Self::Window(bytes, range) => bytes.slice(range),
+            Self::Copied(bytes) => bytes.into(),
+        }
+    }
+}
+
 /// Collects pieces into frames.
 struct Out<'a> {
     sink: &'a Sink,
     stream: usize,
     transfer: TransferId,
     pieces: Vec<Piece>,
-    bytes: usize,
+    data: Gathered,
     /// Bytes of data pieces so far.
     literal: u64,
     /// Bytes that the destination had kept.
@@ -443,7 +504,7 @@ impl<'a> Out<'a> {
             stream: sink.transfer_stream(job.transfer.0),
             transfer: job.transfer,
             pieces: Vec::new(),
-            bytes: 0,
+            data: Gathered::Nothing,
             literal: 0,
             kept: 0,
         }
@@ -462,17 +523,22 @@ impl<'a> Out<'a> {
         Ok(())
     }
 
+    /// A chunk that travels: the bytes in this range of what was read.
+    fn data(&mut self, hash: Hash, window: &Bytes, range: Range<usize>) -> Result<(), LaneError> {
+        // A chunk is far below 4 GiB.
+        let length = u32::try_from(range.len()).unwrap_or(u32::MAX);
+        self.literal += u64::from(length);
+        self.data.add(window, range);
+        self.piece(Piece::Data { hash, length })
+    }
+
     fn piece(&mut self, piece: Piece) -> Result<(), LaneError> {
-        if let Piece::Data { bytes, .. } = &piece {
-            self.bytes += bytes.len();
-            self.literal += bytes.len() as u64;
-        }
         if let Piece::Kept { length, .. } = &piece {
             self.kept += u64::from(*length);
         }
         self.pieces.push(piece);
-        // A piece is at most a quarter of this, so a frame stays in its limit.
-        if self.bytes >= PIECE_MAX || self.pieces.len() >= 1024 {
+        // A chunk is at most twice this, so a frame stays in its limit.
+        if self.data.len() >= FRAME_DATA || self.pieces.len() >= 1024 {
             self.flush()?;
         }
         Ok(())
@@ -483,10 +549,10 @@ impl<'a> Out<'a> {
             return Err(SinkError::Closed.into());
         }
         if !self.pieces.is_empty() {
-            let pieces = std::mem::take(&mut self.pieces);
-            let frame = DataFrame::TransferPieces { transfer: self.transfer, pieces };
-            self.sink.send(self.stream, &frame)?;
-            self.bytes = 0;
+            let (pieces, data) = (std::mem::take(&mut self.pieces), self.data.take());
+            let (transfer, bytes) = (self.transfer, Cow::Borrowed(&data[..]));
+            let frame = DataFrame::TransferPieces { transfer, pieces, data: bytes };
+            self.sink.send_around(self.stream, &frame, &data)?;
         }
         Ok(())
     }

@@ -4,8 +4,9 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use replicator_common::net::frame::{Compression, FrameError, encode_frame};
-use replicator_common::wire::{DataFrame, Piece};
+use bytes::Bytes;
+use replicator_common::net::frame::{Compression, FrameError, encode_frame, encode_frame_around};
+use replicator_common::wire::DataFrame;
 use tokio::sync::mpsc;
 
 /// Why a frame was not taken.
@@ -51,18 +52,12 @@ impl Wired {
 }
 
 /// Content bytes in a frame, before compression.
-fn content_of(frame: &DataFrame) -> u64 {
+fn content_of(frame: &DataFrame<'_>) -> u64 {
     match frame {
         DataFrame::Pack { objects, .. } => {
             objects.iter().map(|object| object.bytes.len() as u64).sum()
         }
-        DataFrame::TransferPieces { pieces, .. } => pieces
-            .iter()
-            .map(|piece| match piece {
-                Piece::Data { bytes, .. } => bytes.len() as u64,
-                Piece::Copy { .. } | Piece::Hole { .. } | Piece::Kept { .. } => 0,
-            })
-            .sum(),
+        DataFrame::TransferPieces { data, .. } => data.len() as u64,
         DataFrame::PackAgain { .. }
         | DataFrame::TransferBegin(_)
         | DataFrame::TransferReuse { .. }
@@ -71,11 +66,14 @@ fn content_of(frame: &DataFrame) -> u64 {
     }
 }
 
+/// An encoded frame, in parts.
+pub type Frame = Vec<Bytes>;
+
 /// The data streams of one session. Sending blocks while the network is
 /// slower than the disk: each stream holds a bounded number of frames.
 #[derive(Clone)]
 pub struct Sink {
-    streams: Arc<Vec<mpsc::Sender<Vec<u8>>>>,
+    streams: Arc<Vec<mpsc::Sender<Frame>>>,
     next: Arc<AtomicUsize>,
     wired: Arc<Wired>,
     compression: Compression,
@@ -87,7 +85,7 @@ impl Sink {
     /// Over the queues of data streams. The first half carries packs, the rest
     /// transfers, so that small objects never queue behind large ones.
     pub fn new(
-        streams: Vec<mpsc::Sender<Vec<u8>>>,
+        streams: Vec<mpsc::Sender<Frame>>,
         wired: Arc<Wired>,
         compression: Compression,
     ) -> Self {
@@ -101,7 +99,7 @@ impl Sink {
     }
 
     /// Sends a pack on one of the streams for packs.
-    pub fn pack(&self, frame: &DataFrame) -> Result<(), SinkError> {
+    pub fn pack(&self, frame: &DataFrame<'_>) -> Result<(), SinkError> {
         let half = (self.streams.len() / 2).max(1);
         let stream = self.next.fetch_add(1, Ordering::Relaxed) % half;
         self.send(stream, frame)
@@ -125,10 +123,25 @@ impl Sink {
     }
 
     /// Sends a frame on a stream.
-    pub fn send(&self, stream: usize, frame: &DataFrame) -> Result<(), SinkError> {
+    pub fn send(&self, stream: usize, frame: &DataFrame<'_>) -> Result<(), SinkError> {
         let bytes = encode_frame(frame, self.compression)?;
-        self.wired.data(bytes.len(), content_of(frame));
+        self.queue(stream, vec![bytes.into()], content_of(frame))
+    }
+
+    /// Sends a frame whose content stands in `content`, which is not copied.
+    pub fn send_around(
+        &self,
+        stream: usize,
+        frame: &DataFrame<'_>,
+        content: &Bytes,
+    ) -> Result<(), SinkError> {
+        let parts = encode_frame_around(frame, content, self.compression)?;
+        self.queue(stream, parts, content_of(frame))
+    }
+
+    fn queue(&self, stream: usize, frame: Frame, content: u64) -> Result<(), SinkError> {
+        self.wired.data(frame.iter().map(Bytes::len).sum(), content);
         let queue = self.streams.get(stream).ok_or(SinkError::Closed)?;
-        queue.blocking_send(bytes).map_err(|_| SinkError::Closed)
+        queue.blocking_send(frame).map_err(|_| SinkError::Closed)
     }
 }

@@ -45,7 +45,7 @@ pub struct Reading {
 /// How a small file's content gets to the destination's staging.
 pub enum Packed {
     /// It travels.
-    Whole(PackedObject),
+    Whole(PackedObject<'static>),
     /// It is there already.
     Again(PackedAgain),
 }
@@ -88,7 +88,7 @@ fn unless_kept(kept: &KeptObjects, reading: Reading) -> Reading {
 
 /// Whether a file has no holes: only then is the hash of its data that of all
 /// of its content.
-fn is_dense(packed: &PackedObject) -> bool {
+fn is_dense(packed: &PackedObject<'_>) -> bool {
     packed.bytes.len() as u64 == packed.state.size
 }
 
@@ -165,6 +165,7 @@ fn read_open(
                     let known = basic(content, batch);
                     let size = bytes.len() as u64;
                     let object = item.object.clone();
+                    let bytes = bytes.into();
                     let packed = PackedObject { object, version, state, extents, bytes, hash };
                     let content = ContentSource::Packed { version };
                     let outcome = Outcome::Ship { known, content };

@@ -289,7 +289,16 @@ impl Source {
     pub(super) fn waits(&self) -> String {
         let holds = self.engine.iter().flat_map(|engine| &engine.holds);
         let words = holds.map(|(object, held)| {
-            format!("{} of {} since {:?}", inode(object), held.floor.0, held.since)
+            let places = held.hold.entries.iter();
+            let places = places.map(|(directory, name)| format!("{}/{name}", inode(directory)));
+            let places = places.collect::<Vec<_>>().join(" ");
+            let transfer = match &held.transfer {
+                Transfer::Waiting => "waits",
+                Transfer::Running(_) => "travels",
+                Transfer::Ready { arrived: false, .. } => "was sent",
+                Transfer::Ready { arrived: true, .. } => "arrived",
+            };
+            format!("{} ({places}) {transfer}, of {}", inode(object), held.floor.0)
         });
         words.collect::<Vec<_>>().join(", ")
     }
