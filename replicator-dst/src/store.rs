@@ -10,7 +10,7 @@
 //!   missing until there is one).
 //!
 //! Versions: 1, the first; 2, the standing names the last batch's nonce. An older
-//! one is upgraded when it is opened (see [`crate::upgrade`]).
+//! one is upgraded when it is opened (see `upgrade`).
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -26,7 +26,7 @@ pub fn journal_record(bytes: &[u8]) {
 /// were acknowledged, or the breach.
 ///
 /// What the engine does with the answers is repeated here in its order; that it
-/// asks [`Flights`], [`Parts`] and [`Kept`] before it acts, its code shows.
+/// asks [`Flights`], [`Parts`] and `Kept` before it acts, its code shows.
 pub fn replies(bytes: &[u8]) -> Result<usize, Breach> {
     let mut world = World {
         bytes: bytes.iter(),

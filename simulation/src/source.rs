@@ -1,7 +1,7 @@
 //! The source: its capture, its journal, and the loop of its engine, in memory
 //! and cut into steps between which anything can happen.
 //!
-//! What decides is the product's: [`Resolve`] and [`assemble()`] plan, [`Index`]
+//! What decides is the product's: [`Resolve`] and `plan::assemble` plan, [`Index`]
 //! keeps the deltas, the [`replicator_src::ledger`] keeps the books. The order
 //! of the engine's steps (`replicator_src::engine`) is repeated here.
 
@@ -65,7 +65,6 @@ struct File {
 struct Held {
     hold: Hold,
     floor: Timestamp,
-    since: Timestamp,
     transfer: Transfer,
     touched: bool,
 }

@@ -15,7 +15,7 @@
 //! - `young`: object → when it came, little endian nanoseconds
 //!
 //! Versions: 1, the first; 2, marks name their batch's nonce, and an older one is
-//! upgraded when it is opened (see [`super::upgrade`]). (`deletions` and `young` came later: their absence
+//! upgraded when it is opened (see `index::upgrade`). (`deletions` and `young` came later: their absence
 //! is as if they were empty, and who does not know them may leave them.)
 //!
 //! # Durability

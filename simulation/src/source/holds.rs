@@ -28,8 +28,8 @@ impl Source {
                     held.hold.entries.extend(hold.entries);
                 }
                 None => {
-                    let (since, transfer) = (engine.clock.now(), Transfer::Waiting);
-                    let held = Held { hold, floor, since, transfer, touched: false };
+                    let transfer = Transfer::Waiting;
+                    let held = Held { hold, floor, transfer, touched: false };
                     engine.holds.insert(object, held);
                 }
             }
@@ -221,8 +221,8 @@ impl Source {
     pub(super) fn hold_again(&mut self, object: ObjectId, file: &File) {
         let engine = self.engine();
         let hold = Hold { reason: HoldReason::Large { size: 4 }, entries: BTreeSet::new() };
-        let (since, transfer) = (engine.clock.now(), Transfer::Waiting);
-        let held = Held { hold, floor: file.started, since, transfer, touched: false };
+        let transfer = Transfer::Waiting;
+        let held = Held { hold, floor: file.started, transfer, touched: false };
         engine.holds.insert(object, held);
     }
 
