@@ -99,7 +99,8 @@ fn a_large_file_arrives_however_often_it_is_cut() {
     let cuts = cuts(&mut random);
     for (number, cut) in cuts.into_iter().enumerate() {
         // Together far more than what a cut may cost: from scratch, it would show.
-        hosts.await_shipped(random.random_range(48 * MIB..72 * MIB));
+        let more = random.random_range(48 * MIB..72 * MIB);
+        hosts.await_shipped_up_to(more, before + SIZE / 10 * 9);
         cut.make(&mut hosts, |_| {
             let at = random.random_range(0..bytes.len() / 8);
             let some = content::incompressible(3, 100_000);
@@ -144,7 +145,8 @@ fn small_files_arrive_however_often_they_are_cut() {
     }
     let cuts = cuts(&mut random);
     for cut in cuts {
-        hosts.await_shipped(random.random_range(12 * MIB..20 * MIB));
+        let more = random.random_range(12 * MIB..20 * MIB);
+        hosts.await_shipped_up_to(more, before + FILES * EACH / 10 * 9);
         cut.make(&mut hosts, |_| {});
     }
     hosts.settle(&format!("{cuts:?}"));
