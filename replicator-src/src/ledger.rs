@@ -261,6 +261,11 @@ impl<T> Flights<T> {
 
 /// What a lost batch takes back: what it had brought is not in the replica.
 ///
+/// INVARIANT (the watermark tells the truth): what the batch had brought may have
+/// waited for long, and holds nothing any more by itself. So whatever bounds a
+/// claim from now on is put back to the moment before it: what is covered, what
+/// waits, and the gap, also one that the batch had closed.
+///
 /// `floors` are where things that wait hold the watermark. Says whether the gap
 /// that it had closed is open again.
 pub fn take_back<'a, T>(
@@ -278,7 +283,10 @@ pub fn take_back<'a, T>(
             gap.floor = gap.floor.min(lost.before);
             false
         }
-        (None, Some(closed)) => {
+        (None, Some(mut closed)) => {
+            // By now that is before all that were lost: others may have been sent
+            // before this gap was opened.
+            closed.floor = closed.floor.min(*covered);
             *gap = Some(closed);
             true
         }
@@ -462,6 +470,38 @@ mod tests {
         }
         assert!(!memory(3, &[]).agrees(other, edition(3, 3)));
         assert!(memory(0, &[]).agrees(other, edition(0, 0)), "nothing was ever replicated");
+    }
+
+    #[test]
+    fn a_lost_batch_puts_back_the_floor_of_the_gap_that_it_had_closed() {
+        let moment = Timestamp(30);
+        let mut gap = None;
+        assert!(Gap::open(&mut gap, "overflow".to_owned(), moment, moment));
+        let mut lost = Flight {
+            mark: Mark::default(),
+            input: Dirty::default(),
+            closed: gap.take(),
+            dropped: HashSet::new(),
+            ops: 0,
+            durable: false,
+            // A large file had been waiting since.
+            before: Timestamp(10),
+            reached: moment,
+            note: (),
+        };
+        let mut covered = moment;
+        assert!(take_back(&mut lost, &mut covered, &mut gap, std::iter::empty()));
+        let floor = gap.as_ref().map(|gap| gap.floor);
+        assert_eq!((covered, floor), (Timestamp(10), Some(Timestamp(10))));
+
+        // The batch before was lost, too: the gap was opened behind it.
+        let mut first = Flight { before: Timestamp(10), ..lost.clone() };
+        let mut second = Flight { before: moment, closed: gap.take(), ..lost };
+        second.closed.as_mut().unwrap().floor = moment;
+        let mut covered = moment;
+        assert!(!take_back(&mut first, &mut covered, &mut gap, std::iter::empty()));
+        assert!(take_back(&mut second, &mut covered, &mut gap, std::iter::empty()));
+        assert_eq!(gap.map(|gap| gap.floor), Some(Timestamp(10)));
     }
 
     #[test]

@@ -34,8 +34,15 @@ pub fn is_through(
         Some(Outcome::Gone) => true,
         _ => resolve.listed.contains(object) && entries.is_empty(),
     };
-    let elsewhere = |place| {
-        resolve.bindings.get(place).is_some_and(|binding| binding.new.as_ref() != Some(object))
+    // A directory that went from the replica and comes back is listed by what is in
+    // it now: of a name that is no more nothing else will ever tell. (What is not
+    // listed yet is looked at again when the hold is released.)
+    let listed = |directory: &ObjectId| {
+        resolve.fresh.contains(directory) && resolve.listed.contains(directory)
+    };
+    let elsewhere = |place: &(ObjectId, Name)| match resolve.bindings.get(place) {
+        Some(binding) => binding.new.as_ref() != Some(object),
+        None => listed(&place.0),
     };
     let orphaned = !entries.is_empty() && entries.iter().all(elsewhere);
     shipped || orphaned
@@ -57,5 +64,28 @@ pub fn is_touched(
                 && (known == Some(object) || entries.contains(&(directory.clone(), name.clone())))
         }
         Record::Entry { .. } | Record::Gap { .. } | Record::Barrier { .. } => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::resolve::Binding;
+    use super::*;
+
+    #[test]
+    fn what_waits_in_a_directory_that_comes_back_without_it_waits_no_more() {
+        let id = |n: u8| ObjectId::new(1, &[n]).unwrap();
+        let name = |text: &str| Name::new(text.as_bytes()).unwrap();
+        let (directory, file) = (id(1), id(2));
+        let entries = BTreeSet::from([(directory.clone(), name("d"))]);
+        let through = |resolve: &Resolve| is_through(&file, &entries, resolve, &HashMap::new());
+        let mut resolve = Resolve::default();
+        resolve.listed.insert(directory.clone());
+        assert!(!through(&resolve), "known: its names come with events");
+        resolve.fresh.insert(directory.clone());
+        assert!(through(&resolve));
+        let there = Binding { old: None, new: Some(file.clone()) };
+        resolve.bindings.insert((directory.clone(), name("d")), there);
+        assert!(!through(&resolve), "it is there");
     }
 }
