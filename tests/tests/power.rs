@@ -167,12 +167,20 @@ fn cuts(daemon: &Daemon, disk: &Disk, stamper: &Stamper, seed: u64) -> Vec<Cut> 
     cuts.into_inner().unwrap()
 }
 
-fn power_cuts(kind: FileSystem) {
+/// A file system of a kind, on a disk that loses things as a seed decides.
+type MakeDisk = fn(FileSystem, u64) -> Disk;
+
+/// A disk that has written what it was told to write.
+const WITHOUT_CACHE: MakeDisk = |kind, _| Disk::new(kind);
+/// A disk that loses any part of what it was not told to flush.
+const WITH_CACHE: MakeDisk = Disk::with_cache;
+
+fn power_cuts(kind: FileSystem, make: MakeDisk) {
     let seed = std::env::var("REPLICATOR_SEED").ok().and_then(|text| text.parse().ok());
     let seed: u64 = seed.unwrap_or_else(|| Timestamp::now().0 as u64);
     println!("REPLICATOR_SEED={seed}");
     let _share = serial::share();
-    let (source, disk, logs) = (Mount::new(Tmpfs), Disk::new(kind), Scratch::new("power"));
+    let (source, disk, logs) = (Mount::new(Tmpfs), make(kind, seed), Scratch::new("power"));
     let root = source.path().join("source");
     fs::create_dir_all(root.join("set")).unwrap();
     fs::create_dir(disk.path().join("replica")).unwrap();
@@ -227,10 +235,20 @@ fn go_on(source: &Path, disk: &Disk, cut: &Cut, log: &Path) {
 
 #[test]
 fn trap_7_power_cuts_ext4() {
-    power_cuts(Ext4);
+    power_cuts(Ext4, WITHOUT_CACHE);
 }
 
 #[test]
 fn trap_7_power_cuts_xfs() {
-    power_cuts(Xfs);
+    power_cuts(Xfs, WITHOUT_CACHE);
+}
+
+#[test]
+fn trap_7_power_cuts_that_lose_what_was_not_flushed_ext4() {
+    power_cuts(Ext4, WITH_CACHE);
+}
+
+#[test]
+fn trap_7_power_cuts_that_lose_what_was_not_flushed_xfs() {
+    power_cuts(Xfs, WITH_CACHE);
 }
