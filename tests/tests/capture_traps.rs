@@ -6,14 +6,18 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
+use replicator_common::name::Name;
 use replicator_common::sys::{handle, proc_path};
 use replicator_tests::mounts::FileSystem::{Btrfs, Ext4, Tmpfs, Xfs};
+use replicator_tests::mounts::Mount;
 use replicator_tests::process::Daemon;
 use replicator_tests::scenario::{Layout, Pair, patience};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::io::Errno;
 
 /// More names removed elsewhere than anything remembers.
 fn churn(outside: &Path) {
@@ -266,4 +270,41 @@ fn trap_13_a_replaced_root_ends_all_claims() {
 
 fn daemon_claim(daemon: &Daemon) -> Option<replicator_common::time::Timestamp> {
     daemon.status().destination.and_then(|destination| destination.last_replicated)
+}
+
+/// A file that is replaced in a loop: ext4 gives its inode number to the next
+/// one at once, and for a moment answers that there is no memory.
+#[test]
+fn a_handle_whose_inode_is_being_reused_is_stale() {
+    let disk = Mount::new(Ext4);
+    let mount =
+        rustix::fs::open(disk.path(), OFlags::DIRECTORY | OFlags::RDONLY, Mode::empty()).unwrap();
+    let (first, second) = (disk.path().join("a"), disk.path().join("b"));
+    fs::write(&first, "x").unwrap();
+    let (mut opened, mut stale) = (0, 0);
+    let end = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !end.load(Ordering::Relaxed) {
+                fs::write(&second, "x").unwrap();
+                fs::rename(&second, &first).unwrap();
+            }
+        });
+        // Some thousand races in all; without another try, one in a thousand is lost.
+        for _ in 0..20_000 {
+            let old = handle::of_entry(mount.as_fd(), &Name::new(b"a").unwrap()).unwrap();
+            for _ in 0..50 {
+                match handle::open(mount.as_fd(), &old, OFlags::RDONLY) {
+                    Ok(_) => opened += 1,
+                    Err(Errno::STALE) => stale += 1,
+                    Err(error) => {
+                        end.store(true, Ordering::Relaxed);
+                        panic!("{error} after {opened} opens and {stale} stale handles");
+                    }
+                }
+            }
+        }
+        end.store(true, Ordering::Relaxed);
+    });
+    assert!(opened > 0 && stale > 0, "no race: {opened} opens and {stale} stale handles");
 }

@@ -65,13 +65,33 @@ pub fn from_kernel(kind: i32, body: &[u8]) -> Option<ObjectId> {
     ObjectId::new(u8::try_from(kind).ok()?, body)
 }
 
+/// How often an open that fails with `ENOMEM` is tried again, each time after
+/// another thread had its turn. The new inode that causes it is done within
+/// microseconds, and never took a second try on a machine with an idle core.
+const TRIES_WHILE_CREATED: u32 = 1000;
+
 /// Opens an object by its handle, on the file system of `mount`.
+///
+/// ext4 answers `ENOMEM`, not `ESTALE`, for an object that is gone and whose
+/// inode number is being given to a new one at this moment (`iget_locked`
+/// finds an inode that is `I_CREATING`). It is tried again here, so that a file
+/// that is replaced in a loop is no error.
 ///
 /// # Errors
 /// `ESTALE` when the object is gone, `EPERM` without `CAP_DAC_READ_SEARCH`,
 /// `EINVAL` for an id that is not a kernel handle. `ELOOP` when a symbolic
 /// link is opened without `O_PATH`.
 pub fn open(mount: BorrowedFd<'_>, object: &ObjectId, flags: OFlags) -> Result<OwnedFd, Errno> {
+    for _ in 0..TRIES_WHILE_CREATED {
+        match open_once(mount, object, flags) {
+            Err(Errno::NOMEM) => std::thread::yield_now(),
+            result => return result,
+        }
+    }
+    open_once(mount, object, flags)
+}
+
+fn open_once(mount: BorrowedFd<'_>, object: &ObjectId, flags: OFlags) -> Result<OwnedFd, Errno> {
     if matches!(object.tag(), ObjectId::TAG_INODE | ObjectId::TAG_FOREIGN) {
         return Err(Errno::INVAL);
     }
