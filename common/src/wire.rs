@@ -49,7 +49,7 @@ use crate::time::Timestamp;
 /// verification; the destination says what names its file system takes. 3:
 /// greetings name batches by [`Edition`]; the bytes of a frame's pieces stand
 /// together behind them.
-pub const ALPN: &[u8] = b"replicator/3";
+pub const ALPN: &[u8] = b"replicator/4";
 /// ALPN of an enrolment connection.
 pub const ALPN_ENROL: &[u8] = b"replicator-enrol/1";
 /// The most bytes of one frame's body, compressed or not.
@@ -275,6 +275,14 @@ pub enum Op {
         /// A foreign id.
         object: ObjectId,
     },
+    /// The object, a directory, has no entry after this batch and never will
+    /// again, as with [`Op::Drop`]; but below it is more than one batch should
+    /// drop. Later batches take it apart, out of everybody's sight. A failover
+    /// before they are through moves what is left to lost+found.
+    Leave {
+        /// The object.
+        object: ObjectId,
+    },
 }
 
 impl Op {
@@ -301,6 +309,7 @@ impl Op {
                 }
                 Self::Drop { object }
                 | Self::Orphan { object }
+                | Self::Leave { object }
                 | Self::Root { object }
                 | Self::SetAside { object } => object.as_bytes().len(),
             }

@@ -48,6 +48,7 @@ fn from_source() -> Vec<(&'static str, SourceMessage)> {
         Op::Orphan { object: id(3) },
         Op::Adopt { object: id(4), handle: id(5), directory: id(0), name, kind: Kind::Directory },
         Op::SetAside { object: id(6) },
+        Op::Leave { object: id(7) },
     ];
     let header = BatchHeader {
         nonce: BatchNonce(0x0102_0304_0506_0708),

@@ -29,6 +29,7 @@ pub fn hints<O: Objects>(
             Op::Put { object, .. }
             | Op::Drop { object }
             | Op::Orphan { object }
+            | Op::Leave { object }
             | Op::SetAside { object } => [Some(object), None, None],
             Op::Root { .. } => [None, None, None],
         };

@@ -37,7 +37,8 @@ pub enum Position {
     /// In the orphan area; `was` is the last entry it had, where failover puts
     /// it back.
     Orphan {
-        /// That entry; `None` for one that never had any.
+        /// That entry; `None` for one that never had any, and for one that has
+        /// left the source and is being taken apart.
         was: Option<Entry>,
     },
 }

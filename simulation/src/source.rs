@@ -39,6 +39,8 @@ use crate::world::World;
 const IN_FLIGHT: usize = 2;
 const ROUNDS: u32 = 3;
 const OUTSIDE_AFTER: i64 = 100_000_000;
+/// Few, so that small trees are taken apart in several batches.
+const APART: usize = 2;
 /// Files whose number this divides travel as transfers.
 const LARGE: u32 = 4;
 
@@ -98,6 +100,8 @@ struct Engine {
     clock: Clock,
     index: Index<Store>,
     dirty: Dirty,
+    /// Trees that left the source are still to be taken apart.
+    leaving: bool,
     cursor: Seq,
     inherited: Seq,
     seen: Timestamp,
@@ -207,6 +211,7 @@ impl Source {
             clock,
             index,
             dirty: Dirty::default(),
+            leaving: false,
             cursor: Seq(self.journal.trimmed),
             inherited: Seq(self.journal.last),
             seen: Timestamp::NEVER,
@@ -229,7 +234,8 @@ impl Source {
             link: None,
             last_build: 0,
         };
-        self.engine = Some(engine);
+        let engine = self.engine.insert(engine);
+        engine.leaving = engine.leaves();
         self.open_gap("restart");
     }
 

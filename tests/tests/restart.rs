@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use replicator_tests::mounts::FileSystem::{Btrfs, Ext4, Tmpfs, Xfs};
 use replicator_tests::process::{Daemon, free_port};
@@ -139,15 +139,34 @@ fn changes_while_stopped_travel_alone() {
 #[test]
 fn killed_while_the_pair_is_made() {
     for moment in 0..9 {
-        let pair = Pair::new(Layout::Two(Tmpfs, Tmpfs));
-        fs::write(pair.source().join("file"), "content").unwrap();
-        let port = free_port();
-        let command = pair.command(port, &["--watcher", "fanotify"]);
-        let log = pair.state_dir().with_extension("log");
-        let daemon = Daemon::spawn(command, &format!("http://127.0.0.1:{port}"), &log);
-        std::thread::sleep(Duration::from_millis(12 * moment));
-        daemon.kill();
-        let daemon = pair.start_enabled("fanotify");
-        pair.settle(&daemon, &format!("killed after {} ms", 12 * moment));
+        killed_when(&format!("after {} ms", 12 * moment), |_| {
+            std::thread::sleep(Duration::from_millis(12 * moment));
+        });
     }
+}
+
+/// The replica's half is there, the source's is not, or was just made.
+#[test]
+fn killed_between_the_halves_of_a_pair() {
+    for _ in 0..5 {
+        killed_when("once enrolled", |log| {
+            let end = Instant::now() + scenario::patience();
+            while !fs::read_to_string(log).is_ok_and(|said| said.contains("enrolled source")) {
+                assert!(Instant::now() < end, "never enrolled");
+            }
+        });
+    }
+}
+
+fn killed_when(when: &str, wait: impl FnOnce(&Path)) {
+    let pair = Pair::new(Layout::Two(Tmpfs, Tmpfs));
+    fs::write(pair.source().join("file"), "content").unwrap();
+    let port = free_port();
+    let command = pair.command(port, &["--watcher", "fanotify"]);
+    let log = pair.state_dir().with_extension("log");
+    let daemon = Daemon::spawn(command, &format!("http://127.0.0.1:{port}"), &log);
+    wait(&log);
+    daemon.kill();
+    let daemon = pair.start_enabled("fanotify");
+    pair.settle(&daemon, &format!("killed {when}"));
 }

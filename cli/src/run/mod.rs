@@ -15,8 +15,9 @@ use anyhow::Context;
 use replicator_common::api::{Api, ApiOptions, server};
 use replicator_common::config::LogFormat;
 use replicator_common::control::{Control, CreateRequest, DeletionMode};
-use replicator_common::id::FileSystemId;
+use replicator_common::id::{BatchId, FileSystemId};
 use replicator_common::logging;
+use replicator_common::status::DestinationReport;
 use replicator_common::stop::Stop;
 use replicator_src::engine::halt::HaltRule;
 
@@ -121,7 +122,16 @@ fn configure(
         services.source().delete(&id, DeletionMode::LocalConfigurationOnly)?;
         display.line(&format!("{} was failed over: a new replication begins", replica(pair)));
     }
-    if let Some(id) = at_destination.first() {
+    for status in services.destination().list() {
+        let id = &status.source_file_system_id;
+        let begun = |destination: &DestinationReport| {
+            destination.durable > BatchId(0) || destination.objects > 0
+        };
+        if !status.destination.as_ref().is_none_or(begun) {
+            // The process before died between the making of the two halves.
+            services.destination().delete(id, DeletionMode::LocalConfigurationOnly)?;
+            continue;
+        }
         anyhow::bail!(
             "{} is the replica of {id}, but the source's side of that replication is gone: fail it over (`replicator failover --state-dir DIR`), then run again with --reconcile",
             replica(pair)

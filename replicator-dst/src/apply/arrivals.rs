@@ -97,6 +97,7 @@ fn simple(ops: &[Op], staged: &Staged) -> HashSet<ObjectId> {
             }
             Op::Drop { object }
             | Op::Orphan { object }
+            | Op::Leave { object }
             | Op::SetAside { object }
             | Op::Root { object }
             | Op::Adopt { object, .. } => uses.entry(object).or_default().other = true,

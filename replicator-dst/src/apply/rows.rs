@@ -43,6 +43,8 @@ impl<O: Objects> Planner<'_, O> {
                 return Ok(None);
             }
             Some(Fate::Orphan) => Position::Orphan { was },
+            // It goes back nowhere.
+            Some(Fate::Leave) => Position::Orphan { was: None },
             None => self.position_after(object, before.as_ref()),
         };
         let put = self.parts.puts.get(object);

@@ -37,6 +37,7 @@ pub(super) struct Change {
 pub(super) enum Fate {
     Drop,
     Orphan,
+    Leave,
     SetAside,
 }
 
@@ -150,6 +151,7 @@ impl<'a, O: Objects> Parts<'a, O> {
             }
             Op::Drop { object } => self.fate(object, Fate::Drop)?,
             Op::Orphan { object } => self.fate(object, Fate::Orphan)?,
+            Op::Leave { object } => self.fate(object, Fate::Leave)?,
             Op::SetAside { object } => self.fate(object, Fate::SetAside)?,
             Op::Root { object } => {
                 let known = Known {
@@ -427,7 +429,7 @@ impl<'a, O: Objects> Parts<'a, O> {
             _ => {}
         }
         match fate {
-            Some(Fate::Orphan) => {
+            Some(Fate::Orphan | Fate::Leave) => {
                 let slot = self.slots.entry(Slot::Orphan(object.clone())).or_default();
                 slot.after = after.clone();
             }

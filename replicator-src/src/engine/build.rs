@@ -8,6 +8,7 @@ use replicator_common::id::{BatchId, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
 
 use super::commit::dropped_by;
+use super::halt::Leaving;
 use super::holds::{ReadyFile, Transfer};
 use super::{Engine, EngineError, ended};
 use crate::index::View;
@@ -28,7 +29,8 @@ const SLICE: usize = 1024;
 const SOON: usize = 2048;
 /// Entries that one batch looks at at most. Each that changes takes about a
 /// kilobyte until the batch is acknowledged (new names of hard links need no
-/// reading, so it is this that bounds them).
+/// reading, so it is this that bounds them). As many are dropped at most of
+/// trees that ended as a whole.
 const ENTRIES: usize = 16_384;
 /// Entries that a batch of a walk compares with the index and finds equal, at
 /// most: they cost it nothing more, but the engine should look up now and then.
@@ -55,6 +57,10 @@ pub(super) struct Draft {
     pub(super) fresh: u64,
     /// Large files that this batch places.
     pub(super) placed: BTreeMap<ObjectId, Placed>,
+    /// How many objects it deletes, as the guard counts them.
+    pub(super) deletions: u64,
+    /// Objects of trees that leave with it.
+    pub(super) left: Leaving,
     /// What names the replica takes.
     limits: Limits,
 }
@@ -103,7 +109,9 @@ impl Engine {
         draft.resolve.walking = self.gap.is_some();
         draft.resolve.unproven = self.unproven;
         let root = self.opener.root();
-        draft.resolve.root = (!root.by_handle()).then(|| root.id.clone());
+        // What is below a tree that left is not looked at there by handle either.
+        let leaves = self.index.orphans()?.iter().any(|(_, orphan)| orphan.left);
+        draft.resolve.root = (leaves || !root.by_handle()).then(|| root.id.clone());
         self.take_records(&mut draft)?;
         draft.resolve.waiting = self.gap.is_some().then(|| self.waiting());
         draft.span.reach(barrier.seq, barrier.time);
@@ -135,6 +143,8 @@ impl Engine {
             packed: 0,
             fresh: 0,
             placed: BTreeMap::new(),
+            deletions: 0,
+            left: Leaving::default(),
             limits: self.limits(),
         }
     }
@@ -331,6 +341,7 @@ impl Engine {
             outside_before: (gap.is_none() && draft.span.reached && seen)
                 .then(|| draft.span.time.offset(-(OUTSIDE_AFTER.as_nanos() as i64))),
             limits: draft.limits,
+            apart: ENTRIES,
         };
         for ((directory, name), binding) in &draft.resolve.bindings {
             tracing::trace!(batch = %draft.batch, %directory, ?name, ?binding, "bound");
@@ -370,6 +381,7 @@ impl Engine {
         let through = !behind && self.dirty.is_empty() && self.gap.is_none();
         let last =
             self.accepts_deletions() && draft.span.reached && through && assembly.orphans == 0;
+        self.leaving = assembly.left > 0;
         self.commit(draft, assembly, closed)?;
         if last {
             self.end_acceptance()?;

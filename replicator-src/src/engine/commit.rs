@@ -50,9 +50,7 @@ impl Engine {
         let (header, reached) = self.header(&draft, &assembly, closed.as_ref());
         let changed = replaced_content(&assembly.delta, draft.batch);
         self.spoil(&changed);
-        // Accepted ones do not add up to the next halt.
-        let accepted = self.accepts_deletions();
-        let deletions = if accepted { 0 } else { self.halt.deletions(&assembly) };
+        self.halt.leaves(&draft, &assembly);
         let born = if draft.resolve.walking { Vec::new() } else { born_by(&assembly.ops) };
         for object in assembly.linked {
             self.members.add_linked(object);
@@ -62,7 +60,7 @@ impl Engine {
         let dropped = dropped_by(&delta);
         let progress = progress_of(&delta, draft.resolve.equal);
         let objects = ops.iter().filter(|op| matches!(op, Op::Put { .. })).count() as u64;
-        let input = draft.input;
+        let (input, deletions) = (draft.input, draft.deletions);
         self.send_batch(Ready {
             ops,
             delta,
@@ -183,16 +181,17 @@ impl Engine {
             return None;
         }
         let new = assembly.delta.orphans.iter().filter_map(|(_, orphan)| *orphan);
+        // What leaves was an orphan before, perhaps.
         let old = self.index.orphans().unwrap_or_default();
         let gone: BTreeSet<&ObjectId> = assembly
             .delta
             .orphans
             .iter()
-            .filter(|(_, orphan)| orphan.is_none())
+            .filter(|(_, orphan)| orphan.is_none_or(|orphan| orphan.left))
             .map(|(object, _)| object)
             .collect();
         let old = old.iter().filter(|(object, _)| !gone.contains(object)).map(|(_, o)| *o);
-        new.chain(old).map(|orphan| orphan.floor).min()
+        new.chain(old).filter(|orphan| !orphan.left).map(|orphan| orphan.floor).min()
     }
 }
 

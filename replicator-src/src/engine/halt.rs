@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use replicator_common::crashsafe::{self, Format, StateFileError};
 use replicator_common::id::{BatchId, ObjectId};
+use replicator_common::object::Kind;
 use replicator_common::time::Timestamp;
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
@@ -27,6 +28,7 @@ use super::window::Window;
 use super::{Engine, EngineError};
 use crate::index::{Noted, View};
 use crate::plan::Assembly;
+use crate::plan::below::{Below, Step};
 
 /// Format of the file that says that a replication has halted. Versions: 1,
 /// the first.
@@ -90,6 +92,9 @@ pub struct Halt {
     /// Orphans whose names others took: when they are dropped, they were
     /// replaced, not deleted. No more than there are orphans.
     replaced: HashSet<ObjectId>,
+    /// Objects that the index still has of trees that left: counted as deleted
+    /// when the tree left, not when they are dropped.
+    left: u64,
 }
 
 impl Halt {
@@ -97,7 +102,7 @@ impl Halt {
     pub fn open(rule: HaltRule, path: PathBuf) -> Result<Self, StateFileError> {
         let halted = crashsafe::read(&path, &FORMAT)?;
         let window = Window::new(rule.window, rule.percent, Instant::now());
-        Ok(Self { rule, path, halted, accepted: false, window, replaced: HashSet::new() })
+        Ok(Self { rule, path, halted, accepted: false, window, replaced: HashSet::new(), left: 0 })
     }
 
     /// That replication has halted, if it has.
@@ -142,11 +147,19 @@ impl Halt {
         let gone = assembly.delta.objects.iter().filter(|(_, known)| known.is_none());
         gone.filter(|(object, _)| {
             !object.is_foreign()
+                && !assembly.apart.contains(object)
                 && !self.window.is_young(object)
                 && !replaced.contains(object)
                 && !self.replaced.contains(object)
         })
         .count() as u64
+    }
+
+    /// The batch is about to be committed, with the trees that leave with it and
+    /// what it drops of those that left before.
+    pub(super) fn leaves(&mut self, draft: &Draft, assembly: &Assembly) {
+        let dropped = assembly.apart.len() as u64;
+        self.left = (self.left + draft.left.all).saturating_sub(dropped);
     }
 
     /// Remembers which of the batch's orphans were replaced.
@@ -162,6 +175,21 @@ impl Halt {
     }
 }
 
+/// Objects that end with trees that leave.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Leaving {
+    all: u64,
+    /// Of them, those that were not young.
+    old: u64,
+}
+
+impl Leaving {
+    fn count(&mut self, old: bool) {
+        self.all += 1;
+        self.old += u64::from(old);
+    }
+}
+
 /// Objects that lose a name to another object.
 fn replaced_by(assembly: &Assembly) -> BTreeSet<&ObjectId> {
     let taken = assembly.delta.entries.iter().filter(|change| change.new.is_some());
@@ -173,10 +201,11 @@ impl Engine {
     /// the draft of a batch that may go on.
     pub(super) fn check_deletions(
         &mut self,
-        draft: Draft,
+        mut draft: Draft,
         assembly: &Assembly,
     ) -> Result<Option<Draft>, EngineError> {
-        let Some(reason) = self.forbidden(assembly)? else {
+        draft.left = self.objects_of(&assembly.leaving)?;
+        let Some(reason) = self.forbidden(&mut draft, assembly)? else {
             self.halt.remember(assembly);
             return Ok(Some(draft));
         };
@@ -190,12 +219,17 @@ impl Engine {
     }
 
     /// Why the batch must not reach the replica, if it must not.
-    fn forbidden(&mut self, assembly: &Assembly) -> Result<Option<String>, EngineError> {
+    fn forbidden(
+        &mut self,
+        draft: &mut Draft,
+        assembly: &Assembly,
+    ) -> Result<Option<String>, EngineError> {
         let rule = self.halt.rule;
         if rule.percent == 0 || self.halt.accepted {
             return Ok(None);
         }
-        let deletions = self.halt.deletions(assembly);
+        let deletions = self.halt.deletions(assembly) + draft.left.old;
+        draft.deletions = deletions;
         let before = self.halt.window.deletions(Instant::now());
         let deleted = before + deletions;
         if deletions > 0 && deleted >= rule.min {
@@ -220,7 +254,37 @@ impl Engine {
 
     /// Objects that the replica has, without the root.
     fn objects(&self) -> Result<u64, EngineError> {
-        Ok(self.index.count()?.saturating_sub(1))
+        Ok(self.index.count()?.saturating_sub(1 + self.halt.left))
+    }
+
+    /// What was left of trees that left, by a process or a session before.
+    pub(super) fn recall_leaving(&mut self) -> Result<(), EngineError> {
+        let orphans = self.index.orphans()?.into_iter();
+        let left: Vec<_> = orphans.filter(|(_, orphan)| orphan.left).map(|(one, _)| one).collect();
+        self.leaving = !left.is_empty();
+        self.halt.left = self.objects_of(&left)?.all;
+        Ok(())
+    }
+
+    /// How many objects end with these directories. One of several names counts
+    /// where the index has the name that it knows it by.
+    fn objects_of(&self, directories: &[ObjectId]) -> Result<Leaving, EngineError> {
+        let mut leaving = Leaving::default();
+        for directory in directories {
+            leaving.count(!self.halt.window.is_young(directory));
+            let mut below = Below::new(&self.index, directory.clone());
+            while let Some(step) = below.step()? {
+                let Step::Entry { directory, name, object, known } = step else { continue };
+                let Some(known) = known else { continue };
+                if known.entry.is_none_or(|entry| entry == (directory, name)) {
+                    leaving.count(!self.halt.window.is_young(&object));
+                }
+                if known.state.kind == Kind::Directory {
+                    below.enter(object);
+                }
+            }
+        }
+        Ok(leaving)
     }
 
     /// Whether the replica's root would be empty after the batch, as the

@@ -239,6 +239,8 @@ pub struct Engine {
     dirty: Dirty,
     /// What is dirty and could not be found (see [`astray`]).
     astray: Dirty,
+    /// Trees that left the source are still to be taken apart.
+    leaving: bool,
     /// The journal is absorbed up to here.
     cursor: Seq,
     /// Records up to here are of a process before this.
@@ -367,6 +369,7 @@ impl Engine {
             kept: kept::Kept::default(),
             dirty: Dirty::default(),
             astray: Dirty::default(),
+            leaving: false,
             covered: claimed,
             reached: claimed,
             seen: Timestamp::NEVER,
@@ -405,6 +408,7 @@ impl Engine {
         engine.shared.halted(engine.halt.halted());
         engine.begin_clock()?;
         engine.recall_deletions()?;
+        engine.recall_leaving()?;
         engine.greet()?;
         match start {
             Start::Walk(reason) => engine.open_gap(reason)?,
@@ -575,7 +579,7 @@ impl Engine {
     }
 
     fn may_build(&self) -> bool {
-        let due = !self.dirty.is_empty() || self.walk_ended() || self.recall_due();
+        let due = !self.dirty.is_empty() || self.leaving || self.walk_ended() || self.recall_due();
         self.is_ready() && (due || self.heartbeat_due())
     }
 
@@ -619,8 +623,15 @@ impl Engine {
         self.shared.count(|counters| counters.rescans += 1);
         self.shared.begin_progress();
         let root = self.opener.root().id.clone();
-        self.dirty.walk(root, self.index.orphans()?.into_iter().map(|(one, _)| one));
+        self.dirty.walk(root, self.orphans()?);
         Ok(())
+    }
+
+    /// Orphans that may come back, or may have to. What left is nobody's any
+    /// more: it comes back as what is new does, and is read whole.
+    fn orphans(&self) -> Result<Vec<ObjectId>, EngineError> {
+        let orphans = self.index.orphans()?.into_iter();
+        Ok(orphans.filter(|(_, orphan)| !orphan.left).map(|(one, _)| one).collect())
     }
 
     /// The incarnation pair that the index describes, for greetings.

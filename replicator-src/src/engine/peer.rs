@@ -135,8 +135,9 @@ impl Engine {
         self.forget_owed()?;
         if self.gap.is_some() {
             // Batches of an earlier process may have made them.
-            self.dirty.walk_orphans(self.index.orphans()?.into_iter().map(|(one, _)| one));
+            self.dirty.walk_orphans(self.orphans()?);
         }
+        self.recall_leaving()?;
         self.totals = self.index.store().mark()?;
         self.claimed = self.totals.watermark.unwrap_or(Timestamp::NEVER);
         let mark = self.totals;

@@ -85,8 +85,11 @@ pub struct Orphan {
     /// after this and no entry appeared, it is outside the source.
     pub since: Timestamp,
     /// Every change before this moment is in the replica all the same; the
-    /// watermark waits here.
+    /// watermark waits here, unless the object has left.
     pub floor: Timestamp,
+    /// It is known to have left the source, and is taken apart batch by batch
+    /// (see [`crate::plan::mod@assemble`]).
+    pub left: bool,
 }
 
 /// What a batch changes in the index.

@@ -14,9 +14,10 @@
 //! - `pending`: batch and part, big endian → a part of a [`Delta`]
 //! - `young`: object → when it came, little endian nanoseconds
 //!
-//! Versions: 1, the first; 2, marks name their batch's nonce, and an older one is
-//! upgraded when it is opened (see `index::upgrade`). (`deletions` and `young` came later: their absence
-//! is as if they were empty, and who does not know them may leave them.)
+//! Versions: 1, the first; 2, marks name their batch's nonce; 3, orphans may have
+//! left. An older one is upgraded when it is opened (see `index::upgrade`).
+//! (`deletions` and `young` came later: their absence is as if they were empty,
+//! and who does not know them may leave them.)
 //!
 //! # Durability
 //! INVARIANT (trap 5): a batch's delta is durable in `pending` before its
@@ -51,11 +52,11 @@ const OBJECTS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("ob
 const ENTRIES: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("entries");
 const LINKS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("links");
 const CHUNKS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("chunks");
-const ORPHANS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("orphans");
+pub(super) const ORPHANS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("orphans");
 pub(super) const PENDING: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("pending");
 pub(super) const YOUNG: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("young");
 
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 /// Chunks of a list in one row: 36 bytes each, so some 150 KB.
 const SEGMENT_CHUNKS: usize = 4096;
 /// Objects or entries of a delta in one pending row, so that a row stays far
@@ -156,10 +157,16 @@ impl Store {
                     return Err(IndexError::Newer { path: self.path.clone(), found });
                 }
                 Some(VERSION) => {}
-                Some(_) => {
-                    self.upgrade_mark(&mut meta)?;
+                Some(found) => {
                     let mut pending = write.open_table(PENDING).map_err(failed(&self.path))?;
-                    self.upgrade_pending(&mut pending)?;
+                    if found < 2 {
+                        self.upgrade_mark(&mut meta)?;
+                        self.upgrade_pending_v1(&mut pending)?;
+                    } else {
+                        self.upgrade_pending_v2(&mut pending)?;
+                    }
+                    let mut orphans = write.open_table(ORPHANS).map_err(failed(&self.path))?;
+                    self.upgrade_orphans(&mut orphans)?;
                     meta.insert("version", &VERSION.to_le_bytes()[..])
                         .map_err(failed(&self.path))?;
                 }

@@ -1,11 +1,12 @@
 //! What older versions of the store held, and what it becomes.
 //!
 //! Version 1: marks, in `meta` and at the end of each part of a pending delta,
-//! had no nonce.
+//! had no nonce. Versions 1 and 2: of no orphan was it known to have left.
 
 use redb::ReadableTable;
 use replicator_common::id::{BatchId, BatchNonce, ObjectId, Seq};
 use replicator_common::time::Timestamp;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::known::{Delta, EntryChange, Known, Mark, Orphan};
@@ -40,22 +41,36 @@ impl From<MarkV1> for Mark {
     }
 }
 
-/// [`Delta`], or a part of one, in version 1.
-#[derive(Debug, Serialize, Deserialize)]
-struct DeltaV1 {
-    objects: Vec<(ObjectId, Option<Known>)>,
-    entries: Vec<EntryChange>,
-    orphans: Vec<(ObjectId, Option<Orphan>)>,
-    dead_lists: Vec<u64>,
-    mark: MarkV1,
+/// [`Orphan`] in versions 1 and 2.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct OrphanV2 {
+    since: Timestamp,
+    floor: Timestamp,
 }
 
-impl From<DeltaV1> for Delta {
-    fn from(old: DeltaV1) -> Self {
+impl From<OrphanV2> for Orphan {
+    fn from(OrphanV2 { since, floor }: OrphanV2) -> Self {
+        Self { since, floor, left: false }
+    }
+}
+
+/// [`Delta`], or a part of one, in version 1 (with [`MarkV1`]) and 2 (with [`Mark`]).
+#[derive(Debug, Serialize, Deserialize)]
+struct DeltaV2<M> {
+    objects: Vec<(ObjectId, Option<Known>)>,
+    entries: Vec<EntryChange>,
+    orphans: Vec<(ObjectId, Option<OrphanV2>)>,
+    dead_lists: Vec<u64>,
+    mark: M,
+}
+
+impl<M: Into<Mark>> From<DeltaV2<M>> for Delta {
+    fn from(old: DeltaV2<M>) -> Self {
+        let orphans = old.orphans.into_iter();
         Self {
             objects: old.objects,
             entries: old.entries,
-            orphans: old.orphans,
+            orphans: orphans.map(|(object, orphan)| (object, orphan.map(Orphan::from))).collect(),
             dead_lists: old.dead_lists,
             mark: old.mark.into(),
         }
@@ -63,7 +78,7 @@ impl From<DeltaV1> for Delta {
 }
 
 type Meta<'a> = redb::Table<'a, &'static str, &'static [u8]>;
-type Pending<'a> = redb::Table<'a, &'static [u8], &'static [u8]>;
+type Rows<'a> = redb::Table<'a, &'static [u8], &'static [u8]>;
 
 impl Store {
     /// The mark of version 1.
@@ -77,15 +92,37 @@ impl Store {
     }
 
     /// The pending deltas of version 1: as many as can be under way.
-    pub(super) fn upgrade_pending(&self, pending: &mut Pending<'_>) -> Result<(), IndexError> {
+    pub(super) fn upgrade_pending_v1(&self, pending: &mut Rows<'_>) -> Result<(), IndexError> {
+        self.upgrade_rows::<DeltaV2<MarkV1>, Delta>("pending", pending)
+    }
+
+    /// The pending deltas of version 2.
+    pub(super) fn upgrade_pending_v2(&self, pending: &mut Rows<'_>) -> Result<(), IndexError> {
+        self.upgrade_rows::<DeltaV2<Mark>, Delta>("pending", pending)
+    }
+
+    /// The orphans of versions 1 and 2: what is being moved at the moment.
+    pub(super) fn upgrade_orphans(&self, orphans: &mut Rows<'_>) -> Result<(), IndexError> {
+        self.upgrade_rows::<OrphanV2, Orphan>("orphans", orphans)
+    }
+
+    fn upgrade_rows<Old, New>(
+        &self,
+        name: &'static str,
+        table: &mut Rows<'_>,
+    ) -> Result<(), IndexError>
+    where
+        Old: DeserializeOwned + Into<New>,
+        New: Serialize,
+    {
         let mut rows = Vec::new();
-        for row in pending.iter().map_err(failed(&self.path))? {
+        for row in table.iter().map_err(failed(&self.path))? {
             let (key, value) = row.map_err(failed(&self.path))?;
-            let old: DeltaV1 = self.decode("pending", value.value())?;
-            rows.push((key.value().to_vec(), self.encode("pending", &Delta::from(old))?));
+            let old: Old = self.decode(name, value.value())?;
+            rows.push((key.value().to_vec(), self.encode(name, &old.into())?));
         }
         for (key, value) in rows {
-            pending.insert(&key[..], value.as_slice()).map_err(failed(&self.path))?;
+            table.insert(&key[..], value.as_slice()).map_err(failed(&self.path))?;
         }
         Ok(())
     }
@@ -95,7 +132,9 @@ impl Store {
 mod tests {
     use super::*;
     use crate::index::Noted;
-    use crate::index::store::{META, PENDING, VERSION};
+    use std::path::Path;
+
+    use crate::index::store::{META, ORPHANS, PENDING, VERSION};
     use replicator_common::codec::encode_record;
     use replicator_common::name::Name;
 
@@ -115,48 +154,68 @@ mod tests {
         }
     }
 
-    #[test]
-    fn an_index_of_version_1_is_upgraded_and_a_newer_one_refused() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("index.redb");
-        let id = |n: u8| ObjectId::new(1, &[n]).unwrap();
+    fn id(n: u8) -> ObjectId {
+        ObjectId::new(1, &[n]).unwrap()
+    }
+
+    fn old_delta<M>(mark: M) -> DeltaV2<M> {
         let name = Name::new(b"a").unwrap();
         let change = EntryChange { directory: id(1), name, old: None, new: Some(id(2)) };
-        let old = DeltaV1 {
+        DeltaV2 {
             objects: Vec::new(),
             entries: vec![change],
-            orphans: Vec::new(),
+            orphans: vec![(id(3), Some(orphan())), (id(4), None)],
             dead_lists: vec![7],
-            mark: mark(3),
-        };
-        let store = Store::open(&path).unwrap();
-        let delta = Delta { mark: Mark::from(mark(3)), ..Delta::default() };
-        store.prepare(Some((&delta, &Noted::default())), &[]).unwrap();
-        let set_version = |store: &Store, version: u32| {
-            let write = store.begin(redb::Durability::Immediate).unwrap();
-            {
-                let mut meta = write.open_table(META).unwrap();
-                meta.insert("version", &version.to_le_bytes()[..]).unwrap();
-                meta.insert("mark", encode_record(&mark(2)).unwrap().as_slice()).unwrap();
-                let mut pending = write.open_table(PENDING).unwrap();
-                let key = pending.first().unwrap().unwrap().0.value().to_vec();
-                pending.insert(&key[..], encode_record(&old).unwrap().as_slice()).unwrap();
-            }
-            write.commit().unwrap();
-        };
-        set_version(&store, 1);
-        drop(store);
-        for _ in 0..2 {
-            let store = Store::open(&path).unwrap();
-            assert_eq!(store.mark().unwrap(), mark(2).into());
-            let pending = store.pending().unwrap();
-            assert_eq!(pending.len(), 1);
-            assert_eq!(pending[0].mark, mark(3).into());
-            assert_eq!((&pending[0].entries, &pending[0].dead_lists), (&old.entries, &vec![7]));
+            mark,
         }
-        let store = Store::open(&path).unwrap();
-        set_version(&store, VERSION + 1);
-        drop(store);
-        assert!(matches!(Store::open(&path), Err(IndexError::Newer { .. })));
+    }
+
+    fn orphan() -> OrphanV2 {
+        OrphanV2 { since: Timestamp(1), floor: Timestamp(2) }
+    }
+
+    /// Makes an index as an older version would have left it.
+    fn make_old<M: Serialize, D: Serialize>(path: &Path, version: u32, kept: &M, delta: &D) {
+        let store = Store::open(path).unwrap();
+        let new = Delta { mark: Mark::from(mark(3)), ..Delta::default() };
+        store.prepare(Some((&new, &Noted::default())), &[]).unwrap();
+        let write = store.begin(redb::Durability::Immediate).unwrap();
+        {
+            let mut meta = write.open_table(META).unwrap();
+            meta.insert("version", &version.to_le_bytes()[..]).unwrap();
+            meta.insert("mark", encode_record(kept).unwrap().as_slice()).unwrap();
+            let mut pending = write.open_table(PENDING).unwrap();
+            let key = pending.first().unwrap().unwrap().0.value().to_vec();
+            pending.insert(&key[..], encode_record(delta).unwrap().as_slice()).unwrap();
+            let mut orphans = write.open_table(ORPHANS).unwrap();
+            let row = encode_record(&orphan()).unwrap();
+            orphans.insert(id(9).as_bytes(), row.as_slice()).unwrap();
+        }
+        write.commit().unwrap();
+    }
+
+    #[test]
+    fn an_index_of_an_older_version_is_upgraded_and_a_newer_one_refused() {
+        for version in [1, 2] {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("index.redb");
+            match version {
+                1 => make_old(&path, 1, &mark(2), &old_delta(mark(3))),
+                _ => make_old(&path, 2, &Mark::from(mark(2)), &old_delta(Mark::from(mark(3)))),
+            }
+            for _ in 0..2 {
+                let store = Store::open(&path).unwrap();
+                assert_eq!(store.mark().unwrap(), mark(2).into());
+                let pending = store.pending().unwrap();
+                assert_eq!(pending, [Delta::from(old_delta(mark(3)))]);
+                let orphans = store.snapshot().unwrap().orphans().unwrap();
+                assert_eq!(orphans, [(id(9), orphan().into())]);
+            }
+            let newer = VERSION + 1;
+            make_old(&path, newer, &Mark::default(), &Delta::default());
+            assert!(
+                matches!(Store::open(&path), Err(IndexError::Newer { found, .. }) if found == newer)
+            );
+        }
     }
 }

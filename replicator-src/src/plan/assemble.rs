@@ -25,6 +25,7 @@ use crate::index::store::dead_list;
 use crate::index::{Delta, EntryChange, Known, Orphan, View};
 use crate::watcher::What;
 
+mod apart;
 mod limits;
 
 /// What reading an object gave.
@@ -108,6 +109,8 @@ pub struct Settings {
     pub outside_before: Option<Timestamp>,
     /// What names the replica's file system takes.
     pub limits: Limits,
+    /// Entries that the batch may drop of trees that lost their last entry.
+    pub apart: usize,
 }
 
 impl Settings {
@@ -117,6 +120,7 @@ impl Settings {
         floor: Timestamp::NEVER,
         outside_before: None,
         limits: Limits { links: None, name: None },
+        apart: usize::MAX / 2,
     };
 }
 
@@ -133,8 +137,15 @@ pub struct Assembly {
     pub again: BTreeSet<(ObjectId, Name)>,
     /// Entries and objects whose objects were not where they were believed to be.
     pub astray: Dirty,
-    /// Orphans are left after this batch.
+    /// Orphans that the watermark waits for after this batch.
     pub orphans: usize,
+    /// Directories that leave the source with this batch, and are not taken
+    /// apart yet.
+    pub leaving: Vec<ObjectId>,
+    /// How many trees that left are not all dropped after this batch.
+    pub left: usize,
+    /// What this batch drops of trees that left before.
+    pub apart: HashSet<ObjectId>,
     /// Directories that this batch makes orphans: no walk reaches them from the
     /// root, so a walk under way must be told of them (trap 11).
     pub orphaned: Vec<ObjectId>,
@@ -165,6 +176,7 @@ pub fn assemble<V: View, T: Tree>(
         gone: HashSet::new(),
         admitted: HashSet::new(),
         loose: Vec::new(),
+        apart: 0,
     };
     work.admitted = work.admit()?;
     work.bind()?;
@@ -200,6 +212,8 @@ struct Work<'a, V: View, T: Tree> {
     admitted: HashSet<ObjectId>,
     /// Directories that would be inside themselves, and get no entry.
     loose: Vec<ObjectId>,
+    /// Entries that went with what they were in, of [`Settings::apart`].
+    apart: usize,
 }
 
 impl<V: View, T: Tree> Work<'_, V, T> {
@@ -437,29 +451,45 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     /// Follows every object that lost an entry: what has none left is dead, on
     /// its way, or outside.
     fn detach(&mut self) -> Result<(), Failure<V, T>> {
-        let mut queue: VecDeque<ObjectId> = self.lost.keys().cloned().collect();
-        queue.extend(std::mem::take(&mut self.loose));
-        while let Some(object) = queue.pop_front() {
-            if self.gone.contains(&object) || !self.links_after(&object)?.is_empty() {
-                continue;
+        let mut lost: Vec<ObjectId> = self.lost.keys().cloned().collect();
+        lost.append(&mut self.loose);
+        // What goes with a directory was counted with it.
+        let mut inside = VecDeque::new();
+        for object in lost {
+            if self.is_detached(&object)? && !self.keep_living(&object)? {
+                self.end(&object, &mut inside)?;
             }
-            let known = self.known(&object)?;
-            if let Some(known) = known
-                && self.tree_fate(&object)? == Fate::Alive
-            {
-                if known.state.kind == Kind::Directory {
-                    self.out.orphaned.push(object.clone());
+            while let Some(object) = inside.pop_front() {
+                if self.is_detached(&object)? && !self.keep_living(&object)? {
+                    self.remove(&object, &mut inside)?;
                 }
-                let since = self.settings.now;
-                let orphan = Orphan { since, floor: self.settings.floor };
-                self.out.delta.orphans.push((object.clone(), Some(orphan)));
-                self.out.ops.push(Op::Orphan { object });
-                self.out.orphans += 1;
-                continue;
             }
-            self.remove(&object, &mut queue)?;
         }
         Ok(())
+    }
+
+    /// Whether the object has no entry after the batch, and nothing was done
+    /// about that yet.
+    fn is_detached(&self, object: &ObjectId) -> Result<bool, Failure<V, T>> {
+        Ok(!self.gone.contains(object) && self.links_after(object)?.is_empty())
+    }
+
+    /// Makes an orphan of an object without entries that is still alive; says
+    /// whether it is.
+    fn keep_living(&mut self, object: &ObjectId) -> Result<bool, Failure<V, T>> {
+        let Some(known) = self.known(object)? else { return Ok(false) };
+        if self.tree_fate(object)? != Fate::Alive {
+            return Ok(false);
+        }
+        if known.state.kind == Kind::Directory {
+            self.out.orphaned.push(object.clone());
+        }
+        let (since, floor) = (self.settings.now, self.settings.floor);
+        let orphan = Orphan { since, floor, left: false };
+        self.out.delta.orphans.push((object.clone(), Some(orphan)));
+        self.out.ops.push(Op::Orphan { object: object.clone() });
+        self.out.orphans += 1;
+        Ok(true)
     }
 
     fn tree_fate(&mut self, object: &ObjectId) -> Result<Fate, Failure<V, T>> {
@@ -514,15 +544,22 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     /// Orphans of earlier batches: attached now, dead, outside, or still waiting.
     fn settle_orphans(&mut self) -> Result<(), Failure<V, T>> {
         let mut queue = VecDeque::new();
+        let mut left = Vec::new();
         for (object, orphan) in self.view.orphans().map_err(PlanError::Index)? {
             if self.gained.get(&object).is_some_and(|places| !places.is_empty()) {
                 self.out.delta.orphans.push((object, None));
                 continue;
             }
+            if orphan.left {
+                left.push(object);
+                continue;
+            }
             let outside = self.settings.outside_before.is_some_and(|moment| orphan.since < moment);
             if outside || self.tree_fate(&object)? == Fate::Dead {
-                self.out.delta.orphans.push((object.clone(), None));
-                self.remove(&object, &mut queue)?;
+                self.end(&object, &mut queue)?;
+                if self.gone.contains(&object) {
+                    self.out.delta.orphans.push((object.clone(), None));
+                }
             } else {
                 self.out.orphans += 1;
             }
@@ -530,9 +567,13 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         // What an outside directory takes along has no entry in the tree, or
         // it would have been seen by now.
         while let Some(object) = queue.pop_front() {
-            if !self.gone.contains(&object) && self.links_after(&object)?.is_empty() {
+            if self.is_detached(&object)? {
                 self.remove(&object, &mut queue)?;
             }
+        }
+        // With the room that is left.
+        for object in left {
+            self.take_apart(&object)?;
         }
         Ok(())
     }

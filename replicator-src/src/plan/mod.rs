@@ -10,11 +10,12 @@
 //! 4. [`mod@assemble`] closes the batch over references and makes its operations
 //!    and its index delta.
 //!
-//! [`waits`] says when what was left to wait waits no more; [`mod@recall`] brings back what could not be found.
+//! [`below`] walks through what the index has below a directory; [`waits`] says when what was left to wait waits no more; [`mod@recall`] brings back what could not be found.
 //!
 //! [`View`]: crate::index::View
 
 pub mod assemble;
+pub mod below;
 pub mod dirty;
 pub mod recall;
 pub mod resolve;

@@ -68,9 +68,9 @@ pub struct Resolve {
     pub fresh: HashSet<ObjectId>,
     /// Directories that were listed.
     pub listed: HashSet<ObjectId>,
-    /// The root, where only names lead to objects. Then what is below an orphan
-    /// is out of sight as the orphan is, and is looked at whole when it moves
-    /// out of it.
+    /// The root, where only names lead to objects, or while trees that left are
+    /// taken apart. Then what is below an orphan is out of sight as the orphan
+    /// is, and is looked at whole when it moves out of it.
     pub root: Option<ObjectId>,
     /// A walk is under way: directories that moved meanwhile are walked where
     /// they are found, for they may have left the part still to be walked for

@@ -387,7 +387,9 @@ impl Replica {
                     assert!(!self.entries.values().any(|o| o == object), "dropped with an entry");
                     assert!(!self.entries.keys().any(|(d, _)| d == object), "dropped not empty");
                 }
-                Op::Orphan { object } => drop(self.orphans.insert(object.clone())),
+                Op::Orphan { object } | Op::Leave { object } => {
+                    self.orphans.insert(object.clone());
+                }
                 _ => {}
             }
         }
@@ -423,9 +425,34 @@ struct Run {
     held: Vec<(ObjectId, Hold)>,
     walking: bool,
     limits: Limits,
+    /// See [`Settings::apart`].
+    apart: usize,
 }
 
 impl Run {
+    /// A world before the initial sync.
+    fn new(world: World) -> Self {
+        Self {
+            world,
+            index: Map::default(),
+            replica: Replica::default(),
+            dirty: Dirty::default(),
+            astray: Dirty::default(),
+            cursor: 0,
+            batch: 0,
+            held: Vec::new(),
+            walking: true,
+            limits: Limits::default(),
+            apart: 1000,
+        }
+    }
+
+    /// Those that a walk is told of.
+    fn orphans(&self) -> Vec<ObjectId> {
+        let orphans = self.index.orphans.iter().filter(|(_, orphan)| !orphan.left);
+        orphans.map(|(object, _)| object.clone()).collect()
+    }
+
     fn absorb(&mut self, count: usize) {
         let end = self.world.records.len().min(self.cursor + count);
         for record in &self.world.records[self.cursor..end] {
@@ -464,7 +491,8 @@ impl Run {
         let mut resolve = Resolve::default();
         resolve.walking = self.walking;
         resolve.waiting = self.walking.then(HashSet::new);
-        resolve.root = self.world.places.is_some().then(|| id(ROOT));
+        let leaves = self.index.orphans.values().any(|orphan| orphan.left);
+        resolve.root = (leaves || self.world.places.is_some()).then(|| id(ROOT));
         if !self.index.objects.contains_key(&id(ROOT)) {
             resolve.begin_at(&id(ROOT));
         }
@@ -495,6 +523,7 @@ impl Run {
             floor: Timestamp::NEVER,
             outside_before: settled.then_some(Timestamp(i64::MAX)),
             limits: self.limits,
+            apart: self.apart,
         };
         let root = id(ROOT);
         let out =
@@ -567,6 +596,13 @@ impl Run {
             let settled = !self.walking;
             self.batch(&[], 1000, 0, settled, false);
         }
+        // Each batch takes something from a tree that left.
+        for _ in 0..1000 {
+            if !self.index.orphans.values().any(|orphan| orphan.left) {
+                break;
+            }
+            self.batch(&[], 1000, 0, true, false);
+        }
         let mut entries = BTreeMap::new();
         let mut objects = BTreeSet::from([ROOT]);
         let mut queue = vec![ROOT];
@@ -628,24 +664,14 @@ proptest! {
         before in prop::collection::vec(any::<Action>(), 0..30),
         steps in prop::collection::vec(step(), 0..8),
         by_name in any::<bool>(),
+        apart in prop_oneof![1..4usize, Just(1000)],
     ) {
         let mut world = World::new();
         world.places = by_name.then(BTreeMap::new);
         before.iter().for_each(|action| world.act(*action));
         // What happened before the first look has no records.
         world.records.clear();
-        let mut run = Run {
-            world,
-            index: Map::default(),
-            replica: Replica::default(),
-            dirty: Dirty::default(),
-            astray: Dirty::default(),
-            cursor: 0,
-            batch: 0,
-            held: Vec::new(),
-            walking: true,
-        limits: Limits::default(),
-        };
+        let mut run = Run { apart, ..Run::new(world) };
         run.dirty.listings.push_back(Listing::new(id(ROOT), true));
         for step in steps {
             step.actions.iter().for_each(|action| run.world.act(*action));
@@ -657,7 +683,7 @@ proptest! {
                 run.held.clear();
                 run.walking = true;
                 run.dirty.listings.push_back(Listing::new(id(ROOT), true));
-                let orphans = run.index.orphans.keys().cloned();
+                let orphans = run.orphans().into_iter();
                 run.dirty.listings.extend(orphans.map(|orphan| Listing::new(orphan, true)));
             } else {
                 run.absorb(step.absorb);

@@ -18,7 +18,7 @@ use replicator_src::plan::{
 };
 use replicator_src::watcher::What;
 
-use super::{Draft, LARGE, OUTSIDE_AFTER, ROUNDS, Source, Transfer, content_of, is_ours};
+use super::{APART, Draft, LARGE, OUTSIDE_AFTER, ROUNDS, Source, Transfer, content_of, is_ours};
 use crate::net::{Data, Of, STREAMS, Wire};
 use crate::world::{ROOT, World, id, inode};
 
@@ -28,6 +28,7 @@ impl Source {
         self.engine().last_build = world.now;
         let mut draft = self.draft(random);
         draft.resolve.walking = self.engine().gap.is_some();
+        draft.resolve.root = self.engine().leaves().then(|| id(ROOT));
         self.take_records(&mut draft);
         draft.span.reach(seq, time);
         let engine = self.engine();
@@ -282,6 +283,7 @@ impl Source {
             floor: floor.min(engine.reached),
             outside_before: settled.then(|| draft.span.time.offset(-OUTSIDE_AFTER)),
             limits: Limits::default(),
+            apart: APART,
         };
         let mut assembly =
             assemble(&draft.resolve, &draft.outcomes, &id(ROOT), settings, &engine.index, world)
@@ -294,6 +296,7 @@ impl Source {
         if behind && engine.gap.is_none() {
             draft.span.leave_behind(engine.covered);
         }
+        engine.leaving = assembly.left > 0;
         let walked = draft.span.walked && draft.span.reached && assembly.again.is_empty();
         let closed = self.close_gap(walked);
         self.take_holds(std::mem::take(&mut assembly.holds), floor);

@@ -133,5 +133,5 @@ fn orphan_floor(index: &Index<Store>, assembly: &Assembly) -> Option<Timestamp> 
             None => drop(all.remove(object)),
         }
     }
-    all.values().map(|orphan| orphan.floor).min()
+    all.values().filter(|orphan| !orphan.left).map(|orphan| orphan.floor).min()
 }

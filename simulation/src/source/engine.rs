@@ -5,13 +5,13 @@ use std::sync::atomic::Ordering;
 
 use rand::Rng;
 use rand::rngs::StdRng;
-use replicator_common::id::{BatchId, Edition, Incarnation};
+use replicator_common::id::{BatchId, Edition, Incarnation, ObjectId};
 use replicator_common::time::Timestamp;
 use replicator_src::index::{Index, Mark, View};
 use replicator_src::ledger::{Gap, Memory, Owed, take_back};
 use replicator_src::plan::Dirty;
 
-use super::{Event, Expected, IN_FLIGHT, Source};
+use super::{Engine, Event, Expected, IN_FLIGHT, Source};
 use crate::net::{Down, Wire};
 use crate::world::{ROOT, World, id};
 
@@ -41,7 +41,7 @@ impl Source {
         }
         let walked = engine.gap.is_some() && engine.flights.is_empty();
         let heartbeat = world.now - engine.last_build > 1_000_000_000 && engine.flights.is_empty();
-        let due = !engine.dirty.is_empty() || walked || heartbeat;
+        let due = !engine.dirty.is_empty() || engine.leaving || walked || heartbeat;
         if engine.session.is_some() && engine.flights.len() < IN_FLIGHT && due {
             self.begin(world, random);
         }
@@ -146,9 +146,9 @@ impl Source {
         self.forget_owed();
         let engine = self.engine();
         if engine.gap.is_some() {
-            let orphans = engine.index.orphans().unwrap().into_iter().map(|(one, _)| one);
-            engine.dirty.walk_orphans(orphans);
+            engine.dirty.walk_orphans(engine.orphans());
         }
+        engine.leaving = engine.leaves();
         let mark = self.store.read().mark;
         let engine = self.engine();
         engine.totals = mark;
@@ -191,7 +191,20 @@ impl Source {
 
     pub(super) fn start_walk(&mut self) {
         let engine = self.engine();
-        let orphans = engine.index.orphans().unwrap().into_iter().map(|(one, _)| one);
+        let orphans = engine.orphans();
         engine.dirty.walk(id(ROOT), orphans);
+    }
+}
+
+impl Engine {
+    /// Whether trees that left are still to be taken apart.
+    pub(super) fn leaves(&self) -> bool {
+        self.index.orphans().unwrap().iter().any(|(_, orphan)| orphan.left)
+    }
+
+    /// Those that a walk is told of.
+    fn orphans(&self) -> Vec<ObjectId> {
+        let orphans = self.index.orphans().unwrap().into_iter();
+        orphans.filter(|(_, orphan)| !orphan.left).map(|(one, _)| one).collect()
     }
 }

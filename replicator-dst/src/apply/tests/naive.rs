@@ -239,6 +239,9 @@ pub fn diff(old: &Source, new: &Source, dead: &BTreeSet<ObjectId>, first: bool) 
             match (before, dead.contains(object)) {
                 (None, _) => continue,
                 (Some(_), true) => ops.push(Op::Drop { object: object.clone() }),
+                (Some((Kind::Directory, ..)), false) if had > 0 && content.len() % 2 == 1 => {
+                    ops.push(Op::Leave { object: object.clone() });
+                }
                 (Some(_), false) if had > 0 => ops.push(Op::Orphan { object: object.clone() }),
                 (Some(_), false) => {}
             }

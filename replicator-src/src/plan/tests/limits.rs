@@ -98,18 +98,7 @@ proptest! {
     ) {
         let mut world = World::new();
         before.iter().for_each(|action| world.act(*action));
-        let mut run = Run {
-            world,
-            index: Map::default(),
-            replica: Replica::default(),
-            dirty: Dirty::default(),
-            astray: Dirty::default(),
-            cursor: 0,
-            batch: 0,
-            held: Vec::new(),
-            walking: true,
-            limits: links(most),
-        };
+        let mut run = Run { limits: links(most), ..Run::new(world) };
         run.world.records.clear();
         run.dirty.listings.push_back(Listing::new(id(ROOT), true));
         for step in &steps {

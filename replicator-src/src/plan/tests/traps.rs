@@ -5,18 +5,7 @@ use super::*;
 
 /// A world that is in the replica already.
 pub(super) fn replicated(world: World) -> Run {
-    let mut run = Run {
-        world,
-        index: Map::default(),
-        replica: Replica::default(),
-        dirty: Dirty::default(),
-        astray: Dirty::default(),
-        cursor: 0,
-        batch: 0,
-        held: Vec::new(),
-        walking: true,
-        limits: Limits::default(),
-    };
+    let mut run = Run::new(world);
     run.world.records.clear();
     run.dirty.listings.push_back(Listing::new(id(ROOT), true));
     run.finish();
