@@ -287,3 +287,27 @@ fn a_source_whose_content_is_moved_out_halts_before_anything_is_set_aside() {
     accept(&pair, &mut daemon);
     compare::assert_same(pair.source(), pair.replica(), &"all came back");
 }
+
+/// More than one batch drops: all of it counts when it leaves, and none of it
+/// counts again while it is taken apart.
+#[test]
+fn a_large_tree_that_is_moved_out_counts_as_a_whole() {
+    let large = 17_000;
+    let (pair, mut daemon) = enabled_over(|root| {
+        fill(&root.join("large"), large);
+        fill(&root.join("few"), FILES);
+    });
+    fs::rename(pair.source().join("large"), pair.outside().join("large")).unwrap();
+    await_halted(&mut daemon);
+    let objects = |daemon: &Daemon| daemon.status().destination.unwrap().objects;
+    assert!(objects(&daemon) > large as u64, "the replica has lost some of it");
+    daemon.kill();
+    let mut daemon = start(&pair);
+    await_halted(&mut daemon);
+    accept(&pair, &mut daemon);
+    daemon.poll_until(patience(), "all of it is dropped", |daemon| {
+        (objects(daemon) < 2 * FILES as u64).then_some(())
+    });
+    pair.settle(&daemon, &"taken apart");
+    assert_eq!(files(&pair.replica().join("few")), FILES);
+}

@@ -190,6 +190,37 @@ fn a_backlog_of_very_many_records() {
     phase.settle(&daemon, &pair, &memory);
 }
 
+/// Gone as a whole, with more than a batch may hold: moved out, back again, and
+/// deleted while nothing watches.
+#[test]
+fn a_tree_that_leaves() {
+    let (pair, memory) = (pair(Layout::Two(Ext4, Xfs)), MemoryLimit::new(BOUND));
+    let (tree, outside) = (pair.source().join("tree"), pair.outside().join("tree"));
+    for number in 0..2 * objects() {
+        let directory = tree.join(format!("directory-{}", number % 100));
+        fs::create_dir_all(&directory).unwrap();
+        fs::write(file(&directory, number), number.to_le_bytes()).unwrap();
+    }
+    let (daemon, phase) = start(&pair, &memory, "the initial sync");
+    phase.settle(&daemon, &pair, &memory);
+    let phase = Phase::new("moved out", Some(&daemon));
+    fs::rename(&tree, &outside).unwrap();
+    phase.settle(&daemon, &pair, &memory);
+    // Most of it is still to be dropped.
+    let phase = Phase::new("moved back", Some(&daemon));
+    fs::write(file(&outside.join("directory-7"), 7), "changed outside").unwrap();
+    fs::rename(&outside, &tree).unwrap();
+    phase.settle(&daemon, &pair, &memory);
+    daemon.kill();
+    fs::remove_dir_all(&tree).unwrap();
+    let (mut daemon, phase) = start(&pair, &memory, "deleted while nothing watched");
+    phase.settle(&daemon, &pair, &memory);
+    daemon.poll_until(limit(), "all of it is dropped", |daemon| {
+        let destination = daemon.status().destination?;
+        (destination.orphans == 0 && destination.objects < 200).then_some(())
+    });
+}
+
 /// Directories in each other: no step takes time or memory by the length of
 /// paths.
 #[test]

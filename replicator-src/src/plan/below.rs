@@ -39,6 +39,8 @@ pub struct Below<'a, V> {
     view: &'a V,
     way: Vec<Level>,
     kept: usize,
+    /// See [`KEPT`].
+    most: usize,
 }
 
 type Row = (Name, ObjectId, Option<Known>);
@@ -57,14 +59,14 @@ struct Level {
 impl<'a, V: View> Below<'a, V> {
     /// Of what is below `directory`.
     pub fn new(view: &'a V, directory: ObjectId) -> Self {
-        let mut below = Self { view, way: Vec::new(), kept: 0 };
+        let mut below = Self { view, way: Vec::new(), kept: 0, most: KEPT };
         below.enter(directory);
         below
     }
 
     /// Goes on below `directory`, and then where it was.
     pub fn enter(&mut self, directory: ObjectId) {
-        if self.kept > KEPT {
+        if self.kept > self.most {
             for level in &mut self.way {
                 level.forget();
             }
@@ -108,17 +110,19 @@ impl Level {
     /// Reads the next entries if none are left; says how many it read.
     fn fill<V: View>(&mut self, view: &V) -> Result<usize, V::Error> {
         let mut from = self.seen.clone();
+        let mut read = 0;
         while self.page.is_empty() && self.more {
             let page = view.page(&self.directory, from.as_ref())?;
             self.more = page.through.is_some();
             self.page = with_objects(view, page.entries)?;
+            read = self.page.len();
             // Batches under way may have emptied a page.
             from = page.through;
             if self.page.is_empty() {
                 self.seen.clone_from(&from);
             }
         }
-        Ok(self.page.len())
+        Ok(read)
     }
 
     /// Has its entries read again when its turn comes.
@@ -146,4 +150,121 @@ fn with_objects<V: View>(view: &V, entries: Vec<(Name, ObjectId)>) -> Result<Vec
 /// Whether the index knows it as a directory.
 pub fn is_directory(known: Option<&Known>) -> bool {
     known.is_some_and(|known| known.state.kind == Kind::Directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use proptest::prelude::*;
+    use replicator_common::id::BatchId;
+    use replicator_common::object::{Attributes, ObjectState};
+    use replicator_common::time::Timestamp;
+    use replicator_common::wire::Hash;
+
+    use super::*;
+    use crate::index::{Content, Orphan, Page};
+
+    /// Entries by directory; pages of two, of which some are empty, as where
+    /// batches under way removed what was there.
+    #[derive(Default)]
+    struct Pages(BTreeMap<ObjectId, BTreeMap<Name, ObjectId>>);
+
+    fn id(n: u16) -> ObjectId {
+        ObjectId::new(1, &n.to_be_bytes()).unwrap()
+    }
+
+    impl View for Pages {
+        type Error = std::convert::Infallible;
+
+        fn object(&self, object: &ObjectId) -> Result<Option<Known>, Self::Error> {
+            let kind = if self.0.contains_key(object) { Kind::Directory } else { Kind::File };
+            let attributes =
+                Attributes { mode: 0o644, uid: 0, gid: 0, mtime: Timestamp(0), xattrs: Vec::new() };
+            Ok(Some(Known {
+                state: ObjectState { kind, attributes, size: 0, rdev: 0 },
+                ctime: Timestamp(0),
+                read_at: Timestamp(0),
+                version: BatchId(1),
+                content: Content::Whole(Hash::of(b"")),
+                entry: None,
+                links: 1,
+                nlink: 1,
+            }))
+        }
+
+        fn entry(&self, _: &ObjectId, _: &Name) -> Result<Option<ObjectId>, Self::Error> {
+            unreachable!("a walk reads pages")
+        }
+
+        fn children(&self, _: &ObjectId) -> Result<Vec<(Name, ObjectId)>, Self::Error> {
+            unreachable!("a walk reads pages")
+        }
+
+        fn page(&self, directory: &ObjectId, after: Option<&Name>) -> Result<Page, Self::Error> {
+            let all = self.0.get(directory).into_iter().flatten();
+            let mut rest = all.filter(|(name, _)| after.is_none_or(|after| *name > after));
+            let entries: Vec<_> = rest.by_ref().take(2).collect();
+            let through = rest.next().and(entries.last()).map(|(name, _)| (*name).clone());
+            let there = entries.into_iter().filter(|(name, _)| name.as_bytes().len() != 3);
+            let entries = there.map(|(name, object)| (name.clone(), object.clone())).collect();
+            Ok(Page { entries, through })
+        }
+
+        fn links(&self, _: &ObjectId) -> Result<Vec<(ObjectId, Name)>, Self::Error> {
+            unreachable!("a walk reads pages")
+        }
+
+        fn orphans(&self) -> Result<Vec<(ObjectId, Orphan)>, Self::Error> {
+            Ok(Vec::new())
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_entry_is_come_to_once_however_little_is_kept(
+            entries in prop::collection::vec((any::<u16>(), 0..1200u16), 0..40),
+            most in 0..5usize,
+        ) {
+            let mut pages = Pages::default();
+            let mut expected = BTreeSet::new();
+            // Each hangs below one made before it, and may get others below it.
+            for (n, (above, name)) in (1u16..).zip(entries) {
+                let above = id(above % n);
+                let name = Name::new(name.to_string().as_bytes()).unwrap();
+                let gone = name.as_bytes().len() == 3;
+                let held = pages.0.get(&above).is_some_and(|held| held.contains_key(&name));
+                let reached = above == id(0) || expected.iter().any(|(_, _, one)| *one == above);
+                if held || !reached {
+                    continue;
+                }
+                pages.0.entry(above.clone()).or_default().insert(name.clone(), id(n));
+                if !gone {
+                    expected.insert((above, name, id(n)));
+                }
+            }
+            let mut below = Below { most, ..Below::new(&pages, id(0)) };
+            let (mut seen, mut through, mut inside) = (BTreeSet::new(), Vec::new(), vec![id(0)]);
+            while let Some(step) = below.step().unwrap() {
+                match step {
+                    Step::Entry { directory, name, object, known } => {
+                        prop_assert_eq!(Some(&directory), inside.last());
+                        prop_assert!(seen.insert((directory, name, object.clone())), "twice");
+                        if is_directory(known.as_deref()) {
+                            inside.push(object.clone());
+                            below.enter(object);
+                        }
+                    }
+                    Step::Through { directory } => {
+                        prop_assert_eq!(Some(directory.clone()), inside.pop());
+                        through.push(directory);
+                    }
+                }
+            }
+            prop_assert!(inside.is_empty());
+            prop_assert_eq!(&seen, &expected);
+            let count = Below::new(&pages, id(0)).count(7).unwrap();
+            prop_assert_eq!(count, expected.len().min(7));
+        }
+    }
 }

@@ -528,6 +528,7 @@ impl Run {
         let root = id(ROOT);
         let out =
             assemble(&resolve, &outcomes, &root, settings, &self.index, &mut self.world).unwrap();
+        self.dropped_within_bounds(&resolve, &out);
         self.index.apply(&out.delta);
         self.replica.apply(&out.ops, &contents);
         assert_eq!(self.index.entries, self.replica.entries);
@@ -542,6 +543,20 @@ impl Run {
         self.astray.merge(out.astray);
         self.held = out.holds.into_iter().collect();
         self.walking &= !(quiet && self.dirty.is_empty() && self.astray.is_empty());
+    }
+
+    /// What nobody looked at is dropped because what it is in ended.
+    fn dropped_within_bounds(&self, resolve: &Resolve, out: &Assembly) {
+        let gone = |object: &ObjectId| {
+            out.delta.objects.iter().any(|(one, known)| one == object && known.is_none())
+        };
+        let unseen = out.delta.entries.iter().filter(|change| {
+            let place = (change.directory.clone(), change.name.clone());
+            let ended = change.new.is_none() && change.old.as_ref().is_some_and(gone);
+            ended && !resolve.bindings.contains_key(&place)
+        });
+        let count = unseen.count();
+        assert!(count <= self.apart, "{count} entries are dropped, of at most {}", self.apart);
     }
 
     fn read(

@@ -60,36 +60,36 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         // Entries that lead down to where the walk is.
         let mut way: Vec<(Place, ObjectId)> = Vec::new();
         while let Some(step) = below.step().map_err(PlanError::Index)? {
-            match step {
+            let next = match step {
                 Step::Entry { directory, name, object: child, known } => {
                     let place = (directory, name);
                     if self.changed.contains_key(&place) {
                         continue;
                     }
-                    if self.apart >= self.settings.apart {
-                        self.out.left += 1;
-                        return Ok(());
-                    }
                     if is_directory(known.as_deref()) {
                         way.push((place, child.clone()));
                         below.enter(child);
-                    } else {
-                        self.cut(place, child)?;
+                        continue;
                     }
+                    (place, child)
                 }
-                Step::Through { .. } => {
-                    if let Some((place, child)) = way.pop() {
-                        self.cut(place, child)?;
-                    }
-                }
+                Step::Through { .. } => match way.pop() {
+                    Some(next) => next,
+                    None => break,
+                },
+            };
+            if self.apart >= self.settings.apart {
+                self.out.left += 1;
+                return Ok(());
             }
+            self.cut(next)?;
         }
         self.out.delta.orphans.push((object.clone(), None));
         self.drop_apart(object.clone())
     }
 
     /// Takes an entry away; what has no other is dropped.
-    fn cut(&mut self, place: Place, object: ObjectId) -> Result<(), Failure<V, T>> {
+    fn cut(&mut self, (place, object): (Place, ObjectId)) -> Result<(), Failure<V, T>> {
         self.change(place, Binding { old: Some(object.clone()), new: None });
         self.apart += 1;
         self.drop_apart(object)
