@@ -21,7 +21,7 @@ e2e FILTER="":
 
 # Replays a random workload: the seed that a failed test printed, and the test.
 replay SEED TEST:
-    REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-tests --tests -- --exact --nocapture {{ TEST }}
+    REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-tests --tests -- --nocapture {{ TEST }}
 
 # Simulates SEEDS replications in virtual time, with faults everywhere.
 simulate SEEDS="20000":
@@ -34,16 +34,16 @@ simulate-one SEED:
 # Kills both daemons at random instants under a random workload for so long (as root). A SEED, which a
 # failed run prints, names the victims, the moments and the workload.
 torture SECONDS="600" SEED="":
-    REPLICATOR_TORTURE_SECONDS={{ SECONDS }} REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-tests --test torture -- --nocapture
+    REPLICATOR_TORTURE_SECONDS={{ SECONDS }} REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-tests --test end_to_end torture:: -- --nocapture
 
 # Random weather between two daemons for SECONDS; a failed run prints its SEED.
 network SECONDS="600" SEED="":
     REPLICATOR_NETWORK_SECONDS={{ SECONDS }} {{ if SEED == "" { "" } else { "REPLICATOR_SEED=" + SEED } }} \
-        cargo test --locked -p replicator-tests --test network -- --exact --nocapture random_weather
+        cargo test --locked -p replicator-tests --test end_to_end -- --exact --nocapture network::random_weather
 
 # A directory, hard links and a backlog of OBJECTS under a limit of memory (as root; 20 KB of disk an object).
 scale OBJECTS="1000000":
-    REPLICATOR_SCALE={{ OBJECTS }} cargo test --release --locked -p replicator-tests --test scale -- --nocapture --test-threads 1
+    REPLICATOR_SCALE={{ OBJECTS }} cargo test --release --locked -p replicator-tests --test end_to_end scale:: -- --nocapture --test-threads 1
 
 # Looks for inputs that break TARGET (frame, journal_record, log_record, session or replies) until stopped.
 # Needs nightly and cargo-fuzz: `rustup toolchain install nightly`, `cargo install cargo-fuzz`. What

@@ -30,7 +30,7 @@ use crate::apply::execute;
 use crate::apply::{Outcome, Place, ReplicaTree, Within};
 use crate::area::{Area, AreaError, MANIFEST, SHARDS, hidden_name, remove_tree};
 use crate::hints::place_chain;
-use crate::objects::{Entry, Objects, path_of};
+use crate::objects::{Entry, Objects, Position, path_of};
 use crate::readonly::{self, ReadOnlyError};
 use crate::replica::{
     Config, Point, Replica, ReplicaError, ReplicaOptions, disclaim, last_replicated,
@@ -238,7 +238,7 @@ fn decide(replica: &Replica) -> Result<Record, FailoverError> {
                 hints.extend(place_chain(&*replica.store, &directory, &mut seen)?);
                 put_back.push((from, to));
             }
-            None => moves.push((from, orphan_item(&object))),
+            None => moves.push((from, orphan_item(&object, &known.position))),
         }
     }
     let mut already: Vec<_> = replica.store.set_aside()?.into_iter().map(foreign_item).collect();
@@ -278,7 +278,7 @@ fn decide(replica: &Replica) -> Result<Record, FailoverError> {
         if tree.lookup(&to)?.is_none() && taken.insert(to.clone()) {
             record.put_back.push((from, to));
         } else {
-            let item = orphan_item_named(&from.name);
+            let item = orphan_item_named(&from.name, NOT_FREE);
             record.moves.push((from, item));
         }
     }
@@ -315,9 +315,9 @@ fn unnoted(replica: &Replica, already: &mut Vec<Item>) -> Result<(), FailoverErr
 /// Where an orphan stood, if its directory is still in the replica.
 fn home(
     replica: &Replica,
-    position: &crate::objects::Position,
+    position: &Position,
 ) -> Result<Option<(Place, ObjectId)>, FailoverError> {
-    let crate::objects::Position::Orphan { was: Some(was) } = position else { return Ok(None) };
+    let Position::Orphan { was: Some(was) } = position else { return Ok(None) };
     if path_of(&*replica.store, &was.directory)?.is_none() {
         return Ok(None);
     }
@@ -326,19 +326,25 @@ fn home(
     Ok(directory.map(|handle| (place(handle), was.directory.clone())))
 }
 
-fn orphan_item(object: &ObjectId) -> Item {
-    orphan_item_named(&Place::orphan(object).name)
+const NOT_FREE: &str = "it was being moved, where to had not arrived, and its old name is not free";
+const LEFT: &str = "it had left the source; this is what had not been dropped yet";
+
+fn orphan_item(object: &ObjectId, position: &Position) -> Item {
+    let reason = match position {
+        Position::Orphan { was: None } => LEFT,
+        _ => NOT_FREE,
+    };
+    orphan_item_named(&Place::orphan(object).name, reason)
 }
 
-fn orphan_item_named(name: &Name) -> Item {
+fn orphan_item_named(name: &Name, reason: &str) -> Item {
     Item {
         file: name.to_string(),
         object: name.to_string(),
         kind: "orphan".to_owned(),
         size: None,
         paths: Vec::new(),
-        reason: "it was being moved, where to had not arrived, and its old name is not free"
-            .to_owned(),
+        reason: reason.to_owned(),
     }
 }
 

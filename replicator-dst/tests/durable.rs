@@ -1,6 +1,6 @@
 //! Each durable call of the destination and of small state files is made, and in
 //! its order (docs/guarantees.md, "Durable calls"). That the calls themselves
-//! reach the disk is seen by strace, in `tests/tests/power.rs`.
+//! reach the disk is seen by strace, in `tests/tests/end_to_end/power.rs`.
 
 #![allow(clippy::unwrap_used)]
 

@@ -280,6 +280,40 @@ async fn orphans(mut world: World) {
     assert_eq!(std::fs::read(world.replica.join("c")).unwrap(), b"gamma");
 }
 
+/// A tree that left goes back nowhere, unless the source says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_left_is_set_aside_at_failover() {
+    left(World::new()).await;
+    left(World { by_path: true, ..World::new() }).await;
+}
+
+async fn left(mut world: World) {
+    let service = world.open(None).await;
+    world.enrol(&service, false).await;
+    let mut source = world.connect(&service, 0).await;
+    source.apply(1, &first()).await;
+    let leave = |name: &str| {
+        let gone = Batch::new().directory(ROOT).entry(ROOT, name, Some(1), None);
+        gone.op(Op::Leave { object: id(1) })
+    };
+    source.apply(2, &leave("dir")).await;
+    let back = Batch::new().directory(ROOT).entry(ROOT, "dir2", None, Some(1));
+    source.apply(3, &back).await;
+    assert_eq!(std::fs::read(world.replica.join("dir2/a")).unwrap(), b"alpha");
+    // An orphan first, which has a home, then gone for good, and half taken apart.
+    let orphan = Batch::new().directory(ROOT).entry(ROOT, "dir2", Some(1), None);
+    source.apply(4, &orphan.op(Op::Orphan { object: id(1) })).await;
+    source.apply(5, &Batch::new().op(Op::Leave { object: id(1) })).await;
+    let apart = Batch::new().entry(1, "a", Some(2), None).op(Op::Drop { object: id(2) });
+    source.apply(6, &apart).await;
+    let report = service.delete(&world.source, DeletionMode::LocalConfigurationOnly).unwrap();
+    assert_eq!((report.put_back, report.set_aside), (0, 1));
+    assert!(!world.replica.join("dir2").exists());
+    let lost = world.replica.join(report.lost_and_found.as_ref().unwrap());
+    let manifest = std::fs::read_to_string(lost.join("manifest.json")).unwrap();
+    assert!(manifest.contains("it had left the source"), "{manifest}");
+}
+
 /// Leaves packed objects and a plan behind that were never committed.
 async fn leave_a_rest(world: &World, source: &mut common::FakeSource) {
     let rest = Batch::new().mkdir(7, 1, "sub").file(8, 7, "half", b"half arrived");

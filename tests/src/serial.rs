@@ -16,7 +16,7 @@ use rustix::fs::FlockOperation;
 
 /// Tests that run at once. More does not make two cores faster, only every
 /// timeout harder to meet.
-const SLOTS: usize = 2;
+const SLOTS: usize = 4;
 
 /// A share of the machine, given back when dropped.
 #[must_use = "the share is given back when this is dropped"]
