@@ -120,7 +120,8 @@ impl Tree {
                 continue;
             }
             let node = read_entry(level.fd.as_fd(), name, &stat).map_err(|e| at(&path, e))?;
-            if node.kind == Kind::Directory {
+            // What the engine has in its own directory changes at any time.
+            if node.kind == Kind::Directory && !super::is_hidden(&path) {
                 level.pending.push(name.to_vec());
             }
             self.nodes.insert(path, node);
