@@ -11,6 +11,7 @@
 //! - [`enrol`]: how a token becomes a pair of pinned certificates.
 
 pub mod clock;
+mod congestion;
 pub mod enrol;
 pub mod frame;
 pub mod identity;

@@ -33,6 +33,7 @@ use quinn::{
 use tokio::time::Instant;
 
 use super::NetError;
+use super::congestion::MeasuredConfig;
 use super::identity::{Fingerprint, Identity, SERVER_NAME};
 use super::tls::{self, Trust};
 use crate::wire;
@@ -95,16 +96,14 @@ fn transport(path: Path) -> Arc<TransportConfig> {
         .max_concurrent_uni_streams(VarInt::from_u32(16))
         .datagram_receive_buffer_size(None)
         .max_idle_timeout(Some(VarInt::from_u32(IDLE_TIMEOUT_MILLIS).into()))
-        .keep_alive_interval(Some(KEEP_ALIVE))
-        // Cubic fills both a loopback and a clean long path. On a lossy WAN
-        // BBR would hold its rate where cubic backs off; quinn's is marked
-        // experimental and costs more CPU, so it is not the default.
-        .congestion_controller_factory(Arc::new(CubicConfig::default()));
+        .keep_alive_interval(Some(KEEP_ALIVE));
     match path {
         Path::Loopback => {
             let mut discovery = MtuDiscoveryConfig::default();
             discovery.upper_bound(LOOPBACK_MTU);
             config
+                // Nothing is lost there and nothing queues: what is simplest is best.
+                .congestion_controller_factory(Arc::new(CubicConfig::default()))
                 .initial_mtu(LOOPBACK_MTU)
                 .mtu_discovery_config(Some(discovery))
                 .stream_receive_window(VarInt::from_u32(16 << 20))
@@ -113,6 +112,7 @@ fn transport(path: Path) -> Arc<TransportConfig> {
         }
         Path::Network => {
             config
+                .congestion_controller_factory(Arc::new(MeasuredConfig))
                 .stream_receive_window(VarInt::from_u32(64 << 20))
                 .receive_window(VarInt::from_u32(128 << 20))
                 .send_window(128 << 20);
