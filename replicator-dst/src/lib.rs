@@ -14,6 +14,7 @@ pub mod failover;
 #[doc(hidden)]
 pub mod fuzzing;
 mod hints;
+pub mod history;
 pub mod issuer;
 pub mod kept;
 pub mod locate;

@@ -19,13 +19,13 @@ pub use limits::Limits;
 use super::PlanError;
 use super::dirty::Dirty;
 use super::resolve::{Binding, Resolve};
-use super::tree::{Fate, Tree};
-use crate::index::overlay::entries_of;
+use super::tree::Tree;
 use crate::index::store::dead_list;
-use crate::index::{Delta, EntryChange, Known, Orphan, View};
+use crate::index::{Delta, EntryChange, Known, View};
 use crate::watcher::What;
 
 mod apart;
+mod detach;
 mod limits;
 
 /// What reading an object gave.
@@ -446,136 +446,6 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             links.extend(new);
         }
         Ok(links)
-    }
-
-    /// Follows every object that lost an entry: what has none left is dead, on
-    /// its way, or outside.
-    fn detach(&mut self) -> Result<(), Failure<V, T>> {
-        let mut lost: Vec<ObjectId> = self.lost.keys().cloned().collect();
-        lost.append(&mut self.loose);
-        // What goes with a directory was counted with it.
-        let mut inside = VecDeque::new();
-        for object in lost {
-            if self.is_detached(&object)? && !self.keep_living(&object)? {
-                self.end(&object, &mut inside)?;
-            }
-            while let Some(object) = inside.pop_front() {
-                if self.is_detached(&object)? && !self.keep_living(&object)? {
-                    self.remove(&object, &mut inside)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the object has no entry after the batch, and nothing was done
-    /// about that yet.
-    fn is_detached(&self, object: &ObjectId) -> Result<bool, Failure<V, T>> {
-        Ok(!self.gone.contains(object) && self.links_after(object)?.is_empty())
-    }
-
-    /// Makes an orphan of an object without entries that is still alive; says
-    /// whether it is.
-    fn keep_living(&mut self, object: &ObjectId) -> Result<bool, Failure<V, T>> {
-        let Some(known) = self.known(object)? else { return Ok(false) };
-        if self.tree_fate(object)? != Fate::Alive {
-            return Ok(false);
-        }
-        if known.state.kind == Kind::Directory {
-            self.out.orphaned.push(object.clone());
-        }
-        let (since, floor) = (self.settings.now, self.settings.floor);
-        let orphan = Orphan { since, floor, left: false };
-        self.out.delta.orphans.push((object.clone(), Some(orphan)));
-        self.out.ops.push(Op::Orphan { object: object.clone() });
-        self.out.orphans += 1;
-        Ok(true)
-    }
-
-    fn tree_fate(&mut self, object: &ObjectId) -> Result<Fate, Failure<V, T>> {
-        if object.is_foreign() {
-            return Ok(Fate::Dead);
-        }
-        self.tree.fate(object).map_err(PlanError::Tree)
-    }
-
-    /// Drops an object; a directory's remaining entries go with it, and their
-    /// objects are followed in turn.
-    fn remove(
-        &mut self,
-        object: &ObjectId,
-        queue: &mut VecDeque<ObjectId>,
-    ) -> Result<(), Failure<V, T>> {
-        self.gone.insert(object.clone());
-        let known = self.known(object)?;
-        if let Some(known) = &known {
-            self.out.delta.dead_lists.extend(dead_list(Some(known), None));
-            self.out.delta.objects.push((object.clone(), None));
-            self.out.ops.push(if object.is_foreign() {
-                Op::SetAside { object: object.clone() }
-            } else {
-                Op::Drop { object: object.clone() }
-            });
-            if known.state.kind != Kind::Directory {
-                return Ok(());
-            }
-        }
-        // An object that the replica never had just does not come to be; an
-        // entry of it elsewhere is dirty on its own account.
-        for (name, child) in self.view.children(object).map_err(PlanError::Index)? {
-            let place = (object.clone(), name);
-            if self.changed.contains_key(&place) {
-                continue;
-            }
-            self.change(place, Binding { old: Some(child.clone()), new: None });
-            queue.push_back(child);
-        }
-        // Entries that were seen in it before it went away lead nowhere now.
-        let inside: Vec<(Place, ObjectId)> = entries_of(&self.changed, object)
-            .filter_map(|(place, binding)| Some((place.clone(), binding.new.clone()?)))
-            .collect();
-        for (place, new) in inside {
-            self.unbind(place, &new);
-            queue.push_back(new);
-        }
-        Ok(())
-    }
-
-    /// Orphans of earlier batches: attached now, dead, outside, or still waiting.
-    fn settle_orphans(&mut self) -> Result<(), Failure<V, T>> {
-        let mut queue = VecDeque::new();
-        let mut left = Vec::new();
-        for (object, orphan) in self.view.orphans().map_err(PlanError::Index)? {
-            if self.gained.get(&object).is_some_and(|places| !places.is_empty()) {
-                self.out.delta.orphans.push((object, None));
-                continue;
-            }
-            if orphan.left {
-                left.push(object);
-                continue;
-            }
-            let outside = self.settings.outside_before.is_some_and(|moment| orphan.since < moment);
-            if outside || self.tree_fate(&object)? == Fate::Dead {
-                self.end(&object, &mut queue)?;
-                if self.gone.contains(&object) {
-                    self.out.delta.orphans.push((object.clone(), None));
-                }
-            } else {
-                self.out.orphans += 1;
-            }
-        }
-        // What an outside directory takes along has no entry in the tree, or
-        // it would have been seen by now.
-        while let Some(object) = queue.pop_front() {
-            if self.is_detached(&object)? {
-                self.remove(&object, &mut queue)?;
-            }
-        }
-        // With the room that is left.
-        for object in left {
-            self.take_apart(&object)?;
-        }
-        Ok(())
     }
 
     /// States of objects: those read, and those whose links changed.
