@@ -28,7 +28,7 @@ use crate::area::AreaError;
 use crate::attributes;
 use crate::failover::{self, FailoverError};
 use crate::history::{advance, mismatch};
-use crate::mark::{self, Mark};
+use crate::mark::{self, Mark, Reached};
 use crate::replica::{Point, Replica, ReplicaError, disclaim, renounce, wipe_staging};
 use crate::seal::{SealError, needed_by, staged_bytes};
 use crate::session::{StagedTransfer, WholeBatch};
@@ -102,7 +102,7 @@ pub struct Applier {
     /// When the last steps were run.
     ran: Instant,
     /// The mark that was written to the replica, by this process.
-    marked: Option<BatchId>,
+    marked: Option<Reached>,
     /// The last sync failed: the steps in the log have to be done again.
     doubt: bool,
     /// A sync failed since the session began. What the session had staged by
@@ -248,10 +248,7 @@ impl Applier {
             return Ok(());
         }
         // Before the first step: what a later look finds changed is marked.
-        let mark = Mark { incarnation: self.standing.incarnation, batch };
-        mark::write(self.replica.area.hidden(), &mark)
-            .map_err(AreaError::system("write", "the mark"))?;
-        self.marked = Some(batch);
+        self.mark(Reached::begun(batch))?;
         self.ran = Instant::now();
         let mut findings = Vec::new();
         self.tree.learn(steps);
@@ -260,6 +257,14 @@ impl Applier {
         self.tree.learn(&[]);
         self.note_findings(&findings)?;
         Ok(result?)
+    }
+
+    fn mark(&mut self, reached: Reached) -> Result<(), SealError> {
+        let mark = Mark { incarnation: self.standing.incarnation, reached };
+        mark::write(self.replica.area.hidden(), &mark)
+            .map_err(AreaError::system("write", "the mark"))?;
+        self.marked = Some(reached);
+        Ok(())
     }
 
     fn note_findings(&mut self, findings: &[Finding]) -> Result<(), SealError> {
@@ -407,6 +412,16 @@ impl Applier {
         self.sync()?;
         self.replica.store.forget(self.standing.applied, self.marked)?;
         self.covered();
+        self.mark_through()
+    }
+
+    /// Nothing follows the last batch for now: the mark says that it is through.
+    fn mark_through(&mut self) -> Result<(), SealError> {
+        let Some(Reached { batch, through: false }) = self.marked else { return Ok(()) };
+        self.mark(Reached::through(batch))?;
+        // INVARIANT (`mark`): the store hears of it only after a sync that did not fail.
+        self.sync().inspect_err(|_| self.marked = Some(Reached::begun(batch)))?;
+        self.replica.store.forget(self.standing.applied, self.marked)?;
         Ok(())
     }
 

@@ -6,8 +6,9 @@
 //! - `log`: (batch, part) → [`Step`]s of a committed batch, in order.
 //! - `set_aside`: number → [`SetAsideItem`].
 //! - `meta`: `version` → the format's version, `standing` → [`Standing`],
-//!   `marked` → the mark that is durable in the replica (see [`crate::mark`];
-//!   missing until there is one).
+//!   `marked` → the batch of the mark that is durable in the replica (see
+//!   [`crate::mark`]; missing until there is one), `through` → the last batch
+//!   whose mark says that it is through.
 //!
 //! Versions: 1, the first; 2, the standing names the last batch's nonce. An older
 //! one is upgraded when it is opened (see `upgrade`).
@@ -26,6 +27,7 @@ use replicator_common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::apply::Step;
+use crate::mark::Reached;
 use crate::objects::{Known, Objects, Position};
 use crate::upgrade::StandingV1;
 
@@ -167,7 +169,7 @@ pub struct Commit<'a> {
     /// their steps go.
     pub covered: BatchId,
     /// The mark in the replica that the same sync has covered.
-    pub marked: Option<BatchId>,
+    pub marked: Option<Reached>,
 }
 
 /// The store.
@@ -375,7 +377,7 @@ impl Store {
     ///
     /// Durability: immediate, since staged files that the steps name are
     /// deleted next, and steps without their files could not be redone.
-    pub fn forget(&self, covered: BatchId, marked: Option<BatchId>) -> Result<(), StoreError> {
+    pub fn forget(&self, covered: BatchId, marked: Option<Reached>) -> Result<(), StoreError> {
         self.write("trim the log", Durability::Immediate, |transaction, store| {
             store.note_marked(transaction, marked)?;
             store.trim(transaction, covered)
@@ -385,23 +387,29 @@ impl Store {
     fn note_marked(
         &self,
         transaction: &redb::WriteTransaction,
-        marked: Option<BatchId>,
+        marked: Option<Reached>,
     ) -> Result<(), StoreError> {
-        let Some(marked) = marked else { return Ok(()) };
+        let Some(Reached { batch, through }) = marked else { return Ok(()) };
         let action = "note the mark";
         let mut meta = transaction.open_table(META).map_err(|e| self.err(action)(e.into()))?;
-        let record = self.encode(&marked)?;
-        meta.insert("marked", record.as_slice()).map_err(|e| self.err(action)(e.into()))?;
+        let record = self.encode(&batch)?;
+        for key in ["marked", "through"].iter().take(1 + usize::from(through)) {
+            meta.insert(*key, record.as_slice()).map_err(|e| self.err(action)(e.into()))?;
+        }
         Ok(())
     }
 
     /// The mark that is durable in the replica, as far as the store knows.
-    pub fn marked(&self) -> Result<Option<BatchId>, StoreError> {
+    pub fn marked(&self) -> Result<Option<Reached>, StoreError> {
         let action = "read the mark";
         let read = self.database()?.begin_read().map_err(|e| self.err(action)(e.into()))?;
         let meta = read.open_table(META).map_err(|e| self.err(action)(e.into()))?;
-        let row = meta.get("marked").map_err(|e| self.err(action)(e.into()))?;
-        row.map(|row| self.decode(row.value())).transpose()
+        let batch = |key| -> Result<Option<BatchId>, StoreError> {
+            let row = meta.get(key).map_err(|e| self.err(action)(e.into()))?;
+            row.map(|row| self.decode(row.value())).transpose()
+        };
+        let (marked, through) = (batch("marked")?, batch("through")?);
+        Ok(marked.map(|batch| Reached { batch, through: through == Some(batch) }))
     }
 
     fn trim(
@@ -554,7 +562,9 @@ impl Store {
             transaction.open_table(OBJECTS).map_err(|e| store.err(action)(e.into()))?;
             transaction.open_table(LOG).map_err(|e| store.err(action)(e.into()))?;
             let mut meta = transaction.open_table(META).map_err(|e| store.err(action)(e.into()))?;
-            meta.remove("marked").map_err(|e| store.err(action)(e.into()))?;
+            for key in ["marked", "through"] {
+                meta.remove(key).map_err(|e| store.err(action)(e.into()))?;
+            }
             drop(meta);
             store.insert_standing(transaction, standing)
         })
@@ -682,8 +692,12 @@ mod tests {
         store.each_logged(|_, part| logged.extend(part)).unwrap();
         assert_eq!(logged, steps);
         assert_eq!(store.marked().unwrap(), None);
-        store.forget(BatchId(1), Some(BatchId(1))).unwrap();
-        assert_eq!(store.marked().unwrap(), Some(BatchId(1)));
+        for reached in [Reached::begun, Reached::through, Reached::begun] {
+            store.forget(BatchId(1), Some(reached(BatchId(1)))).unwrap();
+        }
+        assert_eq!(store.marked().unwrap(), Some(Reached::through(BatchId(1))));
+        store.forget(BatchId(2), Some(Reached::begun(BatchId(2)))).unwrap();
+        assert_eq!(store.marked().unwrap(), Some(Reached::begun(BatchId(2))));
         store.each_logged(|_, _| panic!("trimmed")).unwrap();
     }
 }

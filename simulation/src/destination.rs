@@ -16,7 +16,7 @@ use replicator_common::wire::{ContentSource, Op, SourceHello};
 use replicator_dst::apply::plan::{Arrival, Staged, plan};
 use replicator_dst::apply::{Place, Step, Within, execute};
 use replicator_dst::history::{advance, mismatch};
-use replicator_dst::mark::{Mark, set_back};
+use replicator_dst::mark::{Mark, Reached, set_back};
 use replicator_dst::objects::{Known, Objects};
 use replicator_dst::replica::disclaim;
 use replicator_dst::seal::needed_by;
@@ -40,7 +40,7 @@ pub struct Records {
     pub rows: BTreeMap<ObjectId, Known>,
     /// The commit log.
     pub log: BTreeMap<BatchId, Vec<Step>>,
-    marked: Option<BatchId>,
+    marked: Option<Reached>,
 }
 
 impl Objects for Records {
@@ -82,7 +82,7 @@ struct Process {
     current: Option<(u64, BatchId, Vec<Step>)>,
     uncovered: bool,
     needed: Vec<Place>,
-    marked: Option<BatchId>,
+    marked: Option<Reached>,
     doubt: bool,
     spoilt: bool,
     /// An object was missing: the map is given up with the next session.
@@ -518,9 +518,7 @@ impl Destination {
             return Ok(());
         }
         self.settled = false;
-        let mark = Mark { incarnation: self.now.standing.incarnation, batch };
-        self.tree.set_mark(mark)?;
-        self.process().marked = Some(batch);
+        self.mark(Reached::begun(batch))?;
         let mut findings = Vec::new();
         let result = execute::run(&mut self.tree, steps, &mut findings);
         // Only what was set back can have lost anything.
@@ -530,6 +528,12 @@ impl Destination {
             self.process().distrust = true;
         }
         Ok(result?)
+    }
+
+    fn mark(&mut self, reached: Reached) -> Result<(), Failed> {
+        self.tree.set_mark(Mark { incarnation: self.now.standing.incarnation, reached })?;
+        self.process().marked = Some(reached);
+        Ok(())
     }
 
     fn applied(&mut self) {
@@ -568,6 +572,18 @@ impl Destination {
             records.log.retain(|batch, _| *batch > applied);
         });
         self.covered();
+        self.mark_through(random)
+    }
+
+    fn mark_through(&mut self, random: &mut StdRng) -> Result<(), Failed> {
+        let Some(Reached { batch, through: false }) = self.process().marked else { return Ok(()) };
+        self.mark(Reached::through(batch))?;
+        if let Err(error) = self.sync(random) {
+            self.process().marked = Some(Reached::begun(batch));
+            return Err(error);
+        }
+        let marked = self.process().marked;
+        self.write(true, |records| records.marked = marked);
         Ok(())
     }
 
