@@ -1,13 +1,19 @@
 //! The one place that knows bincode.
 //!
-//! bincode is unmaintained (RUSTSEC-2025-0141); keeping it behind these four
+//! bincode is unmaintained (RUSTSEC-2025-0141); keeping it behind these
 //! functions means that replacing it touches one file. Values are encoded with
 //! bincode 2's standard configuration (little endian, variable-length
-//! integers) through serde. Decoding never allocates more than the limit.
+//! integers) through serde. One byte string never allocates more than the limit;
+//! what lists take is bounded where bytes come from a peer, see
+//! [`decode_bounded`].
+
+use std::cell::Cell;
+use std::fmt;
+use std::marker::PhantomData;
 
 use bytes::{Bytes, BytesMut};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// The most bytes one encoded value may have: frames and records are both
 /// below it (see [`crate::wire::FRAME_MAX`]).
@@ -110,6 +116,88 @@ pub fn decode_borrowed<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Cod
     }
 }
 
+// ------------------------------------------------------------------ lists
+
+thread_local! {
+    /// What the lists of the value that is being decoded may still take; `None`
+    /// where they are not bounded.
+    static ROOM: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// Puts back what [`ROOM`] was, also when decoding panics.
+struct Bounded(Option<usize>);
+
+impl Bounded {
+    fn by(room: usize) -> Self {
+        Self(ROOM.replace(Some(room)))
+    }
+}
+
+impl Drop for Bounded {
+    fn drop(&mut self) {
+        ROOM.set(self.0);
+    }
+}
+
+/// As [`decode_borrowed`], of bytes that come from a peer. Also gives the bytes of
+/// memory that the value's lists take, as far as they are marked with [`list`].
+///
+/// INVARIANT (bounded resources): these are at most `room`. An item of a list may
+/// be one byte and take a hundred and more in memory, so that a bound on the bytes
+/// alone bounds little.
+pub fn decode_bounded<'a, T: Deserialize<'a>>(
+    bytes: &'a [u8],
+    room: usize,
+) -> Result<(T, usize), CodecError> {
+    let _bounded = Bounded::by(room);
+    let value = decode_borrowed(bytes)?;
+    Ok((value, room - ROOM.get().unwrap_or(0)))
+}
+
+/// For `#[serde(deserialize_with = "…")]` at each list of a message.
+///
+/// # Errors
+/// When the lists of the value take more than [`decode_bounded`] was told.
+pub fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Vec<T>, D::Error> {
+    from.deserialize_seq(List(PhantomData))
+}
+
+struct List<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for List<T> {
+    type Value = Vec<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Vec<T>, A::Error> {
+        let mut list = Vec::with_capacity(take_room::<T, _>(items.size_hint())?);
+        while let Some(item) = items.next_element()? {
+            list.push(item);
+        }
+        Ok(list)
+    }
+}
+
+/// For how many items there may be a place at once. Where lists are bounded, that
+/// is for all of them: bincode, which alone is read so, says their number first.
+fn take_room<T, E: serde::de::Error>(count: Option<usize>) -> Result<usize, E> {
+    /// A number that may be a lie: what is really there makes room for more.
+    const UNPROVEN_BYTES: usize = 64 << 10;
+    let size = size_of::<T>().max(1);
+    let Some(room) = ROOM.get() else {
+        return Ok(count.unwrap_or(0).min(UNPROVEN_BYTES / size));
+    };
+    let count = count.ok_or_else(|| E::custom("a list that does not say its length"))?;
+    let left = count.checked_mul(size).and_then(|bytes| room.checked_sub(bytes));
+    let left = left.ok_or_else(|| {
+        E::custom(format!("a list of {count} items, and room for {}", room / size))
+    })?;
+    ROOM.set(Some(left));
+    Ok(count)
+}
+
 /// Version of [`encode_record`]'s envelope. Versions so far:
 /// 1: version byte, first four bytes of the BLAKE3 hash of the body, body.
 pub const RECORD_VERSION: u8 = 1;
@@ -172,6 +260,22 @@ mod tests {
             let is_shared = parts.iter().any(|p| p.as_ptr() == part.as_ptr());
             assert_eq!(is_shared, part.len() >= SHARED_MIN, "{from} to {to}");
         }
+    }
+
+    #[test]
+    fn lists_are_bounded_where_a_bound_is_given() {
+        #[derive(Serialize, Deserialize)]
+        struct Lists(#[serde(deserialize_with = "list")] Vec<u64>);
+
+        let bytes = encode(&[Lists(vec![1; 6]), Lists(vec![2; 4])]).unwrap();
+        let decode_within = |room| decode_bounded::<[Lists; 2]>(&bytes, room);
+        let (lists, taken) = decode_within(100).unwrap();
+        assert_eq!((lists[0].0.len(), lists[1].0.len(), taken), (6, 4, 80));
+        assert!(decode_within(80).is_ok() && decode_within(79).is_err());
+        // Elsewhere they are not.
+        assert!(decode::<[Lists; 2]>(&bytes).is_ok());
+        let json = serde_json::from_str::<Lists>("[1, 2]").unwrap();
+        assert_eq!(json.0, [1, 2]);
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub const EXTRA_MAX: usize = 1024;
 pub enum Describe {
     /// State of these objects, and content of those with `true` (as far as it
     /// is at most [`crate::wire::PACK_MAX`] bytes).
-    Objects(Vec<(ObjectId, bool)>),
+    Objects(#[serde(deserialize_with = "crate::codec::list")] Vec<(ObjectId, bool)>),
     /// A run of a file's content; at most [`RANGE_MAX`] bytes.
     Range {
         /// The file.
@@ -42,6 +42,7 @@ pub enum Describe {
         /// Up to and with this one; to the end, without.
         until: Option<Name>,
         /// What should be there, in order of names.
+        #[serde(deserialize_with = "crate::codec::list")]
         expected: Vec<(Name, Expected)>,
         /// Names that are not expected are wanted too.
         list: bool,
@@ -65,7 +66,7 @@ pub enum Expected {
 pub enum Description {
     /// To [`Describe::Objects`], in their order. There may be fewer than were
     /// asked for, but one at least: the rest is to be asked for again.
-    Objects(Vec<Described>),
+    Objects(#[serde(deserialize_with = "crate::codec::list")] Vec<Described>),
     /// To [`Describe::Range`].
     Range(RangeSeen),
     /// To [`Describe::Entries`].
@@ -123,8 +124,10 @@ pub enum EntriesSeen {
     Read {
         /// Expected names, by their place in the question, that lead nowhere or
         /// elsewhere.
+        #[serde(deserialize_with = "crate::codec::list")]
         wrong: Vec<(u32, EntrySeen)>,
         /// Names that were not expected, at most [`EXTRA_MAX`].
+        #[serde(deserialize_with = "crate::codec::list")]
         extra: Vec<ExtraSeen>,
     },
 }

@@ -1,6 +1,8 @@
 //! The bodies of the fuzz targets that concern this crate, and the replay of
 //! their corpora on stable Rust. For tests alone.
 
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::path::Path;
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
@@ -12,15 +14,18 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::codec;
-use crate::net::frame::{Compression, FrameReader, decode_frame, encode_frame, open_frame};
+use crate::net::frame::{
+    Compression, FrameReader, SWELLING_MAX, decode_frame, encode_frame, open_frame,
+};
 use crate::wire::{DataFrame, DestinationMessage, SourceMessage};
 
 /// Inputs above this are cut by [`replay`]'s mutations.
 const INPUT_MAX: usize = 1 << 16;
 
-/// Arbitrary bytes as a frame, and as the body of one, of every stream; and as a
-/// stream, as sessions read them.
+/// Arbitrary bytes as a frame, and as the body of one, of every stream; as a
+/// stream, as sessions read them; and as what swells to a long frame.
 pub fn frame(bytes: &[u8]) {
+    swollen(bytes);
     one_frame::<SourceMessage>(bytes);
     one_frame::<DestinationMessage>(bytes);
     // What is borrowed of a frame.
@@ -43,6 +48,96 @@ pub fn frame(bytes: &[u8]) {
         if alone.is_err() {
             return;
         }
+    }
+}
+
+/// The longest body that [`swollen`] makes.
+const SWOLLEN: usize = 1 << 16;
+
+/// A long body of few bytes: the first says how many begin it, the rest repeat up
+/// to its end. In memory a message must not be many times as long as its body.
+fn swollen(bytes: &[u8]) {
+    let Some(body) = swell(bytes) else { return };
+    let data = peak(|| drop(codec::decode_bounded::<DataFrame>(&body, SWELLING_MAX * SWOLLEN)));
+    let frame = [&(body.len() as u32).to_le_bytes()[..], &[0], &body].concat();
+    let source = peak(|| read_swollen::<SourceMessage>(&frame));
+    let destination = peak(|| read_swollen::<DestinationMessage>(&frame));
+    // Beside the lists: the frame as it was read, its byte strings, an error.
+    let most = (SWELLING_MAX + 3) * SWOLLEN;
+    assert!(data.max(source).max(destination) <= most, "{data} {source} {destination}");
+}
+
+/// What some bytes swell to; `None` when nothing is left to repeat.
+pub fn swell(bytes: &[u8]) -> Option<Vec<u8>> {
+    let (head, rest) = bytes.split_first()?;
+    let (head, unit) = rest.split_at_checked(usize::from(*head))?;
+    let count = (SWOLLEN - head.len()).checked_div(unit.len())?;
+    Some([head, &unit.repeat(count)].concat())
+}
+
+fn read_swollen<T: DeserializeOwned>(frame: &[u8]) {
+    drop(at_once(FrameReader::with_limit(frame, SWOLLEN).read::<T>()));
+}
+
+/// The most bytes that this thread had allocated at once during a call. Always 0
+/// where [`Counting`] is not the allocator.
+fn peak(call: impl FnOnce()) -> usize {
+    let before = HELD.get().0;
+    HELD.set((before, before));
+    call();
+    usize::try_from(HELD.get().1 - before).unwrap_or(0)
+}
+
+thread_local! {
+    /// Bytes that this thread has allocated and not freed, and the most there were.
+    static HELD: Cell<(isize, isize)> = const { Cell::new((0, 0)) };
+}
+
+/// An allocator that counts, for tests.
+pub struct Counting;
+
+impl Counting {
+    fn more(bytes: usize) {
+        let (held, most) = HELD.get();
+        let held = held.wrapping_add_unsigned(bytes);
+        HELD.set((held, most.max(held)));
+    }
+
+    fn less(bytes: usize) {
+        let (held, most) = HELD.get();
+        HELD.set((held.wrapping_sub_unsigned(bytes), most));
+    }
+}
+
+// SAFETY: all is passed on to the system's allocator as it is. Counting allocates
+// nothing: the thread's cell is there from the beginning and is never dropped.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        Self::more(layout.size());
+        // SAFETY: as the caller promised.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        // Not counted: so the codec makes a place for a byte string that says how
+        // long it is. One that lies takes no memory, since nothing is written there;
+        // all others together are no longer than the body.
+        // SAFETY: as the caller promised.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, old: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // Both may be there for a moment.
+        Self::more(size);
+        Self::less(layout.size());
+        // SAFETY: as the caller promised.
+        unsafe { System.realloc(old, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, old: *mut u8, layout: Layout) {
+        Self::less(layout.size());
+        // SAFETY: as the caller promised.
+        unsafe { System.dealloc(old, layout) }
     }
 }
 

@@ -272,7 +272,7 @@ mod hex_array {
     "{text:?} is not a file system id (expected fs- and 8 to 40 lower-case hexadecimal digits)"
 )]
 pub struct InvalidFileSystemId {
-    /// What was given.
+    /// What was given, cut where it is longer than any id.
     pub text: String,
 }
 
@@ -282,6 +282,9 @@ pub struct InvalidFileSystemId {
 pub struct FileSystemId(String);
 
 impl FileSystemId {
+    /// Characters of what is no id that are shown.
+    const SHOWN_MAX: usize = 50;
+
     /// A new random id of 17 digits.
     pub fn random() -> Self {
         let bytes: [u8; 9] = rand::random();
@@ -311,7 +314,8 @@ impl FromStr for FileSystemId {
         if valid {
             Ok(Self(text.to_owned()))
         } else {
-            Err(InvalidFileSystemId { text: text.to_owned() })
+            // It may be as long as a frame, and goes into logs and status.
+            Err(InvalidFileSystemId { text: text.chars().take(Self::SHOWN_MAX).collect() })
         }
     }
 }
@@ -340,6 +344,8 @@ mod tests {
         {
             assert!(bad.parse::<FileSystemId>().is_err(), "{bad}");
         }
+        let long = "\u{1}".repeat(1 << 20).parse::<FileSystemId>().unwrap_err();
+        assert!(long.to_string().len() < 500);
     }
 
     #[test]

@@ -82,6 +82,7 @@ pub struct Attributes {
     /// Time of last modification.
     pub mtime: Timestamp,
     /// Sorted by name, each name once.
+    #[serde(deserialize_with = "crate::codec::list")]
     pub xattrs: Vec<Xattr>,
 }
 

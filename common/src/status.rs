@@ -91,6 +91,7 @@ pub struct WatcherReport {
     /// Why it was chosen, in words.
     pub reason: String,
     /// What this choice cannot see or promise, in words; empty when nothing.
+    #[serde(deserialize_with = "crate::codec::list")]
     pub doubts: Vec<String>,
     /// Directories, and files with several names, that are watched one by one,
     /// where that has a cost (inotify).
@@ -182,8 +183,10 @@ pub struct Skipped {
     /// Device nodes, replicated only on request.
     pub devices: u64,
     /// Other file systems mounted below the source, not entered; by path.
+    #[serde(deserialize_with = "crate::codec::list")]
     pub nested_mounts: Vec<String>,
     /// Files that could not be read; by path, with the error. At most 100.
+    #[serde(deserialize_with = "crate::codec::list")]
     pub unreadable: Vec<PathError>,
 }
 
@@ -234,6 +237,7 @@ pub struct Shortfalls {
     /// Times not set.
     pub times: u64,
     /// Up to 100 examples, newest last.
+    #[serde(deserialize_with = "crate::codec::list")]
     pub examples: Vec<PathError>,
 }
 
@@ -345,6 +349,7 @@ pub struct SourceReport {
     /// While an initial sync or a rescan runs.
     pub progress: Option<Progress>,
     /// What the watermark waits for.
+    #[serde(deserialize_with = "crate::codec::list")]
     pub blocked_by: Vec<Blocker>,
     /// What is passed over.
     pub skipped: Skipped,
@@ -413,6 +418,7 @@ pub struct DestinationReport {
     /// Staged bytes not yet applied.
     pub staged_bytes: u64,
     /// Large files that are arriving.
+    #[serde(deserialize_with = "crate::codec::list")]
     pub arriving: Vec<Arriving>,
     /// Replication cannot be applied now, and why.
     pub stalled: Option<String>,
@@ -475,7 +481,9 @@ pub struct FailoverReport {
     /// when the source took part in the failover.
     pub not_replicated_records: Option<u64>,
     /// Up to 1000 paths of them.
+    #[serde(deserialize_with = "crate::codec::list")]
     pub not_replicated_paths: Vec<String>,
     /// What could not be done, in words; empty when all is well.
+    #[serde(deserialize_with = "crate::codec::list")]
     pub warnings: Vec<String>,
 }

@@ -96,9 +96,11 @@ pub struct Verification {
     /// Objects that could not be read, on either side.
     pub read_errors: u64,
     /// The last of those, newest last; at most [`EXAMPLES_MAX`].
+    #[serde(deserialize_with = "crate::codec::list")]
     pub errors: Vec<PathError>,
     /// The last differences of this pass or of those before it, newest last; at
     /// most [`EXAMPLES_MAX`].
+    #[serde(deserialize_with = "crate::codec::list")]
     pub differences: Vec<Difference>,
 }
 
@@ -130,6 +132,7 @@ pub const OBJECT_COST: u64 = 16 << 10;
 #[serde(rename_all = "PascalCase")]
 pub struct Findings {
     /// Differences of the pass after those that the asker has, in order.
+    #[serde(deserialize_with = "crate::codec::list")]
     pub differences: Vec<Difference>,
     /// How many differences of the pass there are up to and with these: what
     /// the asker says next time.

@@ -104,6 +104,7 @@ pub enum SourceMessage {
         /// The batch it belongs to.
         batch: BatchId,
         /// What to do.
+        #[serde(deserialize_with = "crate::codec::list")]
         ops: Vec<Op>,
     },
     /// The plan is whole: seal, make durable, apply.
@@ -145,6 +146,7 @@ pub enum SourceMessage {
         /// All small objects that were not sent again.
         packed: bool,
         /// Large ones.
+        #[serde(deserialize_with = "crate::codec::list")]
         transfers: Vec<ObjectId>,
     },
 }
@@ -163,6 +165,7 @@ pub struct SourceHello {
     pub acknowledged: Edition,
     /// Batches after it whose index delta is durable on the source but whose
     /// acknowledgement never arrived, oldest first.
+    #[serde(deserialize_with = "crate::codec::list")]
     pub pending: Vec<Edition>,
     /// The session that this process had last, as [`DestinationHello::session`]
     /// named it. It shows that a session that looks open at the destination is
@@ -225,6 +228,7 @@ pub enum DestinationMessage {
     /// A part of the replica's inventory, parents before children.
     Inventory {
         /// Some of the replica's entries.
+        #[serde(deserialize_with = "crate::codec::list")]
         items: Vec<InventoryItem>,
         /// Nothing follows.
         last: bool,
@@ -269,6 +273,7 @@ pub enum DestinationMessage {
         /// The batch.
         batch: BatchId,
         /// Objects, each with the reason.
+        #[serde(deserialize_with = "crate::codec::list")]
         objects: Vec<(ObjectId, String)>,
         /// No further message names more of them.
         last: bool,
@@ -287,8 +292,10 @@ pub enum DestinationMessage {
     /// one of these, with [`kept::KEPT_ITEMS_MAX`] objects at most in each.
     Kept {
         /// Small files.
+        #[serde(deserialize_with = "crate::codec::list")]
         packed: Vec<KeptObject>,
         /// Large ones of which there are parts.
+        #[serde(deserialize_with = "crate::codec::list")]
         transfers: Vec<ObjectId>,
         /// Nothing follows.
         last: bool,
@@ -302,6 +309,7 @@ pub enum DestinationMessage {
         was: (u64, Timestamp),
         /// Some of the chunks, of content that was there when it was looked at;
         /// at most [`kept::KEPT_ITEMS_MAX`].
+        #[serde(deserialize_with = "crate::codec::list")]
         chunks: Vec<KeptChunk>,
         /// Nothing follows.
         last: bool,
@@ -365,6 +373,7 @@ pub enum InventoryContent {
         /// Average size of the chunker, bytes.
         average: u32,
         /// The chunks in order.
+        #[serde(deserialize_with = "crate::codec::list")]
         chunks: Vec<crate::chunk::Chunk>,
         /// Another item for the same handle follows with more chunks.
         more: bool,
@@ -410,7 +419,7 @@ pub enum DataFrame<'a> {
         /// The batch they belong to.
         batch: BatchId,
         /// The objects.
-        #[serde(borrow)]
+        #[serde(borrow, deserialize_with = "crate::codec::list")]
         objects: Vec<PackedObject<'a>>,
     },
     /// A large object's transfer starts. All its frames are on one stream.
@@ -420,6 +429,7 @@ pub enum DataFrame<'a> {
         /// The transfer.
         transfer: TransferId,
         /// The pieces.
+        #[serde(deserialize_with = "crate::codec::list")]
         pieces: Vec<Piece>,
         /// The bytes of all [`Piece::Data`], one after the other.
         #[serde(borrow, with = "serde_bytes")]
@@ -442,6 +452,7 @@ pub enum DataFrame<'a> {
         /// The batch they belong to; they count among its packed objects.
         batch: BatchId,
         /// The objects.
+        #[serde(deserialize_with = "crate::codec::list")]
         objects: Vec<PackedAgain>,
     },
     /// Follows [`DataFrame::TransferBegin`]: what was kept of the object serves
@@ -467,6 +478,7 @@ pub struct PackedObject<'a> {
     /// Its state when it was read.
     pub state: ObjectState,
     /// Where data lies; all else are holes. Ordered, not overlapping.
+    #[serde(deserialize_with = "crate::codec::list")]
     pub extents: Vec<Extent>,
     /// The extents' bytes, one after the other.
     #[serde(borrow, with = "serde_bytes")]

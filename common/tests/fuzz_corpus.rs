@@ -7,11 +7,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use replicator_common::chunk::Chunk;
+use replicator_common::codec;
 use replicator_common::fuzzing;
 use replicator_common::id::{BatchId, BatchNonce, Edition, Incarnation, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
 use replicator_common::net::frame::{
-    Compression, decode_body, decode_frame, encode_frame, open_frame,
+    Compression, SWELLING_MAX, decode_body, decode_frame, encode_frame, open_frame,
 };
 use replicator_common::object::{Attributes, Kind, ObjectState, Xattr};
 use replicator_common::time::Timestamp;
@@ -20,6 +21,9 @@ use replicator_common::wire::{
     InventoryItem, KeptChunk, KeptObject, Layout, Op, PackedAgain, PackedObject, Piece, Refusal,
     SourceHello, SourceMessage, TransferBegin,
 };
+
+#[global_allocator]
+static ALLOCATOR: fuzzing::Counting = fuzzing::Counting;
 
 fn corpus() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus/frame"))
@@ -155,10 +159,50 @@ fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     // The codec's layer alone, and a compressed frame.
     seeds.push(("plan-body", seeds[1].1[5..].to_vec()));
     seeds.push(("pack-body", seeds[9].1[5..].to_vec()));
-    let swollen =
+    let swelling =
         SourceMessage::Plan { batch: BatchId(1), ops: vec![Op::Drop { object: id(1) }; 99] };
-    seeds.push(("compressed", encode_frame(&swollen, Compression::Auto).unwrap()));
+    seeds.push(("compressed", encode_frame(&swelling, Compression::Auto).unwrap()));
+    seeds.extend(swollen());
     seeds
+}
+
+/// Lists of the shortest items, as many as the longest frame has bytes: `head` is
+/// what stands before the list's length.
+fn swollen() -> Vec<(&'static str, Vec<u8>)> {
+    let list = |head: &[u8], unit: &[u8]| {
+        // The codec's mark of 16 bits, and a number that makes a few MiB of any item.
+        let length = [251, 0xff, 0xf0];
+        [&[head.len() as u8 + 3], head, &length, unit].concat()
+    };
+    vec![
+        ("swollen-pack", list(&[0, 1], &[&[1, 1][..], &[0; 43]].concat())),
+        ("swollen-pieces", list(&[2, 1], &[2, 1])),
+        ("swollen-plan", list(&[1, 1], &[2, 1, 1])),
+        ("swollen-questions", list(&[7, 0], &[1, 1, 0])),
+        ("swollen-release", list(&[9, 0], &[1, 1])),
+        ("swollen-described", list(&[12, 0], &[0])),
+        ("swollen-entries", list(&[12, 2, 2], &[1, 0])),
+        ("swollen-returned", list(&[10, 1], &[1, 1, 0])),
+        ("swollen-kept", list(&[13, 0], &[1, 1])),
+    ]
+}
+
+#[test]
+fn what_a_short_frame_swells_to_in_memory_is_bounded() {
+    for (name, bytes) in swollen() {
+        let body = fuzzing::swell(&bytes).unwrap();
+        let room = SWELLING_MAX << 16;
+        let errors = [
+            codec::decode_bounded::<SourceMessage>(&body, room).map(drop),
+            codec::decode_bounded::<DestinationMessage>(&body, room).map(drop),
+            codec::decode_bounded::<DataFrame>(&body, room).map(drop),
+        ];
+        let refused = |error: &Result<(), codec::CodecError>| {
+            error.as_ref().is_err_and(|error| error.to_string().contains("room for"))
+        };
+        assert!(errors.iter().any(refused), "{name}: {errors:?}");
+        fuzzing::frame(&bytes);
+    }
 }
 
 #[test]

@@ -41,6 +41,7 @@ pub fn session(bytes: &[u8]) -> Result<u64, Breach> {
     // The first breach ends a session.
     while let Some(event) = world.byte() {
         world.event(event)?;
+        assert_eq!(world.session.staged(), world.held.len(), "nobody deletes it");
     }
     Ok(world.next - FIRST)
 }

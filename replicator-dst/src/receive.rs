@@ -399,7 +399,10 @@ impl Shell {
                 Err(SessionError::Refused(Refusal::Protocol("hello said twice".to_owned())))
             }
             SourceMessage::Plan { batch, ops } => {
-                self.keep_plan(batch, &ops).await;
+                // What is passed over has no bound on its number.
+                if self.session.awaits(batch) {
+                    self.keep_plan(batch, &ops).await;
+                }
                 Ok(self.session.plan(batch, ops)?)
             }
             SourceMessage::Commit { batch, header } => self.commit(batch, header).await,

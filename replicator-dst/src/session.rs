@@ -54,6 +54,10 @@ pub enum Breach {
     TooLong,
     #[error("transfer {transfer} is of another object than the plan says")]
     WrongObject { transfer: TransferId },
+    #[error("transfer {transfer} ended twice")]
+    EndedTwice { transfer: TransferId },
+    #[error("batch {batch} names content for object {object} twice")]
+    NamedTwice { batch: BatchId, object: ObjectId },
     #[error("the content that batch {batch} names for object {object} was given up or used before")]
     Gone { batch: BatchId, object: ObjectId },
 }
@@ -215,6 +219,18 @@ impl Session {
         } else {
             Err(Breach::Order { expected: self.current, found: batch })
         }
+    }
+
+    /// Packed objects and transfers that are in staging, and not given back or
+    /// handed on. For tests.
+    pub(crate) fn staged(&self) -> usize {
+        self.packed + self.transfers.len()
+    }
+
+    /// Whether parts of this batch's plan are wanted: they are not of one that was
+    /// given back, nor out of order.
+    pub fn awaits(&self, batch: BatchId) -> bool {
+        batch == self.current && !self.is_returned(batch)
     }
 
     /// Part of a plan arrived.
@@ -404,13 +420,15 @@ impl Session {
         if self.transfers.len() >= TRANSFERS_MAX {
             return Err(Breach::TooManyTransfers);
         }
+        // Nobody would delete what the first one left in staging.
+        if self.transfers.contains_key(&transfer) {
+            return Err(Breach::EndedTwice { transfer });
+        }
         for gathering in self.batches.values_mut() {
             gathering.missing_transfers.remove(&transfer);
         }
         let weight = staged.weight();
-        if let Some((_, old)) = self.transfers.insert(transfer, (object, staged)) {
-            self.held -= old.weight();
-        }
+        self.transfers.insert(transfer, (object, staged));
         self.hold(weight)
     }
 
@@ -463,7 +481,9 @@ impl Session {
             let Some(staged) = staged else {
                 return Err(Breach::Gone { batch: next, object: object.clone() });
             };
-            content.insert(object.clone(), staged);
+            if content.insert(object.clone(), staged).is_some() {
+                return Err(Breach::NamedTwice { batch: next, object: object.clone() });
+            }
         }
         let superseded = packed.into_values().map(|file| file.place).collect();
         Ok(Some(WholeBatch { batch: next, header, ops, content, superseded }))
@@ -573,6 +593,31 @@ mod tests {
         assert!(matches!(session.next_whole(), Err(Breach::Gone { .. })));
     }
 
+    /// Else one of the two would stay in staging.
+    #[test]
+    fn an_object_has_one_content_in_a_batch() {
+        let mut session = Session::new(BatchId(0));
+        for version in [1, 2] {
+            session.packed(BatchId(1), id(1), version, file(b"x")).unwrap();
+            session.plan(BatchId(1), vec![put(1, ContentSource::Packed { version })]).unwrap();
+        }
+        session.commit(BatchId(1), header(2, 2)).unwrap();
+        assert!(matches!(session.next_whole(), Err(Breach::NamedTwice { .. })));
+    }
+
+    /// Of a batch that was given back, what still comes is passed over.
+    #[test]
+    fn plans_are_awaited_in_order_and_not_of_what_was_given_back() {
+        let mut session = Session::new(BatchId(0));
+        assert!(session.awaits(BatchId(1)) && !session.awaits(BatchId(2)));
+        session.commit(BatchId(1), header(0, 0)).unwrap();
+        assert!(session.next_whole().unwrap().is_some());
+        session.give_back(BatchId(1), Vec::new());
+        assert!(!session.awaits(BatchId(1)) && !session.awaits(BatchId(2)));
+        session.abandon(BatchId(1)).unwrap();
+        assert!(session.awaits(BatchId(1)));
+    }
+
     /// Of what is counted as held, nothing is left when all of it is gone.
     #[test]
     fn plans_are_bounded_by_their_bytes_too() {
@@ -603,10 +648,10 @@ mod tests {
             let named = ContentSource::Transferred { transfer: TransferId(7) };
             session.plan(batch, vec![put(1, ContentSource::Packed { version: 1 })]).unwrap();
             session.plan(batch, vec![put(2, named)]).unwrap();
-            for _ in 0..2 {
-                let whole = StagedTransfer::Whole(heavy(b"big"));
-                session.transferred(TransferId(7), id(2), whole).unwrap();
-            }
+            let whole = || StagedTransfer::Whole(heavy(b"big"));
+            session.transferred(TransferId(7), id(2), whole()).unwrap();
+            let twice = session.transferred(TransferId(7), id(2), whole());
+            assert!(matches!(twice, Err(Breach::EndedTwice { .. })));
             assert!(session.held > 20_000);
             if batch == BatchId(1) {
                 session.commit(batch, header(2, 1)).unwrap();

@@ -256,9 +256,11 @@ fn stage_one(
                     return tell(Event::Unplaced { transfer, reason });
                 }
             }
-            if let Some(bytes) = stager.staged(transfer) {
-                replica.shared().arriving.insert(transfer, bytes);
-            }
+            // One that was refused arrives no more. (There may be any number of them.)
+            match stager.staged(transfer) {
+                Some(bytes) => replica.shared().arriving.insert(transfer, bytes),
+                None => replica.shared().arriving.remove(&transfer),
+            };
             Ok(())
         }
         DataFrame::TransferEnd { transfer, state } => {

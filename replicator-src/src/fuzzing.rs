@@ -92,6 +92,14 @@ impl World<'_> {
         self.byte().unwrap_or(0) % below
     }
 
+    /// Mostly a small number, since many things take their time; seldom a large one.
+    fn count(&mut self) -> u8 {
+        match self.byte().unwrap_or(0) {
+            few @ 0..=239 => few % 8,
+            many => many,
+        }
+    }
+
     /// Mostly the oldest batch under way, or one behind it; sometimes one near
     /// it, seldom any.
     fn batch(&mut self) -> BatchId {
@@ -230,8 +238,7 @@ impl World<'_> {
 
     /// The destination names what it has: few objects, or many.
     fn tell(&mut self) {
-        let (packed, large, last) =
-            (self.byte().unwrap_or(0), self.byte().unwrap_or(0), self.small(2) == 1);
+        let (packed, large, last) = (self.count(), self.count(), self.small(2) == 1);
         let packed = (0..packed).map(|_| {
             self.numbered += 1;
             KeptObject { object: object(self.numbered), hash: Hash([0; 32]) }

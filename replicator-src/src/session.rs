@@ -15,7 +15,7 @@ use replicator_common::time::Timestamp;
 use replicator_common::wire::{
     ALPN, DATA_STREAMS, DestinationHello, DestinationMessage, Refusal, SourceHello, SourceMessage,
 };
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{AcquireError, Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
 use crate::read::sink::{Frame, Sink, SinkError, Wired};
@@ -35,9 +35,11 @@ const DIALS: usize = 3;
 /// The destination reports twice a second. One that answers at the level of
 /// QUIC and has said nothing for this long hangs.
 pub const SILENCE: Duration = Duration::from_secs(60);
-/// Messages of the destination that wait in memory for the engine. An honest
-/// one has a handful under way.
+/// Messages of the destination that wait in memory for the engine; a large one
+/// counts once for each [`MESSAGE_BYTES`]. An honest one has a handful under way.
 const MESSAGES: usize = 64;
+/// Bytes of memory that one message may take.
+const MESSAGE_BYTES: usize = 1 << 20;
 /// How long the destination may take to answer a hello: it redoes logged
 /// batches first.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(120);
@@ -346,9 +348,10 @@ impl Pump {
     async fn until_the_end(&mut self, events: &Sender<LinkEvent>) -> Failure {
         loop {
             // INVARIANT (bounded resources): what is read and not dealt with is
-            // MESSAGES frames at most; a destination that says more is stopped
+            // MESSAGES messages at most, of MESSAGES * MESSAGE_BYTES together, and
+            // the one that is being read; a destination that says more is stopped
             // by QUIC's flow control.
-            let Ok(room) = self.room.clone().acquire_owned().await else {
+            let Ok(mut room) = self.room.clone().acquire_owned().await else {
                 return self.close("the source stops".to_owned());
             };
             let message = tokio::select! {
@@ -375,6 +378,10 @@ impl Pump {
                     return (reason, Some(refusal));
                 }
                 Ok(Some(message)) => {
+                    let Ok(more) = self.room_for_large().await else {
+                        return self.close("the source stops".to_owned());
+                    };
+                    room.merge(more);
                     let event = self.event(message, room);
                     if events.send(event).is_err() {
                         return self.close("the source stops".to_owned());
@@ -384,6 +391,13 @@ impl Pump {
                 Err(error) => return self.broke(&error),
             }
         }
+    }
+
+    /// What the message that was just read needs beside the room of a small one.
+    async fn room_for_large(&self) -> Result<OwnedSemaphorePermit, AcquireError> {
+        // One has room already; more than all of it would never be there.
+        let more = (self.reader.weight() / MESSAGE_BYTES).min(MESSAGES - 1);
+        self.room.clone().acquire_many_owned(more as u32).await
     }
 
     fn event(&self, message: DestinationMessage, room: OwnedSemaphorePermit) -> LinkEvent {

@@ -8,8 +8,9 @@
 //! | … | body: [`codec::encode`] of the message |
 //!
 //! Both lengths are checked against a limit ([`FRAME_MAX`] unless told) before
-//! anything is allocated for them; lengths within the body are bounded by
-//! [`codec::DECODE_LIMIT`]. Integrity is QUIC's; content carries its own
+//! anything is allocated for them; byte strings within the body are bounded by
+//! [`codec::DECODE_LIMIT`], and all of its lists together by [`SWELLING_MAX`].
+//! Integrity is QUIC's; content carries its own
 //! hash besides.
 //!
 //! Encoding and decoding are pure, so that worker threads can do them
@@ -35,6 +36,11 @@ const ZSTD: u8 = 1;
 const HEADER: usize = 5;
 /// The same with the length of the decompressed body.
 const HEADER_ZSTD: usize = HEADER + 4;
+
+/// How much more memory than the longest frame the lists of a message may take.
+/// Messages name few objects, or take a hundred bytes for each: of what an honest
+/// peer says, xattrs swell most, to the fivefold.
+pub const SWELLING_MAX: usize = 8;
 
 /// zstd's level: the fastest of the regular ones, about 500 MB/s a core.
 const LEVEL: i32 = 1;
@@ -201,7 +207,7 @@ fn length_bytes(length: usize) -> [u8; 4] {
 /// # Errors
 /// Any [`FrameError`] but [`FrameError::Io`].
 pub fn decode_frame<T: DeserializeOwned>(frame: &[u8]) -> Result<T, FrameError> {
-    decode_within(frame, FRAME_MAX)
+    Ok(decode_within(frame, FRAME_MAX)?.0)
 }
 
 /// The body of a whole frame, for [`decode_body`].
@@ -217,11 +223,18 @@ pub fn open_frame(frame: &[u8]) -> Result<Cow<'_, [u8]>, FrameError> {
 /// # Errors
 /// [`FrameError::Codec`].
 pub fn decode_body<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, FrameError> {
-    Ok(codec::decode_borrowed(body)?)
+    Ok(codec::decode_bounded(body, SWELLING_MAX * FRAME_MAX)?.0)
 }
 
-fn decode_within<T: DeserializeOwned>(frame: &[u8], limit: usize) -> Result<T, FrameError> {
-    Ok(codec::decode(&body_within(frame, limit)?)?)
+/// Decodes a whole frame. Also gives the bytes of memory that the message takes,
+/// about.
+fn decode_within<T: DeserializeOwned>(
+    frame: &[u8],
+    limit: usize,
+) -> Result<(T, usize), FrameError> {
+    let body = body_within(frame, limit)?;
+    let (value, lists) = codec::decode_bounded(&body, SWELLING_MAX * limit)?;
+    Ok((value, body.len() + lists))
 }
 
 fn body_within(frame: &[u8], limit: usize) -> Result<Cow<'_, [u8]>, FrameError> {
@@ -357,6 +370,8 @@ pub struct FrameReader<R> {
     limit: usize,
     /// What is there of the frame being read.
     buffer: Vec<u8>,
+    /// Bytes of memory that the last message takes.
+    weight: usize,
 }
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
@@ -367,7 +382,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
 
     /// A reader that takes no body above `limit` bytes, compressed or not.
     pub fn with_limit(stream: R, limit: usize) -> Self {
-        Self { stream, limit: limit.min(FRAME_MAX), buffer: Vec::new() }
+        Self { stream, limit: limit.min(FRAME_MAX), buffer: Vec::new(), weight: 0 }
     }
 
     /// The next message; `None` when the stream ended cleanly between frames.
@@ -384,7 +399,14 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         }
         let message = decode_within(&self.buffer, self.limit);
         self.buffer.clear();
-        message.map(Some)
+        let (message, weight) = message?;
+        self.weight = weight;
+        Ok(Some(message))
+    }
+
+    /// Bytes of memory that the message takes, about, that [`Self::read`] gave last.
+    pub fn weight(&self) -> usize {
+        self.weight
     }
 
     /// The next whole frame, envelope included, for [`decode_frame`] on another
