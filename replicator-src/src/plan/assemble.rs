@@ -174,6 +174,7 @@ pub fn assemble<V: View, T: Tree>(
         gained: HashMap::new(),
         lost: HashMap::new(),
         gone: HashSet::new(),
+        kept: HashSet::new(),
         admitted: HashSet::new(),
         loose: Vec::new(),
         apart: 0,
@@ -207,6 +208,8 @@ struct Work<'a, V: View, T: Tree> {
     lost: HashMap<ObjectId, BTreeSet<Place>>,
     /// Objects dropped or set aside.
     gone: HashSet<ObjectId>,
+    /// Objects that stay without an entry, as orphans or because they leave.
+    kept: HashSet<ObjectId>,
     /// New objects that the replica gets: of them the index knows nothing, and
     /// is not asked.
     admitted: HashSet<ObjectId>,

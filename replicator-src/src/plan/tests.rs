@@ -393,6 +393,12 @@ impl Replica {
                 _ => {}
             }
         }
+        let mut ends = BTreeSet::new();
+        for op in ops {
+            if let Op::Drop { object } | Op::Orphan { object } | Op::Leave { object } = op {
+                assert!(ends.insert(object), "the end of {object} is named twice");
+            }
+        }
         for object in self.objects.keys().filter(|o| **o != id(ROOT)) {
             let entries = self.entries.values().filter(|o| *o == object).count();
             let orphan = self.orphans.contains(object);

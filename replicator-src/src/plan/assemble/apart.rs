@@ -47,6 +47,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     fn leave(&mut self, object: &ObjectId) {
         let (since, floor) = (self.settings.now, self.settings.floor);
         let orphan = Orphan { since, floor, left: true };
+        self.kept.insert(object.clone());
         self.out.delta.orphans.push((object.clone(), Some(orphan)));
         self.out.ops.push(Op::Leave { object: object.clone() });
         self.out.leaving.push(object.clone());
@@ -100,7 +101,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     fn drop_apart(&mut self, object: ObjectId) -> Result<(), Failure<V, T>> {
         let mut queue = VecDeque::from([object]);
         while let Some(object) = queue.pop_front() {
-            if !self.gone.contains(&object) && self.links_after(&object)?.is_empty() {
+            if self.is_detached(&object)? {
                 self.remove(&object, &mut queue)?;
                 self.out.apart.insert(object);
             }

@@ -35,8 +35,13 @@ impl<V: View, T: Tree> Work<'_, V, T> {
 
     /// Whether the object has no entry after the batch, and nothing was done
     /// about that yet.
-    fn is_detached(&self, object: &ObjectId) -> Result<bool, Failure<V, T>> {
-        Ok(!self.gone.contains(object) && self.links_after(object)?.is_empty())
+    pub(super) fn is_detached(&self, object: &ObjectId) -> Result<bool, Failure<V, T>> {
+        Ok(!self.is_decided(object) && self.links_after(object)?.is_empty())
+    }
+
+    /// INVARIANT: a batch names the end of an object once.
+    fn is_decided(&self, object: &ObjectId) -> bool {
+        self.gone.contains(object) || self.kept.contains(object)
     }
 
     /// Makes an orphan of an object without entries that is still alive; says
@@ -51,6 +56,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         }
         let (since, floor) = (self.settings.now, self.settings.floor);
         let orphan = Orphan { since, floor, left: false };
+        self.kept.insert(object.clone());
         self.out.delta.orphans.push((object.clone(), Some(orphan)));
         self.out.ops.push(Op::Orphan { object: object.clone() });
         self.out.orphans += 1;
@@ -111,8 +117,12 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         let mut queue = VecDeque::new();
         let mut left = Vec::new();
         for (object, orphan) in self.view.orphans().map_err(PlanError::Index)? {
-            if self.gained.get(&object).is_some_and(|places| !places.is_empty()) {
+            let attached = self.gained.get(&object).is_some_and(|places| !places.is_empty());
+            if attached || self.gone.contains(&object) {
                 self.out.delta.orphans.push((object, None));
+                continue;
+            }
+            if self.kept.contains(&object) {
                 continue;
             }
             if orphan.left {
