@@ -18,52 +18,93 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use replicator_tests::mounts::{FileSystem, Mount, Scratch};
-use replicator_tests::process::{Daemon, free_port};
 use replicator_tests::stamps::steadily;
 use replicator_tests::workload::content;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
-use serde::Serialize;
 
-use crate::Scale;
-use crate::measure::{self, Usage};
-use crate::peer::{self, Peer};
+use super::{Bench, Figure, Outcome, Workload, unless_follows};
+use crate::measure::Meter;
+use crate::net::Net;
+use crate::peers::Peer;
+use crate::site::Site;
 
-/// 23 and 24: a file vanished while rsync looked at it, as the temporary names
-/// here do all the time. The next pass finds what came of them.
-const RSYNC_ACCEPTED: [i32; 3] = [0, 23, 24];
 const DIRECTORIES: u64 = 50;
 const FILE_BYTES: usize = 4096;
 /// How long what is under way may take after the last change.
 const GRACE: Duration = Duration::from_secs(20);
-/// How long the first sync of what stands there may take.
-const SETUP_LIMIT: Duration = Duration::from_secs(300);
 
-/// One run of one program.
-#[derive(Debug, Serialize)]
+/// The lag at one rate.
 pub struct Lag {
-    /// Which.
-    pub peer: Peer,
-    /// Changes made.
-    pub changes: u64,
-    /// Changes replaced by a later one before they were seen.
-    pub superseded: u64,
-    /// Changes that never arrived.
-    pub lost: u64,
-    /// Seconds, each arrival's lag in order.
-    pub lags: Vec<f64>,
-    /// What it used while files changed.
-    pub usage: Usage,
+    /// As `--only` calls it.
+    pub name: &'static str,
+    /// Changes a second.
+    pub rate: u32,
 }
 
-impl Lag {
-    /// The lag that this share of the changes kept below, seconds.
-    pub fn percentile(&self, share: f64) -> f64 {
-        let last = self.lags.len().saturating_sub(1);
-        let index = (self.lags.len() as f64 * share) as usize;
-        self.lags.get(index.min(last)).copied().unwrap_or(f64::NAN)
+fn seconds(bench: &Bench) -> u64 {
+    bench.pick(30, 3)
+}
+
+/// Files that are there already.
+fn standing(bench: &Bench) -> u64 {
+    bench.pick(20_000, 1_000)
+}
+
+impl Workload for Lag {
+    fn name(&self) -> &'static str {
+        self.name
     }
+
+    fn title(&self, bench: &Bench) -> String {
+        let (seconds, standing) = (seconds(bench), standing(bench));
+        format!("lag at {} changes a second for {seconds} s, beside {standing} files", self.rate)
+    }
+
+    fn about(&self) -> &'static str {
+        "From the close on the source to the right content being visible on the replica; changes of \
+         4 KiB. What does not follow is run in a loop without a pause. \"Lost\" had not arrived 20 s \
+         after the last change."
+    }
+
+    fn excludes(&self, peer: &dyn Peer) -> Option<&'static str> {
+        unless_follows(peer)
+    }
+
+    fn run(&self, bench: &Bench, peer: &dyn Peer, _first: bool) -> Result<Outcome> {
+        let (source, replica) = (bench.disk().with_tree()?, bench.disk().with_tree()?);
+        let site = Site::new(&source.tree(), &replica.tree(), Net::local()?)?;
+        for directory in 0..DIRECTORIES {
+            fs::create_dir(site.source.join(format!("directory-{directory}")))?;
+        }
+        for number in 0..standing(bench) {
+            let path = site.source.join(path(number, "standing"));
+            fs::write(&path, content::bytes(number, FILE_BYTES))
+                .with_context(|| path.display().to_string())?;
+        }
+        let mut session = peer.prepare(&site)?;
+        session.follow()?;
+        let meter = Meter::start(&site)?;
+        let ledger = disturb(&site, self.rate, Duration::from_secs(seconds(bench)))?;
+        let usage = meter.stop()?;
+        session.rest()?;
+        let mut lags = ledger.lags;
+        lags.sort_by(f64::total_cmp);
+        let mut figures = vec![
+            Figure::new("p50, ms", percentile(&lags, 0.5) * 1e3, 0),
+            Figure::new("p99, ms", percentile(&lags, 0.99) * 1e3, 0),
+            Figure::new("most, ms", percentile(&lags, 1.0) * 1e3, 0),
+        ];
+        figures.push(Figure::new("lost", ledger.pending.len() as f64, 0));
+        Ok(Outcome::with_usage(figures, &usage, None))
+    }
+}
+
+/// The figure that this share of all stays below; `sorted` is in order.
+pub fn percentile(sorted: &[f64], share: f64) -> f64 {
+    let last = sorted.len().saturating_sub(1);
+    let index = (sorted.len() as f64 * share) as usize;
+    sorted.get(index.min(last)).copied().unwrap_or(f64::NAN)
 }
 
 /// A change that is under way.
@@ -77,51 +118,22 @@ struct Change {
 struct Ledger {
     pending: HashMap<PathBuf, Change>,
     lags: Vec<f64>,
-    superseded: u64,
 }
 
-/// Measures one program for `scale.lag_seconds`.
-pub fn measure(peer: Peer, scale: Scale) -> Result<Lag> {
-    let source = Mount::with_size(FileSystem::Ext4, 4 << 30);
-    let replica = Mount::with_size(FileSystem::Ext4, 4 << 30);
-    let scratch = Scratch::new("bench");
-    let tree = source.path().join("tree");
-    for directory in 0..DIRECTORIES {
-        fs::create_dir_all(tree.join(format!("directory-{directory}")))?;
-    }
-    for number in 0..scale.standing_files {
-        fs::write(tree.join(path(number, "standing")), content::bytes(number, FILE_BYTES))?;
-    }
-    let runner = Runner::start(peer, &tree, replica.path(), scratch.path())?;
-    let (inotify, directories) = watch(replica.path())?;
+/// Changes files at a steady rate for a time, and waits for the last of them.
+fn disturb(site: &Site, rate: u32, time: Duration) -> Result<Ledger> {
+    let (inotify, directories) = watch(&site.replica)?;
     let (ledger, done) = (Mutex::new(Ledger::default()), AtomicBool::new(false));
-    let before = runner.usage()?;
-    let (changes, usage) = thread::scope(|scope| {
-        scope.spawn(|| listen(&inotify, &directories, replica.path(), &ledger, &done));
-        let time = Duration::from_secs(scale.lag_seconds);
-        let changes =
-            steadily(scale.changes_per_second, time, |number| change(&tree, number, &ledger));
-        let after = runner.usage();
+    thread::scope(|scope| {
+        scope.spawn(|| listen(&inotify, &directories, &site.replica, &ledger, &done));
+        steadily(rate.into(), time, |number| change(&site.source, number, &ledger));
         let end = Instant::now() + GRACE;
         while !locked(&ledger).pending.is_empty() && Instant::now() < end {
             thread::sleep(Duration::from_millis(50));
         }
         done.store(true, Ordering::Relaxed);
-        (changes, after)
     });
-    let usage = usage?;
-    runner.stop();
-    let ledger = ledger.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let mut lags = ledger.lags;
-    lags.sort_by(f64::total_cmp);
-    Ok(Lag {
-        peer,
-        changes,
-        superseded: ledger.superseded,
-        lost: ledger.pending.len() as u64,
-        lags,
-        usage: Usage { cpu_seconds: usage.cpu_seconds - before.cpu_seconds, ..usage },
-    })
+    Ok(ledger.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
 fn path(number: u64, kind: &str) -> PathBuf {
@@ -152,8 +164,8 @@ fn change(tree: &Path, number: u64, ledger: &Mutex<Ledger>) {
         eprintln!("{}: {error}", name.display());
         return;
     }
-    let earlier = ledger.pending.insert(name, Change { content, closed });
-    ledger.superseded += u64::from(earlier.is_some());
+    // One that is replaced before it was seen need not be seen.
+    ledger.pending.insert(name, Change { content, closed });
 }
 
 /// Watches every directory of the replica; gives the directories by watch.
@@ -210,70 +222,5 @@ fn arrived(replica: &Path, name: &Path, ledger: &Mutex<Ledger>) {
         && let Some(change) = ledger.pending.remove(name)
     {
         ledger.lags.push((now - change.closed).as_secs_f64());
-    }
-}
-
-/// The program at work.
-enum Runner {
-    Replicator(Box<Daemon>),
-    /// One pass after the other, without a pause.
-    Loop {
-        stop: std::sync::Arc<AtomicBool>,
-        usage: std::sync::Arc<Mutex<Usage>>,
-        thread: thread::JoinHandle<Result<()>>,
-    },
-}
-
-impl Runner {
-    /// Starts, and returns when what stands on the source is on the replica.
-    fn start(peer: Peer, source: &Path, replica: &Path, scratch: &Path) -> Result<Self> {
-        let (state, log) = (scratch.join("state"), scratch.join("log"));
-        if peer == Peer::Replicator {
-            let port = free_port();
-            let command = peer::replicator(source, replica, &state, port);
-            let mut daemon = Daemon::spawn(command, &format!("http://127.0.0.1:{port}"), &log);
-            daemon.wait_ready();
-            daemon.wait_enabled(SETUP_LIMIT);
-            return Ok(Self::Replicator(Box::new(daemon)));
-        }
-        let (source, replica) = (source.to_owned(), replica.to_owned());
-        let pass =
-            move || measure::run(&mut peer.pass(&source, &replica, &state), &RSYNC_ACCEPTED, &log);
-        pass().context("first pass")?;
-        let (stop, usage) = <(std::sync::Arc<AtomicBool>, std::sync::Arc<Mutex<Usage>>)>::default();
-        let thread = thread::spawn({
-            let (stop, usage) = (stop.clone(), usage.clone());
-            move || {
-                while !stop.load(Ordering::Relaxed) {
-                    let (_, used) = pass()?;
-                    let mut usage = usage.lock().unwrap_or_else(PoisonError::into_inner);
-                    usage.cpu_seconds += used.cpu_seconds;
-                    usage.peak_memory = usage.peak_memory.max(used.peak_memory);
-                }
-                Ok(())
-            }
-        });
-        Ok(Self::Loop { stop, usage, thread })
-    }
-
-    fn usage(&self) -> Result<Usage> {
-        match self {
-            Self::Replicator(daemon) => measure::usage_of(daemon.id()),
-            Self::Loop { usage, .. } => Ok(*usage.lock().unwrap_or_else(PoisonError::into_inner)),
-        }
-    }
-
-    fn stop(self) {
-        match self {
-            Self::Replicator(daemon) => {
-                daemon.interrupt();
-            }
-            Self::Loop { stop, thread, .. } => {
-                stop.store(true, Ordering::Relaxed);
-                if let Ok(Err(error)) = thread.join() {
-                    eprintln!("{error:#}");
-                }
-            }
-        }
     }
 }
