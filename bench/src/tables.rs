@@ -34,9 +34,7 @@ fn head(results: &Results, text: &mut String) -> std::fmt::Result {
          - Rounds: {}, peers interleaved, another one first in each. Figures are medians (least to most).\n\
          - CPU is user and system time of all processes of both ends, by control group. Memory is the \
          most that they held of their own at once, looked at 20 times a second. Wire is what the loopback \
-         or the line carried both ways with headers of IP and above, without the requests for \
-         replicator's status: there, after the initial sync, it is replicator's own count of frames \
-         before QUIC. A pipe is no wire.\n",
+         or the line carried, both ways, with headers of IP and above. A pipe is no wire.\n",
         results.file_system_maker, results.rounds,
     )?;
     writeln!(text, "| peer | version | how |\n|---|---|---|")?;

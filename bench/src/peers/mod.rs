@@ -64,10 +64,6 @@ pub trait Session {
     fn follow(&mut self) -> Result<()>;
     /// Ends what the two above began; services stay.
     fn rest(&mut self) -> Result<()>;
-    /// Its own count of bytes on the wire, where that is better than the network's.
-    fn wire_bytes(&self) -> Result<Option<u64>> {
-        Ok(None)
-    }
     /// Where the replica is, when it is not where the site says.
     fn replica(&self) -> Option<PathBuf> {
         None

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use replicator_common::status::{ReplicationStatus, Status};
 use replicator_tests::binary;
 
@@ -80,14 +80,6 @@ impl Session for Run {
 
     fn rest(&mut self) -> Result<()> {
         self.daemon.take().map_or(Ok(()), Service::stop)
-    }
-
-    fn wire_bytes(&self) -> Result<Option<u64>> {
-        if self.daemon.is_none() {
-            return Ok(None);
-        }
-        let source = status(&self.site)?.and_then(|status| status.source);
-        Ok(Some(source.context("replicator: no status of the source")?.counters.bytes_wired))
     }
 }
 

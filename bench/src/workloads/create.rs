@@ -43,7 +43,7 @@ impl Workload for Create {
     }
 
     fn about(&self) -> &'static str {
-        "By one thread, beside the peer on the same processors. \"Replicated\" counts to the moment when \
+        "By one thread, incompressible, beside the peer on the same processors. \"Replicated\" counts to the moment when \
          the replica has them all. What does not follow is run in a loop without a pause."
     }
 
@@ -75,7 +75,7 @@ impl Workload for Create {
             Figure::new("replicated, files/s", there as f64 / usage.seconds, 0),
             Figure::new("caught up after, s", caught_up, 2),
         ];
-        let mut outcome = Outcome::with_usage(figures, &usage, None);
+        let mut outcome = Outcome::with_usage(figures, &usage);
         if !complete {
             outcome.note = Some(format!("had not caught up after {:?}", patience(bench)));
         }
@@ -89,7 +89,6 @@ fn path(number: u64) -> PathBuf {
 
 /// Makes files until the time is over; gives how many.
 fn create(tree: &Path, time: Duration) -> Result<u64> {
-    let mut bytes = content::incompressible(1, SMALL);
     let start = Instant::now();
     let mut number: u64 = 0;
     while start.elapsed() < time {
@@ -98,8 +97,8 @@ fn create(tree: &Path, time: Duration) -> Result<u64> {
             let directory = path.parent().context("a file is in a directory")?;
             fs::create_dir(directory).with_context(|| directory.display().to_string())?;
         }
-        bytes[..8].copy_from_slice(&number.to_le_bytes());
-        fs::write(&path, &bytes).with_context(|| path.display().to_string())?;
+        fs::write(&path, content::incompressible(number, SMALL))
+            .with_context(|| path.display().to_string())?;
         number += 1;
     }
     Ok(number)

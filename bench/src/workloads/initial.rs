@@ -116,7 +116,7 @@ impl Workload for Initial {
             Figure::new("ended after, s", usage.seconds, 2),
             Figure::new("on disk after, s", durable, 2),
         ];
-        let mut outcome = Outcome::with_usage(figures, &usage, None);
+        let mut outcome = Outcome::with_usage(figures, &usage);
         if first {
             let replica = session.replica().unwrap_or_else(|| site.replica.clone());
             outcome.note = check(peer, &source, replica)?;

@@ -96,7 +96,7 @@ impl Workload for Lag {
             Figure::new("most, ms", percentile(&lags, 1.0) * 1e3, 0),
         ];
         figures.push(Figure::new("lost", ledger.pending.len() as f64, 0));
-        Ok(Outcome::with_usage(figures, &usage, None))
+        Ok(Outcome::with_usage(figures, &usage))
     }
 }
 

@@ -74,10 +74,10 @@ pub struct Outcome {
 
 impl Outcome {
     /// These figures, and what was used for them.
-    fn with_usage(mut figures: Vec<Figure>, usage: &Usage, wire: Option<u64>) -> Self {
+    fn with_usage(mut figures: Vec<Figure>, usage: &Usage) -> Self {
         figures.push(Figure::new("CPU, s", usage.cpu_seconds, 2));
         figures.push(Figure::new("memory, MiB", mib(usage.peak_memory), 1));
-        let wire = match wire.unwrap_or(usage.wire_bytes) {
+        let wire = match usage.wire_bytes {
             // Nothing went through the network: there is none.
             0 => f64::NAN,
             bytes => mib(bytes),

@@ -18,10 +18,11 @@ use crate::site::Site;
 const LIMIT: Duration = Duration::from_secs(300);
 /// Between two looks at the replica.
 const POLL: Duration = Duration::from_millis(2);
-/// Until a peer that follows has done what it does after its first pass.
+/// What a peer that follows does so long after the change arrived counts too.
+const AFTER: Duration = Duration::from_secs(1);
+/// Until a peer that follows has done what it does after its first pass, and the
+/// change has another second than what was there: rsync looks no closer.
 const SETTLE: Duration = Duration::from_secs(2);
-/// Until a peer's own counters are up to date.
-const COUNT: Duration = Duration::from_millis(1500);
 
 /// The change, and how to see it on the replica.
 pub struct Change<C, A> {
@@ -61,7 +62,6 @@ where
     sync_file_system(&site.source)?;
     sync_file_system(&site.replica)?;
     thread::sleep(SETTLE);
-    let before = session.wire_bytes()?;
     let meter = Meter::start(site)?;
     let begun = Instant::now();
     make(&site.source)?;
@@ -71,14 +71,10 @@ where
         thread::sleep(POLL);
     }
     let seconds = changed.elapsed().as_secs_f64();
+    thread::sleep(AFTER);
     let usage = meter.stop()?;
-    let mut wire = None;
-    if let Some(before) = before {
-        thread::sleep(COUNT);
-        wire = session.wire_bytes()?.map(|after| after - before);
-    }
     session.rest()?;
-    Ok(Outcome::with_usage(figures(change, seconds), &usage, wire))
+    Ok(Outcome::with_usage(figures(change, seconds), &usage))
 }
 
 fn pass<C, A>(session: &mut dyn Session, site: &Arc<Site>, change: Change<C, A>) -> Result<Outcome>
@@ -90,6 +86,7 @@ where
     session.pass()?;
     session.rest()?;
     sync_file_system(&site.replica)?;
+    thread::sleep(SETTLE);
     let begun = Instant::now();
     make(&site.source)?;
     let change = begun.elapsed();
@@ -98,7 +95,7 @@ where
     let usage = meter.stop()?;
     let replica = session.replica().unwrap_or_else(|| site.replica.clone());
     ensure!(arrived(&replica), "the pass has ended, and the change is not on the replica");
-    Ok(Outcome::with_usage(figures(change, usage.seconds), &usage, None))
+    Ok(Outcome::with_usage(figures(change, usage.seconds), &usage))
 }
 
 fn figures(change: Duration, seconds: f64) -> Vec<Figure> {

@@ -69,6 +69,6 @@ impl Workload for Restart {
         let usage = meter.stop()?;
         session.rest()?;
         let figures = vec![Figure::new("ended after, s", usage.seconds, 2)];
-        Ok(Outcome::with_usage(figures, &usage, None))
+        Ok(Outcome::with_usage(figures, &usage))
     }
 }

@@ -103,7 +103,7 @@ impl Workload for Wan {
             Figure::new("ended after, s", if done { usage.seconds } else { f64::NAN }, 2),
             Figure::new("share of the line, %", share, 1),
         ];
-        let mut outcome = Outcome::with_usage(figures, &usage, None);
+        let mut outcome = Outcome::with_usage(figures, &usage);
         if !done {
             let limit = limit(bench);
             outcome.note =
