@@ -28,6 +28,7 @@ use clap::Parser;
 use disk::Kind;
 use peers::Peer;
 use report::{PeerReport, Results, Run, RunResult, WorkloadReport};
+use wan::Tcp;
 use workloads::{Bench, Workload};
 
 /// Measures replicator beside its peers. Needs root, and some 40 GiB below
@@ -50,6 +51,9 @@ struct Arguments {
     /// What source and replica are on
     #[arg(long, value_enum, default_value_t = Kind::Ext4)]
     file_system: Kind,
+    /// How TCP finds its pace over a long path
+    #[arg(long, value_enum, default_value_t = Tcp::Cubic)]
+    tcp: Tcp,
     /// Directory for RESULTS.md and results.json, written anew after each
     /// workload; without it, the tables go to standard output alone
     #[arg(long, value_name = "DIR")]
@@ -63,7 +67,7 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let workloads = chosen_workloads(&arguments.only)?;
     let peers = chosen_peers(&arguments.peers)?;
-    let bench = Bench { quick: arguments.quick, kind: arguments.file_system };
+    let bench = Bench { quick: arguments.quick, kind: arguments.file_system, tcp: arguments.tcp };
     if arguments.list {
         list(&bench, &workloads, &peers);
         return Ok(());
@@ -108,6 +112,7 @@ fn begin(bench: Bench, rounds: u32, peers: &[Box<dyn Peer>]) -> Results {
     Results {
         machine: machine::describe(),
         file_system: bench.kind,
+        tcp: bench.tcp,
         file_system_maker: String::from_utf8_lossy(&told).lines().next().unwrap_or("").to_owned(),
         rounds,
         quick: bench.quick,

@@ -9,6 +9,7 @@ use serde::Serialize;
 use crate::disk::Kind;
 use crate::machine::Machine;
 use crate::tables;
+use crate::wan::Tcp;
 use crate::workloads::Outcome;
 
 /// A peer as it was measured.
@@ -67,6 +68,8 @@ pub struct Results {
     pub machine: Machine,
     /// Of source and replica.
     pub file_system: Kind,
+    /// How TCP found its pace over a long path.
+    pub tcp: Tcp,
     /// Version of the program that made it, in its own words.
     pub file_system_maker: String,
     /// Rounds of each workload.

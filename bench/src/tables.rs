@@ -34,8 +34,10 @@ fn head(results: &Results, text: &mut String) -> std::fmt::Result {
          - Rounds: {}, peers interleaved, another one first in each. Figures are medians (least to most).\n\
          - CPU is user and system time of all processes of both ends, by control group. Memory is the \
          most that they held of their own at once, looked at 20 times a second. Wire is what the loopback \
-         or the line carried, both ways, with headers of IP and above. A pipe is no wire.\n",
-        results.file_system_maker, results.rounds,
+         or the line carried, both ways, with headers of IP and above. A pipe is no wire. Over the long path TCP runs with {}.\n",
+        results.file_system_maker,
+        results.rounds,
+        results.tcp.as_str(),
     )?;
     writeln!(text, "| peer | version | how |\n|---|---|---|")?;
     for peer in &results.peers {

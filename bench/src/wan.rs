@@ -12,9 +12,11 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rustix::event::{PollFd, PollFlags, Timespec};
+use serde::Serialize;
 
 use crate::net::{LONG, Namespace};
 
@@ -22,6 +24,27 @@ use crate::net::{LONG, Namespace};
 const MTU: usize = 1500;
 /// How long a thread waits before it looks whether it is to end.
 const PULSE: Duration = Duration::from_millis(100);
+
+/// How TCP finds its pace. Machines differ in what they have as a default, and over
+/// a long path with losses everything depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tcp {
+    /// Linux's own default.
+    Cubic,
+    /// Where it is set by hand; takes losses for what they are.
+    Bbr,
+}
+
+impl Tcp {
+    /// As the kernel calls it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Cubic => "cubic",
+            Self::Bbr => "bbr",
+        }
+    }
+}
 
 /// What a line is like, either way.
 #[derive(Clone, Copy, Debug)]
@@ -32,6 +55,8 @@ pub struct Line {
     pub rate: f64,
     /// The share of packets that are lost, 0 to 1.
     pub loss: f64,
+    /// How TCP finds its pace on it.
+    pub tcp: Tcp,
 }
 
 /// A line that works; ends when dropped.
@@ -44,8 +69,8 @@ pub struct Wan {
 impl Wan {
     /// Lays it.
     pub fn between(source: &Namespace, destination: &Namespace, line: Line) -> Result<Self> {
-        let here = Arc::new(device(source, "10.77.0.1/24")?);
-        let there = Arc::new(device(destination, "10.77.0.2/24")?);
+        let here = Arc::new(device(source, "10.77.0.1", line.tcp)?);
+        let there = Arc::new(device(destination, "10.77.0.2", line.tcp)?);
         let mut wan = Self { ends: Arc::default(), threads: Vec::new() };
         for (from, to, seed) in [(&here, &there, 1), (&there, &here, 2)] {
             let (sender, receiver) = channel();
@@ -71,7 +96,7 @@ impl Drop for Wan {
 }
 
 /// Makes the device, gives it its address; it goes when the file is closed.
-fn device(namespace: &Namespace, address: &str) -> Result<File> {
+fn device(namespace: &Namespace, address: &str, tcp: Tcp) -> Result<File> {
     let file = namespace.inside(|| {
         let file = File::options().read(true).write(true).open("/dev/net/tun");
         let file = file.context("/dev/net/tun (the module `tun` is needed)")?;
@@ -79,8 +104,11 @@ fn device(namespace: &Namespace, address: &str) -> Result<File> {
         Ok(file)
     })?;
     rustix::io::ioctl_fionbio(&file, true)?;
-    namespace.ip(&["address", "add", address, "dev", LONG])?;
+    namespace.ip(&["address", "add", &format!("{address}/32"), "dev", LONG])?;
     namespace.ip(&["link", "set", LONG, "mtu", &MTU.to_string(), "txqueuelen", "1000", "up"])?;
+    // By the route: a namespace may not choose what the host has not allowed.
+    let route = ["route", "add", "10.77.0.0/24", "dev", LONG, "src", address];
+    namespace.ip(&[&route[..], &["congctl", tcp.as_str()]].concat())?;
     Ok(file)
 }
 

@@ -19,6 +19,7 @@ use serde::Serialize;
 use crate::disk::{Disk, Kind};
 use crate::measure::Usage;
 use crate::peers::Peer;
+use crate::wan::Tcp;
 
 /// Room for either tree with its overhead, bytes; an image takes what is written.
 const DISK: u64 = 16 << 30;
@@ -30,6 +31,8 @@ pub struct Bench {
     pub quick: bool,
     /// What source and replica are on.
     pub kind: Kind,
+    /// How TCP finds its pace over a long path.
+    pub tcp: Tcp,
 }
 
 impl Bench {

@@ -89,7 +89,8 @@ impl Workload for Wan {
             small_files(&source.tree(), small_count(bench), true)?;
             small_count(bench) * SMALL as u64
         };
-        let line = Line { round_trip: ROUND_TRIP, rate: RATE, loss: self.loss / 100.0 };
+        let line =
+            Line { round_trip: ROUND_TRIP, rate: RATE, loss: self.loss / 100.0, tcp: bench.tcp };
         let site = Site::new(&source.tree(), &replica.tree(), Net::long(line)?)?;
         let mut session = peer.prepare(&site)?;
         let meter = Meter::start(&site)?;
