@@ -11,8 +11,21 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal};
 
+use crate::site::PREFIX;
+
 /// Bytes of a page, as `/proc/PID/statm` counts.
 const PAGE: u64 = 4096;
+
+/// Where groups are made.
+pub fn base() -> PathBuf {
+    let root = Path::new("/sys/fs/cgroup");
+    if is_unified() { root.to_owned() } else { root.join("cpuacct") }
+}
+
+/// Whether control groups are of version 2.
+fn is_unified() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
 
 /// A control group, removed when dropped with all that still runs in it.
 #[derive(Debug)]
@@ -25,15 +38,12 @@ impl Group {
     /// Makes an empty one. Needs root, and either version of control groups.
     pub fn new() -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let root = Path::new("/sys/fs/cgroup");
-        let unified = root.join("cgroup.controllers").exists();
-        let base = if unified { root.to_owned() } else { root.join("cpuacct") };
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = base.join(format!("replicator-bench-{}-{number}", std::process::id()));
+        let (base, number) = (base(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let path = base.join(format!("{PREFIX}{}-{number}", std::process::id()));
         fs::create_dir(&path).with_context(|| {
             format!("{}: mount /sys/fs/cgroup writable, CPU is counted there", path.display())
         })?;
-        Ok(Self { path, unified })
+        Ok(Self { path, unified: is_unified() })
     }
 
     /// A process that writes `0` there enters the group.

@@ -18,6 +18,7 @@ mod tables;
 mod wan;
 mod workloads;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
@@ -31,7 +32,7 @@ use report::{PeerReport, Results, Run, RunResult, WorkloadReport};
 use wan::Tcp;
 use workloads::{Bench, Workload};
 
-/// Measures replicator beside its peers. Needs root, and some 40 GiB below
+/// Measures replicator beside its peers. Needs root, and some 20 GiB below
 /// $REPLICATOR_TEST_DIR (default /var/tmp/replicator-tests).
 #[derive(Debug, Parser)]
 struct Arguments {
@@ -87,6 +88,7 @@ fn measure(
     workloads: Vec<Box<dyn Workload>>,
     peers: &[Box<dyn Peer>],
 ) -> Result<()> {
+    site::sweep();
     let rounds = if bench.quick { 1 } else { arguments.rounds };
     let mut results = begin(bench, rounds, peers);
     for mut workload in workloads {
@@ -161,9 +163,11 @@ fn run_once(bench: &Bench, workload: &dyn Workload, peer: &dyn Peer, round: u32)
     let result = if peer.version().is_none() {
         RunResult::NotInstalled
     } else {
-        match workload.run(bench, peer, round == 1) {
-            Ok(outcome) => RunResult::Measured(outcome),
-            Err(error) => RunResult::Failed(format!("{error:#}")),
+        // What the tests' crate makes of errors are panics.
+        match catch_unwind(AssertUnwindSafe(|| workload.run(bench, peer, round == 1))) {
+            Ok(Ok(outcome)) => RunResult::Measured(outcome),
+            Ok(Err(error)) => RunResult::Failed(format!("{error:#}")),
+            Err(_) => RunResult::Failed("panicked, see standard error".to_owned()),
         }
     };
     let told = match &result {

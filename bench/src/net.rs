@@ -12,6 +12,7 @@ use std::thread;
 use anyhow::{Context, Result, anyhow, ensure};
 use rustix::thread::LinkNameSpaceType;
 
+use crate::site::PREFIX;
 use crate::wan::{Line, Wan};
 
 /// The loopback, in every namespace.
@@ -29,7 +30,7 @@ impl Namespace {
     fn new(label: &str) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("replicator-bench-{}-{label}-{number}", std::process::id());
+        let name = format!("{PREFIX}{}-{label}-{number}", std::process::id());
         ip(&["netns", "add", &name])?;
         let namespace = Self { name };
         namespace.ip(&["link", "set", LOOPBACK, "up"])?;

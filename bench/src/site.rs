@@ -24,6 +24,36 @@ use crate::net::{Namespace, Net};
 /// How long a program may take to end after it was asked to.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
+/// What the namespaces and groups of all benches begin with; then follows the
+/// number of the process.
+pub const PREFIX: &str = "replicator-bench-";
+
+/// Removes the namespaces and groups of benches that were killed. (Their file
+/// systems go when the next one is made.)
+pub fn sweep() {
+    for directory in [Path::new("/run/netns"), crate::group::base().as_path()] {
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else {
+                continue;
+            };
+            let process = rest.split('-').next().unwrap_or_default();
+            if Path::new("/proc").join(process).exists() {
+                continue;
+            }
+            eprintln!("removing {}, left by a bench that was killed", entry.path().display());
+            let removed = if directory.ends_with("netns") {
+                ask(Command::new("ip").args(["netns", "delete"]).arg(&name)).map(drop)
+            } else {
+                fs::remove_dir(entry.path()).map_err(Into::into)
+            };
+            if let Err(error) = removed {
+                eprintln!("it could not be removed: {error:#}");
+            }
+        }
+    }
+}
+
 /// One of the two ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {

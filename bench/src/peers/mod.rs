@@ -52,6 +52,11 @@ pub trait Peer: Sync {
     fn abilities(&self) -> Abilities;
     /// Sets it up between the ends of a site: services are started, nothing is copied.
     fn prepare(&self, site: &Arc<Site>) -> Result<Box<dyn Session>>;
+    /// How far what it says to be replicated is behind now, seconds; `None` when it
+    /// says nothing of the kind.
+    fn seconds_behind(&self, _site: &Site) -> Result<Option<f64>> {
+        Ok(None)
+    }
 }
 
 /// A peer that is set up.

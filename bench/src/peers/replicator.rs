@@ -5,8 +5,9 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use replicator_common::status::{ReplicationStatus, Status};
+use replicator_common::time::Timestamp;
 use replicator_tests::binary;
 
 use crate::http;
@@ -45,6 +46,13 @@ impl Peer for Replicator {
             return Ok(Box::new(Hosts::start(site)?));
         }
         Ok(Box::new(Run { site: site.clone(), daemon: None }))
+    }
+
+    fn seconds_behind(&self, site: &Site) -> Result<Option<f64>> {
+        let there = status(site)?.and_then(|status| status.destination);
+        let replicated = there.and_then(|there| there.last_replicated);
+        let replicated = replicated.context("replicator says no LastReplicatedTimestamp")?;
+        Ok(Some(Timestamp::now().since(replicated).as_secs_f64()))
     }
 }
 

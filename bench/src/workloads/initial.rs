@@ -39,6 +39,24 @@ impl Initial {
     }
 }
 
+impl Initial {
+    /// The figure that does not depend on how much there is.
+    fn by_size(&self, bench: &Bench, seconds: f64, cpu_seconds: f64) -> Figure {
+        match self.what {
+            What::Small => {
+                let files = small_count(bench) as f64;
+                Figure::new("CPU a file, µs", cpu_seconds * 1e6 / files, 0)
+            }
+            What::Large => {
+                let (files, mib) = large_size(bench);
+                let gigabytes = ((files * mib) << 20) as f64 / 1e9;
+                Figure::new("on disk, GB/s", gigabytes / seconds, 2)
+            }
+            What::Usr => Figure::new("cores", cpu_seconds / seconds, 2),
+        }
+    }
+}
+
 fn small_count(bench: &Bench) -> u64 {
     bench.pick(100_000, 2_000)
 }
@@ -117,6 +135,7 @@ impl Workload for Initial {
         let figures = vec![
             Figure::new("ended after, s", usage.seconds, 2),
             Figure::new("on disk after, s", durable, 2),
+            self.by_size(bench, durable, usage.cpu_seconds),
         ];
         let mut outcome = Outcome::with_usage(figures, &usage);
         if first {

@@ -13,7 +13,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 
 use super::{Bench, Figure, Outcome, Workload, unless_follows};
-use crate::measure::Meter;
+use crate::measure::{Meter, Usage};
 use crate::net::Net;
 use crate::peers::Peer;
 use crate::site::Site;
@@ -33,6 +33,8 @@ const DIRECTORIES: u64 = 50;
 const FILE_BYTES: usize = 4096;
 /// How long what is under way may take after the last change.
 const GRACE: Duration = Duration::from_secs(20);
+/// Between two questions to a peer that says up to when all is replicated.
+const ASK: Duration = Duration::from_millis(250);
 
 /// The lag at one rate.
 pub struct Lag {
@@ -64,7 +66,8 @@ impl Workload for Lag {
     fn about(&self) -> &'static str {
         "From the close on the source to the right content being visible on the replica; changes of \
          4 KiB. What does not follow is run in a loop without a pause. \"Lost\" had not arrived 20 s \
-         after the last change."
+         after the last change. CPU to the last change. Its word: up to when a peer says that all is \
+         replicated (replicator's `LastReplicatedTimestamp`), asked for four times a second."
     }
 
     fn excludes(&self, peer: &dyn Peer) -> Option<&'static str> {
@@ -84,18 +87,18 @@ impl Workload for Lag {
         }
         let mut session = peer.prepare(&site)?;
         session.follow()?;
-        let meter = Meter::start(&site)?;
-        let ledger = disturb(&site, self.rate, Duration::from_secs(seconds(bench)))?;
-        let usage = meter.stop()?;
+        let time = Duration::from_secs(seconds(bench));
+        let (ledger, usage, behind) = disturb(&site, peer, (self.rate, time))?;
         session.rest()?;
         let mut lags = ledger.lags;
         lags.sort_by(f64::total_cmp);
-        let mut figures = vec![
+        let figures = vec![
             Figure::new("p50, ms", percentile(&lags, 0.5) * 1e3, 0),
             Figure::new("p99, ms", percentile(&lags, 0.99) * 1e3, 0),
             Figure::new("most, ms", percentile(&lags, 1.0) * 1e3, 0),
+            Figure::new("lost", ledger.pending.len() as f64, 0),
+            Figure::new("its word behind, most s", behind, 1),
         ];
-        figures.push(Figure::new("lost", ledger.pending.len() as f64, 0));
         Ok(Outcome::with_usage(figures, &usage))
     }
 }
@@ -120,20 +123,44 @@ struct Ledger {
     lags: Vec<f64>,
 }
 
-/// Changes files at a steady rate for a time, and waits for the last of them.
-fn disturb(site: &Site, rate: u32, time: Duration) -> Result<Ledger> {
+/// Changes files at a steady rate for a time, and waits for the last of them. What
+/// was used counts to the last change; third is how far the peer's own word of what
+/// is replicated was behind at most, where it gives one, seconds.
+fn disturb(
+    site: &Arc<Site>,
+    peer: &dyn Peer,
+    (rate, time): (u32, Duration),
+) -> Result<(Ledger, Usage, f64)> {
     let (inotify, directories) = watch(&site.replica)?;
     let (ledger, done) = (Mutex::new(Ledger::default()), AtomicBool::new(false));
-    thread::scope(|scope| {
+    let meter = Meter::start(site)?;
+    let (usage, behind) = thread::scope(|scope| {
         scope.spawn(|| listen(&inotify, &directories, &site.replica, &ledger, &done));
+        let behind = scope.spawn(|| most_behind(site, peer, &done));
         steadily(rate.into(), time, |number| change(&site.source, number, &ledger));
+        let usage = meter.stop();
         let end = Instant::now() + GRACE;
         while !locked(&ledger).pending.is_empty() && Instant::now() < end {
             thread::sleep(Duration::from_millis(50));
         }
         done.store(true, Ordering::Relaxed);
+        (usage, behind.join().unwrap_or(f64::NAN))
     });
-    Ok(ledger.into_inner().unwrap_or_else(PoisonError::into_inner))
+    Ok((ledger.into_inner().unwrap_or_else(PoisonError::into_inner), usage?, behind))
+}
+
+/// Asks the peer a few times a second how far its word is behind; gives the most.
+fn most_behind(site: &Site, peer: &dyn Peer, done: &AtomicBool) -> f64 {
+    let mut most = f64::NAN;
+    while !done.load(Ordering::Relaxed) {
+        match peer.seconds_behind(site) {
+            Ok(Some(seconds)) => most = most.max(seconds),
+            Ok(None) => break,
+            Err(error) => eprintln!("{}: {error:#}", peer.name()),
+        }
+        thread::sleep(ASK);
+    }
+    most
 }
 
 fn path(number: u64, kind: &str) -> PathBuf {

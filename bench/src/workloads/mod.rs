@@ -22,7 +22,7 @@ use crate::peers::Peer;
 use crate::wan::Tcp;
 
 /// Room for either tree with its overhead, bytes; an image takes what is written.
-const DISK: u64 = 16 << 30;
+const DISK: u64 = 24 << 30;
 
 /// How all of it is run.
 #[derive(Clone, Copy, Debug)]
