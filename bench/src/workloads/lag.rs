@@ -2,7 +2,8 @@
 //! visible on the replica, while files change at a steady rate.
 //!
 //! Each change writes 4 KiB: two of three make a new file, every third replaces
-//! one by rename. The replica is watched by inotify, which costs little and
+//! by rename one that stood there before, and not in the same second: rsync looks
+//! no closer. The replica is watched by inotify, which costs little and
 //! tells the moment to some tens of microseconds; an event counts when the file
 //! then holds what was written, not before. What inotify did not tell of is
 //! looked for at the end, and counted as lost when it is not there.
@@ -33,6 +34,8 @@ const DIRECTORIES: u64 = 50;
 const FILE_BYTES: usize = 4096;
 /// How long what is under way may take after the last change.
 const GRACE: Duration = Duration::from_secs(20);
+/// Until a change has another second than what was there.
+const SETTLE: Duration = Duration::from_secs(2);
 /// Between two questions to a peer that says up to when all is replicated.
 const ASK: Duration = Duration::from_millis(250);
 
@@ -87,8 +90,9 @@ impl Workload for Lag {
         }
         let mut session = peer.prepare(&site)?;
         session.follow()?;
+        thread::sleep(SETTLE);
         let time = Duration::from_secs(seconds(bench));
-        let (ledger, usage, behind) = disturb(&site, peer, (self.rate, time))?;
+        let (ledger, usage, behind) = disturb(&site, peer, (self.rate, time, standing(bench)))?;
         session.rest()?;
         let mut lags = ledger.lags;
         lags.sort_by(f64::total_cmp);
@@ -129,7 +133,7 @@ struct Ledger {
 fn disturb(
     site: &Arc<Site>,
     peer: &dyn Peer,
-    (rate, time): (u32, Duration),
+    (rate, time, standing): (u32, Duration, u64),
 ) -> Result<(Ledger, Usage, f64)> {
     let (inotify, directories) = watch(&site.replica)?;
     let (ledger, done) = (Mutex::new(Ledger::default()), AtomicBool::new(false));
@@ -137,7 +141,7 @@ fn disturb(
     let (usage, behind) = thread::scope(|scope| {
         scope.spawn(|| listen(&inotify, &directories, &site.replica, &ledger, &done));
         let behind = scope.spawn(|| most_behind(site, peer, &done));
-        steadily(rate.into(), time, |number| change(&site.source, number, &ledger));
+        steadily(rate.into(), time, |number| change(&site.source, number, standing, &ledger));
         let usage = meter.stop();
         let end = Instant::now() + GRACE;
         while !locked(&ledger).pending.is_empty() && Instant::now() < end {
@@ -172,10 +176,10 @@ fn locked(ledger: &Mutex<Ledger>) -> std::sync::MutexGuard<'_, Ledger> {
 }
 
 /// Makes change `number` and enters it in the ledger.
-fn change(tree: &Path, number: u64, ledger: &Mutex<Ledger>) {
+fn change(tree: &Path, number: u64, standing: u64, ledger: &Mutex<Ledger>) {
     let replaces = number % 3 == 2;
-    // Replaced is what came 300 changes before.
-    let name = path(if replaces { number.saturating_sub(300) } else { number }, "changed");
+    let name =
+        if replaces { path(number / 3 % standing, "standing") } else { path(number, "changed") };
     let content = content::bytes(number, FILE_BYTES);
     // Held while writing: an arrival must not be looked up before it is entered.
     let mut ledger = locked(ledger);
