@@ -70,11 +70,22 @@ fn table(workload: &WorkloadReport, text: &mut String) -> std::fmt::Result {
         writeln!(text, "{}", row(workload, peer.peer, &columns))?;
     }
     if !workload.excluded.is_empty() {
-        let excluded: Vec<_> =
-            workload.excluded.iter().map(|(peer, why)| format!("{peer} ({why})")).collect();
-        writeln!(text, "\nWithout: {}.", excluded.join(", "))?;
+        writeln!(text, "\nWithout {}.", excluded(workload))?;
     }
     writeln!(text)
+}
+
+/// Who had no part in it, by reason.
+fn excluded(workload: &WorkloadReport) -> String {
+    let mut reasons: Vec<(&str, Vec<&str>)> = Vec::new();
+    for (peer, why) in &workload.excluded {
+        match reasons.iter_mut().find(|(reason, _)| reason == why) {
+            Some((_, peers)) => peers.push(peer),
+            None => reasons.push((why, vec![peer])),
+        }
+    }
+    let told = reasons.iter().map(|(why, peers)| format!("{} ({why})", peers.join(", ")));
+    told.collect::<Vec<_>>().join("; ")
 }
 
 fn outcome(run: &Run) -> Option<&Outcome> {

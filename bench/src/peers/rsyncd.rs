@@ -51,7 +51,7 @@ pub fn url(site: &Site) -> String {
 /// Starts the daemon.
 pub fn daemon(site: &Site) -> Result<Service> {
     let config = format!(
-        "use chroot = no\nreverse lookup = no\nuid = root\ngid = root\n[replica]\npath = {}\nread only = no\n",
+        "use chroot = no\nmunge symlinks = no\nreverse lookup = no\nuid = root\ngid = root\n[replica]\npath = {}\nread only = no\n",
         site.replica.display(),
     );
     let config = site.write("rsyncd.conf", &config)?;
