@@ -203,7 +203,10 @@ impl Service {
 
     /// Asks it to end, and waits for that.
     pub fn stop(mut self) -> Result<()> {
-        // It may have ended already.
+        if self.child.try_wait()?.is_some() {
+            return Ok(());
+        }
+        // It may have ended since: then it is not reaped, and the number still its own.
         let _ = rustix::process::kill_process(Pid::from_child(&self.child), Signal::INT);
         ensure!(self.wait(STOP_LIMIT)?, "{} runs on after SIGINT", self.program);
         Ok(())
