@@ -101,7 +101,7 @@ impl Workload for Lag {
             Figure::new("p99, ms", percentile(&lags, 0.99) * 1e3, 0),
             Figure::new("most, ms", percentile(&lags, 1.0) * 1e3, 0),
             Figure::new("lost", ledger.pending.len() as f64, 0),
-            Figure::new("its word behind, most s", behind, 1),
+            Figure::new("its word behind, most s", behind, 2),
         ];
         Ok(Outcome::with_usage(figures, &usage))
     }
