@@ -46,6 +46,11 @@ impl Group {
         Ok(Self { path, unified: is_unified() })
     }
 
+    /// One that a killed bench left: what still runs in it ends when it is dropped.
+    pub fn left(path: PathBuf) -> Self {
+        Self { path, unified: is_unified() }
+    }
+
     /// A process that writes `0` there enters the group.
     pub fn entrance(&self) -> Result<File> {
         let path = self.path.join("cgroup.procs");

@@ -31,7 +31,8 @@ pub const PREFIX: &str = "replicator-bench-";
 /// Removes the namespaces and groups of benches that were killed. (Their file
 /// systems go when the next one is made.)
 pub fn sweep() {
-    for directory in [Path::new("/run/netns"), crate::group::base().as_path()] {
+    // Groups first: what still runs in one holds its file systems.
+    for directory in [crate::group::base().as_path(), Path::new("/run/netns")] {
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             let name = entry.file_name();
             let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else {
@@ -42,12 +43,10 @@ pub fn sweep() {
                 continue;
             }
             eprintln!("removing {}, left by a bench that was killed", entry.path().display());
-            let removed = if directory.ends_with("netns") {
-                ask(Command::new("ip").args(["netns", "delete"]).arg(&name)).map(drop)
-            } else {
-                fs::remove_dir(entry.path()).map_err(Into::into)
-            };
-            if let Err(error) = removed {
+            if !directory.ends_with("netns") {
+                drop(Group::left(entry.path()));
+            } else if let Err(error) = ask(Command::new("ip").args(["netns", "delete"]).arg(&name))
+            {
                 eprintln!("it could not be removed: {error:#}");
             }
         }
