@@ -67,13 +67,32 @@ fmt:
 doc:
     RUSTDOCFLAGS="--deny warnings" cargo doc --workspace --no-deps --locked
 
-# Side by side with rsync and cp; rewrites bench/RESULTS.md (as root; some 10 minutes).
-bench:
-    cargo run --release --locked -p replicator-bench -- --output bench
+# What `bench` compares with, on Debian (as root). Whatever is missing, its rows say so. What apt lacks
+# comes from crates.io, into REPLICATOR_BENCH_CACHE.
+bench-install:
+    apt-get install --yes --no-install-recommends rsync openssh-server lsyncd syncthing fpart rclone \
+        xfsprogs btrfs-progs iproute2
+    cargo install xcp --locked --version 0.24.9 --root "${REPLICATOR_BENCH_CACHE:-$HOME/.cache/replicator-bench}"
 
-# The same, small, to standard output alone (as root; some 2 minutes).
-bench-quick:
-    cargo run --release --locked -p replicator-bench -- --quick
+# Side by side with its peers; rewrites bench/RESULTS.md and results.json (as root; hours, unless ONLY, as in
+# small,lag, names workloads; `just bench-list` names them).
+bench ONLY="" ROUNDS="5":
+    cargo build --release --locked -p replicator -p replicator-src -p replicator-dst
+    cargo run --release --locked -p replicator-bench -- --rounds {{ ROUNDS }} --output bench \
+        {{ if ONLY == "" { "" } else { "--only " + ONLY } }}
+
+# The same, small and in one round, to standard output alone (as root; some 10 minutes).
+bench-quick ONLY="":
+    cargo build --release --locked -p replicator -p replicator-src -p replicator-dst
+    cargo run --release --locked -p replicator-bench -- --quick {{ if ONLY == "" { "" } else { "--only " + ONLY } }}
+
+# The names of workloads and peers, and which of them are installed.
+bench-list:
+    cargo run --release --locked -p replicator-bench -- --list
+
+# The hot pieces alone: events, journal, plan, chunks, frames (no root).
+bench-pieces FILTER="":
+    cargo bench --locked -p replicator-bench --bench pieces -- {{ FILTER }}
 
 # Everything that CI checks.
 ci:

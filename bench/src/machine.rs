@@ -5,7 +5,9 @@ use std::process::Command;
 
 use serde::Serialize;
 
-/// Machine and programs.
+use crate::peers::first_line;
+
+/// The machine.
 #[derive(Debug, Serialize)]
 pub struct Machine {
     /// Model of the processor.
@@ -16,41 +18,31 @@ pub struct Machine {
     pub memory: u64,
     /// Kernel release.
     pub kernel: String,
-    /// Each program's own words.
-    pub versions: Vec<String>,
+    /// The commit that was built, if it can be told.
+    pub commit: String,
+    /// Processes that could run, averaged over the minute before: what else the
+    /// machine had to do.
+    pub load: String,
 }
 
 /// Looks around.
 pub fn describe() -> Machine {
+    let read = |file: &str| fs::read_to_string(file).unwrap_or_default();
     let field = |file: &str, name: &str| {
-        let text = fs::read_to_string(file).unwrap_or_default();
+        let text = read(file);
         let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_default();
         line.split_once(':').map_or("unknown", |(_, value)| value.trim()).to_owned()
     };
     let memory = field("/proc/meminfo", "MemTotal");
     let kib: u64 = memory.trim_end_matches(" kB").parse().unwrap_or(0);
-    let replicator = replicator_tests::binary::replicator_optimised();
+    let commit = first_line(Command::new("git").args(["log", "-1", "--format=%h of %cs"]));
+    let load = read("/proc/loadavg");
     Machine {
         processor: field("/proc/cpuinfo", "model name"),
         cores: std::thread::available_parallelism().map_or(0, usize::from),
         memory: kib * 1024,
-        kernel: fs::read_to_string("/proc/sys/kernel/osrelease")
-            .unwrap_or_default()
-            .trim()
-            .to_owned(),
-        versions: vec![
-            first_line(Command::new(replicator).arg("--version")),
-            first_line(Command::new("git").args(["log", "-1", "--format=commit %h of %cs"])),
-            first_line(Command::new("rsync").arg("--version")),
-            first_line(Command::new("cp").arg("--version")),
-            first_line(Command::new("mkfs.ext4").arg("-V")),
-        ],
+        kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+        commit: commit.unwrap_or_else(|| "unknown".to_owned()),
+        load: load.split(' ').next().unwrap_or("unknown").to_owned(),
     }
-}
-
-fn first_line(command: &mut Command) -> String {
-    let output = command.output().ok();
-    let text = output.map(|output| [output.stdout, output.stderr].concat()).unwrap_or_default();
-    let line = String::from_utf8_lossy(&text).lines().next().map(str::to_owned);
-    line.unwrap_or_else(|| format!("{command:?}: no version"))
 }

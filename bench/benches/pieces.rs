@@ -1,0 +1,199 @@
+//! The hot pieces, one by one: reading events, the journal, merging what is dirty,
+//! chunking, and frames. Without root, network or loop devices:
+//! `just bench-pieces`.
+
+#![allow(missing_docs, clippy::unwrap_used, reason = "a benchmark fails by panicking")]
+
+use std::hint::black_box;
+
+use bytes::Bytes;
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use replicator_common::chunk::{AVERAGE_MIN, Chunker};
+use replicator_common::codec;
+use replicator_common::id::{BatchId, ObjectId, Seq};
+use replicator_common::name::Name;
+use replicator_common::net::frame::{
+    Compression, decode_body, encode_frame, encode_frame_around, open_frame,
+};
+use replicator_common::object::{Attributes, Kind, ObjectState};
+use replicator_common::sys::fanotify::{self, bits};
+use replicator_common::time::Timestamp;
+use replicator_common::wire::{DataFrame, Extent, Hash, PackedObject};
+use replicator_src::journal::{Journal, Record};
+use replicator_src::plan::Dirty;
+use replicator_src::watcher::What;
+use replicator_tests::workload::content;
+
+/// As ext4's handles: 8 bytes.
+fn object(number: u64) -> ObjectId {
+    ObjectId::new(1, &number.to_le_bytes()).unwrap()
+}
+
+fn name(number: u64) -> Name {
+    Name::new(format!("file-{number}").as_bytes()).unwrap()
+}
+
+/// A buffer of so many events as fanotify gives them for files that were made in
+/// 100 directories: directory and name, and the object itself.
+fn event_bytes(count: u64) -> Vec<u8> {
+    /// `FAN_EVENT_INFO_TYPE_FID` and `…_DFID_NAME`.
+    const FID: u8 = 1;
+    const DFID_NAME: u8 = 2;
+    let record = |kind: u8, handle: u64, name: &[u8]| {
+        let mut body = vec![0; 8];
+        body.extend(8u32.to_ne_bytes());
+        body.extend(1i32.to_ne_bytes());
+        body.extend(handle.to_ne_bytes());
+        body.extend(name);
+        body.resize(body.len().next_multiple_of(4), 0);
+        let mut record = vec![kind, 0];
+        record.extend((body.len() as u16 + 4).to_ne_bytes());
+        record.extend(body);
+        record
+    };
+    let event = |number: u64| {
+        let name = format!("file-{number}\0");
+        let mut records = record(DFID_NAME, number % 100, name.as_bytes());
+        records.extend(record(FID, number, &[]));
+        let mut event = (records.len() as u32 + 24).to_ne_bytes().to_vec();
+        event.extend([3, 0]);
+        event.extend(24u16.to_ne_bytes());
+        event.extend((bits::CREATE | bits::MODIFY | bits::CLOSE_WRITE).to_ne_bytes());
+        event.extend((-1i32).to_ne_bytes());
+        event.extend(1i32.to_ne_bytes());
+        event.extend(records);
+        event
+    };
+    (0..count).flat_map(event).collect()
+}
+
+fn events(criterion: &mut Criterion) {
+    const COUNT: u64 = 1000;
+    let bytes = event_bytes(COUNT);
+    assert_eq!(fanotify::parse(&bytes).filter(Result::is_ok).count() as u64, COUNT);
+    let mut group = criterion.benchmark_group("events");
+    group.throughput(Throughput::Elements(COUNT));
+    group.bench_function("parse", |bencher| {
+        bencher.iter(|| fanotify::parse(black_box(&bytes)).map(Result::unwrap).count());
+    });
+    group.finish();
+}
+
+fn records(count: u64) -> Vec<Record> {
+    let what = What { content: true, attributes: false };
+    let each = |number: u64| {
+        if number.is_multiple_of(2) {
+            Record::Entry { directory: object(number % 100), name: name(number) }
+        } else {
+            Record::Object { object: object(1000 + number), what }
+        }
+    };
+    (0..count).map(each).collect()
+}
+
+fn journal(criterion: &mut Criterion) {
+    const COUNT: u64 = 1000;
+    let records = records(COUNT);
+    let directory = tempfile::tempdir().unwrap();
+    let journal = Journal::open(&directory.path().join("journal"), Seq(0)).unwrap();
+    let mut group = criterion.benchmark_group("journal");
+    group.throughput(Throughput::Elements(COUNT));
+    group.sample_size(20);
+    group.bench_function("append, flush, trim", |bencher| {
+        bencher.iter(|| {
+            journal.append(&records).unwrap();
+            let last = journal.flush().unwrap();
+            journal.trim(last).unwrap();
+        });
+    });
+    group.bench_function("record: encode", |bencher| {
+        bencher.iter(|| {
+            records.iter().map(|record| codec::encode_record(record).unwrap().len()).sum::<usize>()
+        });
+    });
+    group.finish();
+}
+
+fn plan(criterion: &mut Criterion) {
+    const COUNT: u64 = 10_000;
+    let records = records(COUNT);
+    let mut group = criterion.benchmark_group("plan");
+    group.throughput(Throughput::Elements(COUNT));
+    group.bench_function("dirty: absorb", |bencher| {
+        bencher.iter_batched_ref(
+            Dirty::default,
+            |dirty| records.iter().for_each(|record| dirty.absorb(record)),
+            BatchSize::LargeInput,
+        );
+    });
+    group.finish();
+}
+
+fn chunks(criterion: &mut Criterion) {
+    const SIZE: usize = 16 << 20;
+    let bytes = content::incompressible(1, SIZE);
+    let cut = || {
+        let mut rest = &bytes[..];
+        let read = |out: &mut Vec<u8>| {
+            let (part, after) = rest.split_at((out.capacity() - out.len()).min(rest.len()));
+            out.extend_from_slice(part);
+            rest = after;
+            Ok(part.len())
+        };
+        Chunker::new(read, AVERAGE_MIN).map(|window| window.unwrap().chunks.len()).sum::<usize>()
+    };
+    let mut group = criterion.benchmark_group("chunks");
+    group.throughput(Throughput::Bytes(SIZE as u64));
+    group.sample_size(20);
+    group.bench_function("cut and hash", |bencher| bencher.iter(|| black_box(cut())));
+    group.bench_function("hash alone", |bencher| bencher.iter(|| Hash::of(black_box(&bytes))));
+    group.finish();
+}
+
+/// A small file as it travels.
+fn packed(number: u64, bytes: &[u8]) -> PackedObject<'_> {
+    let (mode, mtime, size) = (0o644, Timestamp::NEVER, bytes.len() as u64);
+    let attributes = Attributes { mode, uid: 0, gid: 0, mtime, xattrs: Vec::new() };
+    PackedObject {
+        object: object(number),
+        version: 0,
+        state: ObjectState { kind: Kind::File, attributes, size, rdev: 0 },
+        extents: vec![Extent { offset: 0, length: size }],
+        bytes: bytes.into(),
+        hash: Hash::of(bytes),
+    }
+}
+
+/// A frame of files of 4 KiB, whose content is that of `content`.
+fn pack(content: &Bytes) -> DataFrame<'_> {
+    let objects = (0..).zip(content.chunks(4096)).map(|(number, bytes)| packed(number, bytes));
+    DataFrame::Pack { batch: BatchId(1), objects: objects.collect() }
+}
+
+fn frames(criterion: &mut Criterion) {
+    const SIZE: usize = 256 << 10;
+    let noise = Bytes::from(content::incompressible(2, SIZE));
+    let text = Bytes::from(content::bytes(1, SIZE));
+    let mut group = criterion.benchmark_group("frames");
+    group.throughput(Throughput::Bytes(SIZE as u64));
+    for (kind, content) in [("noise", &noise), ("text", &text)] {
+        let frame = pack(content);
+        group.bench_function(format!("encode, {kind}"), |bencher| {
+            bencher.iter(|| encode_frame_around(&frame, content, Compression::Auto).unwrap());
+        });
+        let encoded = encode_frame(&frame, Compression::Auto).unwrap();
+        group.bench_function(format!("decode, {kind}"), |bencher| {
+            bencher.iter(|| {
+                let body = open_frame(black_box(&encoded)).unwrap();
+                match decode_body(&body).unwrap() {
+                    DataFrame::Pack { objects, .. } => objects.len(),
+                    other => panic!("another frame: {other:?}"),
+                }
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(pieces, events, journal, plan, chunks, frames);
+criterion_main!(pieces);
