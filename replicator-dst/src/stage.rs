@@ -259,12 +259,16 @@ impl Stager {
         place: &Place,
         begin: &TransferBegin,
     ) -> Result<(OwnedFd, RecordWriter, Option<List>), AreaError> {
-        let file = self.create(&place.name, PRIVATE)?;
         // A file larger than this file system can hold is found out now, not
         // when all of it has come, nor when a patch is applied that is logged.
-        let sized = place::set_size(&file, begin.state.size);
+        let probe = self.create(&place.name, PRIVATE)?;
+        let sized = place::set_size(&probe, begin.state.size);
         sized.map_err(AreaError::system("set size of", &place.name))?;
-        place::set_size(&file, 0).map_err(AreaError::system("set size of", &place.name))?;
+        // Another file in its place: ext4 writes all of one that was once cut to
+        // nothing when it is closed (auto_da_alloc), and holds up for as long what
+        // is staged next.
+        drop(probe);
+        let file = self.create(&place.name, PRIVATE)?;
         let record = self.begin_record(place, begin)?;
         let list = match begin.layout {
             Layout::Replace => None,
