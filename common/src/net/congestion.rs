@@ -33,7 +33,7 @@ const INITIAL_WINDOW: u64 = 32 * 1200;
 /// How many packets may be under way beyond what the path was seen to take, to
 /// find out whether it takes more. They may all be lost, in between others; and
 /// a receiver gives a connection up whose stream has more than 1,024 gaps
-/// (quinn-proto, since 0.11.15).
+/// (`MAX_CHUNKS` in quinn-proto 0.11.19).
 const SEEK_PACKETS: u64 = 512;
 /// The least that may be under way, packets: enough for a loss to be noticed.
 const LEAST_PACKETS: u64 = 4;

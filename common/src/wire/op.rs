@@ -33,7 +33,7 @@ pub enum Op {
     /// `old == new` restates an entry that stays, so that the destination knows
     /// one living name of an object that lost another.
     Entry {
-        /// The directory; the root of the source is [`SourceHello`]'s root id,
+        /// The directory; the root of the source is [`SourceHello`](super::SourceHello)'s root id,
         /// sent as [`Op::Root`] once.
         directory: ObjectId,
         /// The name.
@@ -129,7 +129,7 @@ pub enum ContentSource {
     Unchanged,
     /// It arrived packed, with this version.
     Packed {
-        /// [`PackedObject::version`].
+        /// [`PackedObject::version`](super::PackedObject::version).
         version: u32,
     },
     /// It arrived as a finished transfer.

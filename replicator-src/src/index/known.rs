@@ -88,7 +88,7 @@ pub struct Orphan {
     /// watermark waits here, unless the object has left.
     pub floor: Timestamp,
     /// It is known to have left the source, and is taken apart batch by batch
-    /// (see [`crate::plan::mod@assemble`]).
+    /// (see [`mod@crate::plan::assemble`]).
     pub left: bool,
 }
 
