@@ -16,6 +16,7 @@ use std::collections::VecDeque;
 use replicator_common::id::ObjectId;
 use replicator_common::wire::Op;
 
+use super::detach::Lost;
 use super::{Binding, Failure, Place, PlanError, Work};
 use crate::index::{Orphan, View};
 use crate::plan::below::{Below, Step, is_directory};
@@ -27,7 +28,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     pub(super) fn end(
         &mut self,
         object: &ObjectId,
-        queue: &mut VecDeque<ObjectId>,
+        queue: &mut VecDeque<Lost>,
     ) -> Result<(), Failure<V, T>> {
         let room = self.settings.apart.saturating_sub(self.apart);
         let known = self.known(object)?;
@@ -99,13 +100,14 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     /// Drops what has no entry left. What was seen in it lately goes with it, as
     /// it came.
     fn drop_apart(&mut self, object: ObjectId) -> Result<(), Failure<V, T>> {
-        let mut queue = VecDeque::from([object]);
-        while let Some(object) = queue.pop_front() {
-            if self.is_detached(&object)? {
-                self.remove(&object, &mut queue)?;
-                self.out.apart.insert(object);
-            }
+        if !self.is_detached(&object)? {
+            return Ok(());
         }
+        let mut queue = VecDeque::new();
+        self.remove(&object, &mut queue)?;
+        self.out.apart.insert(object);
+        let along = self.end_taken_along(queue)?;
+        self.out.apart.extend(along.into_iter().filter(|one| self.gone.contains(one)));
         Ok(())
     }
 }

@@ -12,25 +12,55 @@ use crate::index::store::dead_list;
 use crate::index::{Orphan, View};
 use crate::plan::tree::{Fate, Tree};
 
+/// Who lost an entry because what it was in ended.
+pub(super) struct Lost {
+    object: ObjectId,
+    /// The index had it there, so it was counted with what it was in.
+    counted: bool,
+}
+
 impl<V: View, T: Tree> Work<'_, V, T> {
     /// Follows every object that lost an entry: what has none left is dead, on
     /// its way, or outside.
     pub(super) fn detach(&mut self) -> Result<(), Failure<V, T>> {
         let mut lost: Vec<ObjectId> = self.lost.keys().cloned().collect();
         lost.append(&mut self.loose);
-        // What goes with a directory was counted with it.
         let mut inside = VecDeque::new();
         for object in lost {
             if self.is_detached(&object)? && !self.keep_living(&object)? {
                 self.end(&object, &mut inside)?;
             }
-            while let Some(object) = inside.pop_front() {
-                if self.is_detached(&object)? && !self.keep_living(&object)? {
-                    self.remove(&object, &mut inside)?;
+            while let Some(lost) = inside.pop_front() {
+                if self.is_detached(&lost.object)? && !self.keep_living(&lost.object)? {
+                    self.end_with(&lost, &mut inside)?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// Ends what lost its last entry with what it was in.
+    fn end_with(&mut self, lost: &Lost, queue: &mut VecDeque<Lost>) -> Result<(), Failure<V, T>> {
+        match lost.counted {
+            true => self.remove(&lost.object, queue),
+            false => self.end(&lost.object, queue),
+        }
+    }
+
+    /// What was taken along has no entry in the tree, or it would have been seen
+    /// by now: nobody asks whether it lives. Gives what was removed.
+    pub(super) fn end_taken_along(
+        &mut self,
+        mut queue: VecDeque<Lost>,
+    ) -> Result<Vec<ObjectId>, Failure<V, T>> {
+        let mut ended = Vec::new();
+        while let Some(lost) = queue.pop_front() {
+            if self.is_detached(&lost.object)? {
+                self.end_with(&lost, &mut queue)?;
+                ended.push(lost.object);
+            }
+        }
+        Ok(ended)
     }
 
     /// Whether the object has no entry after the batch, and nothing was done
@@ -75,7 +105,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     pub(super) fn remove(
         &mut self,
         object: &ObjectId,
-        queue: &mut VecDeque<ObjectId>,
+        queue: &mut VecDeque<Lost>,
     ) -> Result<(), Failure<V, T>> {
         self.gone.insert(object.clone());
         let known = self.known(object)?;
@@ -99,7 +129,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
                 continue;
             }
             self.change(place, Binding { old: Some(child.clone()), new: None });
-            queue.push_back(child);
+            queue.push_back(Lost { object: child, counted: true });
         }
         // Entries that were seen in it before it went away lead nowhere now.
         let inside: Vec<(Place, ObjectId)> = entries_of(&self.changed, object)
@@ -107,7 +137,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             .collect();
         for (place, new) in inside {
             self.unbind(place, &new);
-            queue.push_back(new);
+            queue.push_back(Lost { object: new, counted: false });
         }
         Ok(())
     }
@@ -139,13 +169,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
                 self.out.orphans += 1;
             }
         }
-        // What an outside directory takes along has no entry in the tree, or
-        // it would have been seen by now.
-        while let Some(object) = queue.pop_front() {
-            if self.is_detached(&object)? {
-                self.remove(&object, &mut queue)?;
-            }
-        }
+        self.end_taken_along(queue)?;
         // With the room that is left.
         for object in left {
             self.take_apart(&object)?;
