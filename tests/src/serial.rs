@@ -1,8 +1,8 @@
 //! How many end-to-end tests run at once, over all test processes.
 //!
-//! `cargo test` runs tests as threads of one process after the other,
-//! `cargo nextest` as many processes at once; each of ours keeps two or three
-//! busy programs. Locks on files hold for both. A slot is one share of the
+//! `cargo test` runs tests as threads of one process after the other (how many
+//! threads, `.cargo/config.toml` says), `cargo nextest` as many processes at once;
+//! each of ours keeps two or three busy programs. Locks on files hold for both. A slot is one share of the
 //! machine; a test that measures time takes all of them. Test runs that need
 //! not wait for each other have locks in directories of their own:
 //! `REPLICATOR_TEST_LOCKS` names one.
@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use rustix::fs::FlockOperation;
 
-/// Tests that run at once. More does not make two cores faster, only every
-/// timeout harder to meet.
+/// Tests that run at once: most of them wait most of the time. More would not
+/// make two cores faster, only every timeout harder to meet.
 const SLOTS: usize = 4;
 
 /// A share of the machine, given back when dropped.
