@@ -136,8 +136,13 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), StateFileError> {
     // an empty file under the final name.
     fsync(&file, &temporary)?;
     drop(file);
+    install(&temporary, path)
+}
+
+/// Renames a file that is complete and on disk to `path`, durably.
+pub fn install(temporary: &Path, path: &Path) -> Result<(), StateFileError> {
     point("state-rename", path)?;
-    fs::rename(&temporary, path).map_err(StateFileError::io("rename into place", path))?;
+    fs::rename(temporary, path).map_err(StateFileError::io("rename into place", path))?;
     sync_parent(path)
 }
 

@@ -28,6 +28,7 @@ pub mod net;
 pub mod object;
 pub mod status;
 pub mod stop;
+pub mod store;
 pub mod supervisor;
 pub mod sys;
 pub mod time;

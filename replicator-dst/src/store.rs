@@ -19,9 +19,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 use replicator_common::codec::{self, CodecError};
-use replicator_common::fault;
 use replicator_common::id::{BatchId, BatchNonce, Edition, Incarnation, ObjectId};
 use replicator_common::status::{Shortfalls, TimedError};
+use replicator_common::store;
 use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -190,7 +190,7 @@ pub struct Store {
 fn open_database(path: &Path) -> Result<Arc<Database>, StoreError> {
     let mut builder = Database::builder();
     builder.set_cache_size(CACHE_BYTES);
-    let database = fault::open_store(&builder, path);
+    let database = store::open(&builder, path);
     database.map(Arc::new).map_err(|error| failed(path, "open")(error.into()))
 }
 

@@ -33,9 +33,9 @@ use redb::{
 };
 use replicator_common::chunk::Chunk;
 use replicator_common::codec::{self, CodecError};
-use replicator_common::fault;
 use replicator_common::id::{BatchId, Incarnation, ObjectId};
 use replicator_common::name::Name;
+use replicator_common::store;
 use replicator_common::time::Timestamp;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -132,13 +132,14 @@ pub(super) fn split_key(key: &[u8]) -> Option<(ObjectId, &[u8])> {
 impl Store {
     /// Opens or makes the index in the file `path`.
     pub fn open(path: &Path) -> Result<Self, IndexError> {
-        let db = fault::open_store(redb::Builder::new().set_cache_size(CACHE_BYTES), path)
-            .map_err(|error| match error {
+        let db = store::open(redb::Builder::new().set_cache_size(CACHE_BYTES), path).map_err(
+            |error| match error {
                 redb::DatabaseError::DatabaseAlreadyOpen => {
                     IndexError::InUse { path: path.to_owned() }
                 }
                 other => failed(path)(other),
-            })?;
+            },
+        )?;
         let store = Self { db, path: path.to_owned() };
         store.make_tables()?;
         Ok(store)

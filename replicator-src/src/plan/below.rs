@@ -33,7 +33,7 @@ pub enum Step {
 
 /// A walk, depth first. Who walks says which directories are entered.
 ///
-/// Memory: a page of entries for each level, and no more than 65,536 and a
+/// Memory: a page of entries for each level, and no more than 65,536 entries and a
 /// page in all.
 pub struct Below<'a, V> {
     view: &'a V,
