@@ -1,11 +1,12 @@
 //! Source and destination behind one control: what `run`'s API serves.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode};
 use replicator_common::id::FileSystemId;
-use replicator_common::status::{DesiredState, FailoverReport, Status};
+use replicator_common::status::{DesiredState, FailoverReport, ReplicationStatus, Status};
 use replicator_common::time::Timestamp;
 use replicator_common::verification::{Findings, PassOptions};
 
@@ -14,50 +15,35 @@ use replicator_common::verification::{Findings, PassOptions};
 pub struct Both {
     source: Arc<dyn Control>,
     destination: Arc<dyn Control>,
+    /// Deletions under way. One side's half goes before the other's: what the
+    /// other says of that meanwhile is no error.
+    deleting: AtomicUsize,
 }
 
 impl Both {
     pub fn new(source: Arc<dyn Control>, destination: Arc<dyn Control>) -> Self {
-        Self { source, destination }
+        Self { source, destination, deleting: AtomicUsize::new(0) }
     }
 
     /// The source's status, with the destination's own report: it is in this
     /// process and newer than the one that came over the wire.
     fn merge(&self, status: Status) -> Status {
-        merge(status, &self.destination.list())
-    }
-}
-
-fn merge(mut status: Status, destinations: &[Status]) -> Status {
-    let own = destinations
-        .iter()
-        .find(|other| other.source_file_system_id == status.source_file_system_id)
-        .and_then(|other| other.destination.clone());
-    status.destination = own.or(status.destination);
-    status
-}
-
-impl Control for Both {
-    fn create(&self, request: &CreateRequest) -> Result<Status, ControlError> {
-        self.source.create(request).map(|status| self.merge(status))
+        self.merge_with(status, &self.destination.list())
     }
 
-    fn list(&self) -> Vec<Status> {
-        let destinations = self.destination.list();
-        let mut all: Vec<Status> =
-            self.source.list().into_iter().map(|status| merge(status, &destinations)).collect();
-        // What only the destination knows, since the source's side is gone.
-        for status in destinations {
-            let id = &status.source_file_system_id;
-            if !all.iter().any(|known| known.source_file_system_id == *id) {
-                all.push(status);
-            }
+    fn merge_with(&self, mut status: Status, destinations: &[Status]) -> Status {
+        let own = destinations
+            .iter()
+            .find(|other| other.source_file_system_id == status.source_file_system_id)
+            .and_then(|other| other.destination.clone());
+        status.destination = own.or(status.destination);
+        if self.deleting.load(Ordering::Relaxed) > 0 {
+            (status.status, status.status_message) = (ReplicationStatus::Deleting, None);
         }
-        all.sort_by_key(|status| status.creation_time);
-        all
+        status
     }
 
-    fn delete(
+    fn delete_both(
         &self,
         source: &FileSystemId,
         mode: DeletionMode,
@@ -84,6 +70,38 @@ impl Control for Both {
             }
         }
         Ok(report)
+    }
+}
+
+impl Control for Both {
+    fn create(&self, request: &CreateRequest) -> Result<Status, ControlError> {
+        self.source.create(request).map(|status| self.merge(status))
+    }
+
+    fn list(&self) -> Vec<Status> {
+        let destinations = self.destination.list();
+        let mut all: Vec<Status> =
+            self.source.list().into_iter().map(|one| self.merge_with(one, &destinations)).collect();
+        // What only the destination knows, since the source's side is gone.
+        for status in destinations {
+            let id = &status.source_file_system_id;
+            if !all.iter().any(|known| known.source_file_system_id == *id) {
+                all.push(status);
+            }
+        }
+        all.sort_by_key(|status| status.creation_time);
+        all
+    }
+
+    fn delete(
+        &self,
+        source: &FileSystemId,
+        mode: DeletionMode,
+    ) -> Result<FailoverReport, ControlError> {
+        self.deleting.fetch_add(1, Ordering::Relaxed);
+        let result = self.delete_both(source, mode);
+        self.deleting.fetch_sub(1, Ordering::Relaxed);
+        result
     }
 
     fn wait(&self, source: &FileSystemId, timeout: Duration) -> Result<Timestamp, ControlError> {

@@ -267,6 +267,9 @@ impl Shared {
     pub fn acknowledged(&self, mark: &Mark, reached: Timestamp) {
         let mut inner = self.lock();
         let inner = &mut *inner;
+        // INVARIANT: a watermark ahead of the report's time says that the clock was set
+        // back; so the one does not move without the other.
+        inner.report.time = self.clock.wall(self.clock.now());
         inner.report.watermark =
             inner.report.watermark.max(mark.watermark.unwrap_or(Timestamp::NEVER));
         let complete = mark.watermark.is_some();
@@ -585,5 +588,40 @@ impl Meter {
             objects_per_second: objects,
             seconds_left: seconds_left.filter(|_| self.counted),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicI64, Ordering};
+
+    use super::*;
+    use crate::clock::Wall;
+
+    /// Neither is the report's time older than the watermark that it goes with,
+    /// nor is a clock that was set back passed over.
+    #[test]
+    fn a_clock_is_said_to_be_set_back_when_it_was() {
+        let hands = Arc::new(AtomicI64::new(1_000));
+        let seen = hands.clone();
+        let clock = Wall::new(move || Timestamp(seen.load(Ordering::Relaxed)));
+        let clock = Arc::new(Clock::new(clock));
+        let id = "fs-01234567".parse().unwrap();
+        let mark = |batch, watermark| Mark {
+            batch: BatchId(batch),
+            watermark: Some(Timestamp(watermark)),
+            ..Mark::default()
+        };
+        let new = Mark::default();
+        let shared = Shared::new(id, "/source".to_owned(), DesiredState::Enabled, &new, clock);
+        shared.lock().report.link.connected = true;
+        shared.lock().report.time = Timestamp(1_000);
+        hands.store(2_000, Ordering::Relaxed);
+        shared.acknowledged(&mark(1, 1_900), Timestamp(1_900));
+        assert_eq!(shared.report().message, None);
+        hands.store(500, Ordering::Relaxed);
+        shared.acknowledged(&mark(2, 1_900), Timestamp(1_950));
+        shared.set_desired(DesiredState::Enabled);
+        assert!(shared.report().message.is_some_and(|said| said.contains("set back")));
     }
 }

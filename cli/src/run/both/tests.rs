@@ -9,6 +9,10 @@ struct Side {
     known: Mutex<Vec<FileSystemId>>,
     deletions: Mutex<Vec<DeletionMode>>,
     broken: bool,
+    /// Is asked while this side's half is being deleted.
+    asked: Mutex<Option<std::sync::Weak<Both>>>,
+    /// What it said.
+    answered: Mutex<Vec<Status>>,
 }
 
 fn id() -> FileSystemId {
@@ -51,6 +55,9 @@ impl Control for Side {
         mode: DeletionMode,
     ) -> Result<FailoverReport, ControlError> {
         self.deletions.lock().unwrap().push(mode);
+        if let Some(both) = self.asked.lock().unwrap().as_ref().and_then(std::sync::Weak::upgrade) {
+            *self.answered.lock().unwrap() = both.list();
+        }
         if self.broken {
             return Err(ControlError::Internal("disk full".to_owned()));
         }
@@ -94,6 +101,18 @@ fn failover_goes_through_the_source() {
     both.delete(&id(), AllConfigurations).unwrap();
     assert_eq!(source.deletions(), [AllConfigurations]);
     assert!(destination.deletions().is_empty(), "the source asks the destination");
+}
+
+#[test]
+fn who_looks_while_one_half_is_gone_sees_deleting() {
+    let (source, destination) = (Side::knowing(), Side::knowing());
+    let both = Arc::new(Both::new(source.clone(), destination));
+    *source.asked.lock().unwrap() = Some(Arc::downgrade(&both));
+    both.delete(&id(), LocalConfigurationOnly).unwrap();
+    let seen: Vec<_> = source.answered.lock().unwrap().iter().map(|one| one.status).collect();
+    assert_eq!(seen, [ReplicationStatus::Deleting]);
+    source.known.lock().unwrap().push(id());
+    assert_eq!(both.list()[0].status, ReplicationStatus::Enabled, "the next is none of it");
 }
 
 #[test]
