@@ -19,9 +19,9 @@ test-unit:
 e2e FILTER="":
     cargo test --locked -p replicator-tests --tests -- --nocapture {{ FILTER }}
 
-# Replays a random workload: the seed that a failed test printed, and the test.
+# Replays a random workload: the seed that a failed test printed, and the test as it was printed, `workloads::…`.
 replay SEED TEST:
-    REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-tests --tests -- --nocapture {{ TEST }}
+    REPLICATOR_SEED={{ SEED }} cargo test --locked -p replicator-tests --tests -- --exact --nocapture {{ TEST }}
 
 # Simulates SEEDS replications in virtual time, with faults everywhere.
 simulate SEEDS="20000":

@@ -1,8 +1,6 @@
 //! The bodies of the fuzz targets that concern this crate, and the replay of
 //! their corpora on stable Rust. For tests alone.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::path::Path;
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
@@ -17,6 +15,7 @@ use crate::codec;
 use crate::net::frame::{
     Compression, FrameReader, SWELLING_MAX, decode_frame, encode_frame, open_frame,
 };
+use crate::sys::counting::peak;
 use crate::wire::{DataFrame, DestinationMessage, SourceMessage};
 
 /// Inputs above this are cut by [`replay`]'s mutations.
@@ -77,68 +76,6 @@ pub fn swell(bytes: &[u8]) -> Option<Vec<u8>> {
 
 fn read_swollen<T: DeserializeOwned>(frame: &[u8]) {
     drop(at_once(FrameReader::with_limit(frame, SWOLLEN).read::<T>()));
-}
-
-/// The most bytes that this thread had allocated at once during a call. Always 0
-/// where [`Counting`] is not the allocator.
-fn peak(call: impl FnOnce()) -> usize {
-    let before = HELD.get().0;
-    HELD.set((before, before));
-    call();
-    usize::try_from(HELD.get().1 - before).unwrap_or(0)
-}
-
-thread_local! {
-    /// Bytes that this thread has allocated and not freed, and the most there were.
-    static HELD: Cell<(isize, isize)> = const { Cell::new((0, 0)) };
-}
-
-/// An allocator that counts, for tests.
-pub struct Counting;
-
-impl Counting {
-    fn more(bytes: usize) {
-        let (held, most) = HELD.get();
-        let held = held.wrapping_add_unsigned(bytes);
-        HELD.set((held, most.max(held)));
-    }
-
-    fn less(bytes: usize) {
-        let (held, most) = HELD.get();
-        HELD.set((held.wrapping_sub_unsigned(bytes), most));
-    }
-}
-
-// SAFETY: all is passed on to the system's allocator as it is. Counting allocates
-// nothing: the thread's cell is there from the beginning and is never dropped.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        Self::more(layout.size());
-        // SAFETY: as the caller promised.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        // Not counted: so the codec makes a place for a byte string that says how
-        // long it is. One that lies takes no memory, since nothing is written there;
-        // all others together are no longer than the body.
-        // SAFETY: as the caller promised.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, old: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // Both may be there for a moment.
-        Self::more(size);
-        Self::less(layout.size());
-        // SAFETY: as the caller promised.
-        unsafe { System.realloc(old, layout, size) }
-    }
-
-    unsafe fn dealloc(&self, old: *mut u8, layout: Layout) {
-        Self::less(layout.size());
-        // SAFETY: as the caller promised.
-        unsafe { System.dealloc(old, layout) }
-    }
 }
 
 /// What a read of bytes that are all there gives.

@@ -1,51 +1,18 @@
 //! No bytes from the wire make a frame's decoding allocate without bounds.
 //!
-//! A test binary of its own, because it counts every allocation of the process.
-//! One test only: a second one beside it would be counted too.
+//! A test binary of its own, for its allocator counts.
 //! (What libzstd allocates for itself is not seen here: a fixed context.)
 
 #![allow(clippy::unwrap_used)]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use rand::{Rng, RngCore, SeedableRng, rngs::StdRng};
 use replicator_common::codec::DECODE_LIMIT;
 use replicator_common::net::frame::{FrameReader, decode_body, decode_frame, open_frame};
+use replicator_common::sys::counting::{Counting, peak};
 use replicator_common::wire::{DataFrame, FRAME_MAX, SourceMessage};
 
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call is passed on unchanged to the system's allocator; the
-// counters beside it touch no memory of the caller.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let live = LIVE.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        PEAK.fetch_max(live, Ordering::Relaxed);
-        // SAFETY: the caller's promise about `layout` is passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promise about both is passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// The most bytes that were allocated at once during `work`, above those before.
-fn peak(work: impl FnOnce()) -> usize {
-    let before = LIVE.load(Ordering::Relaxed);
-    PEAK.store(before, Ordering::Relaxed);
-    work();
-    PEAK.load(Ordering::Relaxed) - before
-}
+static ALLOCATOR: Counting = Counting { zeroed: true };
 
 fn decode_as_everything(frame: &[u8]) {
     let _ = decode_frame::<SourceMessage>(frame);

@@ -15,6 +15,7 @@ use replicator_common::net::frame::{
     Compression, SWELLING_MAX, decode_body, decode_frame, encode_frame, open_frame,
 };
 use replicator_common::object::{Attributes, Kind, ObjectState, Xattr};
+use replicator_common::sys::counting::Counting;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
     BatchHeader, ContentSource, DataFrame, DestinationMessage, Extent, Hash, InventoryContent,
@@ -23,7 +24,7 @@ use replicator_common::wire::{
 };
 
 #[global_allocator]
-static ALLOCATOR: fuzzing::Counting = fuzzing::Counting;
+static ALLOCATOR: Counting = Counting { zeroed: false };
 
 fn corpus() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus/frame"))

@@ -4,6 +4,8 @@
 //! here decides anything: every function is one kernel operation (or the
 //! shortest sequence that makes sense alone) with its errors passed on.
 
+#[doc(hidden)]
+pub mod counting;
 pub mod fanotify;
 pub mod handle;
 mod heap;
