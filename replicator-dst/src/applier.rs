@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-use replicator_common::id::{BatchId, ObjectId};
+use replicator_common::id::{BatchId, Edition, ObjectId};
 use replicator_common::status::{FailoverReport, TimedError};
 use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
@@ -260,11 +260,35 @@ impl Applier {
     }
 
     fn mark(&mut self, reached: Reached) -> Result<(), SealError> {
-        let mark = Mark { incarnation: self.standing.incarnation, reached };
-        mark::write(self.replica.area.hidden(), &mark)
-            .map_err(AreaError::system("write", "the mark"))?;
+        self.write_mark(reached, None)?;
         self.marked = Some(reached);
         Ok(())
+    }
+
+    /// Notes in the replica that all of a batch is staged there.
+    ///
+    /// INVARIANT (`mark`): after all else that the sync before its commit covers.
+    fn mark_next(&mut self, next: Edition) -> Result<(), SealError> {
+        let reached = match self.marked {
+            Some(reached) => reached,
+            // By a process before this one.
+            None => mark::read(self.replica.area.hidden())
+                .map_err(AreaError::system("read", "the mark"))?
+                .filter(|mark| mark.incarnation == self.standing.incarnation)
+                .map_or(Reached::begun(BatchId(0)), |mark| mark.reached),
+        };
+        match self.write_mark(reached, Some(next)) {
+            Err(SealError::Area(error)) if error.is_no_room() && self.replica.slack.spend() => {
+                self.write_mark(reached, Some(next))
+            }
+            result => result,
+        }
+    }
+
+    fn write_mark(&self, reached: Reached, next: Option<Edition>) -> Result<(), SealError> {
+        let mark = Mark { incarnation: self.standing.incarnation, reached, next };
+        mark::write(self.replica.area.hidden(), &mark)
+            .map_err(|error| AreaError::system("write", "the mark")(error).into())
     }
 
     fn note_findings(&mut self, findings: &[Finding]) -> Result<(), SealError> {
@@ -597,6 +621,7 @@ impl Applier {
         let staged = self.stage_rest(batch)?;
         let mut planned = self.plan(batch, &staged)?;
         let steps = self.steps(batch, &mut planned)?;
+        self.mark_next(next.edition())?;
         if self.replica.dies_at(Point::Staged) {
             return Err(SealError::Killed);
         }

@@ -24,7 +24,7 @@ use crate::apply::{Place, Within};
 use crate::area::{Area, AreaError, hidden_name};
 use crate::kept::Kept;
 use crate::locate::Locator;
-use crate::mark;
+use crate::mark::{self, Remembered};
 use crate::readonly::{Protection, ReadOnlyError};
 use crate::reserve::{self, Slack};
 use crate::store::{SetAsideItem, Standing, Store, StoreError};
@@ -427,8 +427,12 @@ pub fn disclaim(standing: &mut Standing) {
 /// They are of one life; and of one time?
 fn settle_mark(area: &Area, store: &Store, standing: &mut Standing) -> Result<(), ReplicaError> {
     let found = mark::read(area.hidden()).map_err(AreaError::system("read", "the mark"))?;
-    let marked = store.marked()?;
-    match mark::set_back(found, standing.incarnation, standing.committed, marked) {
+    let remembered = Remembered {
+        committed: standing.committed,
+        covered: store.marked()?,
+        logged: store.logged()?,
+    };
+    match mark::set_back(found, standing.incarnation, &remembered) {
         Some(reason) => {
             tracing::warn!(reason, "the map is given up");
             if reason == mark::REPLICA_SET_BACK {

@@ -8,7 +8,8 @@
 //! - `meta`: `version` → the format's version, `standing` → [`Standing`],
 //!   `marked` → the batch of the mark that is durable in the replica (see
 //!   [`crate::mark`]; missing until there is one), `through` → the last batch
-//!   whose mark says that it is through.
+//!   whose mark says that it is through, `sealed` → the [`Edition`] of the last
+//!   batch that was logged.
 //!
 //! Versions: 1, the first; 2, the standing names the last batch's nonce. An older
 //! one is upgraded when it is opened (see `upgrade`).
@@ -364,6 +365,7 @@ impl Store {
             store.trim(transaction, commit.covered)?;
             store.note_marked(transaction, commit.marked)?;
             store.log(transaction, next.committed, commit.steps)?;
+            store.note_sealed(transaction, &next.edition())?;
             store.change_rows(transaction, &mut next, commit.rows)?;
             store.add_set_aside(transaction, commit.set_aside)?;
             store.insert_standing(transaction, &next)
@@ -397,6 +399,32 @@ impl Store {
             meta.insert(*key, record.as_slice()).map_err(|e| self.err(action)(e.into()))?;
         }
         Ok(())
+    }
+
+    fn note_sealed(
+        &self,
+        transaction: &redb::WriteTransaction,
+        edition: &Edition,
+    ) -> Result<(), StoreError> {
+        let action = "note the batch";
+        let record = self.encode(edition)?;
+        let mut meta = transaction.open_table(META).map_err(|e| self.err(action)(e.into()))?;
+        meta.insert("sealed", record.as_slice()).map_err(|e| self.err(action)(e.into()))?;
+        Ok(())
+    }
+
+    /// The batch whose steps are in the log. `None` too where a version before
+    /// logged it, without its nonce.
+    pub fn logged(&self) -> Result<Option<Edition>, StoreError> {
+        let action = "read the log";
+        let read = self.database()?.begin_read().map_err(|e| self.err(action)(e.into()))?;
+        let log = read.open_table(LOG).map_err(|e| self.err(action)(e.into()))?;
+        let last = log.last().map_err(|e| self.err(action)(e.into()))?;
+        let last = last.map(|(key, _)| BatchId(key.value().0));
+        let meta = read.open_table(META).map_err(|e| self.err(action)(e.into()))?;
+        let row = meta.get("sealed").map_err(|e| self.err(action)(e.into()))?;
+        let sealed: Option<Edition> = row.map(|row| self.decode(row.value())).transpose()?;
+        Ok(sealed.filter(|sealed| Some(sealed.batch) == last))
     }
 
     /// The mark that is durable in the replica, as far as the store knows.
@@ -562,7 +590,7 @@ impl Store {
             transaction.open_table(OBJECTS).map_err(|e| store.err(action)(e.into()))?;
             transaction.open_table(LOG).map_err(|e| store.err(action)(e.into()))?;
             let mut meta = transaction.open_table(META).map_err(|e| store.err(action)(e.into()))?;
-            for key in ["marked", "through"] {
+            for key in ["marked", "through", "sealed"] {
                 meta.remove(key).map_err(|e| store.err(action)(e.into()))?;
             }
             drop(meta);

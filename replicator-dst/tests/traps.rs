@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -221,6 +223,49 @@ async fn trap_14_another_batch_of_the_same_number_is_noticed() {
     assert_eq!(hello.committed.batch, BatchId(0));
     assert!(hello.reconcile);
     finish(&world, &service);
+}
+
+/// A batch is in the log, and nothing of it was done when the destination died.
+/// Then the replica alone is put back to before the batch was staged there: what
+/// staging holds now is of an attempt before, or nothing. Here the mark is what is
+/// put back: the batch stages nothing, so all else is as it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn trap_14_a_replica_that_is_put_back_behind_the_log_is_noticed() {
+    for put_back in [false, true] {
+        let mut world = World::new();
+        let service = world.open(None).await;
+        world.enrol(&service, false).await;
+        let mut source = world.connect(&service, 0).await;
+        let life = source.hello.as_ref().unwrap().incarnation;
+        source.apply(1, &Batch::new().root().file(2, ROOT, "a", b"alpha")).await;
+        service.shutdown().await;
+        drop((service, source));
+        let mark = world.replica.join(format!(".replicator-{}/batch", world.source));
+        let older = std::fs::read(&mark).unwrap();
+
+        let service = world.open(Some(once(Point::Committed))).await;
+        let mut source = world.connect(&service, 1).await;
+        let gone = Batch::new().directory(ROOT).entry(ROOT, "a", Some(2), None);
+        source.send(2, &gone.op(Op::Drop { object: id(2) })).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        service.shutdown().await;
+        drop((service, source));
+        assert!(world.replica.join("a").exists(), "logged, and not done");
+        if put_back {
+            // Past the protection, which stands.
+            let protection = Protection::establish(&world.replica).unwrap();
+            let root = format!("/proc/self/fd/{}", protection.root().as_raw_fd());
+            let mark = mark.strip_prefix(&world.replica).unwrap();
+            std::fs::write(Path::new(&root).join(mark), &older).unwrap();
+        }
+
+        let service = world.open(None).await;
+        let source = world.connect(&service, 2).await;
+        let hello = source.hello.clone().unwrap();
+        assert_eq!((hello.incarnation != life, hello.reconcile), (put_back, put_back));
+        assert_eq!(world.replica.join("a").exists(), put_back, "redone");
+        finish(&world, &service);
+    }
 }
 
 /// After a crash the store holds the claims of a batch that is logged and not

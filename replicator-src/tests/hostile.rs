@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quinn::{Connection, RecvStream, SendStream};
+use replicator_common::chunk::Chunk;
 use replicator_common::control::{Control, CreateRequest, WatcherChoice};
 use replicator_common::id::{
     BatchId, BatchNonce, Edition, FileSystemId, Incarnation, ObjectId, SessionId, TransferId,
@@ -25,8 +26,8 @@ use replicator_common::object::{Attributes, Kind, ObjectState};
 use replicator_common::status::{Abilities, Status};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
-    DestinationHello, DestinationMessage, FRAME_MAX, InventoryContent, InventoryItem, Refusal,
-    SourceHello, SourceMessage,
+    DestinationHello, DestinationMessage, FRAME_MAX, Hash, InventoryContent, InventoryItem,
+    Refusal, SourceHello, SourceMessage,
 };
 use replicator_src::read::sink::Wired;
 use replicator_src::service::{SourceOptions, SourceService};
@@ -336,6 +337,47 @@ fn a_lie_ends_its_session_and_nothing_else() {
     let source = status(&service).source_file_system_id;
     service.wait(&source, PATIENCE).unwrap();
     assert!(status(&service).source.unwrap().counters.batches > 0);
+    service.shutdown();
+}
+
+/// A list of chunks that has no end, asked for part by part: the source keeps of
+/// it what may be of use, and goes on with the list of somebody honest.
+#[test]
+fn a_list_of_chunks_without_end_costs_no_memory() {
+    const PARTS: usize = 200;
+    let base = tempfile::tempdir_in("/var/tmp").unwrap();
+    let mut liar = Liar::new();
+    let service = start(base.path(), &liar);
+    let (mut root, mut file) = (item(1), item(2));
+    (root.parent, root.state.kind) = (None, Kind::Directory);
+    (file.parent, file.name) = (Some(root.handle.clone()), Name::new(b"file").unwrap());
+    let chunk = Chunk { length: 1 << 16, hash: Hash([5; 32]) };
+    file.content =
+        InventoryContent::Chunks { average: 1 << 16, chunks: vec![chunk; 20_000], more: true };
+    let part = |item| frame(&DestinationMessage::Inventory { items: vec![item], last: false });
+    let (root, file) = (part(root), part(file));
+    let mut session = liar.next();
+    let before = memory();
+    let taken = liar.runtime.block_on(async {
+        session.greet(true, session.hello.acknowledged.batch.0).await;
+        let mut taken = 0;
+        while taken < PARTS
+            && let Ok(Some(message)) = session.reader.read::<SourceMessage>().await
+        {
+            if !matches!(message, SourceMessage::RequestInventory) {
+                continue;
+            }
+            let part = if taken == 0 { &root } else { &file };
+            let _ = session.writer.write_encoded(part).await;
+            taken += 1;
+        }
+        taken
+    });
+    let grown = memory().saturating_sub(before);
+    assert_eq!(taken, PARTS, "{:?}", status(&service).source.unwrap().link.last_error);
+    let whole = PARTS * 20_000 * size_of::<Chunk>();
+    assert!(grown < whole as u64 / 2, "{grown} bytes of memory for a list of {whole}");
+    drop(session);
     service.shutdown();
 }
 

@@ -9,14 +9,14 @@ use std::collections::{BTreeMap, VecDeque};
 
 use rand::Rng;
 use rand::rngs::StdRng;
-use replicator_common::id::{BatchId, Incarnation, ObjectId};
+use replicator_common::id::{BatchId, Edition, Incarnation, ObjectId};
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
 use replicator_common::wire::{ContentSource, Op, SourceHello};
 use replicator_dst::apply::plan::{Arrival, Staged, plan};
 use replicator_dst::apply::{Place, Step, Within, execute};
 use replicator_dst::history::{advance, mismatch};
-use replicator_dst::mark::{Mark, Reached, set_back};
+use replicator_dst::mark::{Mark, Reached, Remembered, set_back};
 use replicator_dst::objects::{Known, Objects};
 use replicator_dst::replica::disclaim;
 use replicator_dst::seal::needed_by;
@@ -41,6 +41,24 @@ pub struct Records {
     /// The commit log.
     pub log: BTreeMap<BatchId, Vec<Step>>,
     marked: Option<Reached>,
+    /// The batch that was logged last.
+    sealed: Option<Edition>,
+}
+
+impl Records {
+    fn new(standing: Standing) -> Self {
+        let (rows, log) = (BTreeMap::new(), BTreeMap::new());
+        Self { standing, rows, log, marked: None, sealed: None }
+    }
+
+    fn remembered(&self) -> Remembered {
+        let last = self.log.keys().last();
+        Remembered {
+            committed: self.standing.committed,
+            covered: self.marked,
+            logged: self.sealed.filter(|sealed| Some(&sealed.batch) == last),
+        }
+    }
 }
 
 impl Objects for Records {
@@ -158,8 +176,7 @@ impl Destination {
     /// A new one.
     pub fn new() -> Self {
         let standing = Standing::new(life(101), false);
-        let (rows, log, marked) = (BTreeMap::new(), BTreeMap::new(), None);
-        let records = Records { standing: standing.clone(), rows, log, marked };
+        let records = Records::new(standing.clone());
         let mut tree = Model::new(ROOT);
         tree.set_life(standing.incarnation);
         Self {
@@ -217,10 +234,9 @@ impl Destination {
 
     /// The process starts.
     pub fn start(&mut self) {
-        let standing = &self.now.standing;
-        let (committed, life) = (standing.committed, standing.incarnation);
+        let life = self.now.standing.incarnation;
         let of_one_life = self.tree.life() == Some(life);
-        let back = set_back(self.tree.mark(), life, committed, self.now.marked);
+        let back = set_back(self.tree.mark(), life, &self.now.remembered());
         if !of_one_life || back.is_some() {
             self.renounce(back.unwrap_or("of another life"));
         }
@@ -239,8 +255,7 @@ impl Destination {
         self.told = standing.clone();
         self.settled = false;
         self.write(true, |records| {
-            let (rows, log, marked) = (BTreeMap::new(), BTreeMap::new(), None);
-            *records = Records { standing, rows, log, marked };
+            *records = Records::new(standing);
         });
     }
 
@@ -531,9 +546,18 @@ impl Destination {
     }
 
     fn mark(&mut self, reached: Reached) -> Result<(), Failed> {
-        self.tree.set_mark(Mark { incarnation: self.now.standing.incarnation, reached })?;
+        let incarnation = self.now.standing.incarnation;
+        self.tree.set_mark(Mark { incarnation, reached, next: None })?;
         self.process().marked = Some(reached);
         Ok(())
+    }
+
+    fn mark_next(&mut self, next: Edition) -> Result<(), Failed> {
+        let incarnation = self.now.standing.incarnation;
+        let found = self.tree.mark().filter(|mark| mark.incarnation == incarnation);
+        let found = found.map_or(Reached::begun(BatchId(0)), |mark| mark.reached);
+        let reached = self.process().marked.unwrap_or(found);
+        Ok(self.tree.set_mark(Mark { incarnation, reached, next: Some(next) })?)
     }
 
     fn applied(&mut self) {
@@ -610,6 +634,7 @@ impl Destination {
         let (id, ops) = (batch.batch, batch.ops.clone());
         let planned = plan(&self.now, id, ops, &staged, &reserved(), &root());
         let planned = planned.unwrap_or_else(|error| panic!("batch {id}: {error}\n{batch:#?}"));
+        self.mark_next(next.edition())?;
         self.dies(Point::Staged)?;
         self.sync(random)?;
         self.dies(Point::Synced)?;
@@ -625,6 +650,7 @@ impl Destination {
                     None => drop(records.rows.remove(&object)),
                 }
             }
+            records.sealed = Some(next.edition());
             records.standing = next;
         });
         self.covered();

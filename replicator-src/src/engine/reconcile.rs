@@ -11,17 +11,20 @@
 //! # Memory
 //! However large the replica is: the parts of the inventory that were asked for
 //! ([`WINDOW`]), the adoptions under way (`IN_FLIGHT` batches), the directories
-//! whose entries are still to come (the inventory goes breadth first), and the
-//! objects with several names.
+//! whose entries are still to come (the inventory goes breadth first), the
+//! objects with several names, and one list of chunks, bounded by the source's
+//! own file ([`chunks_of_use`]).
 
 use std::collections::{HashMap, HashSet};
 
-use replicator_common::chunk::Chunk;
+use replicator_common::chunk::{AVERAGE_MAX, AVERAGE_MIN, Chunk};
 use replicator_common::id::{BatchId, BatchNonce, ObjectId, ReplicaHandle};
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{BatchHeader, InventoryContent, InventoryItem, Op, SourceMessage};
+use replicator_common::wire::{
+    BatchHeader, Hash, InventoryContent, InventoryItem, Op, SourceMessage,
+};
 use rustix::fs::OFlags;
 
 use super::{Engine, EngineError, IN_FLIGHT};
@@ -32,6 +35,8 @@ use crate::replies::{Breach, Parts};
 use crate::session::Session;
 use crate::source::Opened;
 
+/// Stands for content that is not known: no content has this hash.
+const UNKNOWN: Hash = Hash([0; 32]);
 /// Adoptions in one batch.
 const BATCH: usize = 4096;
 /// Parts of the inventory, of about a mebibyte each, that are asked for ahead.
@@ -55,10 +60,17 @@ pub(super) struct Reconcile {
     /// comes several times.
     handles: HashMap<ReplicaHandle, ObjectId>,
     /// Chunks of a file whose list is not through.
-    partial: Option<(ReplicaHandle, Vec<Chunk>)>,
+    partial: Option<Partial>,
     ops: Vec<Op>,
     delta: Delta,
     complete: bool,
+}
+
+/// A list of chunks that comes in parts.
+struct Partial {
+    handle: ReplicaHandle,
+    /// `None` once there were more than may be of use.
+    chunks: Option<Vec<Chunk>>,
 }
 
 impl Reconcile {
@@ -229,20 +241,41 @@ impl Engine {
                 Content::Whole(small::whole_hash(item.state.size, hash))
             }
             InventoryContent::Chunks { average, chunks, more } => {
-                let mut all = match state.partial.take() {
-                    Some((handle, chunks)) if handle == item.handle => chunks,
-                    _ => Vec::new(),
+                let begun = state.partial.take().filter(|partial| partial.handle == item.handle);
+                let most = match (&begun, more) {
+                    (None, false) => usize::MAX,
+                    _ => chunks_of_use(self.size_here(state, item)?, *average),
                 };
-                all.extend_from_slice(chunks);
+                let mut all = begun.map_or_else(|| Some(Vec::new()), |partial| partial.chunks);
+                // Nothing is kept of a list that is too long.
+                all = all.filter(|all| all.len() + chunks.len() <= most);
+                if let Some(all) = &mut all {
+                    all.extend_from_slice(chunks);
+                }
                 if *more {
-                    state.partial = Some((item.handle.clone(), all));
+                    state.partial = Some(Partial { handle: item.handle.clone(), chunks: all });
                     return Ok(None);
                 }
-                let list = self.next_list()?;
-                self.index.store().put_chunks(list, &all)?;
-                Content::Chunks { average: *average, list, digest: lane::digest(&all) }
+                match all {
+                    Some(all) => {
+                        let list = self.next_list()?;
+                        self.index.store().put_chunks(list, &all)?;
+                        Content::Chunks { average: *average, list, digest: lane::digest(&all) }
+                    }
+                    None => Content::Whole(UNKNOWN),
+                }
             }
         }))
+    }
+
+    /// Bytes that the source has under the item's name; 0 where that is no file.
+    fn size_here(&mut self, state: &Reconcile, item: &InventoryItem) -> Result<u64, EngineError> {
+        let directory = item.parent.as_ref().and_then(|parent| state.directories.get(parent));
+        let Some(directory) = directory else { return Ok(0) };
+        Ok(match self.tree.lookup(directory, &item.name)? {
+            Lookup::Found(seen) if seen.stat.kind == Kind::File => seen.stat.size,
+            _ => 0,
+        })
     }
 
     fn commit_adoptions(&mut self, state: &mut Reconcile) -> Result<(), EngineError> {
@@ -278,6 +311,16 @@ impl Engine {
             reached: Timestamp::NEVER,
         })
     }
+}
+
+/// How many chunks of a replica's file may be of use for the source's, which has
+/// `size` bytes: four times as many as it is cut into, and never fewer than 1 Mi
+/// (36 MiB of memory, a file of 16 GiB at least). Of a longer list nothing is kept,
+/// and where the two files differ, the source's is sent whole. INVARIANT (bounded
+/// resources): a destination that continues a list without end costs no more.
+fn chunks_of_use(size: u64, average: u32) -> usize {
+    let pieces = size / u64::from(average.clamp(AVERAGE_MIN, AVERAGE_MAX));
+    usize::try_from((1 << 20) + 4 * pieces).unwrap_or(usize::MAX)
 }
 
 fn ask(parts: &mut Parts, session: &Session) {
