@@ -34,7 +34,6 @@ use redb::{
 use replicator_common::chunk::Chunk;
 use replicator_common::codec::{self, CodecError};
 use replicator_common::id::{BatchId, Incarnation, ObjectId};
-use replicator_common::name::Name;
 use replicator_common::store;
 use replicator_common::time::Timestamp;
 use serde::Serialize;
@@ -116,10 +115,6 @@ pub(super) fn pair_key(first: &ObjectId, second: &[u8]) -> Vec<u8> {
     key.extend_from_slice(first);
     key.extend_from_slice(second);
     key
-}
-
-fn link_key(object: &ObjectId, directory: &ObjectId, name: &Name) -> Vec<u8> {
-    pair_key(object, &pair_key(directory, name.as_bytes()))
 }
 
 /// Takes a `pair_key` apart.
@@ -354,18 +349,17 @@ impl Store {
 
     fn merge(&self, write: &WriteTransaction, delta: &Delta) -> Result<(), IndexError> {
         {
-            let mut entries = write.open_table(ENTRIES).map_err(failed(&self.path))?;
-            let mut links = write.open_table(LINKS).map_err(failed(&self.path))?;
-            for change in &delta.entries {
-                merge_entry(&mut entries, &mut links, change).map_err(failed(&self.path))?;
-            }
-            let mut objects = write.open_table(OBJECTS).map_err(failed(&self.path))?;
-            for (object, known) in &delta.objects {
+            self.merge_entries(write, &delta.entries)?;
+            let mut table = write.open_table(OBJECTS).map_err(failed(&self.path))?;
+            // In the order of the table: neighbours are on one page.
+            let mut objects: Vec<_> = delta.objects.iter().collect();
+            objects.sort_by(|(a, _), (b, _)| a.cmp(b));
+            for (object, known) in objects {
                 match known {
-                    None => drop(objects.remove(object.as_bytes()).map_err(failed(&self.path))?),
+                    None => drop(table.remove(object.as_bytes()).map_err(failed(&self.path))?),
                     Some(known) => {
                         let value = self.encode("objects", known)?;
-                        objects
+                        table
                             .insert(object.as_bytes(), value.as_slice())
                             .map_err(failed(&self.path))?;
                     }
@@ -387,6 +381,41 @@ impl Store {
         self.remove_lists(write, &delta.dead_lists)?;
         self.put_meta(write, "mark", &delta.mark)?;
         self.drop_pending(write, delta.mark.batch)
+    }
+
+    /// Each table in its own order, as with objects. (No two changes are of one
+    /// entry, so neither are two of one link.)
+    fn merge_entries(
+        &self,
+        write: &WriteTransaction,
+        changes: &[EntryChange],
+    ) -> Result<(), IndexError> {
+        let mut entries = write.open_table(ENTRIES).map_err(failed(&self.path))?;
+        let mut rows = Vec::with_capacity(changes.len());
+        for EntryChange { directory, name, old, new } in changes {
+            let key = pair_key(directory, name.as_bytes());
+            match new {
+                None => drop(entries.remove(key.as_slice()).map_err(failed(&self.path))?),
+                Some(object) => {
+                    entries
+                        .insert(key.as_slice(), object.as_bytes())
+                        .map_err(failed(&self.path))?;
+                }
+            }
+            let link = |object| (pair_key(object, &key), Some(object) == new.as_ref());
+            rows.extend(old.iter().filter(|old| Some(*old) != new.as_ref()).map(link));
+            rows.extend(new.iter().map(link));
+        }
+        drop(entries);
+        rows.sort_unstable();
+        let mut links = write.open_table(LINKS).map_err(failed(&self.path))?;
+        for (key, there) in rows {
+            match there {
+                true => drop(links.insert(key.as_slice(), &[][..]).map_err(failed(&self.path))?),
+                false => drop(links.remove(key.as_slice()).map_err(failed(&self.path))?),
+            }
+        }
+        Ok(())
     }
 
     fn remove_lists(&self, write: &WriteTransaction, lists: &[u64]) -> Result<(), IndexError> {
@@ -493,25 +522,6 @@ impl Store {
             source,
         })
     }
-}
-
-fn merge_entry(
-    entries: &mut redb::Table<'_, Bytes, Bytes>,
-    links: &mut redb::Table<'_, Bytes, Bytes>,
-    change: &EntryChange,
-) -> Result<(), redb::StorageError> {
-    let key = pair_key(&change.directory, change.name.as_bytes());
-    match &change.new {
-        None => drop(entries.remove(key.as_slice())?),
-        Some(object) => drop(entries.insert(key.as_slice(), object.as_bytes())?),
-    }
-    if let Some(old) = &change.old {
-        links.remove(link_key(old, &change.directory, &change.name).as_slice())?;
-    }
-    if let Some(new) = &change.new {
-        links.insert(link_key(new, &change.directory, &change.name).as_slice(), &[][..])?;
-    }
-    Ok(())
 }
 
 impl Base for Store {

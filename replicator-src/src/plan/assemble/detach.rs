@@ -24,6 +24,8 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     /// its way, or outside.
     pub(super) fn detach(&mut self) -> Result<(), Failure<V, T>> {
         let mut lost: Vec<ObjectId> = self.lost.keys().cloned().collect();
+        // The order of index and objects map, whose neighbours are on one page.
+        lost.sort_unstable();
         lost.append(&mut self.loose);
         let mut inside = VecDeque::new();
         for object in lost {
