@@ -29,6 +29,9 @@ pub(super) struct Departed {
     handle: ReplicaHandle,
 }
 
+/// The departures of a batch, and the rest of it.
+type Split = (Vec<Departed>, Vec<Op>);
+
 /// How a batch uses an object.
 #[derive(Default)]
 struct Uses<'a> {
@@ -41,10 +44,7 @@ struct Uses<'a> {
 }
 
 /// Takes the departures out of a batch; what is left is planned as ever.
-pub(super) fn split<O: Objects>(
-    ops: Vec<Op>,
-    objects: &O,
-) -> Result<(Vec<Departed>, Vec<Op>), PlanError<O::Error>> {
+pub(super) fn split<O: Objects>(ops: Vec<Op>, objects: &O) -> Result<Split, PlanError<O::Error>> {
     if !ops.iter().any(|op| matches!(op, Op::Drop { .. })) {
         return Ok((Vec::new(), ops));
     }
