@@ -60,7 +60,7 @@ pub struct Index<B: Base = Store> {
     ///
     /// INVARIANT: what the layers and the store say together. So all is forgotten
     /// when a layer comes or goes, but not when one becomes part of the store.
-    remembered: RefCell<HashMap<ObjectId, Option<Known>>>,
+    remembered: RefCell<HashMap<ObjectId, Option<Box<Known>>>>,
 }
 
 impl<B: Base> Index<B> {
@@ -156,6 +156,7 @@ impl<B: Base> Index<B> {
         if remembered.len() + new.len() > REMEMBERED {
             remembered.clear();
         }
+        let found = found.into_iter().map(|known| known.map(Box::new));
         remembered.extend(new.into_iter().zip(found).take(REMEMBERED));
         Ok(())
     }
@@ -171,7 +172,7 @@ impl<B: Base> Index<B> {
         see: impl FnOnce(Option<&Known>) -> T,
     ) -> Result<T, B::Error> {
         if let Some(known) = self.remembered.borrow().get(object) {
-            return Ok(see(known.as_ref()));
+            return Ok(see(known.as_deref()));
         }
         let known = self.look_up(object)?;
         let seen = see(known.as_ref());
@@ -179,7 +180,7 @@ impl<B: Base> Index<B> {
         if remembered.len() >= REMEMBERED {
             remembered.clear();
         }
-        remembered.insert(object.clone(), known);
+        remembered.insert(object.clone(), known.map(Box::new));
         Ok(seen)
     }
 
@@ -220,6 +221,10 @@ impl<B: Base> View for Index<B> {
 
     fn kind(&self, object: &ObjectId) -> Result<Option<Kind>, B::Error> {
         self.with_object(object, |known| known.map(|known| known.state.kind))
+    }
+
+    fn only_entry(&self, object: &ObjectId) -> Result<Option<(ObjectId, Name)>, B::Error> {
+        self.with_object(object, |known| known.and_then(|known| known.only_entry().cloned()))
     }
 
     fn entry(&self, directory: &ObjectId, name: &Name) -> Result<Option<ObjectId>, B::Error> {

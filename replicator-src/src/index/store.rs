@@ -33,7 +33,7 @@ use redb::{
 };
 use replicator_common::chunk::Chunk;
 use replicator_common::codec::{self, CodecError};
-use replicator_common::id::{BatchId, Incarnation, ObjectId};
+use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq};
 use replicator_common::store;
 use replicator_common::time::Timestamp;
 use serde::Serialize;
@@ -47,9 +47,9 @@ use super::view::Base;
 pub(super) type Bytes = &'static [u8];
 
 pub(super) const META: TableDefinition<'static, &'static str, Bytes> = TableDefinition::new("meta");
-const OBJECTS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("objects");
-const ENTRIES: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("entries");
-const LINKS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("links");
+pub(super) const OBJECTS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("objects");
+pub(super) const ENTRIES: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("entries");
+pub(super) const LINKS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("links");
 const CHUNKS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("chunks");
 pub(super) const ORPHANS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("orphans");
 pub(super) const PENDING: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("pending");
@@ -198,6 +198,17 @@ impl Store {
         Ok(self.meta("mark")?.unwrap_or_default())
     }
 
+    /// The highest number of a journal record that any batch covers, acknowledged or
+    /// not.
+    ///
+    /// INVARIANT (acknowledged means durable): no new record gets a number up to
+    /// this. The journal need not hold those records any more, nor ever have held
+    /// them; and to acknowledge a batch is to trim it that far.
+    pub fn highest_seq(&self) -> Result<Seq, IndexError> {
+        let pending = self.pending()?;
+        Ok(pending.iter().map(|delta| delta.mark.seq).fold(self.mark()?.seq, Seq::max))
+    }
+
     /// A number for a new chunk list, never used before (also not by a process
     /// that died: numbers are reserved by the thousand).
     pub fn reserve_lists(&self, count: u64) -> Result<u64, IndexError> {
@@ -341,84 +352,21 @@ impl Store {
         write.commit().map_err(failed(&self.path))
     }
 
-    fn drop_pending(&self, write: &WriteTransaction, through: BatchId) -> Result<(), IndexError> {
+    pub(super) fn drop_pending(
+        &self,
+        write: &WriteTransaction,
+        through: BatchId,
+    ) -> Result<(), IndexError> {
         let mut table = write.open_table(PENDING).map_err(failed(&self.path))?;
         let end = pending_key(through, u32::MAX);
         table.retain_in(..=&end[..], |_, _| false).map_err(failed(&self.path))
     }
 
-    fn merge(&self, write: &WriteTransaction, delta: &Delta) -> Result<(), IndexError> {
-        {
-            self.merge_entries(write, &delta.entries)?;
-            let mut table = write.open_table(OBJECTS).map_err(failed(&self.path))?;
-            // In the order of the table: neighbours are on one page.
-            let mut objects: Vec<_> = delta.objects.iter().collect();
-            objects.sort_by(|(a, _), (b, _)| a.cmp(b));
-            for (object, known) in objects {
-                match known {
-                    None => drop(table.remove(object.as_bytes()).map_err(failed(&self.path))?),
-                    Some(known) => {
-                        let value = self.encode("objects", known)?;
-                        table
-                            .insert(object.as_bytes(), value.as_slice())
-                            .map_err(failed(&self.path))?;
-                    }
-                }
-            }
-            let mut orphans = write.open_table(ORPHANS).map_err(failed(&self.path))?;
-            for (object, orphan) in &delta.orphans {
-                match orphan {
-                    None => drop(orphans.remove(object.as_bytes()).map_err(failed(&self.path))?),
-                    Some(orphan) => {
-                        let value = self.encode("orphans", orphan)?;
-                        orphans
-                            .insert(object.as_bytes(), value.as_slice())
-                            .map_err(failed(&self.path))?;
-                    }
-                }
-            }
-        }
-        self.remove_lists(write, &delta.dead_lists)?;
-        self.put_meta(write, "mark", &delta.mark)?;
-        self.drop_pending(write, delta.mark.batch)
-    }
-
-    /// Each table in its own order, as with objects. (No two changes are of one
-    /// entry, so neither are two of one link.)
-    fn merge_entries(
+    pub(super) fn remove_lists(
         &self,
         write: &WriteTransaction,
-        changes: &[EntryChange],
+        lists: &[u64],
     ) -> Result<(), IndexError> {
-        let mut entries = write.open_table(ENTRIES).map_err(failed(&self.path))?;
-        let mut rows = Vec::with_capacity(changes.len());
-        for EntryChange { directory, name, old, new } in changes {
-            let key = pair_key(directory, name.as_bytes());
-            match new {
-                None => drop(entries.remove(key.as_slice()).map_err(failed(&self.path))?),
-                Some(object) => {
-                    entries
-                        .insert(key.as_slice(), object.as_bytes())
-                        .map_err(failed(&self.path))?;
-                }
-            }
-            let link = |object| (pair_key(object, &key), Some(object) == new.as_ref());
-            rows.extend(old.iter().filter(|old| Some(*old) != new.as_ref()).map(link));
-            rows.extend(new.iter().map(link));
-        }
-        drop(entries);
-        rows.sort_unstable();
-        let mut links = write.open_table(LINKS).map_err(failed(&self.path))?;
-        for (key, there) in rows {
-            match there {
-                true => drop(links.insert(key.as_slice(), &[][..]).map_err(failed(&self.path))?),
-                false => drop(links.remove(key.as_slice()).map_err(failed(&self.path))?),
-            }
-        }
-        Ok(())
-    }
-
-    fn remove_lists(&self, write: &WriteTransaction, lists: &[u64]) -> Result<(), IndexError> {
         let mut chunks = write.open_table(CHUNKS).map_err(failed(&self.path))?;
         for list in lists {
             let (from, to) = (chunk_key(*list, 0), chunk_key(*list, u32::MAX));

@@ -28,6 +28,11 @@ pub trait View {
     fn kind(&self, object: &ObjectId) -> Result<Option<Kind>, Self::Error> {
         Ok(self.object(object)?.map(|known| known.state.kind))
     }
+    /// The entry of an object that has one name on the source and one in the
+    /// replica, as far as that is known with the object.
+    fn only_entry(&self, object: &ObjectId) -> Result<Option<(ObjectId, Name)>, Self::Error> {
+        Ok(self.object(object)?.and_then(|known| known.only_entry().cloned()))
+    }
     /// What the entry refers to in the replica.
     fn entry(&self, directory: &ObjectId, name: &Name) -> Result<Option<ObjectId>, Self::Error>;
     /// All entries of a directory in the replica, ordered by name.

@@ -458,16 +458,12 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         Ok(links)
     }
 
-    /// The object's entries in the replica.
-    ///
-    /// Of what has one name on the source and one in the replica, the index knows
-    /// it with the object: each batch that changes entries of an object says how
-    /// many it has then ([`Self::put_object`]). (Of what was adopted nobody knows
-    /// how many it has on the source until it was read.)
+    /// The object's entries in the replica: each batch that changes entries of an
+    /// object says with it how many it has then ([`Self::put_object`]).
     fn links_before(&self, object: &ObjectId) -> Result<Vec<Place>, Failure<V, T>> {
-        match self.known(object)? {
-            Some(Known { links: 1, nlink: 1, entry: Some(place), .. }) => Ok(vec![place]),
-            _ => self.view.links(object).map_err(PlanError::Index),
+        match self.view.only_entry(object).map_err(PlanError::Index)? {
+            Some(place) => Ok(vec![place]),
+            None => self.view.links(object).map_err(PlanError::Index),
         }
     }
 

@@ -262,7 +262,8 @@ impl Replication {
         let mark = store.mark()?;
         self.shared.returned();
         self.shared.acknowledged(&mark, Timestamp::NEVER);
-        let journal = Arc::new(Journal::open(&self.directory.join("journal"), mark.seq)?);
+        let used = store.highest_seq()?;
+        let journal = Arc::new(Journal::open(&self.directory.join("journal"), used)?);
         let members = Arc::new(Members::default());
         let (announce, captured) = bounded(1);
         let newest = engine::leave::newest(&store)?;
