@@ -116,6 +116,45 @@ pub fn decode_borrowed<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Cod
     }
 }
 
+/// Reads a byte string and makes a value of it, without a copy in between where
+/// the format lends one. `expecting` says what it is, for errors.
+///
+/// # Errors
+/// Those of the format, and what `make` says.
+pub fn bytes<'de, D: Deserializer<'de>, T, E: fmt::Display>(
+    from: D,
+    expecting: &'static str,
+    make: impl FnOnce(&[u8]) -> Result<T, E>,
+) -> Result<T, D::Error> {
+    from.deserialize_bytes(ByteString { expecting, make })
+}
+
+struct ByteString<F> {
+    expecting: &'static str,
+    make: F,
+}
+
+impl<'de, T, E: fmt::Display, F: FnOnce(&[u8]) -> Result<T, E>> Visitor<'de> for ByteString<F> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.expecting)
+    }
+
+    fn visit_bytes<R: serde::de::Error>(self, bytes: &[u8]) -> Result<T, R> {
+        (self.make)(bytes).map_err(R::custom)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<T, A::Error> {
+        // In text formats byte strings are lists of numbers.
+        let mut bytes = Vec::new();
+        while let Some(byte) = items.next_element()? {
+            bytes.push(byte);
+        }
+        self.visit_bytes(&bytes)
+    }
+}
+
 // ------------------------------------------------------------------ lists
 
 thread_local! {
@@ -260,6 +299,30 @@ mod tests {
             let is_shared = parts.iter().any(|p| p.as_ptr() == part.as_ptr());
             assert_eq!(is_shared, part.len() >= SHARED_MIN, "{from} to {to}");
         }
+    }
+
+    #[test]
+    fn byte_strings_are_the_same_in_each_format() {
+        #[derive(Debug, PartialEq)]
+        struct Short(Vec<u8>);
+
+        impl<'de> Deserialize<'de> for Short {
+            fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+                let short = |bytes: &[u8]| match bytes.len() {
+                    0..=3 => Ok(Self(bytes.to_vec())),
+                    many => Err(format!("{many} bytes")),
+                };
+                bytes(from, "three bytes at most", short)
+            }
+        }
+
+        let encoded = |bytes: &[u8]| encode(&serde_bytes::Bytes::new(bytes)).unwrap();
+        assert_eq!(decode::<Short>(&encoded(&[1, 2])).unwrap(), Short(vec![1, 2]));
+        let error = decode::<Short>(&encoded(&[1; 4])).unwrap_err().to_string();
+        assert!(error.contains("4 bytes"), "{error}");
+        assert_eq!(serde_json::from_str::<Short>("[7, 8, 9]").unwrap(), Short(vec![7, 8, 9]));
+        assert!(serde_json::from_str::<Short>("[1, 2, 3, 4]").is_err());
+        assert!(serde_json::from_str::<Short>("true").is_err());
     }
 
     #[test]

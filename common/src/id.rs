@@ -134,12 +134,10 @@ impl Serialize for ObjectId {
 
 impl<'de> Deserialize<'de> for ObjectId {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let bytes = serde_bytes::ByteBuf::deserialize(deserializer)?;
-        Self::from_bytes(&bytes).ok_or_else(|| {
-            serde::de::Error::custom(format!(
-                "object id of {} bytes, expected 1 to {OBJECT_ID_MAX}",
-                bytes.len()
-            ))
+        crate::codec::bytes(deserializer, "an object id", |bytes| {
+            Self::from_bytes(bytes).ok_or_else(|| {
+                format!("object id of {} bytes, expected 1 to {OBJECT_ID_MAX}", bytes.len())
+            })
         })
     }
 }

@@ -92,8 +92,7 @@ impl Serialize for Name {
 
 impl<'de> Deserialize<'de> for Name {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let bytes = serde_bytes::ByteBuf::deserialize(deserializer)?;
-        Self::new(&bytes).map_err(serde::de::Error::custom)
+        crate::codec::bytes(deserializer, "an entry's name", Self::new)
     }
 }
 

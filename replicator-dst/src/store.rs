@@ -481,6 +481,9 @@ impl Store {
         let action = "change the objects map";
         let mut table = transaction.open_table(OBJECTS).map_err(|e| self.err(action)(e.into()))?;
         let orphan = |known: &Known| u64::from(matches!(known.position, Position::Orphan { .. }));
+        // In the order of the table: neighbours are on one page.
+        let mut rows: Vec<_> = rows.iter().collect();
+        rows.sort_by(|(a, _), (b, _)| a.cmp(b));
         for (object, row) in rows {
             let old = match row {
                 Some(known) => {

@@ -20,6 +20,12 @@ use crate::watcher::{Change, DirectoryWatch, Queue, Waker, WatchError, Watcher, 
 /// can get, barriers and stops wake it.
 const READ_WAIT: Duration = Duration::from_secs(1);
 
+/// The least time between two flushes of the journal, unless the process ends:
+/// each costs the same however little it writes. It bounds what a crash loses, and
+/// a walk then takes whatever changed within two seconds for doubtful
+/// ([`crate::index::known::DOUBT_NANOS`]).
+const FLUSH_PAUSE: Duration = Duration::from_millis(50);
+
 /// Which directories and objects are ours. Written by the engine, read by the
 /// capture thread for each event.
 ///
@@ -244,6 +250,8 @@ impl Capture {
     ) -> std::io::Result<Self> {
         let (requests, barriers) = unbounded();
         let (flush, flushes) = bounded(1);
+        // Nothing is ever sent: it ends when `flush` does.
+        let (running, ended) = bounded::<()>(0);
         let shared = Arc::new(Shared {
             report: Mutex::new(watcher.report()),
             events: AtomicU64::new(0),
@@ -272,6 +280,7 @@ impl Capture {
                     tracing::error!(%error, "cannot flush the journal");
                     fail(&failed, &error);
                 }
+                let _ = ended.recv_timeout(FLUSH_PAUSE);
             }
         };
         let named = |name: &str| std::thread::Builder::new().name(name.into());
@@ -283,7 +292,7 @@ impl Capture {
             journal,
             members,
             captured,
-            flush,
+            flush: (flush, running),
             shared,
             rescan_every,
             proves,
@@ -333,9 +342,9 @@ impl Capture {
             thread.join().inspect_err(|_| tracing::error!("the capture thread panicked")).ok()
         });
         let mut thread = ended.flatten();
-        // Its end of the channel is what the other waits for.
+        // Its ends of the channels are what the other waits for.
         if let Some(thread) = &mut thread {
-            thread.flush = bounded(0).0;
+            thread.flush = (bounded(0).0, bounded(0).0);
         }
         if let Some(flusher) = self.flusher.take()
             && flusher.join().is_err()
@@ -391,7 +400,8 @@ struct Thread {
     journal: Arc<Journal>,
     members: Arc<Members>,
     captured: Sender<()>,
-    flush: Sender<()>,
+    /// A token for each flush that is wanted, and what ends the pause after one.
+    flush: (Sender<()>, Sender<()>),
     shared: Arc<Shared>,
     rescan_every: Arc<Mutex<Option<Duration>>>,
     proves: Arc<AtomicBool>,
@@ -474,7 +484,7 @@ impl Thread {
         self.journal.append(&records)?;
         metrics::counter!("replicator_source_journal_records_total")
             .increment(records.len() as u64);
-        let _ = self.flush.try_send(());
+        let _ = self.flush.0.try_send(());
         Ok(true)
     }
 

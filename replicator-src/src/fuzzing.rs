@@ -15,8 +15,10 @@ use crate::journal::Record;
 use crate::ledger::{Flight, Flights, Memory};
 use crate::replies::{Breach, Parts};
 
-/// Arbitrary bytes as a record of the journal.
+/// Arbitrary bytes as a block of the journal's records, and as one, which is what
+/// a journal of version 1 holds.
 pub fn journal_record(bytes: &[u8]) {
+    fuzzing::record::<Vec<Record>>(bytes);
     fuzzing::record::<Record>(bytes);
 }
 

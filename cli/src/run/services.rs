@@ -10,6 +10,7 @@ use replicator_common::api::TokenIssuer;
 use replicator_common::config::DEFAULT_REGION;
 use replicator_common::control::Control;
 use replicator_common::id::FileSystemId;
+use replicator_common::net::frame::Compression;
 use replicator_common::status::FailoverReport;
 use replicator_dst::issuer::Issuer;
 use replicator_dst::service::{DestinationOptions, DestinationService, ServiceError};
@@ -63,7 +64,8 @@ impl Services {
             bail!(reason);
         }
         let options = SourceOptions::new(state.path().join(SOURCE_DIRECTORY));
-        match SourceService::open(SourceOptions { halt, ..options }) {
+        let compression = Compression::Never;
+        match SourceService::open(SourceOptions { halt, compression, ..options }) {
             Ok(source) => Ok(Self { source, destination, runtime }),
             Err(error) => {
                 runtime.block_on(destination.shutdown());

@@ -12,6 +12,7 @@
 //! was to go.
 
 mod arrivals;
+mod departures;
 pub mod execute;
 #[cfg(test)]
 mod model;

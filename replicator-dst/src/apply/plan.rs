@@ -224,6 +224,7 @@ impl<'a, O: Objects> Planner<'a, O> {
 
     fn detach(&mut self) -> Result<(), PlanError<O::Error>> {
         self.choose_detached();
+        self.detach_departures()?;
         let handles: Vec<_> = self.routes.keys().cloned().collect();
         for handle in handles {
             let route = self.routes[&handle].clone();

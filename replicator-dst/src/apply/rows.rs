@@ -30,7 +30,7 @@ impl<O: Objects> Planner<'_, O> {
     }
 
     fn row(&mut self, object: &ObjectId) -> Result<Option<Known>, PlanError<O::Error>> {
-        let before = self.parts.known(object)?;
+        let before = self.parts.known(object)?.cloned();
         let was = before.as_ref().and_then(|known| match &known.position {
             Position::Entry(entry) => Some(entry.clone()),
             Position::Orphan { was } => was.clone(),

@@ -10,6 +10,7 @@ use replicator_common::wire::{ContentSource, Op};
 
 use super::Place;
 use super::arrivals::{self, Arrived};
+use super::departures::{self, Departed};
 use super::plan::{Arrival, PlanError, Staged, Violation};
 use crate::objects::{DEPTH_MAX, Entry, Known, Objects, Position};
 
@@ -79,7 +80,9 @@ pub(super) struct Parts<'a, O: Objects> {
     pub(super) inodes: BTreeMap<ReplicaHandle, Inode>,
     /// New objects that need no planning beyond one rename.
     pub(super) arrivals: Vec<Arrived>,
-    /// Directories that get arrivals.
+    /// Objects that need none beyond one unlink.
+    pub(super) departures: Vec<Departed>,
+    /// Directories that get arrivals, or lose departures.
     pub(super) touched: BTreeSet<ObjectId>,
 }
 
@@ -108,15 +111,18 @@ impl<'a, O: Objects> Parts<'a, O> {
             slots: BTreeMap::new(),
             inodes: BTreeMap::new(),
             arrivals: Vec::new(),
+            departures: Vec::new(),
             touched: BTreeSet::new(),
         };
         let (arrivals, ops) = arrivals::split(ops, staged);
+        let (departures, ops) = departures::split(ops, objects)?;
         for op in ops {
             parts.sort(op, root)?;
         }
         parts.check(reserved)?;
         parts.check_arrivals(&arrivals, reserved)?;
-        parts.arrivals = arrivals;
+        parts.check_departures(&departures)?;
+        (parts.arrivals, parts.departures) = (arrivals, departures);
         parts.build_slots()?;
         Ok(parts)
     }
@@ -195,13 +201,12 @@ impl<'a, O: Objects> Parts<'a, O> {
     pub(super) fn known(
         &mut self,
         object: &ObjectId,
-    ) -> Result<Option<Known>, PlanError<O::Error>> {
-        if let Some(known) = self.before.get(object) {
-            return Ok(known.clone());
+    ) -> Result<Option<&Known>, PlanError<O::Error>> {
+        if !self.before.contains_key(object) {
+            let known = self.objects.get(object).map_err(PlanError::Objects)?;
+            self.before.insert(object.clone(), known);
         }
-        let known = self.objects.get(object).map_err(PlanError::Objects)?;
-        self.before.insert(object.clone(), known.clone());
-        Ok(known)
+        Ok(self.before.get(object).and_then(Option::as_ref))
     }
 
     fn check(&mut self, reserved: &Name) -> Result<(), PlanError<O::Error>> {
@@ -214,8 +219,7 @@ impl<'a, O: Objects> Parts<'a, O> {
         }
         let puts: Vec<_> = self.puts.iter().map(|(o, p)| (o.clone(), p.clone())).collect();
         for (object, put) in puts {
-            let known = self.known(&object)?;
-            match (&known, put.new) {
+            match (self.known(&object)?, put.new) {
                 (Some(_), true) => return Err(Violation::NotNew { object }.into()),
                 (None, false) => return Err(Violation::Unknown { object }.into()),
                 (Some(known), false) if known.kind != put.state.kind => {
@@ -373,7 +377,7 @@ impl<'a, O: Objects> Parts<'a, O> {
         &mut self,
         object: &ObjectId,
     ) -> Result<Option<ReplicaHandle>, PlanError<O::Error>> {
-        Ok(self.known(object)?.and_then(|known| known.handle))
+        Ok(self.known(object)?.and_then(|known| known.handle.clone()))
     }
 
     /// The replica's object after the batch: another one when a staged file
@@ -415,7 +419,7 @@ impl<'a, O: Objects> Parts<'a, O> {
         let after = self.handle_after(object)?;
         let fate = self.fates.get(object).copied();
         let stays = if fate.is_none() { after.clone() } else { None };
-        match self.known(object)?.map(|known| known.position) {
+        match self.known(object)?.map(|known| known.position.clone()) {
             Some(Position::Entry(entry)) => {
                 let change = Change { before: before.clone(), after: stays };
                 self.slots.entry(Slot::Entry(entry)).or_insert(change);

@@ -154,6 +154,7 @@ impl Engine {
     fn take_records(&mut self, draft: &mut Draft) -> Result<(), EngineError> {
         let mut records = self.journal.read(self.cursor, RECORDS)?;
         let last = records.last().map(|(seq, _)| *seq);
+        self.index.expect(records.iter().filter_map(|(_, record)| subject(record)))?;
         let mut failure = None;
         records.retain(|(_, record)| match self.concerns(record) {
             Ok(concerns) => concerns,
@@ -174,14 +175,10 @@ impl Engine {
     /// Whether a record is of something that the replica has. What is new is
     /// reached through an entry of a directory that it has.
     fn concerns(&self, record: &Record) -> Result<bool, EngineError> {
-        let object = match record {
-            Record::Gap { .. } | Record::Barrier { .. } => return Ok(true),
-            // Its content travels, although the index does not know it yet.
-            Record::Object { object, .. } if self.holds.contains_key(object) => return Ok(true),
-            Record::Object { object, .. } => object,
-            Record::Entry { directory, .. } | Record::Named { directory, .. } => directory,
-        };
-        Ok(self.index.object(object)?.is_some() || self.in_flight.drops(object))
+        let Some(object) = subject(record) else { return Ok(true) };
+        // Its content travels, although the index does not know it yet.
+        let held = matches!(record, Record::Object { .. }) && self.holds.contains_key(object);
+        Ok(held || self.index.has(object)? || self.in_flight.drops(object))
     }
 
     /// Looks into the journal between batches, so that what turns out to
@@ -429,6 +426,16 @@ impl Engine {
                 self.hold_again(object, &placed.file, Duration::ZERO);
             }
         }
+    }
+}
+
+/// What the index has to know for a record to concern the source; `None` where it
+/// always does.
+fn subject(record: &Record) -> Option<&ObjectId> {
+    match record {
+        Record::Gap { .. } | Record::Barrier { .. } => None,
+        Record::Object { object, .. } => Some(object),
+        Record::Entry { directory, .. } | Record::Named { directory, .. } => Some(directory),
     }
 }
 

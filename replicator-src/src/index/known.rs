@@ -42,6 +42,12 @@ impl Known {
     pub fn doubtful(&self) -> bool {
         self.ctime.0 >= self.read_at.0.saturating_sub(DOUBT_NANOS)
     }
+
+    /// Its entry, if it has one name on the source and one in the replica. (Of what
+    /// was adopted nobody knows how many it has on the source until it was read.)
+    pub fn only_entry(&self) -> Option<&(ObjectId, Name)> {
+        self.entry.as_ref().filter(|_| (self.links, self.nlink) == (1, 1))
+    }
 }
 
 /// Content as shipped.

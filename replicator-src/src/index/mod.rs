@@ -10,9 +10,11 @@
 //!   deltas under way laid over [`store`].
 //! - [`noted`]: what the guard against deletions remembers.
 //! - [`snapshot`]: reads the tables as they stand at one moment.
-//! - [`store`]: the tables (redb) and the order in which they become durable.
+//! - [`store`]: the tables (redb) and the order in which they become durable;
+//!   `merge`: how a delta becomes part of them.
 
 pub mod known;
+mod merge;
 pub mod noted;
 pub mod overlay;
 pub mod snapshot;

@@ -33,8 +33,7 @@ use redb::{
 };
 use replicator_common::chunk::Chunk;
 use replicator_common::codec::{self, CodecError};
-use replicator_common::id::{BatchId, Incarnation, ObjectId};
-use replicator_common::name::Name;
+use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq};
 use replicator_common::store;
 use replicator_common::time::Timestamp;
 use serde::Serialize;
@@ -48,9 +47,9 @@ use super::view::Base;
 pub(super) type Bytes = &'static [u8];
 
 pub(super) const META: TableDefinition<'static, &'static str, Bytes> = TableDefinition::new("meta");
-const OBJECTS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("objects");
-const ENTRIES: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("entries");
-const LINKS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("links");
+pub(super) const OBJECTS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("objects");
+pub(super) const ENTRIES: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("entries");
+pub(super) const LINKS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("links");
 const CHUNKS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("chunks");
 pub(super) const ORPHANS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("orphans");
 pub(super) const PENDING: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("pending");
@@ -116,10 +115,6 @@ pub(super) fn pair_key(first: &ObjectId, second: &[u8]) -> Vec<u8> {
     key.extend_from_slice(first);
     key.extend_from_slice(second);
     key
-}
-
-fn link_key(object: &ObjectId, directory: &ObjectId, name: &Name) -> Vec<u8> {
-    pair_key(object, &pair_key(directory, name.as_bytes()))
 }
 
 /// Takes a `pair_key` apart.
@@ -201,6 +196,17 @@ impl Store {
     /// Where the last acknowledged batch left the source.
     pub fn mark(&self) -> Result<Mark, IndexError> {
         Ok(self.meta("mark")?.unwrap_or_default())
+    }
+
+    /// The highest number of a journal record that any batch covers, acknowledged or
+    /// not.
+    ///
+    /// INVARIANT (acknowledged means durable): no new record gets a number up to
+    /// this. The journal need not hold those records any more, nor ever have held
+    /// them; and to acknowledge a batch is to trim it that far.
+    pub fn highest_seq(&self) -> Result<Seq, IndexError> {
+        let pending = self.pending()?;
+        Ok(pending.iter().map(|delta| delta.mark.seq).fold(self.mark()?.seq, Seq::max))
     }
 
     /// A number for a new chunk list, never used before (also not by a process
@@ -346,50 +352,21 @@ impl Store {
         write.commit().map_err(failed(&self.path))
     }
 
-    fn drop_pending(&self, write: &WriteTransaction, through: BatchId) -> Result<(), IndexError> {
+    pub(super) fn drop_pending(
+        &self,
+        write: &WriteTransaction,
+        through: BatchId,
+    ) -> Result<(), IndexError> {
         let mut table = write.open_table(PENDING).map_err(failed(&self.path))?;
         let end = pending_key(through, u32::MAX);
         table.retain_in(..=&end[..], |_, _| false).map_err(failed(&self.path))
     }
 
-    fn merge(&self, write: &WriteTransaction, delta: &Delta) -> Result<(), IndexError> {
-        {
-            let mut entries = write.open_table(ENTRIES).map_err(failed(&self.path))?;
-            let mut links = write.open_table(LINKS).map_err(failed(&self.path))?;
-            for change in &delta.entries {
-                merge_entry(&mut entries, &mut links, change).map_err(failed(&self.path))?;
-            }
-            let mut objects = write.open_table(OBJECTS).map_err(failed(&self.path))?;
-            for (object, known) in &delta.objects {
-                match known {
-                    None => drop(objects.remove(object.as_bytes()).map_err(failed(&self.path))?),
-                    Some(known) => {
-                        let value = self.encode("objects", known)?;
-                        objects
-                            .insert(object.as_bytes(), value.as_slice())
-                            .map_err(failed(&self.path))?;
-                    }
-                }
-            }
-            let mut orphans = write.open_table(ORPHANS).map_err(failed(&self.path))?;
-            for (object, orphan) in &delta.orphans {
-                match orphan {
-                    None => drop(orphans.remove(object.as_bytes()).map_err(failed(&self.path))?),
-                    Some(orphan) => {
-                        let value = self.encode("orphans", orphan)?;
-                        orphans
-                            .insert(object.as_bytes(), value.as_slice())
-                            .map_err(failed(&self.path))?;
-                    }
-                }
-            }
-        }
-        self.remove_lists(write, &delta.dead_lists)?;
-        self.put_meta(write, "mark", &delta.mark)?;
-        self.drop_pending(write, delta.mark.batch)
-    }
-
-    fn remove_lists(&self, write: &WriteTransaction, lists: &[u64]) -> Result<(), IndexError> {
+    pub(super) fn remove_lists(
+        &self,
+        write: &WriteTransaction,
+        lists: &[u64],
+    ) -> Result<(), IndexError> {
         let mut chunks = write.open_table(CHUNKS).map_err(failed(&self.path))?;
         for list in lists {
             let (from, to) = (chunk_key(*list, 0), chunk_key(*list, u32::MAX));
@@ -493,25 +470,6 @@ impl Store {
             source,
         })
     }
-}
-
-fn merge_entry(
-    entries: &mut redb::Table<'_, Bytes, Bytes>,
-    links: &mut redb::Table<'_, Bytes, Bytes>,
-    change: &EntryChange,
-) -> Result<(), redb::StorageError> {
-    let key = pair_key(&change.directory, change.name.as_bytes());
-    match &change.new {
-        None => drop(entries.remove(key.as_slice())?),
-        Some(object) => drop(entries.insert(key.as_slice(), object.as_bytes())?),
-    }
-    if let Some(old) = &change.old {
-        links.remove(link_key(old, &change.directory, &change.name).as_slice())?;
-    }
-    if let Some(new) = &change.new {
-        links.insert(link_key(new, &change.directory, &change.name).as_slice(), &[][..])?;
-    }
-    Ok(())
 }
 
 impl Base for Store {

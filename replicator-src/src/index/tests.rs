@@ -2,7 +2,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use replicator_common::chunk::Chunk;
-use replicator_common::id::{BatchId, ObjectId};
+use replicator_common::id::{BatchId, ObjectId, Seq};
 use replicator_common::name::Name;
 use replicator_common::object::{Attributes, Kind, ObjectState};
 use replicator_common::time::Timestamp;
@@ -94,6 +94,54 @@ fn chunk_lists_of_what_was_given_up_go() {
     index.settle(BatchId(1)).unwrap();
     let left: Vec<u64> = (1..=4).filter(|list| !store.chunks(*list).unwrap().is_empty()).collect();
     assert_eq!(left, [1, 4], "in use, and not known to anybody yet");
+}
+
+/// A batch that was acknowledged to a process that died then is pending still, and
+/// what it covers was perhaps never written to the journal.
+#[test]
+fn the_numbers_that_pending_batches_cover_are_used() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("index");
+    {
+        let mut index = Index::new(Arc::new(Store::open(&path).unwrap())).unwrap();
+        for (batch, seq) in [(1, 5), (2, 9)] {
+            let mark = Mark { batch: BatchId(batch), seq: Seq(seq), ..Mark::default() };
+            index.prepare(Delta { mark, ..Delta::default() }, &Noted::default()).unwrap();
+            index.acknowledge(BatchId(batch));
+        }
+    }
+    let store = Store::open(&path).unwrap();
+    assert_eq!((store.mark().unwrap().seq, store.highest_seq().unwrap()), (Seq(5), Seq(9)));
+}
+
+/// What is remembered of an object is what the deltas and the store say, whatever
+/// comes and goes.
+#[test]
+fn what_is_remembered_is_never_old() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Arc::new(Store::open(&directory.path().join("index")).unwrap());
+    let mut index = Index::new(store).unwrap();
+    let object = ObjectId::new(1, &[1]).unwrap();
+    let version = |index: &Index| index.object(&object).unwrap().map(|known| known.version.0);
+    let delta = |batch, known| Delta {
+        objects: vec![(object.clone(), known)],
+        mark: Mark { batch: BatchId(batch), ..Mark::default() },
+        ..Delta::default()
+    };
+    index.expect([&object]).unwrap();
+    assert_eq!((version(&index), index.has(&object).unwrap()), (None, false));
+    index.prepare(delta(1, Some(file(1, 1))), &Noted::default()).unwrap();
+    assert_eq!((version(&index), index.has(&object).unwrap()), (Some(1), true));
+    index.acknowledge(BatchId(1));
+    index.merge().unwrap();
+    index.expect([&object, &object]).unwrap();
+    assert_eq!(index.kind(&object).unwrap(), Some(Kind::File));
+    index.prepare(delta(2, Some(file(2, 2))), &Noted::default()).unwrap();
+    assert_eq!(version(&index), Some(2));
+    index.prepare(delta(3, None), &Noted::default()).unwrap();
+    assert_eq!((version(&index), index.kind(&object).unwrap()), (None, None));
+    index.settle(BatchId(1)).unwrap();
+    assert_eq!(version(&index), Some(1), "the others are lost");
 }
 
 /// Pages one after the other are all entries, with what is under way laid over

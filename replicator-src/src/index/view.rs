@@ -2,6 +2,7 @@
 
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::name::Name;
+use replicator_common::object::Kind;
 
 use super::known::{Delta, Known, Orphan};
 use super::noted::Noted;
@@ -23,6 +24,15 @@ pub trait View {
 
     /// The object as the replica holds it.
     fn object(&self, object: &ObjectId) -> Result<Option<Known>, Self::Error>;
+    /// What kind of object the replica holds; `None` where it holds none.
+    fn kind(&self, object: &ObjectId) -> Result<Option<Kind>, Self::Error> {
+        Ok(self.object(object)?.map(|known| known.state.kind))
+    }
+    /// The entry of an object that has one name on the source and one in the
+    /// replica, as far as that is known with the object.
+    fn only_entry(&self, object: &ObjectId) -> Result<Option<(ObjectId, Name)>, Self::Error> {
+        Ok(self.object(object)?.and_then(|known| known.only_entry().cloned()))
+    }
     /// What the entry refers to in the replica.
     fn entry(&self, directory: &ObjectId, name: &Name) -> Result<Option<ObjectId>, Self::Error>;
     /// All entries of a directory in the replica, ordered by name.

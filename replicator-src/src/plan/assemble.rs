@@ -227,6 +227,11 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         self.view.object(object).map_err(PlanError::Index)
     }
 
+    /// Whether the replica has it.
+    fn is_known(&self, object: &ObjectId) -> Result<bool, Failure<V, T>> {
+        Ok(self.view.kind(object).map_err(PlanError::Index)?.is_some())
+    }
+
     fn shippable(&self, object: &ObjectId) -> bool {
         matches!(self.outcomes.get(object), Some(Outcome::Ship { .. } | Outcome::Same { .. }))
     }
@@ -254,7 +259,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         }
         while let Some(directory) = queue.pop_front() {
             for object in below.remove(directory).unwrap_or_default() {
-                if self.known(object)?.is_none() && admitted.insert(object.clone()) {
+                if !self.is_known(object)? && admitted.insert(object.clone()) {
                     queue.push_back(object);
                 }
             }
@@ -293,7 +298,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     /// Whether an entry cannot come to be now: its object is not there, or the
     /// replica does not take its name.
     fn is_held(&self, object: &ObjectId, (_, name): &Place) -> Result<bool, Failure<V, T>> {
-        let there = self.admitted.contains(object) || self.known(object)?.is_some();
+        let there = self.admitted.contains(object) || self.is_known(object)?;
         Ok(!there || self.too_long(name).is_some())
     }
 
@@ -301,7 +306,8 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     /// meanwhile. A directory may not: it can have only one entry, and may be
     /// on its way elsewhere.
     fn stays_under_held(&self, old: &ObjectId) -> Result<bool, Failure<V, T>> {
-        Ok(self.known(old)?.is_none_or(|known| known.state.kind != Kind::Directory))
+        let kind = self.view.kind(old).map_err(PlanError::Index)?;
+        Ok(kind != Some(Kind::Directory))
     }
 
     /// Takes an entry out of the batch because its object is not there yet.
@@ -412,7 +418,8 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     fn is_directory(&self, object: &ObjectId) -> Result<bool, Failure<V, T>> {
         let kind = match self.outcomes.get(object) {
             Some(Outcome::Ship { known, .. } | Outcome::Same { known }) => Some(known.state.kind),
-            _ => self.known(object)?.map(|known| known.state.kind),
+            _ if self.admitted.contains(object) => None,
+            _ => self.view.kind(object).map_err(PlanError::Index)?,
         };
         Ok(kind == Some(Kind::Directory))
     }
@@ -436,7 +443,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     fn links_after(&self, object: &ObjectId) -> Result<Vec<Place>, Failure<V, T>> {
         let mut links = match self.admitted.contains(object) {
             true => Vec::new(),
-            false => self.view.links(object).map_err(PlanError::Index)?,
+            false => self.links_before(object)?,
         };
         if let Some(lost) = self.lost.get(object) {
             links.retain(|place| !lost.contains(place));
@@ -449,6 +456,15 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             links.extend(new);
         }
         Ok(links)
+    }
+
+    /// The object's entries in the replica: each batch that changes entries of an
+    /// object says with it how many it has then ([`Self::put_object`]).
+    fn links_before(&self, object: &ObjectId) -> Result<Vec<Place>, Failure<V, T>> {
+        match self.view.only_entry(object).map_err(PlanError::Index)? {
+            Some(place) => Ok(vec![place]),
+            None => self.view.links(object).map_err(PlanError::Index),
+        }
     }
 
     /// States of objects: those read, and those whose links changed.

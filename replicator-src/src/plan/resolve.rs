@@ -545,8 +545,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     }
 
     fn is_known_directory(&self, object: &ObjectId) -> Result<bool, PlanError<V::Error, T::Error>> {
-        let known = self.view.object(object).map_err(PlanError::Index)?;
-        Ok(known.is_some_and(|known| known.state.kind == Kind::Directory))
+        Ok(self.view.kind(object).map_err(PlanError::Index)? == Some(Kind::Directory))
     }
 
     fn has_other_names(&self, object: &ObjectId) -> Result<bool, Failure<V, T>> {

@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::name::Name;
-use replicator_common::net::frame::Compression;
 use replicator_common::net::identity::Identity;
 use replicator_common::object::Kind;
 use replicator_common::status::WatcherKind;
@@ -263,7 +262,8 @@ impl Replication {
         let mark = store.mark()?;
         self.shared.returned();
         self.shared.acknowledged(&mark, Timestamp::NEVER);
-        let journal = Arc::new(Journal::open(&self.directory.join("journal"), mark.seq)?);
+        let used = store.highest_seq()?;
+        let journal = Arc::new(Journal::open(&self.directory.join("journal"), used)?);
         let members = Arc::new(Members::default());
         let (announce, captured) = bounded(1);
         let newest = engine::leave::newest(&store)?;
@@ -373,7 +373,7 @@ impl Replication {
             identity: means.identity.clone(),
             remote,
             wired,
-            compression: Compression::Auto,
+            compression: means.options.compression,
             hurry: shared.hurry(),
             silence: session::SILENCE,
         };

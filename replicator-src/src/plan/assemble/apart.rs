@@ -14,6 +14,7 @@
 use std::collections::VecDeque;
 
 use replicator_common::id::ObjectId;
+use replicator_common::object::Kind;
 use replicator_common::wire::Op;
 
 use super::detach::Lost;
@@ -31,9 +32,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         queue: &mut VecDeque<Lost>,
     ) -> Result<(), Failure<V, T>> {
         let room = self.settings.apart.saturating_sub(self.apart);
-        let known = self.known(object)?;
+        let directory = self.view.kind(object).map_err(PlanError::Index)? == Some(Kind::Directory);
         // What is foreign is moved aside as a whole; what is in it is not followed.
-        if is_directory(known.as_ref()) && !object.is_foreign() {
+        if directory && !object.is_foreign() {
             let below = Below::new(self.view, object.clone());
             let count = below.count(room + 1).map_err(PlanError::Index)?;
             if count > room {

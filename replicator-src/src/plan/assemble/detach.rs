@@ -6,7 +6,7 @@ use replicator_common::id::ObjectId;
 use replicator_common::object::Kind;
 use replicator_common::wire::Op;
 
-use super::{Binding, Failure, Place, PlanError, Work};
+use super::{Binding, Failure, Outcome, Place, PlanError, Work};
 use crate::index::overlay::entries_of;
 use crate::index::store::dead_list;
 use crate::index::{Orphan, View};
@@ -24,6 +24,8 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     /// its way, or outside.
     pub(super) fn detach(&mut self) -> Result<(), Failure<V, T>> {
         let mut lost: Vec<ObjectId> = self.lost.keys().cloned().collect();
+        // The order of index and objects map, whose neighbours are on one page.
+        lost.sort_unstable();
         lost.append(&mut self.loose);
         let mut inside = VecDeque::new();
         for object in lost {
@@ -77,11 +79,13 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     /// Makes an orphan of an object without entries that is still alive; says
     /// whether it is.
     fn keep_living(&mut self, object: &ObjectId) -> Result<bool, Failure<V, T>> {
-        let Some(known) = self.known(object)? else { return Ok(false) };
+        if !self.is_known(object)? || self.was_found_gone(object) {
+            return Ok(false);
+        }
         if self.tree_fate(object)? != Fate::Alive {
             return Ok(false);
         }
-        if known.state.kind == Kind::Directory {
+        if self.is_directory(object)? {
             self.out.orphaned.push(object.clone());
         }
         let (since, floor) = (self.settings.now, self.settings.floor);
@@ -91,6 +95,13 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         self.out.ops.push(Op::Orphan { object: object.clone() });
         self.out.orphans += 1;
         Ok(true)
+    }
+
+    /// Whether who was to read it found that it is no more: it does not come back,
+    /// and need not be asked for again. Where names lead to objects that proves
+    /// less.
+    fn was_found_gone(&self, object: &ObjectId) -> bool {
+        self.resolve.root.is_none() && matches!(self.outcomes.get(object), Some(Outcome::Gone))
     }
 
     fn tree_fate(&mut self, object: &ObjectId) -> Result<Fate, Failure<V, T>> {

@@ -5,46 +5,42 @@
 //! keeping it too long costs time and nothing else. The journal is what bounds
 //! memory: while the destination is slow or gone, records wait here.
 //!
+//! Records are appended in memory ([`tail`]), and go to disk with the next flush,
+//! which is as soon as the one before is through and a few milliseconds have
+//! passed; or at once, when too many wait. What is trimmed by then is spared it. A
+//! crash loses what was not flushed, as it would have in a buffer of sled's.
+//!
 //! # Format
-//! Tree `records`: key = sequence number, 8 bytes big endian; value =
-//! [`codec::encode_record`] of [`Record`]. Tree `meta`: `version` → 4 bytes
-//! little endian. Versions: 1, the first.
+//! Tree `blocks`: key = number of the first record, 8 bytes big endian; value =
+//! [`codec::encode_record`] of up to 100 [`Record`]s, whose numbers follow each
+//! other. Tree `meta`: `version` → 4 bytes little endian. Versions: 1, a row for
+//! each record, in a tree `records`; 2, blocks. An older one is upgraded when it is
+//! opened.
 //!
 //! # Damage
 //! What is lost here is a gap, which a walk closes; so damage never ends a
-//! replication. A record that cannot be read is given as [`Record::Gap`]. A
+//! replication. A block that cannot be read is given as [`Record::Gap`]. A
 //! store that cannot be opened because it is corrupt is set aside beside the
 //! new one, as `journal.corrupt-<time>`, for whoever wants to know why.
+//!
+//! [`codec::encode_record`]: replicator_common::codec::encode_record
+
+mod store;
+mod tail;
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use replicator_common::codec::{self, CodecError};
-use replicator_common::fault;
+use replicator_common::codec::CodecError;
 use replicator_common::id::{ObjectId, Seq};
 use replicator_common::name::Name;
 use replicator_common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::watcher::What;
-
-/// The newest format that this program writes and reads.
-const VERSION: u32 = 1;
-
-/// Most records in one sled batch: larger ones leak memory and disk (KERNEL
-/// measurements: 9.8 GB after 6 M records with batches of 1000, flat with 100).
-const APPEND_MAX: usize = 100;
-
-/// Most removals in one sled batch. What a batch leaves behind is freed when
-/// the next ones begin: trimming 200,000 records took 220 MiB with batches of
-/// 1000 and takes 20 MiB with 100, in the same time.
-const TRIM_MAX: usize = 100;
-
-/// sled's page cache, bytes as sled counts them: what is appended, read and
-/// trimmed at the same time takes four to five times as much (measured: 64 MiB
-/// more with 16 MiB, 25 MiB more with 2 MiB, whatever the backlog). Records are
-/// read once, in order, so a small cache does.
-const CACHE_BYTES: u64 = 2 << 20;
+use store::{BLOCK_MAX, Held, Store, VERSION};
+use tail::Tail;
 
 /// One record of the journal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,16 +113,19 @@ pub enum JournalError {
     },
 }
 
-/// The open journal, shared by the capture thread (append) and the engine
-/// (read, trim).
+/// The open journal, shared by the capture thread (append), the thread that flushes
+/// it and the engine (read, trim).
 pub struct Journal {
     /// What was wrong with the journal that was set aside for this one.
     damage: Option<String>,
-    db: sled::Db,
-    records: sled::Tree,
-    path: PathBuf,
-    /// Sequence number of the last record appended.
-    last: AtomicU64,
+    store: Store,
+    tail: Mutex<Tail>,
+    /// Who adds blocks, or takes them away, holds this: one after the other.
+    blocks: Mutex<()>,
+    /// Who flushes holds this: nobody is through before all of it is on disk.
+    flushing: Mutex<()>,
+    /// Blocks were added since the last flush.
+    unflushed: AtomicBool,
     /// Records are trimmed up to and including this.
     trimmed: AtomicU64,
     /// Records are flushed up to and including this.
@@ -139,10 +138,10 @@ impl Journal {
     /// so that numbers are not reused after the journal was emptied.
     pub fn open(path: &Path, floor: Seq) -> Result<Self, JournalError> {
         let error = match Self::open_as_it_is(path, floor) {
-            Err(JournalError::Store { source, .. }) if is_corrupt(&source) => source,
+            Err(JournalError::Store { source, .. }) if store::is_corrupt(&source) => source,
             result => return result,
         };
-        let aside = set_aside(path)?;
+        let aside = store::set_aside(path)?;
         let damage = format!("the journal was corrupt ({error})");
         tracing::warn!(%error, aside = %aside.display(), "the journal is corrupt; a new one begins");
         let new = Self::open_as_it_is(path, floor)?;
@@ -150,39 +149,18 @@ impl Journal {
     }
 
     fn open_as_it_is(path: &Path, floor: Seq) -> Result<Self, JournalError> {
-        let store = |source| JournalError::Store { path: path.to_owned(), source };
-        let db = open_store(path).map_err(store)?;
-        let meta = db.open_tree("meta").map_err(store)?;
-        match meta.get("version").map_err(store)? {
-            None => {
-                meta.insert("version", &VERSION.to_le_bytes()).map_err(store)?;
-            }
-            Some(bytes) => {
-                let found = bytes.as_ref().try_into().map(u32::from_le_bytes);
-                let found = found.map_err(|_| store(corruption()))?;
-                if found > VERSION {
-                    return Err(JournalError::Newer { path: path.to_owned(), found });
-                }
-            }
-        }
-        let records = db.open_tree("records").map_err(store)?;
-        let ends = (records.first().map_err(store)?, records.last().map_err(store)?);
-        let (trimmed, last) = match ends {
-            (Some((first, _)), Some((last, _))) => {
-                let ends = seq_of(&first).zip(seq_of(&last));
-                let (first, last) = ends.ok_or_else(|| store(corruption()))?;
-                (first.0.saturating_sub(1), last.0)
-            }
-            _ => (floor.0, floor.0),
-        };
+        let store = Store::open(path)?;
+        let held = store.held()?.unwrap_or(Held { before: floor.0, last: floor.0 });
+        let last = held.last.max(floor.0);
         Ok(Self {
             damage: None,
-            db,
-            records,
-            path: path.to_owned(),
-            last: AtomicU64::new(last.max(floor.0)),
-            trimmed: AtomicU64::new(trimmed),
-            flushed: AtomicU64::new(last),
+            store,
+            tail: Mutex::new(Tail::new(last)),
+            blocks: Mutex::new(()),
+            flushing: Mutex::new(()),
+            unflushed: AtomicBool::new(false),
+            trimmed: AtomicU64::new(held.before),
+            flushed: AtomicU64::new(held.last),
         })
     }
 
@@ -195,54 +173,61 @@ impl Journal {
     /// Appends records in order and returns the number of the last one.
     /// Called by the capture thread alone.
     pub fn append(&self, new: &[Record]) -> Result<Seq, JournalError> {
-        let mut seq = self.last.load(Ordering::Relaxed);
-        self.point("journal-append")?;
-        for part in new.chunks(APPEND_MAX) {
-            let mut batch = sled::Batch::default();
-            for record in part {
-                seq += 1;
-                let value = codec::encode_record(record).map_err(|source| {
-                    JournalError::Record { path: self.path.clone(), seq: Seq(seq), source }
-                })?;
-                batch.insert(&seq.to_be_bytes(), value);
-            }
-            self.records.apply_batch(batch).map_err(|e| self.store(e))?;
-            self.last.store(seq, Ordering::Release);
-        }
-        Ok(Seq(seq))
-    }
-
-    /// Makes all that was appended durable.
-    pub fn flush(&self) -> Result<Seq, JournalError> {
-        let last = self.last.load(Ordering::Acquire);
-        if self.flushed.load(Ordering::Relaxed) < last {
-            // The reason for this sync: a record that survives a crash marks
-            // what must be read again even where a rescan would see nothing
-            // (a store that shares its ctime with an earlier reading).
-            self.point("journal-flush")?;
-            self.db.flush().map_err(|e| self.store(e))?;
-            // sled's own flush only starts the write (sync_file_range, as
-            // strace shows); this makes the drive keep it.
-            self.fdatasync()?;
-            self.flushed.store(last, Ordering::Release);
+        self.store.point("journal-append")?;
+        let (last, full) = {
+            let mut tail = self.tail();
+            (tail.append(new), tail.is_full())
+        };
+        if full {
+            self.write_out()?;
         }
         Ok(Seq(last))
     }
 
-    /// Up to `most` records after `after`, in order. One that cannot be read is
+    /// Puts into the store what is in memory alone.
+    fn write_out(&self) -> Result<(), JournalError> {
+        loop {
+            let _alone = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some((first, records)) = self.tail().unwritten(BLOCK_MAX) else { return Ok(()) };
+            self.store.put(first, &records)?;
+            self.unflushed.store(true, Ordering::Release);
+            self.tail().wrote(first + records.len() as u64 - 1);
+        }
+    }
+
+    /// Makes all that was appended durable.
+    pub fn flush(&self) -> Result<Seq, JournalError> {
+        let _alone = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = self.last();
+        self.write_out()?;
+        if self.unflushed.swap(false, Ordering::AcqRel)
+            && let Err(error) = self.store.flush()
+        {
+            self.unflushed.store(true, Ordering::Release);
+            return Err(error);
+        }
+        self.flushed.fetch_max(last.0, Ordering::AcqRel);
+        Ok(last)
+    }
+
+    /// Up to `most` records after `after`, in order. What cannot be read is
     /// a gap.
     pub fn read(&self, after: Seq, most: usize) -> Result<Vec<(Seq, Record)>, JournalError> {
         let mut found = Vec::new();
-        for row in self.records.range(after.0.saturating_add(1).to_be_bytes()..).take(most) {
-            let (key, value) = row.map_err(|e| self.store(e))?;
-            let seq = seq_of(&key).ok_or_else(|| self.store(corruption()))?;
-            let record = codec::decode_record(&value).unwrap_or_else(|error| {
-                tracing::warn!(%seq, %error, "a record of the journal cannot be read");
-                Record::Gap {
-                    reason: format!("record {seq} of the journal cannot be read: {error}"),
+        let mut after = after.0;
+        while found.len() < most {
+            let (before, written) = {
+                let tail = self.tail();
+                if let Some(rest) = tail.read(after, most - found.len()) {
+                    found.extend(rest);
+                    break;
                 }
-            });
-            found.push((seq, record));
+                (tail.before(), tail.written())
+            };
+            let part = self.store.read(after, most - found.len(), written)?;
+            // Where the store has none, what it had is trimmed or lost.
+            after = part.last().map_or(before, |(seq, _)| seq.0);
+            found.extend(part);
         }
         Ok(found)
     }
@@ -252,126 +237,42 @@ impl Journal {
     /// INVARIANT (acknowledged means durable): called only with positions that
     /// a batch carried which the destination has acknowledged.
     pub fn trim(&self, through: Seq) -> Result<(), JournalError> {
-        let mut from = self.trimmed.load(Ordering::Relaxed);
-        while from < through.0 {
-            let to = through.0.min(from + TRIM_MAX as u64);
-            let mut batch = sled::Batch::default();
-            for seq in from + 1..=to {
-                batch.remove(&seq.to_be_bytes());
-            }
-            self.records.apply_batch(batch).map_err(|e| self.store(e))?;
-            self.trimmed.store(to, Ordering::Relaxed);
-            from = to;
+        if self.trimmed.fetch_max(through.0, Ordering::AcqRel) >= through.0 {
+            return Ok(());
         }
-        Ok(())
+        let _alone = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+        let written = {
+            let mut tail = self.tail();
+            let written = tail.written();
+            tail.trim(through.0);
+            written
+        };
+        self.store.trim(through.0, written)
     }
 
     /// Number of the last record appended.
     pub fn last(&self) -> Seq {
-        Seq(self.last.load(Ordering::Acquire))
+        Seq(self.tail().last())
     }
 
-    /// Number of the last record that is on disk.
+    /// Up to this number no record waits to be on disk.
     pub fn flushed(&self) -> Seq {
         Seq(self.flushed.load(Ordering::Acquire))
     }
 
     /// Records up to and including this are forgotten.
     pub fn trimmed(&self) -> Seq {
-        Seq(self.trimmed.load(Ordering::Relaxed))
+        Seq(self.trimmed.load(Ordering::Acquire))
     }
 
     /// Bytes on disk.
     pub fn size(&self) -> u64 {
-        self.db.size_on_disk().unwrap_or(0)
+        self.store.size()
     }
 
-    /// Brings sled's file to stable storage.
-    fn fdatasync(&self) -> Result<(), JournalError> {
-        self.point("journal-fdatasync")?;
-        std::fs::File::open(self.path.join("db"))
-            .and_then(|file| file.sync_data())
-            .map_err(|error| self.store(error.into()))
+    fn tail(&self) -> MutexGuard<'_, Tail> {
+        self.tail.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// A fault point.
-    fn point(&self, call: &'static str) -> Result<(), JournalError> {
-        fault::at(call, self.path.display())
-            .map_err(|error| self.store(std::io::Error::from(error).into()))
-    }
-
-    fn store(&self, source: sled::Error) -> JournalError {
-        JournalError::Store { path: self.path.clone(), source }
-    }
-}
-
-/// Opens the store. sled lets its file lock go a moment after the last handle
-/// was dropped, so one that is taken is tried again for a while; that no other
-/// process has the journal, the state directory's lock says.
-fn open_store(path: &Path) -> Result<sled::Db, sled::Error> {
-    let mut tries = 100;
-    loop {
-        let opened = sled::Config::new()
-            .path(path)
-            .cache_capacity(CACHE_BYTES)
-            .flush_every_ms(None)
-            .mode(sled::Mode::HighThroughput)
-            .open();
-        match opened {
-            Err(sled::Error::Io(error)) if tries > 0 && is_locked(&error) => {
-                tries -= 1;
-                std::thread::sleep(std::time::Duration::from_millis(20));
-            }
-            result => return result,
-        }
-    }
-}
-
-/// Moves a corrupt store out of the way.
-fn set_aside(path: &Path) -> Result<PathBuf, JournalError> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".corrupt-{}", Timestamp::now().to_compact()));
-    let aside = path.with_file_name(name);
-    // Not made durable: should the old one stand here again after a crash, it
-    // is set aside again.
-    std::fs::rename(path, &aside)
-        .map_err(|error| JournalError::Store { path: path.to_owned(), source: error.into() })?;
-    Ok(aside)
-}
-
-/// Whether the store's files are damaged, as against unreadable for now (no
-/// permission, a failing or full disk).
-fn is_corrupt(error: &sled::Error) -> bool {
-    match error {
-        sled::Error::Corruption { .. }
-        | sled::Error::Unsupported(_)
-        | sled::Error::ReportableBug(_)
-        | sled::Error::CollectionNotFound(_) => true,
-        sled::Error::Io(error) => {
-            matches!(
-                error.kind(),
-                std::io::ErrorKind::InvalidData
-                    | std::io::ErrorKind::InvalidInput
-                    | std::io::ErrorKind::UnexpectedEof
-                    | std::io::ErrorKind::Other
-            ) && error.raw_os_error().is_none()
-                && !is_locked(error)
-        }
-    }
-}
-
-fn is_locked(error: &std::io::Error) -> bool {
-    error.to_string().contains("could not acquire lock")
-}
-
-/// For what the store gives back and this program never wrote.
-fn corruption() -> sled::Error {
-    sled::Error::Corruption { at: None, bt: () }
-}
-
-/// Numbers begin at 1.
-fn seq_of(key: &[u8]) -> Option<Seq> {
-    key.try_into().ok().map(u64::from_be_bytes).filter(|seq| *seq > 0).map(Seq)
 }
 
 #[cfg(test)]
@@ -416,15 +317,55 @@ mod tests {
         journal.read(Seq(0), 10_000).unwrap().into_iter().map(|(_, record)| record).collect()
     }
 
+    /// Reading goes from the store to memory without a record left out or given
+    /// twice, whatever was flushed and trimmed by then.
     #[test]
-    fn a_record_that_cannot_be_read_is_a_gap() {
+    fn what_is_read_is_what_was_appended_and_not_trimmed() {
         let directory = tempfile::tempdir().unwrap();
         let journal = Journal::open(&directory.path().join("journal"), Seq(0)).unwrap();
+        let mut last = 0;
+        for (count, flush, trim) in [
+            (10_000, false, 0),
+            (1, true, 0),
+            (9_000, true, 5),
+            (30_000, false, 12_345),
+            (7, true, 48_999),
+        ] {
+            let new: Vec<_> = (last + 1..=last + count).map(entry).collect();
+            last += count;
+            assert_eq!(journal.append(&new).unwrap(), Seq(last));
+            if flush {
+                assert_eq!(journal.flush().unwrap(), Seq(last));
+            }
+            journal.trim(Seq(trim)).unwrap();
+            let mut after = journal.trimmed();
+            loop {
+                let part = journal.read(after, 777).unwrap();
+                for (seq, record) in &part {
+                    after = after.next();
+                    assert_eq!((*seq, record), (after, &entry(after.0)));
+                }
+                if part.is_empty() {
+                    break;
+                }
+            }
+            assert_eq!(after, Seq(last));
+        }
+    }
+
+    /// What is acknowledged before it was written costs the store nothing.
+    #[test]
+    fn what_is_trimmed_first_is_never_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("journal");
+        let journal = Journal::open(&path, Seq(0)).unwrap();
         journal.append(&[entry(1), entry(2), entry(3)]).unwrap();
-        journal.records.insert(2u64.to_be_bytes(), &b"\xff\xff not a record"[..]).unwrap();
-        let found = all(&journal);
-        assert_eq!((&found[0], &found[2]), (&entry(1), &entry(3)));
-        assert!(matches!(&found[1], Record::Gap { reason } if reason.contains('2')), "{found:?}");
+        journal.trim(Seq(2)).unwrap();
+        journal.flush().unwrap();
+        drop(journal);
+        let journal = Journal::open(&path, Seq(0)).unwrap();
+        assert_eq!(all(&journal), [entry(3)]);
+        assert_eq!((journal.trimmed(), journal.last()), (Seq(2), Seq(3)));
     }
 
     /// Each way to damage the files, and the journal opens all the same: with
@@ -439,7 +380,7 @@ mod tests {
             ("db cut", |path| truncate(&path.join("db"), 1000)),
             ("db with a hole", |path| overwrite(&path.join("db"), 4096, &[0xa5; 20_000])),
             ("version of three bytes", |path| {
-                let db = open_store(path).unwrap();
+                let db = store::open_database(path).unwrap();
                 db.open_tree("meta").unwrap().insert("version", &[1, 0, 0][..]).unwrap();
                 db.flush().unwrap();
             }),
