@@ -11,7 +11,7 @@ use super::commit::dropped_by;
 use super::halt::Leaving;
 use super::holds::{ReadyFile, Transfer};
 use super::{Engine, EngineError, ended};
-use crate::index::View;
+use crate::index::{Content, Known, View};
 use crate::journal::Record;
 use crate::ledger::{Closing, Gap, Span};
 use crate::plan::resolve::Budget;
@@ -154,8 +154,8 @@ impl Engine {
     fn take_records(&mut self, draft: &mut Draft) -> Result<(), EngineError> {
         let mut records = self.journal.read(self.cursor, RECORDS)?;
         let last = records.last().map(|(seq, _)| *seq);
-        let mut failure = None;
-        records.retain(|(_, record)| match self.concerns(record) {
+        let (mut failure, mut grown) = (None, Vec::new());
+        records.retain(|(_, record)| match self.concerns(record, &mut grown) {
             Ok(concerns) => concerns,
             Err(error) => {
                 failure.get_or_insert(error);
@@ -166,19 +166,33 @@ impl Engine {
             return Err(error);
         }
         self.absorb(&records, draft)?;
+        self.note_growth(grown);
         self.cursor = last.unwrap_or(self.cursor);
         draft.span.seq = self.cursor;
         Ok(())
     }
 
     /// Whether a record is of something that the replica has. What is new is
-    /// reached through an entry of a directory that it has.
-    fn concerns(&self, record: &Record) -> Result<bool, EngineError> {
+    /// reached through an entry of a directory that it has. Large files whose content
+    /// may have changed are added to `grown`.
+    fn concerns(
+        &self,
+        record: &Record,
+        grown: &mut Vec<(ObjectId, u64)>,
+    ) -> Result<bool, EngineError> {
         let object = match record {
             Record::Gap { .. } | Record::Barrier { .. } => return Ok(true),
             // Its content travels, although the index does not know it yet.
             Record::Object { object, .. } if self.holds.contains_key(object) => return Ok(true),
-            Record::Object { object, .. } => object,
+            Record::Object { object, what } => {
+                let known = self.index.object(object)?;
+                if let Some(Known { content: Content::Chunks { .. }, state, .. }) = &known
+                    && what.content
+                {
+                    grown.push((object.clone(), state.size));
+                }
+                return Ok(known.is_some() || self.in_flight.drops(object));
+            }
             Record::Entry { directory, .. } | Record::Named { directory, .. } => directory,
         };
         Ok(self.index.object(object)?.is_some() || self.in_flight.drops(object))
@@ -426,7 +440,7 @@ impl Engine {
                 held.transfer = Transfer::Waiting;
                 held.due = Instant::now();
             } else {
-                self.hold_again(object, &placed.file, Duration::ZERO);
+                self.hold_again(object, &placed.file, Duration::ZERO, None);
             }
         }
     }

@@ -8,14 +8,15 @@ use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::name::Name;
 use replicator_common::status::DesiredState;
 use replicator_common::time::Timestamp;
-use replicator_common::wire::DataFrame;
 
+use super::tails::{Placing, Tail, appended_to};
 use super::{Engine, EngineError, Event};
-use crate::index::{Content, Known, View};
+use crate::index::{Known, View};
 use crate::journal::Record;
 use crate::plan::waits::is_touched;
 use crate::plan::{Hold, HoldReason, Listing, Lookup, Resolve, Tree};
 use crate::read::lane::{Done, Job, LaneError};
+use crate::read::sink::APPENDED;
 use crate::watcher::What;
 
 /// Transfers under way at a time.
@@ -33,7 +34,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(200);
 const PLACE: Duration = Duration::from_secs(1);
 /// A file that keeps changing is read again no sooner than this many times
 /// as long as the last reading took: so it costs a bounded share of a core.
-const PATIENCE: u32 = 4;
+pub(super) const PATIENCE: u32 = 4;
 
 /// A hold with its history.
 pub(super) struct Held {
@@ -50,6 +51,8 @@ pub(super) struct Held {
     pub(super) touched: bool,
     /// The destination refused to build it from a basis: it is sent whole.
     pub(super) whole: bool,
+    /// Of a file that may just have grown.
+    pub(super) tail: Option<Tail>,
 }
 
 /// How far a held large file's transfer is.
@@ -68,6 +71,16 @@ pub(super) enum Transfer {
         done: Box<ReadyFile>,
         took: Duration,
     },
+}
+
+impl Held {
+    /// An event may have been of its content.
+    fn touch(&mut self, touched: bool) {
+        self.touched |= touched;
+        if let Some(tail) = self.tail.as_mut().filter(|_| touched) {
+            tail.touch();
+        }
+    }
 }
 
 impl Transfer {
@@ -97,6 +110,10 @@ pub(super) struct ReadyFile {
     pub(super) fresh: u64,
     pub(super) started: Timestamp,
     pub(super) moving: bool,
+    /// Its chunk list, if it is a new one.
+    pub(super) list: Option<u64>,
+    /// Only what was appended is at the destination, beside what it had.
+    pub(super) tail: Option<Placing>,
 }
 
 impl Engine {
@@ -122,14 +139,19 @@ impl Engine {
     fn may_transfer(&self) -> bool {
         self.session.is_some()
             && self.kept.is_told()
-            && self.running.len() < TRANSFERS
+            && self.large_running() < TRANSFERS
             && self.shared.desired() == DesiredState::Enabled
     }
 
     /// Whether one more may begin of which nothing was asked: each that was
     /// takes one of the places.
     fn may_ask(&self) -> bool {
-        self.running.len() + self.kept.asked() < TRANSFERS
+        self.large_running() + self.kept.asked() < TRANSFERS
+    }
+
+    /// Transfers of whole files under way.
+    fn large_running(&self) -> usize {
+        self.running.keys().filter(|number| number.0 & APPENDED == 0).count()
     }
 
     /// Whether a large file's transfer waits for nothing but its time.
@@ -137,6 +159,7 @@ impl Engine {
         matches!(held.hold.reason, HoldReason::Large { .. })
             && matches!(held.transfer, Transfer::Waiting)
             && !self.kept.is_awaited(object)
+            && !held.tail.as_ref().is_some_and(Tail::is_alive)
     }
 
     /// Takes the holds that a batch left, or renewed.
@@ -185,7 +208,9 @@ impl Engine {
                     let transfer = Transfer::Waiting;
                     let due = now + delay;
                     let (touched, whole) = (false, false);
-                    let held = Held { hold, floor, since, due, transfer, touched, whole };
+                    let large = matches!(hold.reason, HoldReason::Large { .. });
+                    let tail = (large && !walking).then(|| Tail::new(now));
+                    let held = Held { hold, floor, since, due, transfer, touched, whole, tail };
                     self.holds.insert(object, held);
                 }
             }
@@ -271,12 +296,15 @@ impl Engine {
             None => resembles.as_ref().map(|(object, _)| object.clone()),
         };
         let list = self.next_list()?;
+        let tail = self.holds.get(&object).and_then(|held| held.tail.as_ref());
+        let appended = tail.zip(known.as_ref()).and_then(|(tail, known)| appended_to(tail, known));
         let kept = self.kept.begin(&object);
         let job = Job {
             transfer: number,
             object: object.clone(),
             hint,
             known,
+            appended,
             resembles,
             list,
             whole,
@@ -301,7 +329,7 @@ impl Engine {
 
     /// One of the entries that leads to the object now, where names are all
     /// that does.
-    fn leading_to(
+    pub(super) fn leading_to(
         &mut self,
         object: &ObjectId,
         entries: &[(ObjectId, Name)],
@@ -372,7 +400,8 @@ impl Engine {
         };
         match done {
             Done::Sent { known, basis, fresh, started, moving } => {
-                let file = ReadyFile { known: *known, fresh, started, moving };
+                let (list, tail) = (Some(job.list), None);
+                let file = ReadyFile { known: *known, fresh, started, moving, list, tail };
                 let done = Box::new(file);
                 let (number, arrived) = (job.transfer, arrived);
                 held.transfer = Transfer::Ready { number, arrived, basis, done, took };
@@ -458,7 +487,14 @@ impl Engine {
                 number: TransferId(0),
                 arrived: true,
                 basis: None,
-                done: Box::new(ReadyFile { known: known.clone(), fresh: 0, started, moving }),
+                done: Box::new(ReadyFile {
+                    known: known.clone(),
+                    fresh: 0,
+                    started,
+                    moving,
+                    list: None,
+                    tail: None,
+                }),
                 took: Duration::ZERO,
             };
         }
@@ -474,13 +510,13 @@ impl Engine {
         match record {
             Record::Object { object, .. } => {
                 if let Some(held) = self.holds.get_mut(object) {
-                    held.touched |= is_touched(record, object, &held.hold.entries, None);
+                    held.touch(is_touched(record, object, &held.hold.entries, None));
                 }
             }
             Record::Named { directory, name, .. } => {
                 let known = self.index.entry(directory, name)?;
                 for (object, held) in &mut self.holds {
-                    held.touched |= is_touched(record, object, &held.hold.entries, known.as_ref());
+                    held.touch(is_touched(record, object, &held.hold.entries, known.as_ref()));
                 }
             }
             Record::Entry { .. } | Record::Gap { .. } | Record::Barrier { .. } => {}
@@ -573,17 +609,12 @@ impl Engine {
 
     /// The same of a file that was about to be placed.
     pub(super) fn discard_file(&mut self, number: TransferId, file: &ReadyFile) {
-        // Nothing was sent of a file that turned out to be as it was; its chunk
-        // list is the one in use.
-        if number.0 == 0 {
-            return;
-        }
-        if let Some(session) = &self.session {
+        // Nothing was sent of a file that turned out to be as it was.
+        if let Some(session) = self.session.as_ref().filter(|_| number.0 != 0) {
             abort(session, number);
         }
-        if let Content::Chunks { list, .. } = file.known.content {
-            self.dead_lists.push(list);
-        }
+        // (Another list may be the one in use.)
+        self.dead_lists.extend(file.list);
     }
 
     /// The same of a transfer that has just ended.
@@ -598,7 +629,16 @@ impl Engine {
 
     /// After a large file was placed: when it had changed while it was read,
     /// it waits for its next turn; its state as placed is of `started`.
-    pub(super) fn hold_again(&mut self, object: ObjectId, file: &ReadyFile, took: Duration) {
+    pub(super) fn hold_again(
+        &mut self,
+        object: ObjectId,
+        file: &ReadyFile,
+        took: Duration,
+        tail: Option<Tail>,
+    ) {
+        if file.tail.is_none() && file.list.is_some() {
+            self.rest(&object, took);
+        }
         let reason = HoldReason::Large { size: file.known.state.size };
         let hold = Hold { reason, entries: BTreeSet::new() };
         let held = Held {
@@ -609,6 +649,7 @@ impl Engine {
             transfer: Transfer::Waiting,
             touched: false,
             whole: false,
+            tail,
         };
         self.holds.insert(object, held);
     }
@@ -638,7 +679,8 @@ impl Engine {
             if this == number {
                 void.push(std::mem::replace(&mut held.transfer, Transfer::Waiting));
                 held.due = Instant::now() + Duration::from_millis(100);
-                held.whole = true;
+                held.whole = number.0 & APPENDED == 0;
+                held.tail = None;
             }
         }
         void.into_iter().for_each(|transfer| self.discard(transfer));
@@ -659,8 +701,7 @@ fn next_due(
 /// Tells the destination to forget a transfer. An error means that the session
 /// is gone, and the transfer with it.
 pub(super) fn abort(session: &crate::session::Session, number: TransferId) {
-    let stream = session.sink.transfer_stream(number.0);
-    let _ = session.sink.send(stream, &DataFrame::TransferAbort { transfer: number });
+    let _ = session.sink.abort(number);
 }
 
 #[cfg(test)]

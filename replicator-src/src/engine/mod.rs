@@ -13,7 +13,7 @@
 //!   and leaves to wait; `commit`: its end.
 //! - [`halt`]: deletions that look like an accident; `window`: which count.
 //! - `holds`: what waits, and the transfers of large files; `resemble`: what
-//!   such a file was probably made from.
+//!   such a file was probably made from; `tails`: those that grow.
 //! - `astray`: what is not where it was seen, for a source by names.
 //! - `kept`: what it still has of the session before.
 //! - `refused`: what the destination has no place for now.
@@ -38,6 +38,7 @@ mod refused;
 mod report;
 mod resemble;
 pub mod state;
+mod tails;
 pub mod verify;
 mod window;
 
@@ -65,6 +66,7 @@ use crate::plan::{Dirty, PlanError, Skip};
 use crate::read::lane::{Done, Job, LaneError};
 use crate::read::pool::Pool;
 use crate::read::sink::{SinkError, Wired};
+use crate::read::tail;
 use crate::session::{LinkEvent, Session};
 use crate::source::{Opener, SourceError, SourceTree};
 use crate::watcher::What;
@@ -139,6 +141,20 @@ pub enum Event {
     Link(LinkEvent),
     /// A large file's transfer ended.
     Transfer(Box<Job>, Result<Done, LaneError>),
+    /// What was appended to a large file is on its way, or was not all that
+    /// happened to it.
+    Appended(Box<tail::Job>, Result<tail::Done, LaneError>),
+    /// A large file was compared with what the replica holds.
+    Compared {
+        /// The file.
+        object: ObjectId,
+        /// Which comparison.
+        number: u64,
+        /// What it gave.
+        result: Result<Option<tail::Compared>, LaneError>,
+        /// How long it took.
+        took: Duration,
+    },
     /// Somebody asks.
     Command(Command),
     /// The verifier asks.
@@ -262,6 +278,11 @@ pub struct Engine {
     running: HashMap<TransferId, ObjectId>,
     /// Those of them that the destination says it has.
     arrived: BTreeSet<TransferId>,
+    /// The comparison of a large file that is under way, of how many.
+    comparing: Option<u64>,
+    comparisons: u64,
+    /// When large files that change again and again were last read.
+    rests: BTreeMap<ObjectId, tails::Rest>,
     in_flight: Flights<Note>,
     /// What the destination has no place for, until it is tried again.
     refused: BTreeMap<ObjectId, refused::Refused>,
@@ -378,6 +399,9 @@ impl Engine {
             owed: Owed::default(),
             running: HashMap::new(),
             arrived: BTreeSet::new(),
+            comparing: None,
+            comparisons: 0,
+            rests: BTreeMap::new(),
             in_flight: Flights::default(),
             refused: BTreeMap::new(),
             readings: 0,
@@ -513,6 +537,7 @@ impl Engine {
         let idle = !self.is_ready() || !self.in_flight.is_empty();
         let pulse = if idle { REFRESH } else { heartbeat.min(REFRESH) };
         let waiting = self.next_hold().into_iter().chain(self.next_recall());
+        let waiting = waiting.chain(self.next_tail());
         waiting.fold(pulse, Duration::min).max(Duration::from_millis(1))
     }
 
@@ -520,6 +545,10 @@ impl Engine {
         match event {
             Event::Link(event) => self.link(event),
             Event::Transfer(job, result) => self.transfer_done(&job, result),
+            Event::Appended(job, result) => self.tail_done(&job, result),
+            Event::Compared { object, number, result, took } => {
+                self.compared(&object, number, result, took)
+            }
             Event::Verify(query) => self.verify(query),
             Event::Command(Command::Nudge) => {
                 self.urgent = true;
@@ -569,6 +598,7 @@ impl Engine {
         }
         self.give_up_failover();
         self.due_holds();
+        self.tend_tails()?;
         self.start_transfers()?;
         self.continue_reconcile()?;
         self.release_kept();
@@ -579,7 +609,8 @@ impl Engine {
     }
 
     fn may_build(&self) -> bool {
-        let due = !self.dirty.is_empty() || self.leaving || self.walk_ended() || self.recall_due();
+        let dirty = !self.dirty.is_empty() && !self.awaits_tails();
+        let due = dirty || self.leaving || self.walk_ended() || self.recall_due();
         self.is_ready() && (due || self.heartbeat_due())
     }
 

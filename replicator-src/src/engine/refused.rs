@@ -107,6 +107,7 @@ impl Engine {
         if let Some(held) = self.holds.get_mut(&object) {
             let transfer = std::mem::replace(&mut held.transfer, Transfer::Waiting);
             held.due = due;
+            held.tail = None;
             self.discard(transfer);
         }
     }

@@ -7,6 +7,7 @@
 //! every restart.
 
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use replicator_common::chunk::Chunk;
 use replicator_common::wire::Hash;
@@ -58,6 +59,67 @@ pub(super) fn content(fd: BorrowedFd<'_>, now: &[Chunk], then: &[Chunk]) -> Resu
         }
     }
     Ok(true)
+}
+
+/// Read at once of what is compared.
+const WINDOW: usize = 1 << 20;
+
+/// Whether a file holds these chunks from `at` on, each at its place. Holes may be
+/// data there, of zeros; up to the first difference, or until it is told to `stop`.
+pub(super) fn in_place(
+    fd: BorrowedFd<'_>,
+    mut at: u64,
+    chunks: &[Chunk],
+    stop: &AtomicBool,
+) -> Result<bool, Errno> {
+    let mut buffer = vec![0; WINDOW];
+    let mut rest = chunks;
+    while let Some(first) = rest.first() {
+        if first.hash == HOLE {
+            let end = at + u64::from(first.length);
+            if !is_hole(fd, at, end)? && !all_zero(fd, std::iter::once((at, end)))? {
+                return Ok(false);
+            }
+            (at, rest) = (end, &rest[1..]);
+            continue;
+        }
+        // At least one: the longest chunk fits.
+        let mut filled = 0;
+        let fits = rest.iter().take_while(|chunk| {
+            let fits = chunk.hash != HOLE && filled + chunk.length as usize <= WINDOW;
+            filled += if fits { chunk.length as usize } else { 0 };
+            fits
+        });
+        let (these, after) = rest.split_at(fits.count());
+        if these.is_empty() {
+            return Ok(false);
+        }
+        let mut bytes = &mut buffer[..filled];
+        // (What the buffer held before must not be taken for the file's.)
+        if stop.load(Ordering::Relaxed) || read_full(fd, bytes, at)? < filled {
+            return Ok(false);
+        }
+        for chunk in these {
+            let (one, others) = bytes.split_at_mut(chunk.length as usize);
+            if Hash::of(one) != chunk.hash {
+                return Ok(false);
+            }
+            bytes = others;
+        }
+        at += filled as u64;
+        rest = after;
+    }
+    Ok(true)
+}
+
+/// Whether nothing was written to a part of a file, as far as its file system tells.
+fn is_hole(fd: BorrowedFd<'_>, from: u64, to: u64) -> Result<bool, Errno> {
+    match rustix::fs::seek(fd, rustix::fs::SeekFrom::Data(from)) {
+        Ok(start) => Ok(start >= to),
+        Err(Errno::NXIO) => Ok(true),
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 fn length(chunks: &[Chunk], counts: impl Fn(&Chunk) -> bool) -> u64 {
