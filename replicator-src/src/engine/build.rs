@@ -9,7 +9,7 @@ use replicator_common::name::Name;
 
 use super::commit::dropped_by;
 use super::halt::Leaving;
-use super::holds::{ReadyFile, Transfer};
+use super::held::{ReadyFile, Transfer};
 use super::{Engine, EngineError, ended};
 use crate::index::{Content, Known, View};
 use crate::journal::Record;

@@ -12,7 +12,7 @@
 //! - `build`: how a batch comes about; `placing`: what it takes of large files
 //!   and leaves to wait; `commit`: its end.
 //! - [`halt`]: deletions that look like an accident; `window`: which count.
-//! - `holds`: what waits, and the transfers of large files; `resemble`: what
+//! - `held`, `holds`: what waits, and the transfers of large files; `resemble`: what
 //!   such a file was probably made from; `tails`: those that grow.
 //! - `astray`: what is not where it was seen, for a source by names.
 //! - `kept`: what it still has of the session before.
@@ -28,6 +28,7 @@ mod astray;
 mod build;
 mod commit;
 pub mod halt;
+mod held;
 mod holds;
 pub(crate) mod kept;
 pub(crate) mod leave;
@@ -71,7 +72,7 @@ use crate::session::{LinkEvent, Session};
 use crate::source::{Opener, SourceError, SourceTree};
 use crate::watcher::What;
 use halt::Halt;
-use holds::Held;
+use held::Held;
 use state::Shared;
 
 /// Batches that may be under way (committed, not yet acknowledged): one that

@@ -11,7 +11,7 @@ use replicator_common::time::Timestamp;
 use replicator_common::wire::ContentSource;
 
 use super::build::{Draft, Placed};
-use super::holds::{ReadyFile, Transfer};
+use super::held::{ReadyFile, Transfer};
 use super::tails::Tail;
 use super::{Engine, EngineError};
 use crate::index::View;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::wire::SourceMessage;
 
-use super::holds::Transfer;
+use super::held::Transfer;
 use super::{Engine, EngineError};
 use crate::index::View;
 use crate::plan::Outcome;

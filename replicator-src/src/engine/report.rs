@@ -8,7 +8,7 @@ use replicator_common::status::{Blocker, Positions, Skipped, SourceReport, Stage
 use replicator_common::time::Timestamp;
 use replicator_common::wire::SourceMessage;
 
-use super::holds::Transfer;
+use super::held::Transfer;
 use super::state::Facts;
 use super::{Engine, REFRESH, REPORT};
 use crate::index::View;

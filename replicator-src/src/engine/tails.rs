@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::status::DesiredState;
 
-use super::holds::{Held, PATIENCE, ReadyFile, Transfer};
+use super::held::{Held, ReadyFile, Transfer};
+use super::holds::PATIENCE;
 use super::{Engine, EngineError, Event};
 use crate::index::{Content, Known, View};
 use crate::plan::{Hold, HoldReason};
@@ -134,6 +135,7 @@ pub(super) struct Placing {
 pub(super) struct Rest {
     ended: Instant,
     took: Duration,
+    same: bool,
 }
 
 impl Held {
@@ -375,7 +377,16 @@ impl Engine {
                 (job.transfer, ready(known, appended, fresh, moving), arrived)
             }
             Done::Same { known, moving } => (TransferId(0), ready(known, None, 0, moving), true),
-            Done::Otherwise => {
+            // A later event of what was sent already, or a change elsewhere: the
+            // comparison tells. Of a file that is not known to grow it need not be
+            // tried.
+            Done::NotGrown if self.grows(&job.object) => {
+                if let Some(held) = self.awaited(job.transfer, &job.object) {
+                    held.transfer = Transfer::Waiting;
+                }
+                return Ok(());
+            }
+            Done::NotGrown | Done::Otherwise => {
                 if let Some(held) = self.awaited(job.transfer, &job.object) {
                     held.transfer = Transfer::Waiting;
                     self.read_whole(&job.object);
@@ -395,6 +406,13 @@ impl Engine {
         Ok(())
     }
 
+    /// Whether something was appended to a file of late, and nothing else changed.
+    fn grows(&self, object: &ObjectId) -> bool {
+        let tail = self.holds.get(object).and_then(|held| held.tail.as_ref());
+        tail.is_some_and(|tail| tail.appended.is_some())
+            || self.rests.get(object).is_some_and(|rest| rest.same)
+    }
+
     fn awaited(&mut self, transfer: TransferId, object: &ObjectId) -> Option<&mut Held> {
         self.holds.get_mut(object).filter(|held| {
             matches!(&held.transfer, Transfer::Running { number, .. } if *number == transfer)
@@ -410,7 +428,7 @@ impl Engine {
         took: Duration,
     ) -> Result<(), EngineError> {
         self.comparing = None;
-        self.rest(object, took);
+        self.rest(object, took, matches!(result, Ok(Some(_))));
         let held = self.holds.get_mut(object);
         let tail = held.and_then(|held| held.tail.as_mut());
         let Some(tail) = tail.filter(|tail| !tail.failed && tail.comparing == Some(number)) else {
@@ -428,11 +446,12 @@ impl Engine {
         Ok(())
     }
 
-    /// A file was read as a whole, and that `took` so long.
-    pub(super) fn rest(&mut self, object: &ObjectId, took: Duration) {
+    /// A file was read as a whole, and that `took` so long; it was the `same` but for
+    /// its end.
+    pub(super) fn rest(&mut self, object: &ObjectId, took: Duration, same: bool) {
         let ended = Instant::now();
         self.rests.retain(|_, rest| rest.ended + rest.took * BUSY_PATIENCE > ended);
-        self.rests.insert(object.clone(), Rest { ended, took });
+        self.rests.insert(object.clone(), Rest { ended, took, same });
     }
 
     fn hint_of(
@@ -449,4 +468,24 @@ impl Engine {
 pub(super) fn appended_to(tail: &Tail, known: &Known) -> Option<Arc<Appended>> {
     let appended = tail.appended.as_ref().filter(|_| tail.placed == known.version)?;
     appended.is_of(known).then(|| appended.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file that is left alone is compared soon, one that is not comes to it all
+    /// the same; both after a rest that the last comparison sets.
+    #[test]
+    fn when_a_file_that_grows_is_compared() {
+        let (now, settle) = (Instant::now(), Duration::from_millis(500));
+        let mut tail = Tail::new(now);
+        assert_eq!(tail.compare_due(settle, None), now + settle);
+        let rest = Rest { ended: now, took: Duration::from_secs(1), same: true };
+        assert_eq!(tail.compare_due(settle, Some(&rest)), now + Duration::from_secs(4));
+        // An event every moment, for ever.
+        tail.touched = now + Duration::from_secs(60);
+        assert_eq!(tail.compare_due(settle, None), now + settle * 4);
+        assert_eq!(tail.compare_due(settle, Some(&rest)), now + Duration::from_secs(24));
+    }
 }

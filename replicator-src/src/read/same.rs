@@ -175,6 +175,32 @@ mod tests {
         .collect()
     }
 
+    /// Any byte that differs is found, also where a hole was, and a file that is too
+    /// short; what follows the chunks does not count.
+    #[test]
+    fn chunks_at_their_places() {
+        let mut bytes: Vec<u8> = (0..3_000_000u32).map(|n| (n % 251) as u8 + 1).collect();
+        bytes[1_000_000..1_200_000].fill(0);
+        let cuts: Vec<usize> = (1..30).map(|n| n * 100_000).filter(|at| *at != 1_100_000).collect();
+        let chunks = cut(&bytes, &cuts);
+        let same = |bytes: &[u8], from: usize, first: usize, stop: bool| {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(bytes).unwrap();
+            let stop = AtomicBool::new(stop);
+            in_place(file.as_fd(), from as u64, &chunks[first..], &stop).unwrap()
+        };
+        assert!(same(&bytes, 0, 0, false) && same(&bytes, 200_000, 2, false));
+        assert!(same(&[&bytes[..], b"more"].concat(), 0, 0, false));
+        for at in [0, 1_000_000, 1_150_000, 1_199_999, 1_200_000, 2_999_999] {
+            let mut other = bytes.clone();
+            other[at] ^= 0xff;
+            assert!(!same(&other, 0, 0, false), "{at}");
+        }
+        // (The end of the last chunk is still in the buffer, of the chunk before.)
+        assert!(!same(&bytes[..2_999_999], 0, 0, false), "shorter");
+        assert!(!same(&bytes, 0, 0, true), "stopped");
+    }
+
     #[test]
     fn the_same_content_cut_differently() {
         let mut bytes: Vec<u8> = (0..300_000u32).map(|n| (n % 251) as u8 + 1).collect();

@@ -140,6 +140,8 @@ pub enum Done {
         /// It has changed since it was compared.
         moving: bool,
     },
+    /// It has as many bytes as before, and was not compared.
+    NotGrown,
     /// It has not grown, or not only: it must be read as a whole.
     Otherwise,
 }
@@ -191,9 +193,10 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     };
     let size = job.known.state.size;
     let grown = before.size.checked_sub(size).filter(|grown| *grown <= GROWTH_MAX);
-    let Some(grown) = grown.filter(|grown| *grown > 0 || job.compared.is_some()) else {
-        return Ok(Done::Otherwise);
-    };
+    let Some(grown) = grown else { return Ok(Done::Otherwise) };
+    if grown == 0 && job.compared.is_none() {
+        return Ok(Done::NotGrown);
+    }
     if before.nlink == 0 || size <= PACK_MAX || !chunk::average_suits(average, before.size) {
         return Ok(Done::Otherwise);
     }
