@@ -5,13 +5,20 @@
 //! shifts the bytes behind it but not their chunks, so only the chunks around
 //! the change are new.
 
+mod cut;
+mod expected;
+
 use std::io;
 
 use bytes::Bytes;
-use fastcdc::v2020::FastCDC;
 use serde::{Deserialize, Serialize};
 
 use crate::wire::Hash;
+use cut::Cutter;
+pub use expected::Expected;
+
+/// In chunk lists, the hash of a hole.
+pub const NONE: Hash = Hash([0; 32]);
 
 /// One chunk; its offset is the sum of the lengths before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,9 +62,15 @@ const WINDOW: usize = 512 << 10;
 /// Cuts a stream into chunks, window by window: bytes are read to where they are
 /// sent from, and not copied but for the end of a window, which may be the
 /// beginning of a chunk.
-pub struct Chunker<R> {
+pub struct Chunker<'a, R> {
     read: R,
     average: u32,
+    cutter: Cutter,
+    /// What was there before, and the last of its chunks that was met again.
+    expected: Option<&'a Expected<'a>>,
+    last: Option<usize>,
+    /// Where the next chunk begins.
+    at: u64,
     /// Of the window before: what is not cut yet.
     rest: Vec<u8>,
     ended: bool,
@@ -71,13 +84,22 @@ pub struct Window {
     pub chunks: Vec<Chunk>,
 }
 
-impl<R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Chunker<R> {
+impl<'a, R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Chunker<'a, R> {
     /// `read` appends the next bytes of the stream, as many as fit into the
     /// spare capacity; 0 says that the stream ended. `average` is one of those
     /// that [`average_for`] gives: minimum a quarter of it, maximum four times it.
     pub fn new(read: R, average: u32) -> Self {
         let average = average.clamp(AVERAGE_MIN, AVERAGE_MAX);
-        Self { read, average, rest: Vec::new(), ended: false }
+        let cutter = Cutter::new(average);
+        let (expected, last, at, rest) = (None, None, 0, Vec::new());
+        Self { read, average, cutter, expected, last, at, rest, ended: false }
+    }
+
+    /// The stream begins at `at` of what probably consists of these chunks, cut with
+    /// the same average. It is cut where it would be without them, but for chunks that
+    /// had been cut short where the data ended, and are met again.
+    pub fn expecting(self, expected: &'a Expected<'a>, at: u64) -> Self {
+        Self { expected: Some(expected), at, ..self }
     }
 
     fn window(&mut self) -> io::Result<Option<Window>> {
@@ -90,20 +112,33 @@ impl<R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Chunker<R> {
         if bytes.is_empty() {
             return Ok(None);
         }
-        let cutter = FastCDC::new(&bytes, self.average / 4, self.average, self.average * 4);
         let (mut chunks, mut at) = (Vec::new(), 0);
         // A cut means something only if the longest chunk would have fitted.
         while at < bytes.len() && (self.ended || bytes.len() - at >= longest) {
-            let (_, end) = cutter.cut(at, bytes.len() - at);
-            chunks.push(Chunk { length: (end - at) as u32, hash: Hash::of(&bytes[at..end]) });
-            at = end;
+            let chunk = self.chunk(&bytes[at..]);
+            chunks.push(chunk);
+            at += chunk.length as usize;
         }
         self.rest = bytes.split_off(at);
         Ok(Some(Window { bytes: bytes.into(), chunks }))
     }
+
+    /// The chunk that begins where the bytes do.
+    fn chunk(&mut self, bytes: &[u8]) -> Chunk {
+        let min = self.average / 4;
+        let met = self.expected.and_then(|all| all.chunk(&mut self.last, self.at, bytes, min));
+        let chunk = met.unwrap_or_else(|| {
+            let length = self.cutter.cut(bytes);
+            let chunk = Chunk { length: length as u32, hash: Hash::of(&bytes[..length]) };
+            self.last = self.expected.and_then(|expected| expected.find(&chunk));
+            chunk
+        });
+        self.at += u64::from(chunk.length);
+        chunk
+    }
 }
 
-impl<R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Iterator for Chunker<R> {
+impl<R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Iterator for Chunker<'_, R> {
     type Item = io::Result<Window>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -113,6 +148,8 @@ impl<R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Iterator for Chunker<R> {
 
 #[cfg(test)]
 mod tests {
+    use fastcdc::v2020::FastCDC;
+
     use super::*;
 
     /// Reads `bytes`, at most `step` at once.
@@ -163,6 +200,46 @@ mod tests {
                 assert_eq!(at, data.len());
                 assert_eq!(lengths, expected, "average {average}, step {step}");
             }
+        }
+    }
+
+    /// Cuts of all lengths of data, random and not, are those of the crate.
+    #[test]
+    fn cuts_are_those_of_fastcdc() {
+        let mut data = noise(600_000);
+        data[100_000..300_000].fill(7);
+        data[300_000..400_000].iter_mut().for_each(|byte| *byte &= 3);
+        for average in [AVERAGE_MIN, 64 << 10] {
+            let cutter = Cutter::new(average);
+            for (start, length) in (0..60).map(|n| (n * 9_973, 1_000 * n + n * n * 101 + n % 2)) {
+                let bytes = &data[start..data.len().min(start + length)];
+                let theirs = FastCDC::new(bytes, average / 4, average, average * 4);
+                let end = if bytes.is_empty() { 0 } else { theirs.cut(0, bytes.len()).1 };
+                assert_eq!(cutter.cut(bytes), end, "{start} {length} {average}");
+            }
+        }
+    }
+
+    /// With what was there before, and however it changed, the chunks are the same
+    /// as without.
+    #[test]
+    fn what_is_expected_changes_nothing_but_the_time() {
+        let before = noise(2_000_000);
+        let list = cut(&before);
+        let expected = Expected::new(&list);
+        let mut overwritten = before.clone();
+        for at in (10_000..2_000_000).step_by(150_000) {
+            overwritten[at..at + 4096].copy_from_slice(&noise(8192)[4096..]);
+        }
+        let mut shifted = before.clone();
+        shifted.splice(700_000..700_000, *b"inserted");
+        shifted.drain(1_500_000..1_500_100);
+        let appended = [&before[..], &noise(50_000)[..]].concat();
+        let shorter = before[..1_234_567].to_vec();
+        for now in [&before, &overwritten, &shifted, &appended, &shorter, &noise(300_000)] {
+            let windows = Chunker::new(reader(now, 100_003), AVERAGE_MIN).expecting(&expected, 0);
+            let found: Vec<_> = windows.flat_map(|window| window.unwrap().chunks).collect();
+            assert!(found == cut(now), "of {} bytes", now.len());
         }
     }
 

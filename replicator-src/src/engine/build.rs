@@ -9,9 +9,9 @@ use replicator_common::name::Name;
 
 use super::commit::dropped_by;
 use super::halt::Leaving;
-use super::holds::{ReadyFile, Transfer};
+use super::held::{ReadyFile, Transfer};
 use super::{Engine, EngineError, ended};
-use crate::index::View;
+use crate::index::{Content, Known, View};
 use crate::journal::Record;
 use crate::ledger::{Closing, Gap, Span};
 use crate::plan::resolve::Budget;
@@ -155,8 +155,8 @@ impl Engine {
         let mut records = self.journal.read(self.cursor, RECORDS)?;
         let last = records.last().map(|(seq, _)| *seq);
         self.index.expect(records.iter().filter_map(|(_, record)| subject(record)))?;
-        let mut failure = None;
-        records.retain(|(_, record)| match self.concerns(record) {
+        let (mut failure, mut grown) = (None, Vec::new());
+        records.retain(|(_, record)| match self.concerns(record, &mut grown) {
             Ok(concerns) => concerns,
             Err(error) => {
                 failure.get_or_insert(error);
@@ -167,18 +167,33 @@ impl Engine {
             return Err(error);
         }
         self.absorb(&records, draft)?;
+        self.note_growth(grown);
         self.cursor = last.unwrap_or(self.cursor);
         draft.span.seq = self.cursor;
         Ok(())
     }
 
     /// Whether a record is of something that the replica has. What is new is
-    /// reached through an entry of a directory that it has.
-    fn concerns(&self, record: &Record) -> Result<bool, EngineError> {
+    /// reached through an entry of a directory that it has. Large files whose content
+    /// may have changed are added to `grown`.
+    fn concerns(
+        &self,
+        record: &Record,
+        grown: &mut Vec<(ObjectId, u64)>,
+    ) -> Result<bool, EngineError> {
         let Some(object) = subject(record) else { return Ok(true) };
-        // Its content travels, although the index does not know it yet.
-        let held = matches!(record, Record::Object { .. }) && self.holds.contains_key(object);
-        Ok(held || self.index.has(object)? || self.in_flight.drops(object))
+        if let Record::Object { what, .. } = record {
+            if self.holds.contains_key(object) {
+                // Its content travels, although the index does not know it yet.
+                return Ok(true);
+            }
+            let cut = |known: &Known| matches!(known.content, Content::Chunks { .. });
+            let size = self.index.with_object(object, |known| {
+                known.filter(|known| what.content && cut(known)).map(|known| known.state.size)
+            })?;
+            grown.extend(size.map(|size| (object.clone(), size)));
+        }
+        Ok(self.index.has(object)? || self.in_flight.drops(object))
     }
 
     /// Looks into the journal between batches, so that what turns out to
@@ -423,7 +438,7 @@ impl Engine {
                 held.transfer = Transfer::Waiting;
                 held.due = Instant::now();
             } else {
-                self.hold_again(object, &placed.file, Duration::ZERO);
+                self.hold_again(object, &placed.file, Duration::ZERO, None);
             }
         }
     }

@@ -4,18 +4,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use replicator_common::id::{BatchId, ObjectId, TransferId};
+use replicator_common::id::{ObjectId, TransferId};
 use replicator_common::name::Name;
 use replicator_common::status::DesiredState;
 use replicator_common::time::Timestamp;
-use replicator_common::wire::DataFrame;
 
+use super::held::{Held, ReadyFile, Transfer};
+use super::tails::{Tail, appended_to};
 use super::{Engine, EngineError, Event};
-use crate::index::{Content, Known, View};
+use crate::index::{Known, View};
 use crate::journal::Record;
 use crate::plan::waits::is_touched;
 use crate::plan::{Hold, HoldReason, Listing, Lookup, Resolve, Tree};
 use crate::read::lane::{Done, Job, LaneError};
+use crate::read::sink::APPENDED;
 use crate::watcher::What;
 
 /// Transfers under way at a time.
@@ -33,71 +35,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(200);
 const PLACE: Duration = Duration::from_secs(1);
 /// A file that keeps changing is read again no sooner than this many times
 /// as long as the last reading took: so it costs a bounded share of a core.
-const PATIENCE: u32 = 4;
-
-/// A hold with its history.
-pub(super) struct Held {
-    pub(super) hold: Hold,
-    /// Every change of it before this is in the replica.
-    pub(super) floor: Timestamp,
-    /// Since when it waits.
-    pub(super) since: Timestamp,
-    /// When to act on it.
-    pub(super) due: Instant,
-    pub(super) transfer: Transfer,
-    /// An event of its content came after the transfer began: change times
-    /// alone do not tell (trap 6: effects come before their event).
-    pub(super) touched: bool,
-    /// The destination refused to build it from a basis: it is sent whole.
-    pub(super) whole: bool,
-}
-
-/// How far a held large file's transfer is.
-pub(super) enum Transfer {
-    /// Waits for its turn.
-    Waiting,
-    /// Is being read and sent.
-    Running { number: TransferId, basis: Option<ObjectId> },
-    /// Was handed to the network; once it has arrived, the next batch places it.
-    /// (A batch that places it sooner would wait for it, and all that is small
-    /// with the batch.)
-    Ready {
-        number: TransferId,
-        arrived: bool,
-        basis: Option<(ObjectId, BatchId)>,
-        done: Box<ReadyFile>,
-        took: Duration,
-    },
-}
-
-impl Transfer {
-    /// Whether content is still on its way.
-    pub(super) fn is_under_way(&self) -> bool {
-        matches!(self, Self::Running { .. } | Self::Ready { arrived: false, .. })
-    }
-
-    /// Whether it is complete at the destination.
-    fn has_arrived(&self) -> bool {
-        matches!(self, Self::Ready { arrived: true, .. })
-    }
-
-    /// Its number, once it has begun.
-    pub(super) fn number(&self) -> Option<TransferId> {
-        match self {
-            Self::Waiting => None,
-            Self::Running { number, .. } | Self::Ready { number, .. } => Some(*number),
-        }
-    }
-}
-
-/// A large file whose content is at the destination.
-pub(super) struct ReadyFile {
-    pub(super) known: Known,
-    /// Content bytes that the replica's version did not have.
-    pub(super) fresh: u64,
-    pub(super) started: Timestamp,
-    pub(super) moving: bool,
-}
+pub(super) const PATIENCE: u32 = 4;
 
 impl Engine {
     /// How long until a hold needs attention.
@@ -122,14 +60,19 @@ impl Engine {
     fn may_transfer(&self) -> bool {
         self.session.is_some()
             && self.kept.is_told()
-            && self.running.len() < TRANSFERS
+            && self.large_running() < TRANSFERS
             && self.shared.desired() == DesiredState::Enabled
     }
 
     /// Whether one more may begin of which nothing was asked: each that was
     /// takes one of the places.
     fn may_ask(&self) -> bool {
-        self.running.len() + self.kept.asked() < TRANSFERS
+        self.large_running() + self.kept.asked() < TRANSFERS
+    }
+
+    /// Transfers of whole files under way.
+    fn large_running(&self) -> usize {
+        self.running.keys().filter(|number| number.0 & APPENDED == 0).count()
     }
 
     /// Whether a large file's transfer waits for nothing but its time.
@@ -137,6 +80,7 @@ impl Engine {
         matches!(held.hold.reason, HoldReason::Large { .. })
             && matches!(held.transfer, Transfer::Waiting)
             && !self.kept.is_awaited(object)
+            && !held.tail.as_ref().is_some_and(Tail::is_alive)
     }
 
     /// Takes the holds that a batch left, or renewed.
@@ -185,7 +129,9 @@ impl Engine {
                     let transfer = Transfer::Waiting;
                     let due = now + delay;
                     let (touched, whole) = (false, false);
-                    let held = Held { hold, floor, since, due, transfer, touched, whole };
+                    let large = matches!(hold.reason, HoldReason::Large { .. });
+                    let tail = (large && !walking).then(|| Tail::new(now));
+                    let held = Held { hold, floor, since, due, transfer, touched, whole, tail };
                     self.holds.insert(object, held);
                 }
             }
@@ -271,12 +217,15 @@ impl Engine {
             None => resembles.as_ref().map(|(object, _)| object.clone()),
         };
         let list = self.next_list()?;
+        let tail = self.holds.get(&object).and_then(|held| held.tail.as_ref());
+        let appended = tail.zip(known.as_ref()).and_then(|(tail, known)| appended_to(tail, known));
         let kept = self.kept.begin(&object);
         let job = Job {
             transfer: number,
             object: object.clone(),
             hint,
             known,
+            appended,
             resembles,
             list,
             whole,
@@ -301,7 +250,7 @@ impl Engine {
 
     /// One of the entries that leads to the object now, where names are all
     /// that does.
-    fn leading_to(
+    pub(super) fn leading_to(
         &mut self,
         object: &ObjectId,
         entries: &[(ObjectId, Name)],
@@ -372,7 +321,8 @@ impl Engine {
         };
         match done {
             Done::Sent { known, basis, fresh, started, moving } => {
-                let file = ReadyFile { known: *known, fresh, started, moving };
+                let (list, tail) = (Some(job.list), None);
+                let file = ReadyFile { known: *known, fresh, started, moving, list, tail };
                 let done = Box::new(file);
                 let (number, arrived) = (job.transfer, arrived);
                 held.transfer = Transfer::Ready { number, arrived, basis, done, took };
@@ -458,7 +408,14 @@ impl Engine {
                 number: TransferId(0),
                 arrived: true,
                 basis: None,
-                done: Box::new(ReadyFile { known: known.clone(), fresh: 0, started, moving }),
+                done: Box::new(ReadyFile {
+                    known: known.clone(),
+                    fresh: 0,
+                    started,
+                    moving,
+                    list: None,
+                    tail: None,
+                }),
                 took: Duration::ZERO,
             };
         }
@@ -474,13 +431,13 @@ impl Engine {
         match record {
             Record::Object { object, .. } => {
                 if let Some(held) = self.holds.get_mut(object) {
-                    held.touched |= is_touched(record, object, &held.hold.entries, None);
+                    held.touch(is_touched(record, object, &held.hold.entries, None));
                 }
             }
             Record::Named { directory, name, .. } => {
                 let known = self.index.entry(directory, name)?;
                 for (object, held) in &mut self.holds {
-                    held.touched |= is_touched(record, object, &held.hold.entries, known.as_ref());
+                    held.touch(is_touched(record, object, &held.hold.entries, known.as_ref()));
                 }
             }
             Record::Entry { .. } | Record::Gap { .. } | Record::Barrier { .. } => {}
@@ -573,17 +530,12 @@ impl Engine {
 
     /// The same of a file that was about to be placed.
     pub(super) fn discard_file(&mut self, number: TransferId, file: &ReadyFile) {
-        // Nothing was sent of a file that turned out to be as it was; its chunk
-        // list is the one in use.
-        if number.0 == 0 {
-            return;
-        }
-        if let Some(session) = &self.session {
+        // Nothing was sent of a file that turned out to be as it was.
+        if let Some(session) = self.session.as_ref().filter(|_| number.0 != 0) {
             abort(session, number);
         }
-        if let Content::Chunks { list, .. } = file.known.content {
-            self.dead_lists.push(list);
-        }
+        // (Another list may be the one in use.)
+        self.dead_lists.extend(file.list);
     }
 
     /// The same of a transfer that has just ended.
@@ -598,7 +550,16 @@ impl Engine {
 
     /// After a large file was placed: when it had changed while it was read,
     /// it waits for its next turn; its state as placed is of `started`.
-    pub(super) fn hold_again(&mut self, object: ObjectId, file: &ReadyFile, took: Duration) {
+    pub(super) fn hold_again(
+        &mut self,
+        object: ObjectId,
+        file: &ReadyFile,
+        took: Duration,
+        tail: Option<Tail>,
+    ) {
+        if file.tail.is_none() && file.list.is_some() {
+            self.rest(&object, took, false);
+        }
         let reason = HoldReason::Large { size: file.known.state.size };
         let hold = Hold { reason, entries: BTreeSet::new() };
         let held = Held {
@@ -609,6 +570,7 @@ impl Engine {
             transfer: Transfer::Waiting,
             touched: false,
             whole: false,
+            tail,
         };
         self.holds.insert(object, held);
     }
@@ -638,7 +600,8 @@ impl Engine {
             if this == number {
                 void.push(std::mem::replace(&mut held.transfer, Transfer::Waiting));
                 held.due = Instant::now() + Duration::from_millis(100);
-                held.whole = true;
+                held.whole = number.0 & APPENDED == 0;
+                held.tail = None;
             }
         }
         void.into_iter().for_each(|transfer| self.discard(transfer));
@@ -659,8 +622,7 @@ fn next_due(
 /// Tells the destination to forget a transfer. An error means that the session
 /// is gone, and the transfer with it.
 pub(super) fn abort(session: &crate::session::Session, number: TransferId) {
-    let stream = session.sink.transfer_stream(number.0);
-    let _ = session.sink.send(stream, &DataFrame::TransferAbort { transfer: number });
+    let _ = session.sink.abort(number);
 }
 
 #[cfg(test)]

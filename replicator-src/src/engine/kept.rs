@@ -20,7 +20,7 @@ use replicator_common::wire::kept::{KEPT_CHUNKS_MAX, KEPT_PACKED_MAX, KEPT_TRANS
 use replicator_common::wire::{KeptChunk, KeptObject, SourceMessage};
 
 use super::Engine;
-use super::holds::{Held, Transfer};
+use super::held::{Held, Transfer};
 use crate::plan::HoldReason;
 use crate::read::kept::{KeptList, KeptObjects};
 

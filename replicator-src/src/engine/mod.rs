@@ -12,8 +12,8 @@
 //! - `build`: how a batch comes about; `placing`: what it takes of large files
 //!   and leaves to wait; `commit`: its end.
 //! - [`halt`]: deletions that look like an accident; `window`: which count.
-//! - `holds`: what waits, and the transfers of large files; `resemble`: what
-//!   such a file was probably made from.
+//! - `held`, `holds`: what waits, and the transfers of large files; `resemble`: what
+//!   such a file was probably made from; `tails`: those that grow.
 //! - `astray`: what is not where it was seen, for a source by names.
 //! - `kept`: what it still has of the session before.
 //! - `refused`: what the destination has no place for now.
@@ -28,6 +28,7 @@ mod astray;
 mod build;
 mod commit;
 pub mod halt;
+mod held;
 mod holds;
 pub(crate) mod kept;
 pub(crate) mod leave;
@@ -38,6 +39,7 @@ mod refused;
 mod report;
 mod resemble;
 pub mod state;
+mod tails;
 pub mod verify;
 mod window;
 
@@ -65,11 +67,12 @@ use crate::plan::{Dirty, PlanError, Skip};
 use crate::read::lane::{Done, Job, LaneError};
 use crate::read::pool::Pool;
 use crate::read::sink::{SinkError, Wired};
+use crate::read::tail;
 use crate::session::{LinkEvent, Session};
 use crate::source::{Opener, SourceError, SourceTree};
 use crate::watcher::What;
 use halt::Halt;
-use holds::Held;
+use held::Held;
 use state::Shared;
 
 /// Batches that may be under way (committed, not yet acknowledged): one that
@@ -139,6 +142,20 @@ pub enum Event {
     Link(LinkEvent),
     /// A large file's transfer ended.
     Transfer(Box<Job>, Result<Done, LaneError>),
+    /// What was appended to a large file is on its way, or was not all that
+    /// happened to it.
+    Appended(Box<tail::Job>, Result<tail::Done, LaneError>),
+    /// A large file was compared with what the replica holds.
+    Compared {
+        /// The file.
+        object: ObjectId,
+        /// Which comparison.
+        number: u64,
+        /// What it gave.
+        result: Result<Option<tail::Compared>, LaneError>,
+        /// How long it took.
+        took: Duration,
+    },
     /// Somebody asks.
     Command(Command),
     /// The verifier asks.
@@ -262,6 +279,11 @@ pub struct Engine {
     running: HashMap<TransferId, ObjectId>,
     /// Those of them that the destination says it has.
     arrived: BTreeSet<TransferId>,
+    /// The comparison of a large file that is under way, of how many.
+    comparing: Option<u64>,
+    comparisons: u64,
+    /// When large files that change again and again were last read.
+    rests: BTreeMap<ObjectId, tails::Rest>,
     in_flight: Flights<Note>,
     /// What the destination has no place for, until it is tried again.
     refused: BTreeMap<ObjectId, refused::Refused>,
@@ -378,6 +400,9 @@ impl Engine {
             owed: Owed::default(),
             running: HashMap::new(),
             arrived: BTreeSet::new(),
+            comparing: None,
+            comparisons: 0,
+            rests: BTreeMap::new(),
             in_flight: Flights::default(),
             refused: BTreeMap::new(),
             readings: 0,
@@ -513,6 +538,7 @@ impl Engine {
         let idle = !self.is_ready() || !self.in_flight.is_empty();
         let pulse = if idle { REFRESH } else { heartbeat.min(REFRESH) };
         let waiting = self.next_hold().into_iter().chain(self.next_recall());
+        let waiting = waiting.chain(self.next_tail());
         waiting.fold(pulse, Duration::min).max(Duration::from_millis(1))
     }
 
@@ -520,6 +546,10 @@ impl Engine {
         match event {
             Event::Link(event) => self.link(event),
             Event::Transfer(job, result) => self.transfer_done(&job, result),
+            Event::Appended(job, result) => self.tail_done(&job, result),
+            Event::Compared { object, number, result, took } => {
+                self.compared(&object, number, result, took)
+            }
             Event::Verify(query) => self.verify(query),
             Event::Command(Command::Nudge) => {
                 self.urgent = true;
@@ -569,6 +599,7 @@ impl Engine {
         }
         self.give_up_failover();
         self.due_holds();
+        self.tend_tails()?;
         self.start_transfers()?;
         self.continue_reconcile()?;
         self.release_kept();
@@ -579,7 +610,8 @@ impl Engine {
     }
 
     fn may_build(&self) -> bool {
-        let due = !self.dirty.is_empty() || self.leaving || self.walk_ended() || self.recall_due();
+        let dirty = !self.dirty.is_empty() && !self.awaits_tails();
+        let due = dirty || self.leaving || self.walk_ended() || self.recall_due();
         self.is_ready() && (due || self.heartbeat_due())
     }
 

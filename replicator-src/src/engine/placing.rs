@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::os::fd::AsFd;
+use std::time::Instant;
 
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
@@ -10,7 +11,8 @@ use replicator_common::time::Timestamp;
 use replicator_common::wire::ContentSource;
 
 use super::build::{Draft, Placed};
-use super::holds::{ReadyFile, Transfer};
+use super::held::{ReadyFile, Transfer};
+use super::tails::Tail;
 use super::{Engine, EngineError};
 use crate::index::View;
 use crate::plan::waits::is_through;
@@ -27,9 +29,17 @@ impl Engine {
         assembly: &Assembly,
     ) -> BTreeSet<ObjectId> {
         let mut all = BTreeSet::new();
-        for (object, placed) in std::mem::take(&mut draft.placed) {
+        for (object, mut placed) in std::mem::take(&mut draft.placed) {
             all.insert(object.clone());
+            let (mut tail, mut since) = (None, None);
             if let Some(held) = self.holds.remove(&object) {
+                if placed.file.tail.as_ref().is_some_and(|tail| !tail.proven) {
+                    // All else may have changed since then.
+                    placed.file.started = held.floor;
+                    since = Some(held.since);
+                }
+                let before = held.tail.unwrap_or_else(|| Tail::new(Instant::now()));
+                tail = Some(before.after(&placed.file, draft.batch, held.touched));
                 self.look_at_rest(&draft.resolve, held.hold.entries, held.floor);
             }
             let put = placed.number.0 == 0
@@ -44,7 +54,10 @@ impl Engine {
             }
             draft.fresh += placed.file.fresh;
             if placed.file.moving {
-                self.hold_again(object, &placed.file, placed.took);
+                self.hold_again(object.clone(), &placed.file, placed.took, tail);
+                if let Some(held) = self.holds.get_mut(&object) {
+                    held.since = since.unwrap_or(held.since);
+                }
                 draft.span.exact = false;
             }
         }
@@ -209,7 +222,7 @@ impl Engine {
         let ready = std::mem::replace(&mut held.transfer, Transfer::Waiting);
         let Transfer::Ready { number, done, took, .. } = ready else { return Ok(false) };
         let mut done = done;
-        done.moving |= touched;
+        done.moving |= touched || held.tail.as_ref().is_some_and(|tail| tail.has_changed(&done));
         self.renew_attributes(object, need, &mut done);
         let mut known = done.known.clone();
         let content = if number.0 == 0 {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::wire::SourceMessage;
 
-use super::holds::Transfer;
+use super::held::Transfer;
 use super::{Engine, EngineError};
 use crate::index::View;
 use crate::plan::Outcome;
@@ -107,6 +107,7 @@ impl Engine {
         if let Some(held) = self.holds.get_mut(&object) {
             let transfer = std::mem::replace(&mut held.transfer, Transfer::Waiting);
             held.due = due;
+            held.tail = None;
             self.discard(transfer);
         }
     }

@@ -8,7 +8,7 @@ use replicator_common::status::{Blocker, Positions, Skipped, SourceReport, Stage
 use replicator_common::time::Timestamp;
 use replicator_common::wire::SourceMessage;
 
-use super::holds::Transfer;
+use super::held::Transfer;
 use super::state::Facts;
 use super::{Engine, REFRESH, REPORT};
 use crate::index::View;
@@ -16,6 +16,8 @@ use crate::plan::{HoldReason, Skip};
 
 /// Blockers and nested mounts that status names.
 const EXAMPLES: usize = 100;
+/// Why a file that grew waits.
+const COMPARED: &str = "large file: what was appended is sent at once, the rest is to be compared";
 /// Deepest path that is spelt out.
 const DEPTH: usize = 4096;
 
@@ -133,8 +135,14 @@ impl Engine {
                         _ => came.unwrap_or(0),
                     };
                     let refused = self.refused.get(object).map(|one| refused(&one.cause));
-                    let reason = refused.unwrap_or_else(|| "large file".to_owned());
-                    (reason, Some(size.saturating_sub(sent)))
+                    match held.tail.as_ref().filter(|tail| tail.is_alive()) {
+                        // (What was appended is there soon, or already.)
+                        Some(_) if refused.is_none() => (COMPARED.to_owned(), None),
+                        _ => {
+                            let reason = refused.unwrap_or_else(|| "large file".to_owned());
+                            (reason, Some(size.saturating_sub(sent)))
+                        }
+                    }
                 }
             };
             let path = match held.hold.entries.first() {

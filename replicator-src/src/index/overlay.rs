@@ -166,7 +166,8 @@ impl<B: Base> Index<B> {
         self.with_object(object, |known| known.is_some())
     }
 
-    fn with_object<T>(
+    /// Looks at what the replica holds of an object, without a copy.
+    pub fn with_object<T>(
         &self,
         object: &ObjectId,
         see: impl FnOnce(Option<&Known>) -> T,

@@ -346,10 +346,29 @@ impl Store {
             self.merge(&write, delta)?;
         }
         for delta in pending.iter().filter(|delta| delta.mark.batch > committed) {
-            self.remove_lists(&write, &delta.new_lists())?;
+            let lists = self.unused(&write, delta)?;
+            self.remove_lists(&write, &lists)?;
         }
         self.drop_pending(&write, BatchId(u64::MAX))?;
         write.commit().map_err(failed(&self.path))
+    }
+
+    /// The chunk lists that a delta which did not take effect brought. (What was
+    /// appended to a file changes its version, and not its list.)
+    fn unused(&self, write: &WriteTransaction, lost: &Delta) -> Result<Vec<u64>, IndexError> {
+        let objects = write.open_table(OBJECTS).map_err(failed(&self.path))?;
+        let mut lists = lost.new_lists();
+        for (object, _) in &lost.objects {
+            let Some(row) = objects.get(object.as_bytes()).map_err(failed(&self.path))? else {
+                continue;
+            };
+            if let Content::Chunks { list, .. } =
+                self.decode::<Known>("objects", row.value())?.content
+            {
+                lists.retain(|new| *new != list);
+            }
+        }
+        Ok(lists)
     }
 
     pub(super) fn drop_pending(

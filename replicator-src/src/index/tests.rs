@@ -144,6 +144,26 @@ fn what_is_remembered_is_never_old() {
     assert_eq!(version(&index), Some(1), "the others are lost");
 }
 
+/// What is appended to a file changes its version and not its list, which stays
+/// when the batch is given up.
+#[test]
+fn a_chunk_list_that_was_in_use_before_stays() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Arc::new(Store::open(&directory.path().join("index")).unwrap());
+    store.put_chunks(1, &[Chunk { length: 1 << 20, hash: Hash([1; 32]) }]).unwrap();
+    let object = ObjectId::new(1, &[1]).unwrap();
+    let delta = |batch| Delta {
+        objects: vec![(object.clone(), Some(file(batch, 1)))],
+        mark: Mark { batch: BatchId(batch), ..Mark::default() },
+        ..Delta::default()
+    };
+    let mut index = Index::new(store.clone()).unwrap();
+    index.prepare(delta(1), &Noted::default()).unwrap();
+    index.prepare(delta(2), &Noted::default()).unwrap();
+    index.settle(BatchId(1)).unwrap();
+    assert_eq!(store.chunks(1).unwrap().len(), 1);
+}
+
 /// Pages one after the other are all entries, with what is under way laid over
 /// them; several objects at once are each of them.
 #[test]

@@ -5,34 +5,32 @@
 //! (36 bytes a chunk: 2.3 MB a GiB at the smallest chunks, at most some 15 MB
 //! up to 64 GiB, then 150 KB a GiB).
 
-use std::borrow::Cow;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use replicator_common::chunk::{self, Chunk, Chunker};
+use replicator_common::chunk::{self, Chunk, Chunker, Expected};
 use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::name::Name;
 use replicator_common::sys::stat::{self, Stat};
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{DataFrame, Extent, Hash, Layout, Piece, TransferBegin};
+use replicator_common::wire::{Extent, Hash, Layout, Piece, TransferBegin};
 use rustix::buffer::spare_capacity;
 use rustix::io::Errno;
 
 use super::extents;
 use super::kept::{Dealer, KeptList};
+use super::out::Out;
 use super::runs::{HOLE, Run, fits_in_place, literal_bytes, patches, plan_runs};
 use super::same;
 use super::sink::{Sink, SinkError};
 use super::small::{read_full, state_of};
+use super::tail::Appended;
 use crate::clock::Clock;
 use crate::index::{Content, IndexError, Known, Store};
 use crate::source::{Opened, Opener, told};
-
-/// Bytes of a frame of pieces, about: what is read at once makes one frame.
-const FRAME_DATA: usize = 448 << 10;
 
 /// A large file to send.
 #[derive(Clone, Debug)]
@@ -45,6 +43,8 @@ pub struct Job {
     pub hint: Option<(ObjectId, Name)>,
     /// As the replica holds it.
     pub known: Option<Known>,
+    /// What of it the index's list lacks.
+    pub appended: Option<Arc<Appended>>,
     /// Another object of the replica whose content resembles it.
     pub resembles: Option<(ObjectId, Known)>,
     /// Number for the new chunk list.
@@ -125,8 +125,7 @@ pub fn send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
 }
 
 fn abort(sink: &Sink, job: &Job) -> Result<(), SinkError> {
-    let stream = sink.transfer_stream(job.transfer.0);
-    sink.send(stream, &DataFrame::TransferAbort { transfer: job.transfer })
+    sink.abort(job.transfer)
 }
 
 fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Done, LaneError> {
@@ -148,7 +147,7 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     }
     let basis = Basis::choose(store, job, before.size)?;
     let average = basis.as_ref().map_or_else(|| average_of(job, before.size), |b| b.average);
-    let mut out = Out::new(sink, job);
+    let mut out = Out::new(sink, job.transfer);
     let sent = if basis.is_none() && !changed_since_kept(job, &before) {
         Some(stream_whole(fd, &before, average, job, &mut out)?)
     } else {
@@ -206,6 +205,8 @@ struct Basis {
     chunks: Vec<Chunk>,
     /// It is the object itself.
     own: bool,
+    /// The chunks are all of it.
+    complete: bool,
 }
 
 impl Basis {
@@ -221,9 +222,15 @@ impl Basis {
             if let Content::Chunks { average, list, .. } = known.content
                 && chunk::average_suits(average, size)
             {
-                let chunks = store.chunks(list)?;
+                let mut chunks = store.chunks(list)?;
+                if let Some(appended) = job.appended.as_ref().filter(|_| own) {
+                    appended.complete(&mut chunks);
+                }
+                // What was appended since may be known to nobody any more.
+                let length = chunks.iter().map(|chunk| u64::from(chunk.length)).sum::<u64>();
+                let complete = length == known.state.size;
                 let (object, version) = (object.clone(), known.version);
-                return Ok(Some(Self { object, version, average, chunks, own }));
+                return Ok(Some(Self { object, version, average, chunks, own, complete }));
             }
         }
         Ok(None)
@@ -263,10 +270,12 @@ fn stream_whole(
         basis: None,
         basis_version: BatchId(0),
     })?;
-    out.reuse(job, true)?;
+    if job.kept.is_some() {
+        out.reuse(true)?;
+    }
     let mut dealer = Dealer::new(job.kept.as_deref(), true);
     let (mut chunks, mut at) = (Vec::new(), 0);
-    each_chunk(fd, stat, average, |chunk, bytes| {
+    each_chunk(fd, stat, average, None, |chunk, bytes| {
         chunks.push(chunk);
         let (length, hash) = (chunk.length, chunk.hash);
         let kept = bytes.as_ref().and_then(|_| dealer.deal(&hash, length, at));
@@ -291,13 +300,14 @@ fn delta(
     out: &mut Out<'_>,
 ) -> Result<Option<Vec<Chunk>>, LaneError> {
     let mut chunks = Vec::new();
-    each_chunk(fd, stat, average, |chunk, _| {
+    let expected = basis.map(|basis| Expected::new(&basis.chunks));
+    each_chunk(fd, stat, average, expected.as_ref(), |chunk, _| {
         chunks.push(chunk);
         Ok(())
     })?;
     let own = basis.is_some_and(|basis| basis.own);
     if own
-        && let Some(basis) = basis
+        && let Some(basis) = basis.filter(|basis| basis.complete)
         && (chunks == basis.chunks || same::content(fd, &chunks, &basis.chunks)?)
     {
         return Ok(None);
@@ -315,7 +325,9 @@ fn delta(
     })?;
     let kept = job.kept.as_deref();
     let in_place = fits_in_place(&runs, &chunks, kept, layout);
-    out.reuse(job, in_place)?;
+    if kept.is_some() {
+        out.reuse(in_place)?;
+    }
     let dealer = Dealer::new(kept, in_place);
     send_runs(fd, &runs, &mut chunks, (dealer, layout), out)?;
     Ok(Some(chunks))
@@ -372,6 +384,7 @@ fn each_chunk(
     fd: BorrowedFd<'_>,
     stat: &Stat,
     average: u32,
+    expected: Option<&Expected<'_>>,
     mut each: impl FnMut(Chunk, Option<(&Bytes, Range<usize>)>) -> Result<(), LaneError>,
 ) -> Result<(), LaneError> {
     let mut at = 0;
@@ -386,7 +399,11 @@ fn each_chunk(
         if extent.length == 0 {
             continue;
         }
-        for window in Chunker::new(reader(fd, extent), average) {
+        let mut windows = Chunker::new(reader(fd, extent), average);
+        if let Some(expected) = expected {
+            windows = windows.expecting(expected, extent.offset);
+        }
+        for window in windows {
             let window =
                 window.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
             let mut end = 0;
@@ -438,128 +455,4 @@ pub fn digest(chunks: &[Chunk]) -> Hash {
         hasher.update(&chunk.hash.0);
     }
     Hash(*hasher.finalize().as_bytes())
-}
-
-/// The bytes of the pieces that wait for their frame.
-#[derive(Default)]
-enum Gathered {
-    #[default]
-    Nothing,
-    /// Where they were read, side by side.
-    Window(Bytes, Range<usize>),
-    /// From several places.
-    Copied(Vec<u8>),
-}
-
-impl Gathered {
-    fn len(&self) -> usize {
-        match self {
-            Self::Nothing => 0,
-            Self::Window(_, range) => range.len(),
-            Self::Copied(bytes) => bytes.len(),
-        }
-    }
-
-    fn add(&mut self, window: &Bytes, range: Range<usize>) {
-        match self {
-            Self::Nothing => *self = Self::Window(window.clone(), range),
-            Self::Window(bytes, had)
-                if bytes.as_ptr() == window.as_ptr() && had.end == range.start =>
-            {
-                had.end = range.end;
-            }
-            Self::Window(bytes, had) => {
-                *self = Self::Copied([&bytes[had.clone()], &window[range]].concat());
-            }
-            Self::Copied(bytes) => bytes.extend_from_slice(&window[range]),
-        }
-    }
-
-    fn take(&mut self) -> Bytes {
-        match std::mem::take(self) {
-            Self::Nothing => Bytes::new(),
-            Self::Window(bytes, range) => bytes.slice(range),
-            Self::Copied(bytes) => bytes.into(),
-        }
-    }
-}
-
-/// Collects pieces into frames.
-struct Out<'a> {
-    sink: &'a Sink,
-    stream: usize,
-    transfer: TransferId,
-    pieces: Vec<Piece>,
-    data: Gathered,
-    /// Bytes of data pieces so far.
-    literal: u64,
-    /// Bytes that the destination had kept.
-    kept: u64,
-}
-
-impl<'a> Out<'a> {
-    fn new(sink: &'a Sink, job: &'a Job) -> Self {
-        Self {
-            sink,
-            stream: sink.transfer_stream(job.transfer.0),
-            transfer: job.transfer,
-            pieces: Vec::new(),
-            data: Gathered::Nothing,
-            literal: 0,
-            kept: 0,
-        }
-    }
-
-    fn begin(&mut self, begin: TransferBegin) -> Result<(), LaneError> {
-        Ok(self.sink.send(self.stream, &DataFrame::TransferBegin(begin))?)
-    }
-
-    /// Says that what was kept serves the transfer, which has just begun.
-    fn reuse(&mut self, job: &Job, in_place: bool) -> Result<(), LaneError> {
-        if job.kept.is_some() {
-            let frame = DataFrame::TransferReuse { transfer: self.transfer, in_place };
-            self.sink.send(self.stream, &frame)?;
-        }
-        Ok(())
-    }
-
-    /// A chunk that travels: the bytes in this range of what was read.
-    fn data(&mut self, hash: Hash, window: &Bytes, range: Range<usize>) -> Result<(), LaneError> {
-        // A chunk is far below 4 GiB.
-        let length = u32::try_from(range.len()).unwrap_or(u32::MAX);
-        self.literal += u64::from(length);
-        self.data.add(window, range);
-        self.piece(Piece::Data { hash, length })
-    }
-
-    fn piece(&mut self, piece: Piece) -> Result<(), LaneError> {
-        if let Piece::Kept { length, .. } = &piece {
-            self.kept += u64::from(*length);
-        }
-        self.pieces.push(piece);
-        // A chunk is at most twice this, so a frame stays in its limit.
-        if self.data.len() >= FRAME_DATA || self.pieces.len() >= 1024 {
-            self.flush()?;
-        }
-        Ok(())
-    }
-
-    fn flush(&mut self) -> Result<(), LaneError> {
-        if self.sink.is_cancelled(self.transfer.0) {
-            return Err(SinkError::Closed.into());
-        }
-        if !self.pieces.is_empty() {
-            let (pieces, data) = (std::mem::take(&mut self.pieces), self.data.take());
-            let (transfer, bytes) = (self.transfer, Cow::Borrowed(&data[..]));
-            let frame = DataFrame::TransferPieces { transfer, pieces, data: bytes };
-            self.sink.send_around(self.stream, &frame, &data)?;
-        }
-        Ok(())
-    }
-
-    fn end(&mut self, state: &replicator_common::object::ObjectState) -> Result<(), LaneError> {
-        self.flush()?;
-        let frame = DataFrame::TransferEnd { transfer: self.transfer, state: state.clone() };
-        Ok(self.sink.send(self.stream, &frame)?)
-    }
 }

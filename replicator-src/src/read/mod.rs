@@ -5,6 +5,7 @@
 //! - [`extents`]: where a file's data lies.
 //! - [`lane`]: large files, in transfers of their own, as deltas; [`runs`]: what
 //!   such a delta consists of.
+//! - [`tail`]: what was appended to a large file, ahead of the rest.
 //! - [`kept`]: what the destination still has of a session before.
 //! - `same`: whether a large file only looks different.
 //! - [`pool`]: the threads that do it.
@@ -12,8 +13,10 @@
 pub mod extents;
 pub mod kept;
 pub mod lane;
+mod out;
 pub mod pool;
 pub mod runs;
 mod same;
 pub mod sink;
 pub mod small;
+pub mod tail;

@@ -1,17 +1,21 @@
-//! The threads that read: some for small objects, one for large files.
+//! The threads that read: some for small objects, one for large files, one for what
+//! was appended to such, one that compares them.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use replicator_common::id::{BatchId, ObjectId};
+use replicator_common::sys::quiet;
 use replicator_common::wire::DataFrame;
 
 use super::kept::KeptObjects;
 use super::lane::{self, Done, Job, LaneError};
 use super::sink::{Sink, SinkError};
 use super::small::{self, Item, Packed};
+use super::tail;
 use crate::index::Store;
 use crate::plan::Outcome;
 use crate::source::Opener;
@@ -99,10 +103,28 @@ struct LargeJob {
     reply: Box<dyn FnOnce(Job, Result<Done, LaneError>) + Send>,
 }
 
+struct TailJob {
+    job: tail::Job,
+    sink: Sink,
+    reply: Box<dyn FnOnce(tail::Job, Result<tail::Done, LaneError>) + Send>,
+}
+
+/// How a comparison ended, and how long it took.
+type Compared = (Result<Option<tail::Compared>, LaneError>, Duration);
+
+struct CompareJob {
+    job: tail::Comparison,
+    reply: Box<dyn FnOnce(tail::Comparison, Compared) + Send>,
+}
+
 /// Reader threads of one source. Dropping it ends them when their work is done.
 pub struct Pool {
     small: Option<Sender<SmallJob>>,
     large: Option<Sender<LargeJob>>,
+    tails: Option<Sender<TailJob>>,
+    comparisons: Option<Sender<CompareJob>>,
+    /// Comparisons end: nobody waits for them any more.
+    stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -128,7 +150,22 @@ impl Pool {
             let builder = std::thread::Builder::new().name(format!("lane-{number}"));
             threads.push(builder.spawn(move || read_large(&jobs, &opener, &store))?);
         }
-        Ok(Self { small: Some(small), large: Some(large), threads })
+        let (tails, tail_jobs) = unbounded::<TailJob>();
+        let builder = std::thread::Builder::new().name("tail".to_owned());
+        threads.push(builder.spawn({
+            let (opener, store) = (opener.clone(), store.clone());
+            move || read_tails(&tail_jobs, &opener, &store)
+        })?);
+        let (comparisons, compare_jobs) = unbounded::<CompareJob>();
+        let stop = Arc::new(AtomicBool::new(false));
+        let builder = std::thread::Builder::new().name("compare".to_owned());
+        threads.push(builder.spawn({
+            let (opener, store, stop) = (opener.clone(), store.clone(), stop.clone());
+            move || compare(&compare_jobs, &opener, &store, &stop)
+        })?);
+        let (small, large) = (Some(small), Some(large));
+        let (tails, comparisons) = (Some(tails), Some(comparisons));
+        Ok(Self { small, large, tails, comparisons, stop, threads })
     }
 
     /// Begins to read for a batch; what is needed is handed in as it is found.
@@ -152,12 +189,40 @@ impl Pool {
             let _ = queue.send(LargeJob { job, sink: sink.clone(), reply: Box::new(reply) });
         }
     }
+
+    /// Starts sending what was appended to a large file, on a thread that no large
+    /// file holds up; `reply` is called there.
+    pub fn append(
+        &self,
+        job: tail::Job,
+        sink: &Sink,
+        reply: impl FnOnce(tail::Job, Result<tail::Done, LaneError>) + Send + 'static,
+    ) {
+        if let Some(queue) = &self.tails {
+            let _ = queue.send(TailJob { job, sink: sink.clone(), reply: Box::new(reply) });
+        }
+    }
+
+    /// Starts to compare a large file with what the replica holds, on a thread of
+    /// low priority; `reply` is called there.
+    pub fn compare(
+        &self,
+        job: tail::Comparison,
+        reply: impl FnOnce(tail::Comparison, Compared) + Send + 'static,
+    ) {
+        if let Some(queue) = &self.comparisons {
+            let _ = queue.send(CompareJob { job, reply: Box::new(reply) });
+        }
+    }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
         self.small = None;
         self.large = None;
+        self.tails = None;
+        self.comparisons = None;
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 tracing::error!("a reader thread panicked");
@@ -215,5 +280,21 @@ fn read_large(jobs: &Receiver<LargeJob>, opener: &Opener, store: &Store) {
         let done = lane::send(opener, store, &sink, &job);
         job.took = start.elapsed();
         reply(job, done);
+    }
+}
+
+fn read_tails(jobs: &Receiver<TailJob>, opener: &Opener, store: &Store) {
+    for TailJob { job, sink, reply } in jobs {
+        let done = tail::send(opener, store, &sink, &job);
+        reply(job, done);
+    }
+}
+
+fn compare(jobs: &Receiver<CompareJob>, opener: &Opener, store: &Store, stop: &AtomicBool) {
+    quiet::background_thread();
+    for CompareJob { job, reply } in jobs {
+        let start = Instant::now();
+        let compared = tail::compare(opener, store, &job, stop);
+        reply(job, (compared, start.elapsed()));
     }
 }

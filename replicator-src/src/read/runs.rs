@@ -3,13 +3,13 @@
 
 use std::collections::HashMap;
 
-use replicator_common::chunk::Chunk;
+use replicator_common::chunk::{self, Chunk};
 use replicator_common::wire::{Hash, Layout};
 
 use super::kept::{Dealer, KeptList};
 
 /// Stands for the bytes of a hole in chunk lists.
-pub const HOLE: Hash = Hash([0; 32]);
+pub const HOLE: Hash = chunk::NONE;
 
 /// A run of the file: how the destination gets it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

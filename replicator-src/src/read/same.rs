@@ -7,6 +7,7 @@
 //! every restart.
 
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use replicator_common::chunk::Chunk;
 use replicator_common::wire::Hash;
@@ -60,6 +61,67 @@ pub(super) fn content(fd: BorrowedFd<'_>, now: &[Chunk], then: &[Chunk]) -> Resu
     Ok(true)
 }
 
+/// Read at once of what is compared.
+const WINDOW: usize = 1 << 20;
+
+/// Whether a file holds these chunks from `at` on, each at its place. Holes may be
+/// data there, of zeros; up to the first difference, or until it is told to `stop`.
+pub(super) fn in_place(
+    fd: BorrowedFd<'_>,
+    mut at: u64,
+    chunks: &[Chunk],
+    stop: &AtomicBool,
+) -> Result<bool, Errno> {
+    let mut buffer = vec![0; WINDOW];
+    let mut rest = chunks;
+    while let Some(first) = rest.first() {
+        if first.hash == HOLE {
+            let end = at + u64::from(first.length);
+            if !is_hole(fd, at, end)? && !all_zero(fd, std::iter::once((at, end)))? {
+                return Ok(false);
+            }
+            (at, rest) = (end, &rest[1..]);
+            continue;
+        }
+        // At least one: the longest chunk fits.
+        let mut filled = 0;
+        let fits = rest.iter().take_while(|chunk| {
+            let fits = chunk.hash != HOLE && filled + chunk.length as usize <= WINDOW;
+            filled += if fits { chunk.length as usize } else { 0 };
+            fits
+        });
+        let (these, after) = rest.split_at(fits.count());
+        if these.is_empty() {
+            return Ok(false);
+        }
+        let mut bytes = &mut buffer[..filled];
+        // (What the buffer held before must not be taken for the file's.)
+        if stop.load(Ordering::Relaxed) || read_full(fd, bytes, at)? < filled {
+            return Ok(false);
+        }
+        for chunk in these {
+            let (one, others) = bytes.split_at_mut(chunk.length as usize);
+            if Hash::of(one) != chunk.hash {
+                return Ok(false);
+            }
+            bytes = others;
+        }
+        at += filled as u64;
+        rest = after;
+    }
+    Ok(true)
+}
+
+/// Whether nothing was written to a part of a file, as far as its file system tells.
+fn is_hole(fd: BorrowedFd<'_>, from: u64, to: u64) -> Result<bool, Errno> {
+    match rustix::fs::seek(fd, rustix::fs::SeekFrom::Data(from)) {
+        Ok(start) => Ok(start >= to),
+        Err(Errno::NXIO) => Ok(true),
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 fn length(chunks: &[Chunk], counts: impl Fn(&Chunk) -> bool) -> u64 {
     chunks.iter().filter(|chunk| counts(chunk)).map(|chunk| u64::from(chunk.length)).sum()
 }
@@ -111,6 +173,32 @@ mod tests {
             Chunk { length: part.len() as u32, hash }
         })
         .collect()
+    }
+
+    /// Any byte that differs is found, also where a hole was, and a file that is too
+    /// short; what follows the chunks does not count.
+    #[test]
+    fn chunks_at_their_places() {
+        let mut bytes: Vec<u8> = (0..3_000_000u32).map(|n| (n % 251) as u8 + 1).collect();
+        bytes[1_000_000..1_200_000].fill(0);
+        let cuts: Vec<usize> = (1..30).map(|n| n * 100_000).filter(|at| *at != 1_100_000).collect();
+        let chunks = cut(&bytes, &cuts);
+        let same = |bytes: &[u8], from: usize, first: usize, stop: bool| {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(bytes).unwrap();
+            let stop = AtomicBool::new(stop);
+            in_place(file.as_fd(), from as u64, &chunks[first..], &stop).unwrap()
+        };
+        assert!(same(&bytes, 0, 0, false) && same(&bytes, 200_000, 2, false));
+        assert!(same(&[&bytes[..], b"more"].concat(), 0, 0, false));
+        for at in [0, 1_000_000, 1_150_000, 1_199_999, 1_200_000, 2_999_999] {
+            let mut other = bytes.clone();
+            other[at] ^= 0xff;
+            assert!(!same(&other, 0, 0, false), "{at}");
+        }
+        // (The end of the last chunk is still in the buffer, of the chunk before.)
+        assert!(!same(&bytes[..2_999_999], 0, 0, false), "shorter");
+        assert!(!same(&bytes, 0, 0, true), "stopped");
     }
 
     #[test]

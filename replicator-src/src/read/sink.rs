@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
+use replicator_common::id::TransferId;
 use replicator_common::net::frame::{Compression, FrameError, encode_frame, encode_frame_around};
 use replicator_common::wire::DataFrame;
 use tokio::sync::mpsc;
@@ -66,6 +67,10 @@ fn content_of(frame: &DataFrame<'_>) -> u64 {
     }
 }
 
+/// Set in the numbers of transfers that bring what was appended to a file: all
+/// that is said of one, also much later, goes on one stream.
+pub const APPENDED: u64 = 1 << 63;
+
 /// An encoded frame, in parts.
 pub type Frame = Vec<Bytes>;
 
@@ -105,11 +110,20 @@ impl Sink {
         self.send(stream, frame)
     }
 
-    /// The stream that carries the `number`th transfer.
-    pub fn transfer_stream(&self, number: u64) -> usize {
+    /// The stream that carries a transfer: what was appended to a file goes with
+    /// what is small, and does not queue behind large files.
+    pub fn transfer_stream(&self, transfer: TransferId) -> usize {
         let half = self.streams.len() / 2;
+        if transfer.0 & APPENDED != 0 {
+            return (transfer.0 % half.max(1) as u64) as usize;
+        }
         let rest = (self.streams.len() - half).max(1);
-        half + (number % rest as u64) as usize
+        half + (transfer.0 % rest as u64) as usize
+    }
+
+    /// Tells the destination to forget a transfer.
+    pub fn abort(&self, transfer: TransferId) -> Result<(), SinkError> {
+        self.send(self.transfer_stream(transfer), &DataFrame::TransferAbort { transfer })
     }
 
     /// The destination wants no more of the `number`th transfer.

@@ -152,6 +152,49 @@ impl Restless for Database {
     }
 }
 
+/// A log with a head that says how many lines there are: written first, and the
+/// line after it. What is appended may be there before the head is.
+struct Headed;
+
+/// Lines that it begins with: it is large.
+const HEADED: u64 = 1000;
+
+impl Restless for Headed {
+    fn begin(&mut self, path: &Path) {
+        let mut file = File::create(path).unwrap();
+        file.write_all(&block(HEADED)).unwrap();
+        for number in 1..=HEADED {
+            file.write_all(&block(number)).unwrap();
+        }
+    }
+
+    fn step(&self, path: &Path, step: u64) {
+        if step <= LOG_MAX {
+            let mut file = OpenOptions::new().write(true).open(path).unwrap();
+            file.write_all_at(&block(HEADED + step), 0).unwrap();
+            file = OpenOptions::new().append(true).open(path).unwrap();
+            file.write_all(&block(HEADED + step)).unwrap();
+        }
+    }
+
+    fn was(&self, content: &[u8]) -> Result<(), String> {
+        let found = generations(content)?;
+        let lines = found.len() as u64 - 1;
+        for (at, generation) in found.iter().enumerate().skip(1) {
+            if *generation != at as u64 {
+                return Err(format!("block {at} has line {generation}"));
+            }
+        }
+        let head = found[0];
+        let there = head == lines || head == lines + 1;
+        there.then_some(()).ok_or(format!("{lines} lines, and its head says {head}"))
+    }
+
+    fn pause(&self) -> Duration {
+        Duration::from_millis(10)
+    }
+}
+
 /// A file that is emptied and written anew, in one go.
 struct Rewritten(usize);
 
@@ -236,6 +279,7 @@ fn one_generation(content: &[u8], least: usize, most: usize) -> Result<(), Strin
 fn restless() -> Vec<(&'static str, Box<dyn Restless>)> {
     vec![
         ("log", Box::new(Log)),
+        ("headed", Box::new(Headed)),
         ("database", Box::new(Database::new(32 << 20))),
         ("rewritten-small", Box::new(Rewritten(40))),
         ("rewritten-large", Box::new(Rewritten(1000))),
@@ -291,7 +335,7 @@ fn what_was_never_there_is_said_to_be_fuzzy() {
             let (path, stop) = (source.join(name), &stop);
             scope.spawn(move || {
                 // Begun with one already, where that was a step.
-                let mut step = u64::from(!matches!(*name, "log" | "database"));
+                let mut step = u64::from(!matches!(*name, "log" | "headed" | "database"));
                 while !stop.load(Ordering::Acquire) {
                     step += 1;
                     file.step(&path, step);
