@@ -280,6 +280,8 @@ pub struct Engine {
     last_build: Instant,
     last_report: Instant,
     last_refresh: Instant,
+    /// Nothing waited when status was refreshed.
+    told_rest: bool,
     last_walk: Instant,
     totals: Mark,
     skipped: HashMap<(ObjectId, Name), Skip>,
@@ -391,6 +393,7 @@ impl Engine {
             last_build: now,
             last_report: now,
             last_refresh: now,
+            told_rest: false,
             last_walk: now,
             totals: mark,
             skipped: HashMap::new(),
@@ -511,9 +514,20 @@ impl Engine {
         // While nothing may be built, or an acknowledgement is due first, the
         // heartbeat's time comes and goes without anything to do.
         let idle = !self.is_ready() || !self.in_flight.is_empty();
-        let pulse = if idle { REFRESH } else { heartbeat.min(REFRESH) };
+        let pulse = if self.told_rest && self.rests() { self.report_due() } else { REFRESH };
+        let pulse = if idle { pulse } else { heartbeat.min(pulse) };
         let waiting = self.next_hold().into_iter().chain(self.next_recall());
         waiting.fold(pulse, Duration::min).max(Duration::from_millis(1))
+    }
+
+    /// Whether nothing waits, here or at the destination: once status says so, it
+    /// says next what it says now, and the report is soon enough for its clock.
+    fn rests(&self) -> bool {
+        self.session.is_some()
+            && self.gap.is_none()
+            && self.holds.is_empty()
+            && self.dirty.is_empty()
+            && self.in_flight.is_empty()
     }
 
     fn apply(&mut self, event: Event) -> Result<(), EngineError> {
