@@ -609,9 +609,10 @@ impl Engine {
             && self.shared.desired() == DesiredState::Enabled
     }
 
-    /// The walk is through; one more batch closes the gap.
+    /// The walk is through; one more batch closes the gap. (If those under way
+    /// come back, what they were made of is walked again, and so is the gap open.)
     fn walk_ended(&self) -> bool {
-        self.gap.is_some() && self.in_flight.is_empty() && self.astray.is_empty()
+        self.gap.is_some() && self.astray.is_empty()
     }
 
     fn heartbeat_due(&self) -> bool {
