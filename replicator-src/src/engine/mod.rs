@@ -72,9 +72,6 @@ use halt::Halt;
 use holds::Held;
 use state::Shared;
 
-/// Batches that may be under way (committed, not yet acknowledged): one that
-/// the destination applies while the next is built and staged.
-const IN_FLIGHT: usize = 2;
 /// How often status is refreshed.
 const REFRESH: Duration = Duration::from_millis(200);
 /// How often the destination gets our report.
@@ -602,7 +599,7 @@ impl Engine {
         self.session.is_some()
             && self.kept.is_told()
             && self.reconcile.as_ref().is_none_or(reconcile::Reconcile::is_complete)
-            && self.in_flight.len() < IN_FLIGHT
+            && self.in_flight.have_room()
             && self.failing.is_none()
             && !self.too_many_refused()
             && self.halt.halted().is_none()
