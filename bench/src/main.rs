@@ -141,7 +141,7 @@ fn run(
     let excluded = out.iter().filter_map(|peer| Some((peer.name(), excludes(&***peer)?))).collect();
     eprintln!("{}: {}", workload.name(), workload.title(bench));
     workload.prepare(bench)?;
-    let (mut runs, mut patience) = (Vec::new(), Patience::default());
+    let (mut runs, mut patience) = (Vec::new(), Patience::new(workload.patience()));
     for round in 1..=rounds {
         // Another begins each round: what comes first on a machine that was idle,
         // or second on one that still writes, has it easier or harder.

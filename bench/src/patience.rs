@@ -3,21 +3,25 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-/// How long the rounds of one peer at one workload may take together, with their
-/// preparation. The first is always run.
-const MOST: Duration = Duration::from_secs(150);
-
 /// What the rounds of one workload took so far, by peer.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Patience {
+    /// How long the rounds of one peer may take together, with their preparation.
+    /// The first is always run.
+    most: Duration,
     /// All rounds together, and the last one.
     taken: HashMap<&'static str, (Duration, Duration)>,
 }
 
 impl Patience {
+    /// Nothing was run yet.
+    pub fn new(most: Duration) -> Self {
+        Self { most, taken: HashMap::new() }
+    }
+
     /// Whether there is time for another round, if it takes as long as the last.
     pub fn allows(&self, peer: &str) -> bool {
-        self.taken.get(peer).is_none_or(|&(all, last)| all + last <= MOST)
+        self.taken.get(peer).is_none_or(|&(all, last)| all + last <= self.most)
     }
 
     /// A round took so long.
@@ -32,7 +36,7 @@ mod tests {
     use super::*;
 
     fn rounds(seconds: u64) -> usize {
-        let mut patience = Patience::default();
+        let mut patience = Patience::new(Duration::from_secs(150));
         let more = || {
             let allowed = patience.allows("peer");
             patience.took("peer", Duration::from_secs(seconds));

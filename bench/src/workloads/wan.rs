@@ -82,6 +82,11 @@ impl Workload for Wan {
         (!peer.abilities().network).then_some("has no network")
     }
 
+    /// Two rounds of those that do not end within the limit.
+    fn patience(&self) -> Duration {
+        Duration::from_secs(130)
+    }
+
     fn run(&self, bench: &Bench, peer: &dyn Peer, _first: bool) -> Result<Outcome> {
         let (source, replica) = (bench.disk().with_tree()?, bench.disk().with_tree()?);
         let bytes = if self.large {
