@@ -11,6 +11,7 @@ mod http;
 mod machine;
 mod measure;
 mod net;
+mod patience;
 mod peers;
 mod report;
 mod site;
@@ -27,6 +28,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 
 use disk::Kind;
+use patience::Patience;
 use peers::Peer;
 use report::{PeerReport, Results, Run, RunResult, WorkloadReport};
 use wan::Tcp;
@@ -39,7 +41,7 @@ struct Arguments {
     /// Small, short and in one round: whether it works, not how fast it is
     #[arg(long)]
     quick: bool,
-    /// Rounds of each workload
+    /// Rounds of each workload; fewer for a peer that takes minutes for one
     #[arg(long, default_value_t = 5, conflicts_with = "quick")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
@@ -139,13 +141,15 @@ fn run(
     let excluded = out.iter().filter_map(|peer| Some((peer.name(), excludes(&***peer)?))).collect();
     eprintln!("{}: {}", workload.name(), workload.title(bench));
     workload.prepare(bench)?;
-    let mut runs = Vec::new();
+    let (mut runs, mut patience) = (Vec::new(), Patience::new(workload.patience()));
     for round in 1..=rounds {
         // Another begins each round: what comes first on a machine that was idle,
         // or second on one that still writes, has it easier or harder.
         let turns = taking.iter().cycle().skip(round as usize - 1).take(taking.len());
-        for peer in turns {
+        for peer in turns.filter(|peer| patience.allows(peer.name())).collect::<Vec<_>>() {
+            let start = Instant::now();
             runs.push(run_once(bench, workload, &***peer, round));
+            patience.took(peer.name(), start.elapsed());
         }
     }
     Ok(WorkloadReport {

@@ -11,7 +11,7 @@ pub fn markdown(results: &Results) -> String {
     // Writing to a string cannot fail.
     let _ = head(results, &mut text);
     for workload in &results.workloads {
-        let _ = table(workload, &mut text);
+        let _ = table(workload, results.rounds, &mut text);
     }
     text
 }
@@ -31,7 +31,8 @@ fn head(results: &Results, text: &mut String) -> std::fmt::Result {
         text,
         "- Source and replica: {kind} on loop devices over files of one disk, the replica freshly made \
          for each run ({}); both ends on this machine, and what changes the source too.\n\
-         - Rounds: {}, peers interleaved, another one first in each. Figures are medians (least to most).\n\
+         - Rounds: {}, peers interleaved, another one first in each; fewer, as its row says, for one that \
+         takes long. Figures are medians (least to most).\n\
          - CPU is user and system time of all processes of both ends, by control group. Memory is the \
          most that they held of their own at once, looked at 20 times a second. Wire is what the loopback \
          or the line carried, both ways, with headers of IP and above. A pipe is no wire. Over the long path TCP runs with {}.\n",
@@ -52,7 +53,7 @@ fn escaped(text: &str) -> String {
     text.replace('|', "\\|")
 }
 
-fn table(workload: &WorkloadReport, text: &mut String) -> std::fmt::Result {
+fn table(workload: &WorkloadReport, rounds: u32, text: &mut String) -> std::fmt::Result {
     writeln!(text, "## `{}`: {}\n\n{}\n", workload.name, workload.title, workload.about)?;
     let outcomes = workload.runs.iter().filter_map(outcome);
     let mut columns: Vec<&Figure> = Vec::new();
@@ -67,7 +68,7 @@ fn table(workload: &WorkloadReport, text: &mut String) -> std::fmt::Result {
     // The first round is in the order of the list.
     peers.dedup_by_key(|run| run.peer);
     for peer in peers {
-        writeln!(text, "{}", row(workload, peer.peer, &columns))?;
+        writeln!(text, "{}", row(workload, rounds, peer.peer, &columns))?;
     }
     if !workload.excluded.is_empty() {
         writeln!(text, "\nWithout {}.", excluded(workload))?;
@@ -95,7 +96,7 @@ fn outcome(run: &Run) -> Option<&Outcome> {
     }
 }
 
-fn row(workload: &WorkloadReport, peer: &str, columns: &[&Figure]) -> String {
+fn row(workload: &WorkloadReport, rounds: u32, peer: &str, columns: &[&Figure]) -> String {
     let runs = || workload.runs.iter().filter(|run| run.peer == peer);
     let outcomes = || runs().filter_map(outcome);
     let mut cells: Vec<String> = columns
@@ -106,13 +107,17 @@ fn row(workload: &WorkloadReport, peer: &str, columns: &[&Figure]) -> String {
             spread(values, column.digits)
         })
         .collect();
-    cells.push(escaped(&notes(runs())));
+    cells.push(escaped(&notes(runs(), rounds)));
     format!("| {peer} | {} |", cells.join(" | "))
 }
 
 /// What is to be said of a peer's runs, each thing once.
-fn notes<'a>(runs: impl Iterator<Item = &'a Run>) -> String {
+fn notes<'a>(runs: impl Iterator<Item = &'a Run>, rounds: u32) -> String {
+    let runs: Vec<_> = runs.collect();
     let mut notes: Vec<String> = Vec::new();
+    if runs.len() < rounds as usize {
+        notes.push(format!("{} of {rounds} rounds", runs.len()));
+    }
     for run in runs {
         let note = match &run.result {
             RunResult::Measured(outcome) => outcome.note.clone(),

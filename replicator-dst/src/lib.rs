@@ -18,6 +18,7 @@ pub mod history;
 pub mod issuer;
 pub mod kept;
 pub mod locate;
+mod looked;
 mod making;
 pub mod mark;
 pub mod objects;

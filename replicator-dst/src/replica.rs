@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use replicator_common::crashsafe::{self, Format, StateFileError};
 use replicator_common::id::{BatchId, FileSystemId, Incarnation, TransferId};
@@ -24,6 +24,7 @@ use crate::apply::{Place, Within};
 use crate::area::{Area, AreaError, hidden_name};
 use crate::kept::Kept;
 use crate::locate::Locator;
+use crate::looked::Looked;
 use crate::mark::{self, Remembered};
 use crate::readonly::{Protection, ReadOnlyError};
 use crate::reserve::{self, Slack};
@@ -33,6 +34,8 @@ use crate::tree;
 pub(crate) const CONFIG: Format = Format { name: "replica", version: 1 };
 const CONFIG_FILE: &str = "config.json";
 const STORE_FILE: &str = "store.redb";
+/// How old what status says of the read-only protection may be.
+const ENFORCEMENT_LIFE: Duration = Duration::from_secs(1);
 
 /// A configuration, as `config.json` keeps it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -178,6 +181,9 @@ pub struct Replica {
     pub busy: AtomicUsize,
     /// For tests.
     pub hook: Option<Hook>,
+    /// What the protection was like a moment ago: it is in each report and each
+    /// line of `run`, and a look reads all mounts of the host.
+    enforcement: Looked<Enforcement>,
     shared: Mutex<Shared>,
 }
 
@@ -244,6 +250,7 @@ impl Replica {
             stagers: AtomicUsize::new(0),
             busy: AtomicUsize::new(0),
             hook: options.hook,
+            enforcement: Looked::new(ENFORCEMENT_LIFE),
             shared: Mutex::new(shared),
             config,
         }))
@@ -321,7 +328,7 @@ impl Replica {
     }
 
     fn enforcement(&self) -> Enforcement {
-        self.protection.enforcement()
+        self.enforcement.at(Instant::now(), || self.protection.enforcement())
     }
 
     /// The whole, with the source's half from its last report; this side is in

@@ -181,7 +181,24 @@ impl<T> std::ops::Deref for Flights<T> {
     }
 }
 
+/// Batches that may be under way: one that the destination makes durable while
+/// the next is built and staged.
+const MOST: usize = 2;
+/// The same while the last of them is a large one. Making one durable may take
+/// longer than the next takes on the line: with two, both are then there, and the
+/// line is empty for a round trip and the building of a third. A third *small*
+/// one would wait for those before it, and make changes travel in smaller parts.
+const MOST_LARGE: usize = 3;
+/// Operations of a large one: half of what a batch of new files has.
+const LARGE: u64 = 8192;
+
 impl<T> Flights<T> {
+    /// Whether one more may be.
+    pub fn have_room(&self) -> bool {
+        let large = self.queue.back().is_some_and(|last| last.ops >= LARGE);
+        self.queue.len() < if large { MOST_LARGE } else { MOST }
+    }
+
     /// One more is committed.
     pub fn push(&mut self, flight: Flight<T>) {
         self.queue.push_back(flight);
@@ -444,6 +461,31 @@ mod tests {
 
     fn edition(batch: u64, nonce: u64) -> Edition {
         Edition { batch: BatchId(batch), nonce: BatchNonce(nonce) }
+    }
+
+    #[test]
+    fn a_third_is_under_way_behind_a_large_one_only() {
+        let rooms = |ops: &[u64]| {
+            let mut flights = Flights::default();
+            for &ops in ops {
+                flights.push(Flight {
+                    mark: Mark::default(),
+                    input: Dirty::default(),
+                    closed: None,
+                    dropped: HashSet::new(),
+                    ops,
+                    durable: false,
+                    before: Timestamp::NEVER,
+                    reached: Timestamp::NEVER,
+                    note: (),
+                });
+            }
+            flights.have_room()
+        };
+        assert!(rooms(&[]) && rooms(&[1]) && rooms(&[LARGE]));
+        assert!(!rooms(&[1, 1]) && !rooms(&[LARGE, LARGE - 1]));
+        assert!(rooms(&[1, LARGE]) && rooms(&[LARGE, LARGE]));
+        assert!(!rooms(&[LARGE, LARGE, LARGE]));
     }
 
     #[test]

@@ -36,7 +36,7 @@ use crate::store::Store;
 use crate::world::World;
 
 /// As the engine's.
-const IN_FLIGHT: usize = 2;
+const IN_FLIGHT: usize = 3;
 const ROUNDS: u32 = 3;
 const OUTSIDE_AFTER: i64 = 100_000_000;
 /// Few, so that small trees are taken apart in several batches.

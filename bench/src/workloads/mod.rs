@@ -13,6 +13,8 @@ mod restart;
 mod trees;
 mod wan;
 
+use std::time::Duration;
+
 use anyhow::Result;
 use serde::Serialize;
 
@@ -108,6 +110,10 @@ pub trait Workload {
     }
     /// Why a peer has no part in it; `None` when it has.
     fn excludes(&self, peer: &dyn Peer) -> Option<&'static str>;
+    /// How long all rounds of one peer may take together; see [`crate::patience`].
+    fn patience(&self) -> Duration {
+        Duration::from_secs(240)
+    }
     /// Makes what all runs share.
     fn prepare(&mut self, _bench: &Bench) -> Result<()> {
         Ok(())

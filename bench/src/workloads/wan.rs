@@ -42,16 +42,17 @@ pub fn all() -> [Wan; 6] {
 }
 
 fn large_bytes(bench: &Bench) -> u64 {
-    bench.pick(256, 16) << 20
+    bench.pick(512, 16) << 20
 }
 
 fn small_count(bench: &Bench) -> u64 {
-    bench.pick(20_000, 1_000)
+    bench.pick(100_000, 1_000)
 }
 
-/// How long one may take.
+/// How long one may take: twice as long as the line needs, and some. Who is slower
+/// is measured by what was carried until then.
 fn limit(bench: &Bench) -> Duration {
-    Duration::from_secs(bench.pick(120, 20))
+    Duration::from_secs(bench.pick(50, 20))
 }
 
 impl Workload for Wan {
@@ -70,7 +71,8 @@ impl Workload for Wan {
 
     fn about(&self) -> &'static str {
         "Between two network namespaces over TUN, MTU 1500; the queue before the line holds 100 ms; \
-         losses both ways. The share is that of the content's bits in what the line could have carried."
+         losses both ways. The share is that of the content's bits in what the line could have carried, \
+         from the first word of the connection to the end."
     }
 
     fn excludes(&self, peer: &dyn Peer) -> Option<&'static str> {
@@ -78,6 +80,11 @@ impl Workload for Wan {
             return Some("as lsyncd-0");
         }
         (!peer.abilities().network).then_some("has no network")
+    }
+
+    /// Two rounds of those that do not end within the limit.
+    fn patience(&self) -> Duration {
+        Duration::from_secs(130)
     }
 
     fn run(&self, bench: &Bench, peer: &dyn Peer, _first: bool) -> Result<Outcome> {

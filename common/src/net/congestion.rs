@@ -218,6 +218,9 @@ impl Measured {
         }
         .max(self.least());
         self.phase = self.phase_after(&round, rate, overflows);
+        tracing::trace!(
+            phase = ?self.phase, rate, window = self.window, limit = self.limit, ?round, "round"
+        );
         if let Phase::Cycle(at) = self.phase {
             // What the first round lost is known by the end of the second.
             if at == 2 {

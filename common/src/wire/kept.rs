@@ -28,8 +28,8 @@ use crate::object::ObjectState;
 pub const KEPT_ITEMS_MAX: usize = 4096;
 /// The most small objects that are kept.
 pub const KEPT_PACKED_MAX: usize = 32 << 10;
-/// The most content bytes of small objects that are kept: what two batches
-/// under way and one that is being read can have.
+/// The most content bytes of small objects that are kept: what three
+/// batches under way and one that is being read can have.
 pub const KEPT_PACKED_BYTES: u64 = 256 << 20;
 /// The most large objects of which parts are kept.
 pub const KEPT_TRANSFERS_MAX: usize = 64;

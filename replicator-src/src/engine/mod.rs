@@ -75,9 +75,6 @@ use halt::Halt;
 use held::Held;
 use state::Shared;
 
-/// Batches that may be under way (committed, not yet acknowledged): one that
-/// the destination applies while the next is built and staged.
-const IN_FLIGHT: usize = 2;
 /// How often status is refreshed.
 const REFRESH: Duration = Duration::from_millis(200);
 /// How often the destination gets our report.
@@ -302,6 +299,8 @@ pub struct Engine {
     last_build: Instant,
     last_report: Instant,
     last_refresh: Instant,
+    /// Nothing waited when status was refreshed.
+    told_rest: bool,
     last_walk: Instant,
     totals: Mark,
     skipped: HashMap<(ObjectId, Name), Skip>,
@@ -416,6 +415,7 @@ impl Engine {
             last_build: now,
             last_report: now,
             last_refresh: now,
+            told_rest: false,
             last_walk: now,
             totals: mark,
             skipped: HashMap::new(),
@@ -536,10 +536,21 @@ impl Engine {
         // While nothing may be built, or an acknowledgement is due first, the
         // heartbeat's time comes and goes without anything to do.
         let idle = !self.is_ready() || !self.in_flight.is_empty();
-        let pulse = if idle { REFRESH } else { heartbeat.min(REFRESH) };
+        let pulse = if self.told_rest && self.rests() { self.report_due() } else { REFRESH };
+        let pulse = if idle { pulse } else { heartbeat.min(pulse) };
         let waiting = self.next_hold().into_iter().chain(self.next_recall());
         let waiting = waiting.chain(self.next_tail());
         waiting.fold(pulse, Duration::min).max(Duration::from_millis(1))
+    }
+
+    /// Whether nothing waits, here or at the destination: once status says so, it
+    /// says next what it says now, and the report is soon enough for its clock.
+    fn rests(&self) -> bool {
+        self.session.is_some()
+            && self.gap.is_none()
+            && self.holds.is_empty()
+            && self.dirty.is_empty()
+            && self.in_flight.is_empty()
     }
 
     fn apply(&mut self, event: Event) -> Result<(), EngineError> {
@@ -620,16 +631,17 @@ impl Engine {
         self.session.is_some()
             && self.kept.is_told()
             && self.reconcile.as_ref().is_none_or(reconcile::Reconcile::is_complete)
-            && self.in_flight.len() < IN_FLIGHT
+            && self.in_flight.have_room()
             && self.failing.is_none()
             && !self.too_many_refused()
             && self.halt.halted().is_none()
             && self.shared.desired() == DesiredState::Enabled
     }
 
-    /// The walk is through; one more batch closes the gap.
+    /// The walk is through; one more batch closes the gap. (If those under way
+    /// come back, what they were made of is walked again, and so is the gap open.)
     fn walk_ended(&self) -> bool {
-        self.gap.is_some() && self.in_flight.is_empty() && self.astray.is_empty()
+        self.gap.is_some() && self.astray.is_empty()
     }
 
     fn heartbeat_due(&self) -> bool {

@@ -10,7 +10,7 @@
 //!
 //! # Memory
 //! However large the replica is: the parts of the inventory that were asked for
-//! ([`WINDOW`]), the adoptions under way (`IN_FLIGHT` batches), the directories
+//! ([`WINDOW`]), the adoptions under way (as many batches as may be), the directories
 //! whose entries are still to come (the inventory goes breadth first), the
 //! objects with several names, and one list of chunks, bounded by the source's
 //! own file ([`chunks_of_use`]).
@@ -27,7 +27,7 @@ use replicator_common::wire::{
 };
 use rustix::fs::OFlags;
 
-use super::{Engine, EngineError, IN_FLIGHT};
+use super::{Engine, EngineError};
 use crate::index::{Content, Delta, EntryChange, Known, View};
 use crate::plan::{Lookup, Seen, Tree};
 use crate::read::{lane, small};
@@ -105,7 +105,7 @@ impl Engine {
     /// for each it asks for one more.
     pub(super) fn continue_reconcile(&mut self) -> Result<(), EngineError> {
         let Some(mut state) = self.reconcile.take() else { return Ok(()) };
-        while self.in_flight.len() < IN_FLIGHT
+        while self.in_flight.have_room()
             && let Some((items, last)) = state.parts.take()
         {
             self.adopt_part(&mut state, items, last)?;

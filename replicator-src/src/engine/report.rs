@@ -1,6 +1,6 @@
 //! What the engine tells of itself.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
@@ -27,12 +27,17 @@ fn refused(cause: &str) -> String {
 }
 
 impl Engine {
+    /// Until the destination is to be told how things are.
+    pub(super) fn report_due(&self) -> Duration {
+        REPORT.saturating_sub(self.last_report.elapsed())
+    }
+
     /// Refreshes status, and tells the destination, when it is time to.
     pub(super) fn publish(&mut self) {
         if self.last_refresh.elapsed() >= REFRESH {
             self.refresh();
         }
-        if self.last_report.elapsed() >= REPORT
+        if self.report_due() == Duration::ZERO
             && let Some(session) = &self.session
         {
             self.last_report = Instant::now();
@@ -47,6 +52,7 @@ impl Engine {
     /// Brings status up to date.
     pub(super) fn refresh(&mut self) {
         self.last_refresh = Instant::now();
+        self.told_rest = self.rests();
         let facts = self.facts();
         metrics::gauge!("replicator_source_backlog_records").set(facts.backlog as f64);
         metrics::gauge!("replicator_source_lag_seconds").set(facts.lag.applied);

@@ -27,7 +27,7 @@ use replicator_common::time::Timestamp;
 use replicator_common::wire::{BatchHeader, ContentSource, Hash, Op, SourceMessage};
 
 use super::commit::Ready;
-use super::{Engine, EngineError, IN_FLIGHT};
+use super::{Engine, EngineError};
 use crate::index::store::dead_list;
 use crate::index::{Content, Delta, EntryChange, Known, View};
 use crate::journal::Record;
@@ -343,7 +343,7 @@ impl Engine {
     /// Puts something right, or has it put right by the next batches. `false`
     /// when it cannot be done now.
     fn repair(&mut self, repair: Repair) -> Result<bool, EngineError> {
-        if !self.is_settled() || self.in_flight.len() >= IN_FLIGHT {
+        if !self.is_settled() || !self.in_flight.have_room() {
             return Ok(false);
         }
         match repair {

@@ -39,7 +39,7 @@ impl Source {
         if random.random_bool(0.2) && engine.flights.is_empty() {
             engine.index.merge().unwrap();
         }
-        let walked = engine.gap.is_some() && engine.flights.is_empty();
+        let walked = engine.gap.is_some();
         let heartbeat = world.now - engine.last_build > 1_000_000_000 && engine.flights.is_empty();
         let due = !engine.dirty.is_empty() || engine.leaving || walked || heartbeat;
         if engine.session.is_some() && engine.flights.len() < IN_FLIGHT && due {
