@@ -3,7 +3,7 @@
 
 import { doing, request } from "./actions.js";
 import { BYTE_SCALE, Chart, TIME_SCALE } from "./chart.js";
-import { draw, make, newId, setAttribute, setText, show, Table, Terms } from "./dom.js";
+import { announce, draw, make, newId, setAttribute, setText, show, Table, Terms } from "./dom.js";
 import * as facts from "./facts.js";
 import { ago, between, bytes, iso, several, time, timeOfDay } from "./words.js";
 
@@ -103,7 +103,7 @@ export class Card {
     this.source = make("span", { class: "path" });
     this.replica = make("span", { class: "path" });
     this.message = make("p", { class: "message" });
-    this.notice = make("p", { class: "notice", role: "status" });
+    this.notice = make("p", { class: "notice" });
     const title = newId("replication");
     this.head = make("h2", { id: title, tabindex: "-1" },
       this.source, make("span", { class: "arrow", "aria-hidden": "true" }, "→"),
@@ -191,6 +191,7 @@ export class Card {
   say(text, kind) {
     clearTimeout(this.saying);
     setText(this.notice, text);
+    if (text !== "") announce(text);
     this.notice.dataset.kind = kind;
     if (kind === "good") this.saying = setTimeout(() => this.say("", ""), SAID_SECONDS * 1000);
   }
@@ -283,6 +284,6 @@ export class Card {
     const [, , rate, records] = last ?? [];
     const known = rate !== null && rate !== undefined;
     this.figures.rate.show(known ? `${bytes(rate)}/s` : "–",
-      known ? `${several(records, "change", "changes")} a second` : "not known yet");
+      known ? `${several(Math.round(records), "change", "changes")} a second` : "not known yet");
   }
 }

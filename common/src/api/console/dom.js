@@ -46,6 +46,11 @@ export function byId(id) {
   return document.getElementById(id);
 }
 
+/** Says something to those who hear the page, also when it was said before. */
+export function announce(text) {
+  byId("announcer").replaceChildren(text);
+}
+
 // A number for ids within the page.
 let made = 0;
 export function newId(name) {

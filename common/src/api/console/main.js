@@ -1,7 +1,7 @@
 // Follows the daemon's events, and shows them.
 
 import { Card } from "./card.js";
-import { byId, setAttribute, setText, show } from "./dom.js";
+import { announce, byId, setAttribute, setText, show } from "./dom.js";
 import { Accept, Failover, outcome } from "./failover.js";
 import * as facts from "./facts.js";
 import { Overview } from "./overview.js";
@@ -42,10 +42,6 @@ const open = {
 };
 
 const overview = new Overview();
-
-function announce(text) {
-  setText(byId("announcer"), text);
-}
 
 /** The first of a line: history follows as a whole. */
 export function takeHello(data) {

@@ -38,7 +38,8 @@ export function time(value) {
 }
 
 // Moments are nanoseconds since the epoch; a number of JavaScript's holds them to
-// the microsecond.
+// some 256 of them.
+const ROUNDED = 256;
 
 /** Seconds from `then` to `now`. */
 export function between(then, now) {
@@ -52,7 +53,7 @@ export function ago(then, now) {
 
 /** As the command line has it: `2026-11-21T08:15:30.250Z`. */
 export function iso(moment) {
-  return new Date(moment / 1e6).toISOString();
+  return new Date(Math.floor((moment + ROUNDED) / 1e6)).toISOString();
 }
 
 /** `2026-11-21 08:15:30.250 UTC`. */
