@@ -124,12 +124,14 @@ function showConnection() {
   setAttribute(line, "data-link", isLive ? "live" : heard === null ? "waiting" : "lost");
   const text = isLive ? "live" : heard === null ? "connecting" : "disconnected";
   setText(byId("connection-text"), text);
-  show(byId("stale"), heard !== null && !isLive);
-  if (heard !== null && !isLive) {
-    setText(byId("stale"), `Disconnected from the daemon. What stands here is ${time(Math.max(1, Math.floor(age)))} old.`);
+  const old = heard !== null && !isLive;
+  // In the dialog, too: it lies over the page, and its figures decide.
+  for (const id of ["stale", "failover-stale"]) {
+    show(byId(id), old);
+    if (old) setText(byId(id), `Disconnected from the daemon. What stands here is ${time(Math.max(1, Math.floor(age)))} old.`);
   }
   show(byId("empty"), isLive && empty);
-  document.body.classList.toggle("is-stale", heard !== null && !isLive);
+  document.body.classList.toggle("is-stale", old);
   if (live !== null && live !== isLive) {
     announce(isLive ? "Connected to the daemon again" : "Disconnected from the daemon");
   }

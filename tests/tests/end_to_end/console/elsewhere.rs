@@ -155,7 +155,12 @@ fn a_daemon_that_is_gone_is_said_to_be_and_followed_again() {
     let browser = opened(&server);
     let connection = "document.getElementById('connection').innerText";
     browser.until(LIMIT, &format!("{connection} === 'live'"));
+    // The dialog must not show old figures as those of now.
+    browser.tab_to("Fail over…");
+    browser.press("Enter");
     server.stop();
+    browser.until(LIMIT, "document.getElementById('failover-stale').checkVisibility()");
+    browser.press("Escape");
     browser.until(LIMIT, &format!("{connection} === 'disconnected'"));
     browser.until(
         LIMIT,
