@@ -12,6 +12,9 @@ use replicator_common::id::FileSystemId;
 
 /// Continuous replication of a file system to a second one.
 ///
+/// Each daemon, and `run`, serves a console for the browser at its API's address,
+/// http://127.0.0.1:4480/ by default.
+///
 /// Answers go to standard output (JSON, but for `status` without --json); all
 /// else goes to standard error. Exit status: 0 done, 1 failed, 2 wrong usage, 3 timed out.
 #[derive(Debug, Parser)]
@@ -70,7 +73,8 @@ pub struct Run {
     /// $XDG_STATE_HOME/replicator or ~/.local/state/replicator
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
-    /// Loopback address and port of the HTTP API; port 0 takes a free one
+    /// Loopback address and port of the HTTP API and of the console, a page for
+    /// the browser; port 0 takes a free one
     #[arg(long, value_name = "ADDR:PORT", default_value_t = DEFAULT_API)]
     pub api: SocketAddr,
     /// How changes are captured

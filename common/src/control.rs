@@ -25,6 +25,18 @@ pub enum DeletionMode {
     LocalConfigurationOnly,
 }
 
+/// Which halves of its replications a control has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Side {
+    /// A source's daemon.
+    Source,
+    /// A destination's daemon.
+    Destination,
+    /// Both in one process.
+    Both,
+}
+
 /// Asks a source to enable replication.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CreateRequest {
@@ -85,6 +97,11 @@ pub enum ControlError {
 
 /// A running source, destination, or both.
 pub trait Control: Send + Sync + 'static {
+    /// Which side answers: not everything can be asked of each.
+    fn side(&self) -> Side {
+        Side::Both
+    }
+
     /// Enables replication of a directory; returns when both sides are
     /// enrolled. A destination answers with [`ControlError::Validation`].
     fn create(&self, request: &CreateRequest) -> Result<Status, ControlError>;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 use quinn::{Connection, Endpoint};
 use replicator_common::config::is_region;
-use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode};
+use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode, Side};
 use replicator_common::crashsafe::{self, StateFileError};
 use replicator_common::id::{FileSystemId, SessionId};
 use replicator_common::lock::StateLock;
@@ -610,6 +610,10 @@ impl Inner {
 }
 
 impl Control for DestinationService {
+    fn side(&self) -> Side {
+        Side::Destination
+    }
+
     fn create(&self, _: &CreateRequest) -> Result<Status, ControlError> {
         Err(ControlError::Validation(
             "a configuration is created at the source, with a token of this destination".to_owned(),

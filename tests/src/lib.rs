@@ -10,6 +10,7 @@
 //! that was skipped looks exactly like one that passed.
 
 pub mod binary;
+pub mod browser;
 pub mod cgroup;
 pub mod compare;
 pub mod disk;
@@ -24,6 +25,7 @@ pub mod process;
 pub mod relay;
 pub mod scenario;
 pub mod serial;
+pub mod showcase;
 pub mod stamps;
 pub mod systemd;
 pub mod torture;

@@ -87,7 +87,7 @@ fn replicate(
     let server = bound.serve(api)?;
     let id = configure(arguments, pair, services, &*control, display)?;
     display.line(&format!(
-        "replicating {} to {}, API at http://{}",
+        "replicating {} to {}, console and API at http://{}/",
         pair.source().display(),
         pair.replica().display(),
         server.address()

@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use super::{TokenIssuer, own};
 use crate::control::{Control, ControlError, CreateRequest, DeletionMode};
-use crate::id::{FileSystemId, Seq};
+use crate::id::{BatchId, FileSystemId, Seq};
 use crate::status::{
-    Counters, DesiredState, FailoverReport, Link, Positions, ReplicationStatus, Skipped,
-    SourceReport, StageLag, Status, WatcherKind, WatcherReport,
+    Abilities, Counters, DesiredState, DestinationReport, Enforcement, EnforcementKind,
+    FailoverReport, Link, Positions, ReplicationStatus, Shortfalls, Skipped, SourceReport,
+    StageLag, Status, WatcherKind, WatcherReport,
 };
 use crate::time::Timestamp;
 
@@ -62,18 +63,52 @@ fn report() -> SourceReport {
         progress: None,
         blocked_by: Vec::new(),
         skipped: Skipped::default(),
-        link: Link {
-            connected: true,
-            since: Timestamp(0),
-            peer: "[::1]:4481".to_owned(),
-            round_trip_micros: None,
-            clock_offset_nanos: None,
-            last_error: None,
-            next_attempt: None,
-        },
+        link: link(),
         counters: Counters::default(),
         last_error: None,
         verification: Default::default(),
+    }
+}
+
+fn link() -> Link {
+    Link {
+        connected: true,
+        since: Timestamp(0),
+        peer: "[::1]:4481".to_owned(),
+        round_trip_micros: None,
+        clock_offset_nanos: None,
+        last_error: None,
+        next_attempt: None,
+    }
+}
+
+pub(super) fn destination() -> DestinationReport {
+    DestinationReport {
+        time: Timestamp(1_795_248_931_000_000_000),
+        path: "/replica".to_owned(),
+        last_replicated: None,
+        last_consistent: None,
+        time_since_last_sync: None,
+        applied: BatchId(0),
+        durable: BatchId(0),
+        objects: 0,
+        orphans: 0,
+        enforcement: Enforcement { kind: EnforcementKind::Mount, reason: String::new() },
+        abilities: Abilities {
+            chown: true,
+            xattrs: true,
+            privileged_xattrs: true,
+            devices: true,
+            handles: true,
+            links_max: None,
+            name_max: None,
+        },
+        shortfalls: Shortfalls::default(),
+        staged_bytes: 0,
+        arriving: Vec::new(),
+        stalled: None,
+        link: link(),
+        last_error: None,
     }
 }
 

@@ -7,6 +7,8 @@
 //! | `GET /2015-02-01/file-systems/replication-configurations` | DescribeReplicationConfigurations |
 //! | `DELETE /2015-02-01/file-systems/{id}/replication-configuration` | DeleteReplicationConfiguration |
 //! | `GET /replicator/v1/health` | [`own::Health`]; an answer means that the daemon lives |
+//! | `GET /` | the console, a page for people (`console`) |
+//! | `GET /replicator/v1/events` | what happens, as it happens: server-sent events (`events`) |
 //! | `GET /replicator/v1/status` | every [`Status`](crate::status::Status) |
 //! | `POST /replicator/v1/replications` | [`own::CreateBody`] → EFS's configuration |
 //! | `POST /replicator/v1/wait` | [`own::WaitBody`] → [`own::WaitAnswer`] |
@@ -19,14 +21,17 @@
 //!
 //! Errors of both halves have EFS's shape. There is no authentication: the
 //! server listens on loopback unless the configuration says otherwise, and
-//! refuses what a web page could have sent (see `guard`).
+//! refuses what a web page other than the console could have sent (see `guard`).
 //!
 //! [`Api::perform`] is the whole API without a socket; [`server`] is the shell.
 
 pub mod client;
+mod console;
 pub mod efs;
 mod error;
+mod events;
 mod guard;
+mod history;
 mod limit;
 pub mod own;
 mod perform;

@@ -11,18 +11,20 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
-use axum::http::header::{CONTENT_TYPE, HOST, HeaderValue, ORIGIN};
+use axum::http::header::{CONTENT_TYPE, HeaderValue};
 use axum::http::{HeaderName, StatusCode};
 use axum::response::Response;
 use tokio::runtime::Runtime;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Semaphore, oneshot, watch};
 
-use super::guard;
+use super::events::{self, Events};
 use super::limit::Limited;
-use super::{Answer, Api, ApiError};
+use super::{Answer, Api, ApiError, console, guard};
 
 /// Connections held open at once.
 const CONNECTIONS: usize = 256;
+/// What is spoken on them: an origin begins with it.
+const SCHEME: &str = "http";
 /// Calls at once, beside waits.
 const CALLS: usize = 32;
 /// Waits at once; each holds a thread.
@@ -96,7 +98,8 @@ impl Bound {
     pub fn serve(self, api: Api) -> Result<Server, ServeError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            .max_blocking_threads(CALLS + WAITS)
+            // One more for the status that events tell.
+            .max_blocking_threads(CALLS + WAITS + 1)
             .build()
             .map_err(ServeError::Thread)?;
         let listener = {
@@ -148,13 +151,18 @@ fn run(
     api: Api,
     stopped: oneshot::Receiver<()>,
 ) {
+    let (stopping, told) = watch::channel(());
+    let events = Events::new(api.control.clone());
+    runtime.spawn(events.clone().watch(told.clone()));
     let shared = Arc::new(Shared {
         api,
+        events,
+        stopping: told.clone(),
         calls: Arc::new(Semaphore::new(CALLS)),
         waits: Arc::new(Semaphore::new(WAITS)),
     });
     let router = Router::new().fallback(handle).with_state(shared);
-    let (stopping, mut told) = tokio::sync::watch::channel(());
+    let mut told = told;
     let serve = axum::serve(Limited::new(listener, CONNECTIONS), router).with_graceful_shutdown(
         async move {
             // An error means that the sender is gone, which is the signal.
@@ -181,25 +189,46 @@ fn run(
 
 struct Shared {
     api: Api,
+    events: Arc<Events>,
+    /// Changes when the server is told to stop.
+    stopping: watch::Receiver<()>,
     calls: Arc<Semaphore>,
     waits: Arc<Semaphore>,
 }
 
 async fn handle(State(shared): State<Arc<Shared>>, request: Request) -> Response {
-    match answer(&shared, request).await {
-        Ok(answer) => respond(answer.status, None, answer.body.map(|body| body.to_string())),
+    let mut response = match dispatch(&shared, request).await {
+        Ok(response) => response,
         Err(error) => {
             if error.status == 500 {
                 tracing::error!(%error, "a request to the API failed");
             }
             respond(error.status, Some(error.class), Some(error.to_json().to_string()))
         }
+    };
+    console::protect(response.headers_mut());
+    response
+}
+
+async fn dispatch(shared: &Arc<Shared>, request: Request) -> Result<Response, ApiError> {
+    let (method, path) = (request.method().as_str(), request.uri().path());
+    let caller = guard::Caller::new(method, path, request.headers());
+    guard::check(&caller, SCHEME, &shared.api.options.hosts)?;
+    if let Some(page) = console::find(method, path) {
+        return Ok(page);
     }
+    if events::are_asked_for(method, path)? {
+        return shared.events.answer(shared.stopping.clone());
+    }
+    let changes = method != "GET";
+    let answer = answer(shared, request).await?;
+    if changes {
+        shared.events.changed();
+    }
+    Ok(respond(answer.status, None, answer.body.map(|body| body.to_string())))
 }
 
 async fn answer(shared: &Arc<Shared>, request: Request) -> Result<Answer, ApiError> {
-    let host = request.headers().get(HOST).and_then(|value| value.to_str().ok());
-    guard::check(host, request.headers().contains_key(ORIGIN), &shared.api.options.hosts)?;
     let method = request.method().as_str().to_owned();
     let uri = request.uri();
     let target = uri.path_and_query().map_or("/", |target| target.as_str()).to_owned();

@@ -360,6 +360,32 @@ fn over_http() {
     let rebound = "GET / HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n";
     assert!(raw(address, rebound).starts_with("http/1.1 403 "));
 
+    // The console, and what it asks for.
+    let page = get("/", "Sec-Fetch-Site: none\r\n");
+    assert!(page.starts_with("http/1.1 200 ") && page.contains("<!doctype html>"), "{page}");
+    assert!(page.contains("frame-ancestors 'none'"), "{page}");
+    let head = format!("HEAD / HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    assert!(raw(address, &head).ends_with("\r\n\r\n"));
+    let pause = |headers: &str| {
+        raw(
+            address,
+            &format!(
+                "POST /replicator/v1/pause HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n{headers}\r\n"
+            ),
+        )
+    };
+    let own = format!("Origin: http://{address}\r\nSec-Fetch-Site: same-origin\r\n");
+    assert!(pause(&own).starts_with("http/1.1 403 "));
+    assert!(pause(&format!("{own}X-Replicator-Console: 1\r\n")).starts_with("http/1.1 200 "));
+    let other = "Origin: http://127.0.0.1:1\r\nX-Replicator-Console: 1\r\n";
+    assert!(pause(other).starts_with("http/1.1 403 "));
+    let preflight = format!(
+        "OPTIONS /replicator/v1/pause HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nOrigin: http://evil.example\r\nAccess-Control-Request-Headers: x-replicator-console\r\n\r\n"
+    );
+    let answer = raw(address, &preflight);
+    assert!(answer.starts_with("http/1.1 403 "), "{answer}");
+    assert!(!answer.contains("access-control-allow"), "{answer}");
+
     let large = format!(
         "POST /replicator/v1/pause HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{}",
         70_000,

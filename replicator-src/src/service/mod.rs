@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use replicator_common::ancestry;
 use replicator_common::config::is_region;
-use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode};
+use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode, Side};
 use replicator_common::crashsafe::{self, Format, StateFileError};
 use replicator_common::id::FileSystemId;
 use replicator_common::lock::{LockError, StateLock};
@@ -303,6 +303,10 @@ impl Drop for SourceService {
 }
 
 impl Control for SourceService {
+    fn side(&self) -> Side {
+        Side::Source
+    }
+
     fn create(&self, request: &CreateRequest) -> Result<Status, ControlError> {
         let token: Token = request
             .token

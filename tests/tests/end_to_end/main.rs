@@ -7,6 +7,7 @@ mod bad_disks;
 mod bad_input;
 mod capture_traps;
 mod clock_steps;
+mod console;
 mod disks;
 mod failover_faults;
 mod figures;

@@ -28,13 +28,13 @@ const LARGE: usize = 9 << 20;
 /// A way into the replica past its protection: a second mount of its file system,
 /// made before.
 #[derive(Debug)]
-struct BackDoor {
+pub(crate) struct BackDoor {
     point: PathBuf,
     _scratch: Scratch,
 }
 
 impl BackDoor {
-    fn new(replica: &Path) -> Self {
+    pub(crate) fn new(replica: &Path) -> Self {
         let scratch = Scratch::new("back-door");
         let point = scratch.path().join("replica");
         fs::create_dir(&point).unwrap();
@@ -42,12 +42,12 @@ impl BackDoor {
         Self { point, _scratch: scratch }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.point.join(name)
     }
 
     /// Does something to a file, and sets its time as it was.
-    fn unnoticed(&self, name: &str, change: impl FnOnce(&Path)) {
+    pub(crate) fn unnoticed(&self, name: &str, change: impl FnOnce(&Path)) {
         let path = self.path(name);
         let before = fs::metadata(&path).unwrap().modified().unwrap();
         change(&path);
@@ -55,7 +55,7 @@ impl BackDoor {
     }
 
     /// Flips one bit, as a disk does.
-    fn flip(&self, name: &str, offset: u64) {
+    pub(crate) fn flip(&self, name: &str, offset: u64) {
         self.unnoticed(name, |path| {
             let file = fs::File::options().read(true).write(true).open(path).unwrap();
             let mut byte = [0];
