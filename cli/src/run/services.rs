@@ -10,6 +10,7 @@ use replicator_common::api::TokenIssuer;
 use replicator_common::config::DEFAULT_REGION;
 use replicator_common::control::Control;
 use replicator_common::id::FileSystemId;
+use replicator_common::registry::Registry;
 use replicator_common::status::FailoverReport;
 use replicator_dst::issuer::Issuer;
 use replicator_dst::service::{DestinationOptions, DestinationService, ServiceError};
@@ -39,6 +40,8 @@ pub struct Services {
 impl Services {
     /// Opens both; the destination first, so that the source finds it.
     pub fn open(state: &StateDirectory, halt: HaltRule) -> anyhow::Result<Self> {
+        // One for both: an id means the same at either side.
+        let registry = Arc::new(Registry::open(state.path())?);
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, state.port()?));
         let runtime = Builder::new_multi_thread()
             .worker_threads(2)
@@ -52,6 +55,7 @@ impl Services {
             advertise: None,
             region: DEFAULT_REGION.to_owned(),
             hook: None,
+            registry: Some(registry.clone()),
         };
         let destination = {
             let _context = runtime.enter();
@@ -63,7 +67,8 @@ impl Services {
             bail!(reason);
         }
         let options = SourceOptions::new(state.path().join(SOURCE_DIRECTORY));
-        match SourceService::open(SourceOptions { halt, ..options }) {
+        let registry = Some(registry);
+        match SourceService::open(SourceOptions { halt, registry, ..options }) {
             Ok(source) => Ok(Self { source, destination, runtime }),
             Err(error) => {
                 runtime.block_on(destination.shutdown());
@@ -78,6 +83,10 @@ impl Services {
 
     pub fn destination(&self) -> Arc<dyn Control> {
         Arc::new(self.destination.clone())
+    }
+
+    pub fn registry(&self) -> Arc<Registry> {
+        self.source.registry()
     }
 
     pub fn tokens(&self) -> Arc<dyn TokenIssuer> {
