@@ -14,6 +14,8 @@ pub const PATH_TAG: &str = "replicator:path";
 const KEY_MAX: usize = 128;
 const VALUE_MAX: usize = 256;
 const TAGS_MAX: usize = 50;
+/// See [`is_of_tags`].
+const OF_TAGS: &str = "letters, digits, blanks and _.:/=+-@";
 
 /// A file system.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -189,9 +191,9 @@ pub(in crate::api) fn tags(
 ) -> Result<BTreeMap<String, String>, ApiError> {
     for Tag { key, value } in given {
         check_key(&key)?;
-        if value.chars().count() > VALUE_MAX {
+        if value.chars().count() > VALUE_MAX || !value.chars().all(is_of_tags) {
             return Err(ApiError::bad_request(format!(
-                "the value of tag {key:?} has more than {VALUE_MAX} characters"
+                "the value of tag {key:?} has more than {VALUE_MAX} characters, or others than {OF_TAGS}"
             )));
         }
         there.insert(key, value);
@@ -209,13 +211,21 @@ fn check_key(key: &str) -> Result<(), ApiError> {
             "{PATH_TAG} is where the file system is: it is given when it is made, and stays"
         )));
     }
-    if !(1..=KEY_MAX).contains(&key.chars().count()) {
-        return Err(ApiError::bad_request(format!("a tag's key has 1 to {KEY_MAX} characters")));
+    if !(1..=KEY_MAX).contains(&key.chars().count()) || !key.chars().all(is_of_tags) {
+        return Err(ApiError::bad_request(format!(
+            "a tag's key has 1 to {KEY_MAX} characters: {OF_TAGS}"
+        )));
     }
     if key.to_ascii_lowercase().starts_with("aws:") {
         return Err(ApiError::bad_request("a tag's key cannot begin with aws:"));
     }
     Ok(())
+}
+
+/// Whether EFS has a character in tags. (A path is as it is.)
+fn is_of_tags(character: char) -> bool {
+    let blank = character.is_whitespace() && !character.is_control();
+    character.is_alphanumeric() || blank || "_.:/=+-@".contains(character)
 }
 
 /// The tags as they are told, the path's among them.

@@ -302,6 +302,8 @@ fn tags_come_and_go() {
         ("POST", &tags, tag("replicator:path", "/other")),
         ("POST", &tags, tag("", "x")),
         ("POST", &tags, tag("AWS:x", "x")),
+        ("POST", &tags, tag("k%", "x")),
+        ("POST", &tags, tag("k", "a\nb")),
         ("POST", &tags, tag(&"k".repeat(129), "x")),
         ("POST", &tags, tag("k", &"v".repeat(257))),
         ("POST", &tags, json!({ "Tags": many })),
