@@ -10,6 +10,7 @@ mod clock_steps;
 mod disks;
 mod failover_faults;
 mod figures;
+mod file_systems;
 mod halt;
 mod handover;
 mod lost_events;

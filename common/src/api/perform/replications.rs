@@ -83,15 +83,18 @@ impl Api {
         if source == Some(&id) {
             return Err(ApiError::validation(format!("{id} cannot be replicated to itself")));
         }
-        let one = find(known, &id)?;
-        if one.end.is_some() {
+        let one = known.into_iter().find(|one| one.id == id);
+        if one.as_ref().is_some_and(|one| one.end.is_some()) {
             return Err(ApiError::already_replicated(&id));
         }
-        let (Some(tokens), Some(record)) = (&self.tokens, &one.record) else {
+        let found = one.as_ref().and_then(|one| Some((one, one.record.as_ref()?)));
+        let (Some(tokens), Some((one, record))) = (&self.tokens, found) else {
             return Err(ApiError::new(
                 404,
                 "FileSystemNotFound",
-                format!("{id} is at no destination of this daemon: give a token of its own daemon"),
+                format!(
+                    "file system {id} is at no destination of this daemon: give an enrolment token of its own daemon"
+                ),
             ));
         };
         one.check_available()?;

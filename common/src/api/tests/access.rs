@@ -136,3 +136,33 @@ fn what_a_web_page_could_send_is_refused_before_credentials_are_looked_at() {
         "GET /replicator/v1/status HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n";
     assert!(raw(server.address(), request).contains("accessdeniedexception"));
 }
+
+#[test]
+fn too_many_calls_at_once_are_throttled() {
+    let fake = Arc::new(Fake::with([1]));
+    let server = server::bind(local()).unwrap().serve(api(&fake)).unwrap();
+    let request =
+        "GET /replicator/v1/status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+    let all = fake.all.lock().unwrap();
+    // They wait for what we hold; 32 may.
+    let mut waiting = Vec::new();
+    let refused = loop {
+        let mut stream = TcpStream::connect(server.address()).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        let mut head = [0; 12];
+        match stream.read_exact(&mut head) {
+            Ok(()) => break String::from_utf8_lossy(&head).into_owned(),
+            Err(_) => waiting.push(stream),
+        }
+        assert!(waiting.len() <= 32, "nobody was throttled");
+    };
+    assert_eq!((refused.as_str(), waiting.len()), ("HTTP/1.1 429", 32));
+    drop(all);
+    for mut stream in waiting {
+        stream.set_read_timeout(None).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+}
