@@ -71,6 +71,13 @@ impl Asking {
         if let Some(ca) = &self.ca {
             access.trust_file(ca)?;
         }
+        if self.endpoint.starts_with("https:") && access.trusted.is_none() {
+            return Err(Usage(format!(
+                "{} needs --fingerprint (which the daemon logs when it starts) or --ca",
+                self.endpoint
+            ))
+            .into());
+        }
         let given = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
         match (given(&self.access_key_id), given(&self.secret_access_key)) {
             (Some(id), Some(secret)) => access.sign_with(&id, &secret),
