@@ -118,7 +118,7 @@ fn what_we_sign_is_verified_and_nothing_of_it_can_be_changed() {
             assert_eq!(signed.verify(at(SIGNED_AT)), Ok(()), "{signed:?}");
             let changes: [&dyn Fn(&mut Vector); 6] = [
                 &|v| v.method = "PATCH".to_owned(),
-                &|v| v.target.insert_str(1, "x"),
+                &|v| v.target.insert(1, 'x'),
                 &|v| v.target.push_str(if v.target.contains('?') { "&x=1" } else { "?x=1" }),
                 &|v| v.body.push(' '),
                 &|v| drop(v.headers.insert("host".to_owned(), "evil.example".to_owned())),
