@@ -4,11 +4,15 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use replicator_common::api::client::{DEFAULT_ENDPOINT, check_endpoint};
+use replicator_common::api::client::{Access, DEFAULT_ENDPOINT, check_endpoint};
 use replicator_common::api::own::WAIT_MAX_SECONDS;
 use replicator_common::config::DEFAULT_API;
 use replicator_common::control::{DeletionMode, WatcherChoice};
 use replicator_common::id::FileSystemId;
+use replicator_common::net::https::Trusted;
+use replicator_common::net::identity::{Fingerprint, InvalidFingerprint};
+
+use crate::exit::Usage;
 
 /// Continuous replication of a file system to a second one.
 ///
@@ -20,6 +24,15 @@ use replicator_common::id::FileSystemId;
 #[derive(Debug, Parser)]
 #[command(name = "replicator", version)]
 pub struct Arguments {
+    #[command(flatten)]
+    pub asking: Asking,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Which daemon is asked, and by what the two know each other.
+#[derive(Debug, Args)]
+pub struct Asking {
     /// The API of the daemon that is asked
     #[arg(
         long,
@@ -30,8 +43,65 @@ pub struct Arguments {
         value_parser = |text: &str| check_endpoint(text).map_err(|error| error.to_string())
     )]
     pub endpoint: String,
-    #[command(subcommand)]
-    pub command: Command,
+    /// The SHA-256 of the daemon's certificate, which it logs when it starts
+    /// (for https)
+    #[arg(long, global = true, env = "REPLICATOR_FINGERPRINT", value_name = "HEX")]
+    #[arg(value_parser = fingerprint, conflicts_with = "ca")]
+    pub fingerprint: Option<Fingerprint>,
+    /// The authorities, PEM, one of which vouches for the daemon (for https)
+    #[arg(long, global = true, env = "REPLICATOR_CA", value_name = "FILE")]
+    pub ca: Option<PathBuf>,
+    /// An access key of the daemon's API
+    #[arg(long, global = true, env = "AWS_ACCESS_KEY_ID", value_name = "ID")]
+    pub access_key_id: Option<String>,
+    /// Its secret; in the environment, other users do not see it
+    #[arg(long, global = true, env = "AWS_SECRET_ACCESS_KEY", value_name = "SECRET")]
+    #[arg(hide_env_values = true)]
+    pub secret_access_key: Option<String>,
+    /// A certificate that the daemon's API lets in, PEM
+    #[arg(long, global = true, env = "REPLICATOR_CLIENT_CERTIFICATE", value_name = "FILE")]
+    pub client_certificate: Option<PathBuf>,
+    /// Its key, PEM
+    #[arg(long, global = true, env = "REPLICATOR_CLIENT_KEY", value_name = "FILE")]
+    pub client_key: Option<PathBuf>,
+}
+
+impl Asking {
+    /// The same, with what the files hold.
+    pub fn access(&self) -> anyhow::Result<Access> {
+        let mut access = Access::new(&self.endpoint);
+        access.trusted = self.fingerprint.map(Trusted::Pinned);
+        if let Some(ca) = &self.ca {
+            access.trust_file(ca)?;
+        }
+        if self.endpoint.starts_with("https:") && access.trusted.is_none() {
+            return Err(Usage(format!(
+                "{} needs --fingerprint (which the daemon logs when it starts) or --ca",
+                self.endpoint
+            ))
+            .into());
+        }
+        let given = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+        match (given(&self.access_key_id), given(&self.secret_access_key)) {
+            (Some(id), Some(secret)) => access.sign_with(&id, &secret),
+            (None, None) => {}
+            _ => return Err(Usage("an access key's id and secret go together".to_owned()).into()),
+        }
+        match (&self.client_certificate, &self.client_key) {
+            (Some(certificate), Some(key)) => access.show(certificate, key)?,
+            (None, None) => {}
+            _ => {
+                let message = "--client-certificate and --client-key go together";
+                return Err(Usage(message.to_owned()).into());
+            }
+        }
+        Ok(access)
+    }
+}
+
+/// As we write it, or as openssl does, with colons.
+fn fingerprint(text: &str) -> Result<Fingerprint, String> {
+    text.replace(':', "").parse().map_err(|error: InvalidFingerprint| error.to_string())
 }
 
 #[derive(Debug, Subcommand)]
@@ -45,6 +115,14 @@ pub enum Command {
     DescribeReplicationConfigurations(Describe),
     /// Deletes a configuration: fails over, the replica becomes writable
     DeleteReplicationConfiguration(Delete),
+    /// Gives a directory or mount an id, under which it can be replicated
+    CreateFileSystem(CreateFileSystem),
+    /// Prints the file systems that have an id
+    DescribeFileSystems,
+    /// Forgets a file system's id; what is in it stays
+    DeleteFileSystem(FileSystem),
+    /// Allows that a file system becomes a replica, or forbids it
+    UpdateFileSystemProtection(UpdateProtection),
     /// Makes the replica writable, and says what was and was not replicated;
     /// prints the report as JSON
     Failover(Failover),
@@ -103,11 +181,13 @@ pub struct Run {
 
 #[derive(Debug, Args)]
 pub struct Create {
-    /// The directory or mount to replicate, on the host of the source's daemon
-    #[arg(long, value_name = "PATH")]
+    /// The directory or mount to replicate, on the host of the source's daemon;
+    /// or its id there
+    #[arg(long, value_name = "PATH|ID")]
     pub source: PathBuf,
-    /// The line that the destination's daemon printed
-    #[arg(long, value_name = "TOKEN")]
+    /// The line that the destination's daemon printed; or an id, where one
+    /// daemon runs both sides
+    #[arg(long, value_name = "TOKEN|ID")]
     pub destination: String,
     /// How changes are captured; default: as the daemon's configuration says
     #[arg(long, value_enum)]
@@ -132,6 +212,32 @@ pub struct Delete {
     /// Which sides: LOCAL_CONFIGURATION_ONLY works when the other one is dead
     #[arg(long, value_enum, default_value_t = Mode::AllConfigurations)]
     pub deletion_mode: Mode,
+}
+
+#[derive(Debug, Args)]
+pub struct CreateFileSystem {
+    /// The directory or mount, on the daemon's host; made when missing
+    #[arg(long, value_name = "PATH")]
+    pub path: PathBuf,
+    /// The tag `Name`
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct FileSystem {
+    /// The file system (or its ARN)
+    #[arg(long, value_name = "ID")]
+    pub file_system_id: String,
+}
+
+#[derive(Debug, Args)]
+pub struct UpdateProtection {
+    #[command(flatten)]
+    pub file_system: FileSystem,
+    /// ENABLED (it may not become a replica) or DISABLED (it may)
+    #[arg(long, value_name = "WORD")]
+    pub replication_overwrite_protection: String,
 }
 
 #[derive(Debug, Args)]
@@ -279,8 +385,23 @@ mod tests {
         let parse = |line: &[&str]| Arguments::try_parse_from(line).unwrap();
         let before = parse(&["replicator", "--endpoint", "http://a:1/", "status"]);
         let after = parse(&["replicator", "status", "--endpoint", "http://a:1"]);
-        assert_eq!(before.endpoint, "http://a:1");
-        assert_eq!(after.endpoint, "http://a:1");
+        assert_eq!(before.asking.endpoint, "http://a:1");
+        assert_eq!(after.asking.endpoint, "http://a:1");
+    }
+
+    #[test]
+    fn credentials_go_in_pairs() {
+        let access = |more: &[&str]| {
+            let line = [&["replicator", "status"], more].concat();
+            Arguments::try_parse_from(line).unwrap().asking.access()
+        };
+        let pin = "AB:".repeat(31) + "AB";
+        let both = ["--access-key-id", "AK", "--secret-access-key", "s", "--fingerprint", &pin];
+        let found = access(&both).unwrap();
+        assert!(found.key.is_some() && matches!(found.trusted, Some(Trusted::Pinned(_))));
+        assert!(access(&["--access-key-id", "AK", "--secret-access-key", ""]).is_err());
+        assert!(access(&["--client-key", "/k"]).is_err());
+        assert!(access(&["--ca", "/nonexistent"]).is_err());
     }
 
     #[test]

@@ -22,25 +22,39 @@ use arguments::{Arguments, Command};
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let endpoint = &arguments.endpoint;
-    let result = match arguments.command {
+    exit::report(perform(Arguments::parse()))
+}
+
+fn perform(arguments: Arguments) -> anyhow::Result<()> {
+    let asking = arguments.asking;
+    let access = || asking.access();
+    match arguments.command {
+        // Asks nobody.
         Command::Run(arguments) => run::run(&arguments),
         Command::CreateReplicationConfiguration(arguments) => {
-            commands::create::run(endpoint, &arguments)
+            commands::create::run(&access()?, &arguments)
         }
         Command::DescribeReplicationConfigurations(arguments) => {
-            commands::describe::run(endpoint, &arguments)
+            commands::describe::run(&access()?, &arguments)
         }
         Command::DeleteReplicationConfiguration(arguments) => {
-            commands::delete::run(endpoint, &arguments)
+            commands::delete::run(&access()?, &arguments)
         }
-        Command::Failover(arguments) => commands::failover::run(endpoint, &arguments),
-        Command::Status(arguments) => status::run(endpoint, &arguments),
-        Command::Wait(arguments) => commands::wait::run(endpoint, &arguments),
-        Command::Verify(arguments) => commands::verify::run(endpoint, &arguments),
-        Command::Pause(target) => commands::pause::pause(endpoint, &target),
-        Command::Resume(arguments) => commands::pause::resume(endpoint, &arguments),
-    };
-    exit::report(result)
+        Command::CreateFileSystem(arguments) => {
+            commands::file_systems::create(&access()?, &arguments)
+        }
+        Command::DescribeFileSystems => commands::file_systems::describe(&access()?),
+        Command::DeleteFileSystem(arguments) => {
+            commands::file_systems::delete(&access()?, &arguments)
+        }
+        Command::UpdateFileSystemProtection(arguments) => {
+            commands::file_systems::protect(&access()?, &arguments)
+        }
+        Command::Failover(arguments) => commands::failover::run(&access()?, &arguments),
+        Command::Status(arguments) => status::run(&access()?, &arguments),
+        Command::Wait(arguments) => commands::wait::run(&access()?, &arguments),
+        Command::Verify(arguments) => commands::verify::run(&access()?, &arguments),
+        Command::Pause(target) => commands::pause::pause(&access()?, &target),
+        Command::Resume(arguments) => commands::pause::resume(&access()?, &arguments),
+    }
 }

@@ -83,6 +83,7 @@ fn trap_17_waiting_goes_by_order_and_not_by_the_wall_clock() {
         advertise: None,
         region: "xx-local".to_owned(),
         hook: None,
+        registry: None,
     };
     let destination = {
         let _context = runtime.enter();

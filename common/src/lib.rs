@@ -26,6 +26,7 @@ pub mod logging;
 pub mod name;
 pub mod net;
 pub mod object;
+pub mod registry;
 pub mod status;
 pub mod stop;
 pub mod store;

@@ -6,6 +6,7 @@ use anyhow::Context;
 use replicator_common::api::TokenIssuer;
 use replicator_common::config::DestinationConfig;
 use replicator_common::control::Control;
+use replicator_common::registry::Registry;
 use replicator_dst::issuer::Issuer;
 use replicator_dst::service::{DestinationOptions, DestinationService};
 use tokio::runtime::{Builder, Runtime};
@@ -31,6 +32,7 @@ impl Daemon {
             advertise: Some(address(config)),
             region: config.region.clone(),
             hook: None,
+            registry: None,
         };
         let service = {
             let _context = runtime.enter();
@@ -43,6 +45,11 @@ impl Daemon {
     /// What the API controls.
     pub fn control(&self) -> Arc<dyn Control> {
         Arc::new(self.service.clone())
+    }
+
+    /// The file systems that have an id.
+    pub fn registry(&self) -> Arc<Registry> {
+        self.service.registry()
     }
 
     /// Who makes tokens.

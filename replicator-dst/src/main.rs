@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use replicator_common::api::own::TOKEN_VALID_SECONDS;
 use replicator_common::api::{Api, ApiOptions, server};
 use replicator_common::config::DestinationConfig;
-use replicator_common::daemon::{check_config, end, load};
+use replicator_common::daemon::{api_tls, check_config, end, load};
 use replicator_common::logging;
 use replicator_common::stop::Stop;
 use replicator_common::supervisor::Supervisor;
@@ -102,9 +102,9 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     // The port first: a second daemon ends here, before it touches any state.
     let bound = server::bind(config.api)?;
     let daemon = Daemon::open(&config)?;
-    let options = ApiOptions { hosts: config.api_hosts.clone(), ..ApiOptions::default() };
-    let api = Api::new(daemon.control(), options).with_tokens(daemon.tokens());
-    let server = bound.serve(api)?;
+    let options = ApiOptions::of(&config.api());
+    let api = Api::new(daemon.control(), daemon.registry(), options).with_tokens(daemon.tokens());
+    let server = bound.serve_over(api, api_tls(&config.api(), &config.state_dir)?)?;
     info!(
         api = %server.address(),
         listen = %config.listen,

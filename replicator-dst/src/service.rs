@@ -23,6 +23,7 @@ use replicator_common::net::enrol::{
 use replicator_common::net::identity::{Fingerprint, Identity, IdentityError};
 use replicator_common::net::quic::{self, Admission, CLOSE_DONE};
 use replicator_common::net::token::{Secret, Token};
+use replicator_common::registry::Registry;
 use replicator_common::status::{DesiredState, FailoverReport, Status};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{DestinationMessage, Refusal};
@@ -60,6 +61,8 @@ pub struct DestinationOptions {
     pub region: String,
     /// For tests: where to die.
     pub hook: Option<Hook>,
+    /// The file systems that have an id; `None`: the state directory's own.
+    pub registry: Option<Arc<Registry>>,
 }
 
 /// Why a destination cannot be opened, or not do what it was asked.
@@ -76,6 +79,11 @@ pub enum ServiceError {
     Net(#[from] NetError),
     #[error(transparent)]
     Unsuitable(#[from] Unsuitable),
+    #[error(
+        "replication overwrite protection of {id} ({path}) is ENABLED: set it to DISABLED first",
+        path = path.display()
+    )]
+    Protected { id: FileSystemId, path: PathBuf },
     #[error("cannot end the failover that was begun: {0}")]
     Failover(#[from] Box<FailoverError>),
     #[error("cannot start a thread: {0}")]
@@ -192,6 +200,7 @@ struct Inner {
     identity: Identity,
     endpoint: Endpoint,
     book: Arc<Book>,
+    registry: Arc<Registry>,
     running: Mutex<HashMap<FileSystemId, Arc<Running>>>,
     /// Those that cannot be opened now. None is among the running ones too.
     broken: Mutex<HashMap<FileSystemId, Broken>>,
@@ -226,10 +235,15 @@ impl DestinationService {
         crashsafe::create_directory(&identity_dir)?;
         let identity = Identity::load_or_create(&identity_dir)?;
         let book = Arc::new(Book::new(Grants::read(&options.state_dir)?));
+        let registry = match &options.registry {
+            Some(registry) => registry.clone(),
+            None => Arc::new(Registry::open(&options.state_dir)?),
+        };
         let (mut running, mut broken) = (HashMap::new(), HashMap::new());
         for (directory, config) in state::replicas(&options.state_dir)? {
             let source = config.source.clone();
             book.pin(&config);
+            enter(&registry, &config);
             match start_or_end(&directory, config.clone(), replicas.clone()) {
                 Ok(Some(one)) => drop(running.insert(source, one)),
                 Ok(None) => book.unpin(&source),
@@ -247,6 +261,7 @@ impl DestinationService {
             identity,
             endpoint,
             book,
+            registry,
             running: Mutex::new(running),
             broken: Mutex::new(broken),
             reviving: Mutex::default(),
@@ -260,6 +275,11 @@ impl DestinationService {
     pub fn unopened(&self) -> Vec<(FileSystemId, String)> {
         let broken = self.inner.broken();
         broken.iter().map(|(source, one)| (source.clone(), one.error.error.clone())).collect()
+    }
+
+    /// The file systems that have an id.
+    pub fn registry(&self) -> Arc<Registry> {
+        self.inner.registry.clone()
     }
 
     /// The address that is listened on.
@@ -316,6 +336,14 @@ impl DestinationService {
         })
         .await;
         let _ = tokio::time::timeout(FAREWELL, self.inner.endpoint.wait_idle()).await;
+    }
+}
+
+/// A replica is a file system with an id, and stays one: protected, once it is
+/// none any more. Without that it is a replica all the same.
+fn enter(registry: &Registry, config: &Config) {
+    if let Err(error) = registry.enter(&config.destination, &config.path) {
+        tracing::warn!(replica = %config.destination, %error, "the replica's id is not kept");
     }
 }
 
@@ -415,7 +443,12 @@ impl Inner {
             self.running().values().map(|running| running.replica.config.path.clone()).collect();
         others.extend(self.broken().values().map(|broken| broken.config.path.clone()));
         suitable::check(path, &self.options.state_dir, &others, reconcile)?;
-        Ok(())
+        // What came with a configuration has no say: whoever asks to reconcile it
+        // has given his consent.
+        match self.registry.at(path).filter(|known| known.by_hand && known.protected) {
+            Some(known) => Err(ServiceError::Protected { id: known.id, path: known.path }),
+            None => Ok(()),
+        }
     }
 
     async fn serve(self: Arc<Self>, connection: Connection, peer: &Fingerprint) {
@@ -543,10 +576,11 @@ impl Inner {
         }
         self.check(&grant.path, grant.reconcile).map_err(|error| unable(&error))?;
         let empty = suitable::is_empty(&grant.path).map_err(|error| unable(&error))?;
+        let registered = self.registry.at(&grant.path).map(|known| known.id);
         let config = Config {
             source: request.source.clone(),
             source_region: request.source_region.clone(),
-            destination: FileSystemId::random(),
+            destination: registered.unwrap_or_else(FileSystemId::random),
             path: grant.path,
             peer,
             creation_time: request.creation_time,
@@ -557,6 +591,7 @@ impl Inner {
         let directory = self.options.state_dir.join("replicas").join(config.source.as_str());
         // Left behind by a configuration that was interrupted in its making or
         // its removal; without a config.json it means nothing.
+        failover::sweep(&directory).map_err(|error| unable(&error))?;
         crashsafe::remove(&directory.join("store.redb")).map_err(|error| unable(&error))?;
         crashsafe::create_directory(&directory).map_err(|error| unable(&error))?;
         making::begin(&directory, &config).map_err(|error| unable(&error))?;
@@ -571,6 +606,7 @@ impl Inner {
         *grants = next;
         drop(grants);
         self.book.pin(&config);
+        enter(&self.registry, &config);
         self.running().insert(config.source.clone(), running);
         tracing::info!(source = %config.source, path = %config.path.display(), "enrolled");
         Ok(self.enrolled(&config))

@@ -1,7 +1,6 @@
 //! Enrolment tokens for the configured replicas.
 
 use std::io::Write;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -10,6 +9,7 @@ use replicator_common::api::client::Client;
 use replicator_common::api::own::TokenBody;
 use replicator_common::config::{DestinationConfig, ReplicaConfig};
 use replicator_common::control::Control;
+use replicator_common::daemon::own_access;
 use replicator_common::status::Status;
 use tracing::{error, info};
 
@@ -47,7 +47,8 @@ pub fn offer(config: &DestinationConfig, control: &dyn Control, tokens: &dyn Tok
 
 /// Asks the daemon that runs with this configuration, and prints.
 pub fn ask(config: &DestinationConfig, wanted: &Wanted<'_>) -> anyhow::Result<()> {
-    let client = Client::new(&format!("http://{}", reachable(config.api)))?;
+    let access = own_access(&config.api(), &config.state_dir)?;
+    let client = Client::open(&access)?;
     let configured = |path: &Path| config.replicas.iter().find(|replica| replica.path == path);
     let replicas = match wanted.replica {
         Some(path) => {
@@ -84,16 +85,6 @@ fn free(configured: &[ReplicaConfig], enrolled: &[Status]) -> Vec<ReplicaConfig>
             .any(|report| names.contains(&Some(Path::new(&report.path))))
     };
     configured.iter().filter(|replica| !taken(&replica.path)).cloned().collect()
-}
-
-/// An address that listens everywhere is reached on loopback.
-fn reachable(address: SocketAddr) -> SocketAddr {
-    let ip = match address.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-        ip => ip,
-    };
-    SocketAddr::new(ip, address.port())
 }
 
 fn print(token: &str) -> anyhow::Result<()> {

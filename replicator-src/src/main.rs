@@ -10,7 +10,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use replicator_common::api::{Api, ApiOptions, server};
 use replicator_common::config::SourceConfig;
-use replicator_common::daemon::{check_config, end, load};
+use replicator_common::daemon::{api_tls, check_config, end, load};
 use replicator_common::logging;
 use replicator_common::stop::Stop;
 use replicator_common::supervisor::Supervisor;
@@ -75,11 +75,12 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     let supervisor = Arc::new(supervisor);
     let service = SourceService::open_under(daemon::options(&config), supervisor.clone())?;
     let options = ApiOptions {
-        hosts: config.api_hosts.clone(),
         watcher: config.watcher,
         devices: config.devices,
+        ..ApiOptions::of(&config.api())
     };
-    let server = bound.serve(Api::new(service.clone(), options))?;
+    let api = Api::new(service.clone(), service.registry(), options);
+    let server = bound.serve_over(api, api_tls(&config.api(), &config.state_dir)?)?;
     info!(api = %server.address(), state = %config.state_dir.display(), "serving");
     supervisor.ready();
     stop.wait();

@@ -9,6 +9,7 @@
 //! Everything that mounts needs root, and says so instead of skipping: a test
 //! that was skipped looks exactly like one that passed.
 
+pub mod aws;
 pub mod binary;
 pub mod browser;
 pub mod cgroup;

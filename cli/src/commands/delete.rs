@@ -1,11 +1,11 @@
 //! `delete-replication-configuration`: EFS's deletion, which answers nothing.
 
-use replicator_common::api::client::Client;
+use replicator_common::api::client::{Access, Client};
 
 use crate::arguments::Delete;
 
-pub fn run(endpoint: &str, arguments: &Delete) -> anyhow::Result<()> {
+pub fn run(access: &Access, arguments: &Delete) -> anyhow::Result<()> {
     let mode = arguments.deletion_mode.into();
-    Client::new(endpoint)?.delete(&arguments.source_file_system_id, mode)?;
+    Client::open(access)?.delete(&arguments.source_file_system_id, mode)?;
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use replicator_common::api::client::{Client, ClientError};
+use replicator_common::api::client::{Access, Client, ClientError};
 use replicator_common::api::own::FailoverBody;
 use replicator_common::status::FailoverReport;
 use replicator_common::time::Timestamp;
@@ -13,13 +13,13 @@ use crate::exit::{print, say};
 use crate::run::services;
 use crate::words;
 
-pub fn run(endpoint: &str, arguments: &Failover) -> anyhow::Result<()> {
+pub fn run(access: &Access, arguments: &Failover) -> anyhow::Result<()> {
     let report = match &arguments.state_dir {
         Some(directory) => {
             let directory = destination_state(directory)?;
             services::failover_offline(&directory, arguments.source_file_system_id.as_ref())?
         }
-        None => Client::new(endpoint)?
+        None => Client::open(access)?
             .failover(&FailoverBody {
                 id: arguments.source_file_system_id.as_ref().map(ToString::to_string),
                 mode: arguments.deletion_mode.into(),

@@ -4,6 +4,7 @@ pub mod create;
 pub mod delete;
 pub mod describe;
 pub mod failover;
+pub mod file_systems;
 pub mod pause;
 pub mod verify;
 pub mod wait;

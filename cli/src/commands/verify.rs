@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use replicator_common::api::client::Client;
+use replicator_common::api::client::{Access, Client};
 use replicator_common::api::own::{FindingsBody, VerifyBody};
 use replicator_common::verification::{Findings, Verification};
 
@@ -16,8 +16,8 @@ const POLL: Duration = Duration::from_millis(250);
 /// Between two lines of progress, where they do not replace each other.
 const PROGRESS: Duration = Duration::from_secs(10);
 
-pub fn run(endpoint: &str, arguments: &Verify) -> anyhow::Result<()> {
-    let client = Client::new(endpoint)?;
+pub fn run(access: &Access, arguments: &Verify) -> anyhow::Result<()> {
+    let client = Client::open(access)?;
     let begun = client.verify(&VerifyBody {
         id: arguments.id.clone(),
         repair: !arguments.no_repair,

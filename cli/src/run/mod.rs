@@ -83,7 +83,8 @@ fn replicate(
         devices: arguments.devices,
         ..ApiOptions::default()
     };
-    let api = Api::new(control.clone(), options).with_tokens(services.tokens());
+    let api =
+        Api::new(control.clone(), services.registry(), options).with_tokens(services.tokens());
     let server = bound.serve(api)?;
     let id = configure(arguments, pair, services, &*control, display)?;
     display.line(&format!(
@@ -109,11 +110,17 @@ fn configure(
     control: &dyn Control,
     display: &Display,
 ) -> anyhow::Result<FileSystemId> {
-    let ids = |side: Arc<dyn Control>| -> Vec<FileSystemId> {
-        side.list().into_iter().map(|status| status.source_file_system_id).collect()
-    };
-    let at_destination = ids(services.destination());
-    for id in ids(services.source()) {
+    let at_destination: Vec<FileSystemId> =
+        services.destination().list().into_iter().map(|one| one.source_file_system_id).collect();
+    let mut others = Vec::new();
+    for status in services.source().list() {
+        let id = status.source_file_system_id;
+        let path = status.source.map(|report| report.path);
+        if path.is_none_or(|path| path != pair.source().display().to_string()) {
+            // Made through the API.
+            others.push(id);
+            continue;
+        }
         if at_destination.contains(&id) {
             return Ok(id);
         }
@@ -124,6 +131,9 @@ fn configure(
     }
     for status in services.destination().list() {
         let id = &status.source_file_system_id;
+        if others.contains(id) {
+            continue;
+        }
         let begun = |destination: &DestinationReport| {
             destination.durable > BatchId(0) || destination.objects > 0
         };

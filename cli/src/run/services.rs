@@ -11,6 +11,7 @@ use replicator_common::config::DEFAULT_REGION;
 use replicator_common::control::Control;
 use replicator_common::id::FileSystemId;
 use replicator_common::net::frame::Compression;
+use replicator_common::registry::Registry;
 use replicator_common::status::FailoverReport;
 use replicator_dst::issuer::Issuer;
 use replicator_dst::service::{DestinationOptions, DestinationService, ServiceError};
@@ -40,6 +41,8 @@ pub struct Services {
 impl Services {
     /// Opens both; the destination first, so that the source finds it.
     pub fn open(state: &StateDirectory, halt: HaltRule) -> anyhow::Result<Self> {
+        // One for both: an id means the same at either side.
+        let registry = Arc::new(Registry::open(state.path())?);
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, state.port()?));
         let runtime = Builder::new_multi_thread()
             .worker_threads(2)
@@ -53,6 +56,7 @@ impl Services {
             advertise: None,
             region: DEFAULT_REGION.to_owned(),
             hook: None,
+            registry: Some(registry.clone()),
         };
         let destination = {
             let _context = runtime.enter();
@@ -64,8 +68,8 @@ impl Services {
             bail!(reason);
         }
         let options = SourceOptions::new(state.path().join(SOURCE_DIRECTORY));
-        let compression = Compression::Never;
-        match SourceService::open(SourceOptions { halt, compression, ..options }) {
+        let (compression, registry) = (Compression::Never, Some(registry));
+        match SourceService::open(SourceOptions { halt, compression, registry, ..options }) {
             Ok(source) => Ok(Self { source, destination, runtime }),
             Err(error) => {
                 runtime.block_on(destination.shutdown());
@@ -80,6 +84,10 @@ impl Services {
 
     pub fn destination(&self) -> Arc<dyn Control> {
         Arc::new(self.destination.clone())
+    }
+
+    pub fn registry(&self) -> Arc<Registry> {
+        self.source.registry()
     }
 
     pub fn tokens(&self) -> Arc<dyn TokenIssuer> {

@@ -6,7 +6,7 @@ mod verified;
 use std::io::IsTerminal;
 use std::time::Duration;
 
-use replicator_common::api::client::Client;
+use replicator_common::api::client::{Access, Client};
 use replicator_common::stop::Stop;
 use replicator_common::time::Timestamp;
 
@@ -18,8 +18,8 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// Home, and clear to the end of the screen.
 const CLEAR: &str = "\x1b[H\x1b[J";
 
-pub fn run(endpoint: &str, arguments: &arguments::Status) -> anyhow::Result<()> {
-    let client = Client::new(endpoint)?;
+pub fn run(access: &Access, arguments: &arguments::Status) -> anyhow::Result<()> {
+    let client = Client::open(access)?;
     if !arguments.watch {
         let all = client.status()?;
         if arguments.json {

@@ -1,12 +1,14 @@
 //! A control without machinery, for tests of the API.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::{TokenIssuer, own};
 use crate::control::{Control, ControlError, CreateRequest, DeletionMode};
 use crate::id::{BatchId, FileSystemId, Seq};
+use crate::registry::Registry;
 use crate::status::{
     Abilities, Counters, DesiredState, DestinationReport, Enforcement, EnforcementKind,
     FailoverReport, Link, Positions, ReplicationStatus, Shortfalls, Skipped, SourceReport,
@@ -14,13 +16,30 @@ use crate::status::{
 };
 use crate::time::Timestamp;
 
-#[derive(Default)]
 pub(super) struct Fake {
+    pub(super) registry: Arc<Registry>,
+    /// Holds the registry.
+    pub(super) state: tempfile::TempDir,
     pub(super) all: Mutex<BTreeMap<FileSystemId, Status>>,
     /// What the next calls fail with.
     pub(super) fail: Mutex<Option<fn() -> ControlError>>,
     pub(super) created: Mutex<Vec<CreateRequest>>,
     pub(super) deleted: Mutex<Vec<DeletionMode>>,
+}
+
+impl Default for Fake {
+    fn default() -> Self {
+        let state = tempfile::tempdir().unwrap();
+        let registry = Arc::new(Registry::open(state.path()).unwrap());
+        Self {
+            registry,
+            state,
+            all: Mutex::default(),
+            fail: Mutex::default(),
+            created: Mutex::default(),
+            deleted: Mutex::default(),
+        }
+    }
 }
 
 /// `fs-` and the number in 17 digits.
@@ -132,7 +151,16 @@ impl Control for Fake {
     fn create(&self, request: &CreateRequest) -> Result<Status, ControlError> {
         self.check()?;
         self.created.lock().unwrap().push(request.clone());
-        let made = status(self.all.lock().unwrap().len() as u64 + 1);
+        let mut made = status(self.all.lock().unwrap().len() as u64 + 1);
+        // As the services do: what is registered keeps its id, and all is entered.
+        let known = |path: &Path| self.registry.at(path).map(|record| record.id);
+        made.source_file_system_id = known(&request.source).unwrap_or(made.source_file_system_id);
+        self.registry.enter(&made.source_file_system_id, &request.source).unwrap();
+        if let Some(replica) = request.token.strip_prefix("token-for-") {
+            let id = known(Path::new(replica)).unwrap_or(made.destination_file_system_id);
+            made.destination_file_system_id = id;
+            self.registry.enter(&made.destination_file_system_id, Path::new(replica)).unwrap();
+        }
         self.all.lock().unwrap().insert(made.source_file_system_id.clone(), made.clone());
         Ok(made)
     }

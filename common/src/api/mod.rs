@@ -1,11 +1,18 @@
-//! The control API over HTTP: EFS's replication operations at EFS's paths,
-//! wire-compatible, and our own beside them under `/replicator/v1/`.
+//! The control API over HTTP and HTTPS: EFS's operations at EFS's paths,
+//! wire-compatible (see [`efs`]), and our own beside them under `/replicator/v1/`.
 //!
 //! | method and path | does |
 //! |---|---|
-//! | `POST /2015-02-01/file-systems/{id}/replication-configuration` | CreateReplicationConfiguration, see [`efs`] |
+//! | `POST /2015-02-01/file-systems/{id}/replication-configuration` | CreateReplicationConfiguration |
 //! | `GET /2015-02-01/file-systems/replication-configurations` | DescribeReplicationConfigurations |
 //! | `DELETE /2015-02-01/file-systems/{id}/replication-configuration` | DeleteReplicationConfiguration |
+//! | `POST /2015-02-01/file-systems` | CreateFileSystem |
+//! | `GET /2015-02-01/file-systems` | DescribeFileSystems |
+//! | `DELETE /2015-02-01/file-systems/{id}` | DeleteFileSystem |
+//! | `PUT /2015-02-01/file-systems/{id}/protection` | UpdateFileSystemProtection |
+//! | `POST /2015-02-01/resource-tags/{id}` | TagResource |
+//! | `GET /2015-02-01/resource-tags/{id}` | ListTagsForResource |
+//! | `DELETE /2015-02-01/resource-tags/{id}` | UntagResource |
 //! | `GET /replicator/v1/health` | [`own::Health`]; an answer means that the daemon lives |
 //! | `GET /` | the console, a page for people (`console`) |
 //! | `GET /replicator/v1/events` | what happens, as it happens: server-sent events (`events`) |
@@ -18,13 +25,19 @@
 //! | `POST /replicator/v1/verify` | [`own::VerifyBody`] → [`own::VerifyAnswer`]: a pass begins; sources only |
 //! | `POST /replicator/v1/findings` | [`own::FindingsBody`] → [`Findings`](crate::verification::Findings) of a pass |
 //! | `POST /replicator/v1/tokens` | [`own::TokenBody`] → [`own::TokenAnswer`]; destinations only |
+//! | `GET /replicator/v1/file-systems` | every [`own::FileSystem`] |
+//! | `POST /replicator/v1/file-systems` | [`own::RegisterBody`] → [`own::FileSystem`] |
 //!
-//! Errors of both halves have EFS's shape. There is no authentication: the
-//! server listens on loopback unless the configuration says otherwise, and
-//! refuses what a web page other than the console could have sent (see `guard`).
+//! Errors of both halves have EFS's shape: [`ApiError`] lists them. Who may ask is
+//! said in [`auth`]; what a web page other than the console could have sent is
+//! refused (see `guard`).
+//!
+//! A new operation is a row of the table in `route` and an arm of
+//! [`Api::perform`].
 //!
 //! [`Api::perform`] is the whole API without a socket; [`server`] is the shell.
 
+pub mod auth;
 pub mod client;
 mod console;
 pub mod efs;
@@ -32,7 +45,7 @@ mod error;
 mod events;
 mod guard;
 mod history;
-mod limit;
+mod known;
 pub mod own;
 mod perform;
 mod route;
@@ -40,7 +53,11 @@ pub mod server;
 
 use std::sync::Arc;
 
+use auth::Credentials;
+
+use crate::config::{ApiConfig, DEFAULT_REGION};
 use crate::control::{Control, ControlError, WatcherChoice};
+use crate::registry::Registry;
 
 pub use error::ApiError;
 pub use perform::Answer;
@@ -64,25 +81,49 @@ pub struct ApiOptions {
     pub watcher: WatcherChoice,
     /// Whether a configuration whose creation does not say has device nodes.
     pub devices: bool,
+    /// The region of file systems that are in no configuration.
+    pub region: String,
+    /// Who is let in.
+    pub credentials: Credentials,
 }
 
 impl Default for ApiOptions {
     fn default() -> Self {
-        Self { hosts: Vec::new(), watcher: WatcherChoice::Auto, devices: false }
+        Self {
+            hosts: Vec::new(),
+            watcher: WatcherChoice::Auto,
+            devices: false,
+            region: DEFAULT_REGION.to_owned(),
+            credentials: Credentials::default(),
+        }
+    }
+}
+
+impl ApiOptions {
+    /// What a daemon's configuration says of them.
+    pub fn of(config: &ApiConfig<'_>) -> Self {
+        Self {
+            hosts: config.hosts.to_vec(),
+            region: config.region.to_owned(),
+            credentials: config.credentials(),
+            ..Self::default()
+        }
     }
 }
 
 /// The API of one daemon.
 pub struct Api {
     control: Arc<dyn Control>,
+    registry: Arc<Registry>,
     tokens: Option<Arc<dyn TokenIssuer>>,
     options: ApiOptions,
 }
 
 impl Api {
-    /// The API of what `control` controls.
-    pub fn new(control: Arc<dyn Control>, options: ApiOptions) -> Self {
-        Self { control, tokens: None, options }
+    /// The API of what `control` controls, which enters its file systems in
+    /// `registry`.
+    pub fn new(control: Arc<dyn Control>, registry: Arc<Registry>, options: ApiOptions) -> Self {
+        Self { control, registry, tokens: None, options }
     }
 
     /// The same, with enrolment tokens.

@@ -2,10 +2,12 @@
 //! speak. Members of requests are lower-case; answers have EFS's spelling,
 //! like the status that they stand beside.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::efs::FileSystemBody;
 use crate::control::{DeletionMode, WatcherChoice};
 
 /// The longest wait that can be asked for, and the one without
@@ -16,9 +18,10 @@ pub const WAIT_MAX_SECONDS: u64 = 86_400;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CreateBody {
-    /// The directory or mount to replicate, absolute.
+    /// The directory or mount to replicate, absolute; or its id.
     pub source: PathBuf,
-    /// The destination's enrolment token.
+    /// The destination's enrolment token; or the id of a file system of this
+    /// daemon, where it runs both sides.
     pub token: String,
     /// Replicate device nodes too; absent: as the daemon's configuration says.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -88,7 +91,8 @@ pub struct FailoverBody {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenBody {
-    /// The directory that becomes the replica, absolute; made when missing.
+    /// The directory that becomes the replica, absolute, made when missing; or
+    /// the id of a registered one.
     pub replica: PathBuf,
     /// How long the token can be used, seconds, 60 to 604800; absent: as the
     /// daemon's configuration says.
@@ -154,6 +158,37 @@ pub struct FindingsBody {
     /// [`Findings::next`](crate::verification::Findings::next).
     #[serde(default)]
     pub after: u64,
+}
+
+/// Registers a file system.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegisterBody {
+    /// Its directory or mount, absolute; made when missing (its parent is not).
+    pub path: PathBuf,
+    /// Names the registration, 1 to 64 characters; absent: made of the path.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub creation_token: Option<String>,
+    /// Tags.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    pub tags: BTreeMap<String, String>,
+}
+
+/// A file system that has an id here.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct FileSystem {
+    /// Where it is, on its own host; absent when that is not known.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub path: Option<String>,
+    /// It is on this daemon's host.
+    pub here: bool,
+    /// `SOURCE` or `DESTINATION`, when it is in a configuration.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub end: Option<String>,
+    /// EFS's form of it.
+    #[serde(flatten)]
+    pub file_system: FileSystemBody,
 }
 
 /// Whether all is well.

@@ -6,22 +6,21 @@
 use super::ApiError;
 use crate::id::FileSystemId;
 
-/// What a request asks for; ids are as the client wrote them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Operation {
-    /// EFS's CreateReplicationConfiguration.
-    CreateReplication { source: String },
-    /// EFS's DescribeReplicationConfigurations.
-    DescribeReplications(Query),
-    /// EFS's DeleteReplicationConfiguration.
-    DeleteReplication { source: String, query: Query },
-    /// Our own.
-    Own(Own),
-}
-
-/// Our own operations.
+/// What can be asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Own {
+pub(super) enum Operation {
+    // EFS's.
+    CreateReplicationConfiguration,
+    DescribeReplicationConfigurations,
+    DeleteReplicationConfiguration,
+    CreateFileSystem,
+    DescribeFileSystems,
+    DeleteFileSystem,
+    UpdateFileSystemProtection,
+    TagResource,
+    ListTagsForResource,
+    UntagResource,
+    // Our own.
     Health,
     Status,
     Create,
@@ -32,6 +31,77 @@ pub(super) enum Own {
     Token,
     Verify,
     Findings,
+    FileSystems,
+    Register,
+}
+
+/// What a caller must be allowed to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Needs {
+    /// To look.
+    Read,
+    /// To change something.
+    Change,
+}
+
+/// One operation and where it is.
+struct Route {
+    method: &'static str,
+    /// `{}` stands for any one part, the operation's argument.
+    path: &'static str,
+    operation: Operation,
+    needs: Needs,
+}
+
+const fn read(method: &'static str, path: &'static str, operation: Operation) -> Route {
+    Route { method, path, operation, needs: Needs::Read }
+}
+
+const fn change(method: &'static str, path: &'static str, operation: Operation) -> Route {
+    Route { method, path, operation, needs: Needs::Change }
+}
+
+/// All of them. The first whose path fits counts, so names come before `{}`.
+const ROUTES: &[Route] = {
+    use Operation as Op;
+    const REPLICATION: &str = "/2015-02-01/file-systems/{}/replication-configuration";
+    const REPLICATIONS: &str = "/2015-02-01/file-systems/replication-configurations";
+    const FILE_SYSTEMS: &str = "/2015-02-01/file-systems";
+    const TAGS: &str = "/2015-02-01/resource-tags/{}";
+    &[
+        change("POST", REPLICATION, Op::CreateReplicationConfiguration),
+        read("GET", REPLICATIONS, Op::DescribeReplicationConfigurations),
+        change("DELETE", REPLICATION, Op::DeleteReplicationConfiguration),
+        change("POST", FILE_SYSTEMS, Op::CreateFileSystem),
+        read("GET", FILE_SYSTEMS, Op::DescribeFileSystems),
+        change("DELETE", "/2015-02-01/file-systems/{}", Op::DeleteFileSystem),
+        change("PUT", "/2015-02-01/file-systems/{}/protection", Op::UpdateFileSystemProtection),
+        change("POST", TAGS, Op::TagResource),
+        read("GET", TAGS, Op::ListTagsForResource),
+        change("DELETE", TAGS, Op::UntagResource),
+        read("GET", "/replicator/v1/health", Op::Health),
+        read("GET", "/replicator/v1/status", Op::Status),
+        change("POST", "/replicator/v1/replications", Op::Create),
+        read("POST", "/replicator/v1/wait", Op::Wait),
+        change("POST", "/replicator/v1/pause", Op::Pause),
+        change("POST", "/replicator/v1/resume", Op::Resume),
+        change("POST", "/replicator/v1/failover", Op::Failover),
+        change("POST", "/replicator/v1/tokens", Op::Token),
+        change("POST", "/replicator/v1/verify", Op::Verify),
+        read("POST", "/replicator/v1/findings", Op::Findings),
+        read("GET", "/replicator/v1/file-systems", Op::FileSystems),
+        change("POST", "/replicator/v1/file-systems", Op::Register),
+    ]
+};
+
+/// What a request asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Call {
+    pub(super) operation: Operation,
+    pub(super) needs: Needs,
+    /// What stands for `{}`, decoded; empty where there is none.
+    pub(super) argument: String,
+    pub(super) query: Query,
 }
 
 /// The query's decoded pairs, in order.
@@ -41,48 +111,49 @@ pub(super) struct Query(Vec<(String, String)>);
 impl Query {
     /// The value of the first pair of this name.
     pub(super) fn get(&self, name: &str) -> Option<&str> {
-        self.0.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+        self.all(name).next()
+    }
+
+    /// The values of all pairs of this name.
+    pub(super) fn all(&self, name: &str) -> impl Iterator<Item = &str> {
+        self.0.iter().filter(move |(key, _)| key == name).map(|(_, value)| value.as_str())
     }
 }
 
 /// Finds the operation that `method` on `target` (path and query, as they
 /// stand in the request) asks for.
-pub(super) fn route(method: &str, target: &str) -> Result<Operation, ApiError> {
+pub(super) fn route(method: &str, target: &str) -> Result<Call, ApiError> {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
-    let parts: Vec<&str> = path.strip_prefix('/').unwrap_or(path).split('/').collect();
-    match parts[..] {
-        ["2015-02-01", "file-systems", id, "replication-configuration"] => {
-            let source = decode(id, false)?;
-            match method {
-                "POST" => Ok(Operation::CreateReplication { source }),
-                "DELETE" => Ok(Operation::DeleteReplication { source, query: pairs(query)? }),
-                _ => Err(wrong_method(method, path)),
-            }
+    let parts: Vec<&str> = path.split('/').collect();
+    let mut elsewhere = false;
+    for route in ROUTES {
+        let Some(argument) = fit(route.path, &parts) else { continue };
+        if route.method == method {
+            return Ok(Call {
+                operation: route.operation,
+                needs: route.needs,
+                argument: decode(argument, false)?,
+                query: pairs(query)?,
+            });
         }
-        ["2015-02-01", "file-systems", "replication-configurations"] => match method {
-            "GET" => Ok(Operation::DescribeReplications(pairs(query)?)),
-            _ => Err(wrong_method(method, path)),
-        },
-        ["replicator", "v1", name] => own(method, name, path).map(Operation::Own),
-        _ => Err(unknown(path)),
+        elsewhere = true;
     }
+    Err(if elsewhere { wrong_method(method, path) } else { unknown(path) })
 }
 
-fn own(method: &str, name: &str, path: &str) -> Result<Own, ApiError> {
-    let (expected, operation) = match name {
-        "health" => ("GET", Own::Health),
-        "status" => ("GET", Own::Status),
-        "replications" => ("POST", Own::Create),
-        "wait" => ("POST", Own::Wait),
-        "pause" => ("POST", Own::Pause),
-        "resume" => ("POST", Own::Resume),
-        "failover" => ("POST", Own::Failover),
-        "tokens" => ("POST", Own::Token),
-        "verify" => ("POST", Own::Verify),
-        "findings" => ("POST", Own::Findings),
-        _ => return Err(unknown(path)),
-    };
-    if method == expected { Ok(operation) } else { Err(wrong_method(method, path)) }
+/// What stands for `{}`, when a path fits; empty when the pattern has none.
+fn fit<'a>(pattern: &str, parts: &[&'a str]) -> Option<&'a str> {
+    let mut argument = "";
+    let mut rest = parts.iter();
+    for wanted in pattern.split('/') {
+        let part = rest.next()?;
+        match wanted {
+            "{}" => argument = part,
+            name if name == *part => {}
+            _ => return None,
+        }
+    }
+    rest.next().is_none().then_some(argument)
 }
 
 fn unknown(path: &str) -> ApiError {
@@ -167,22 +238,30 @@ mod tests {
         let encoded =
             "arn%3Aaws%3Aelasticfilesystem%3Axx-local%3A000000000000%3Afile-system%2Ffs-01234567";
         let path = format!("/2015-02-01/file-systems/{encoded}/replication-configuration");
-        assert_eq!(
-            route("POST", &path).unwrap(),
-            Operation::CreateReplication { source: source.to_owned() }
-        );
+        let call = route("POST", &path).unwrap();
+        assert_eq!(call.operation, Operation::CreateReplicationConfiguration);
+        assert_eq!((call.argument.as_str(), call.needs), (source, Needs::Change));
         assert_eq!(file_system_id(source).unwrap().as_str(), "fs-01234567");
-        let Operation::DeleteReplication { query, .. } =
-            route("DELETE", &format!("{path}?deletionMode=LOCAL_CONFIGURATION_ONLY")).unwrap()
-        else {
-            panic!("a deletion")
-        };
-        assert_eq!(query.get("deletionMode"), Some("LOCAL_CONFIGURATION_ONLY"));
-        assert_eq!(query.get("DeletionMode"), None);
-        assert_eq!(
-            route("POST", "/2015-02-01/file-systems//replication-configuration").unwrap(),
-            Operation::CreateReplication { source: String::new() }
-        );
+        let call =
+            route("DELETE", &format!("{path}?deletionMode=LOCAL_CONFIGURATION_ONLY")).unwrap();
+        assert_eq!(call.operation, Operation::DeleteReplicationConfiguration);
+        assert_eq!(call.query.get("deletionMode"), Some("LOCAL_CONFIGURATION_ONLY"));
+        assert_eq!(call.query.get("DeletionMode"), None);
+        let call = route("POST", "/2015-02-01/file-systems//replication-configuration").unwrap();
+        assert_eq!(call.argument, "");
+        let call = route("DELETE", "/2015-02-01/resource-tags/x?tagKeys=a%20b&tagKeys=c").unwrap();
+        assert_eq!(call.query.all("tagKeys").collect::<Vec<_>>(), ["a b", "c"]);
+    }
+
+    #[test]
+    fn names_come_before_what_fits_all_and_each_route_is_found() {
+        for (index, one) in ROUTES.iter().enumerate() {
+            let call = route(one.method, &one.path.replace("{}", "fs-01234567")).unwrap();
+            assert_eq!(call.operation, one.operation, "{} {}", one.method, one.path);
+            let twice =
+                ROUTES[..index].iter().any(|o| (o.method, o.path) == (one.method, one.path));
+            assert!(!twice, "{} {}", one.method, one.path);
+        }
     }
 
     #[test]
@@ -190,7 +269,10 @@ mod tests {
         for (method, target, status) in [
             ("GET", "/", 404),
             ("GET", "", 404),
-            ("GET", "/2015-02-01/file-systems", 404),
+            ("GET", "/2015-02-01/file-systems/", 405),
+            ("PUT", "/2015-02-01/file-systems", 405),
+            ("GET", "/2015-02-01/file-systems/fs-01234567/protection", 405),
+            ("GET", "/2015-02-01/mount-targets", 404),
             ("GET", "/replicator/v1/", 404),
             ("GET", "/replicator/v1/status/", 404),
             ("POST", "/replicator/v1/status", 405),

@@ -2,29 +2,40 @@
 //! connections, bodies and calls at once. Calls block, so they run on blocking
 //! threads; a call whose client has gone runs to its end.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::{Body, to_bytes};
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::http::header::{CONTENT_TYPE, HeaderValue};
 use axum::http::{HeaderName, StatusCode};
 use axum::response::Response;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
+use rustls::ServerConfig;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
 use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
 
+use super::auth::sigv4;
 use super::events::{self, Events};
-use super::limit::Limited;
+use super::route::Needs;
 use super::{Answer, Api, ApiError, console, guard};
+use crate::net::identity::Fingerprint;
+use crate::time::Timestamp;
 
-/// Connections held open at once.
+/// Connections held open at once; more wait in the kernel's queue.
 const CONNECTIONS: usize = 256;
-/// What is spoken on them: an origin begins with it.
-const SCHEME: &str = "http";
 /// Calls at once, beside waits.
 const CALLS: usize = 32;
 /// Waits at once; each holds a thread.
@@ -33,6 +44,12 @@ const WAITS: usize = 64;
 const BODY_MAX: usize = 64 << 10;
 /// How long a body may take to arrive.
 const BODY_TIME: Duration = Duration::from_secs(10);
+/// How long a client may take for its part of a TLS handshake.
+const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
+/// How long a connection may stand without a whole head of a request.
+const HEAD_TIME: Duration = Duration::from_secs(60);
+/// After an error that is not one client's (no descriptors, say).
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 /// How long calls in progress may take to end when the server stops.
 const STOP_TIME: Duration = Duration::from_secs(2);
 
@@ -79,9 +96,6 @@ pub fn bind(address: SocketAddr) -> Result<Bound, ServeError> {
     let listener = TcpListener::bind(address).map_err(failed)?;
     listener.set_nonblocking(true).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
-    if !address.ip().is_loopback() {
-        tracing::warn!(api = %address, "other hosts may reach the API, which asks for no password");
-    }
     Ok(Bound { listener, address })
 }
 
@@ -91,11 +105,23 @@ impl Bound {
         self.address
     }
 
-    /// Serves until [`Server::stop`] or drop.
+    /// Serves until [`Server::stop`] or drop, over HTTP.
     ///
     /// # Errors
     /// When the system has no thread or event queue to give.
     pub fn serve(self, api: Api) -> Result<Server, ServeError> {
+        self.serve_over(api, None)
+    }
+
+    /// The same over HTTPS, when there is something for it.
+    ///
+    /// # Errors
+    /// As those of [`Self::serve`].
+    pub fn serve_over(
+        self,
+        api: Api,
+        tls: Option<Arc<ServerConfig>>,
+    ) -> Result<Server, ServeError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             // One more for the status that events tell.
@@ -106,10 +132,21 @@ impl Bound {
             let _context = runtime.enter();
             tokio::net::TcpListener::from_std(self.listener).map_err(ServeError::Thread)?
         };
+        let (stopping, told) = watch::channel(());
+        let events = Events::new(api.control.clone());
+        runtime.spawn(events.clone().watch(told.clone()));
+        let shared = Arc::new(Shared {
+            api,
+            events,
+            stopping: told,
+            tls: tls.map(TlsAcceptor::from),
+            calls: Arc::new(Semaphore::new(CALLS)),
+            waits: Arc::new(Semaphore::new(WAITS)),
+        });
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new()
             .name("api".to_owned())
-            .spawn(move || run(runtime, listener, api, stopped))
+            .spawn(move || run(runtime, listener, shared, (stopped, stopping)))
             .map_err(ServeError::Thread)?;
         Ok(Server { address: self.address, stop: Some(stop), thread: Some(thread) })
     }
@@ -145,59 +182,101 @@ impl Drop for Server {
     }
 }
 
+struct Shared {
+    api: Api,
+    events: Arc<Events>,
+    /// Ends when the server is told to stop.
+    stopping: watch::Receiver<()>,
+    tls: Option<TlsAcceptor>,
+    calls: Arc<Semaphore>,
+    waits: Arc<Semaphore>,
+}
+
 fn run(
     runtime: Runtime,
     listener: tokio::net::TcpListener,
-    api: Api,
-    stopped: oneshot::Receiver<()>,
+    shared: Arc<Shared>,
+    (mut stopped, stopping): (oneshot::Receiver<()>, watch::Sender<()>),
 ) {
-    let (stopping, told) = watch::channel(());
-    let events = Events::new(api.control.clone());
-    runtime.spawn(events.clone().watch(told.clone()));
-    let shared = Arc::new(Shared {
-        api,
-        events,
-        stopping: told.clone(),
-        calls: Arc::new(Semaphore::new(CALLS)),
-        waits: Arc::new(Semaphore::new(WAITS)),
-    });
-    let router = Router::new().fallback(handle).with_state(shared);
-    let mut told = told;
-    let serve = axum::serve(Limited::new(listener, CONNECTIONS), router).with_graceful_shutdown(
-        async move {
-            // An error means that the sender is gone, which is the signal.
-            let _ = stopped.await;
-            drop(stopping);
-        },
-    );
     runtime.block_on(async {
-        tokio::select! {
-            result = async { serve.await } => {
-                if let Err(error) = result {
-                    tracing::error!(%error, "the API stopped");
+        let graceful = GracefulShutdown::new();
+        let slots = Arc::new(Semaphore::new(CONNECTIONS));
+        loop {
+            let accepted = async {
+                // The semaphore is never closed; without a permit, nothing is limited.
+                (slots.clone().acquire_owned().await.ok(), listener.accept().await)
+            };
+            let (slot, accepted) = tokio::select! {
+                // An error means that the sender is gone, which is the signal.
+                _ = &mut stopped => break,
+                accepted = accepted => accepted,
+            };
+            match accepted {
+                Ok((stream, _)) => {
+                    let (shared, watcher) = (shared.clone(), graceful.watcher());
+                    tokio::spawn(async move {
+                        connection(&shared, stream, watcher).await;
+                        drop(slot);
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "the API cannot take a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
-            () = async {
-                let _ = told.changed().await;
-                tokio::time::sleep(STOP_TIME).await;
-            } => {}
         }
+        // Nobody is to wait for an answer in vain, and events have no end of their own.
+        drop((listener, stopping));
+        let _ = timeout(STOP_TIME, graceful.shutdown()).await;
     });
     // Waits that go on must not hold up the process.
     runtime.shutdown_background();
 }
 
-struct Shared {
-    api: Api,
-    events: Arc<Events>,
-    /// Changes when the server is told to stop.
-    stopping: watch::Receiver<()>,
-    calls: Arc<Semaphore>,
-    waits: Arc<Semaphore>,
+async fn connection(shared: &Arc<Shared>, stream: TcpStream, watcher: Watcher) {
+    // Answers are small; without, some wait for the client's acknowledgement.
+    let _ = stream.set_nodelay(true);
+    let Some(tls) = &shared.tls else { return speak(shared, stream, None, watcher).await };
+    match timeout(HANDSHAKE_TIME, tls.accept(stream)).await {
+        Ok(Ok(stream)) => {
+            let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+            let certificate = shown.map(|certificate| Fingerprint::of(certificate));
+            speak(shared, stream, certificate, watcher).await;
+        }
+        Ok(Err(error)) => tracing::debug!(%error, "no TLS with a client of the API"),
+        Err(_) => tracing::debug!("a client of the API ended no TLS handshake"),
+    }
 }
 
-async fn handle(State(shared): State<Arc<Shared>>, request: Request) -> Response {
-    let mut response = match dispatch(&shared, request).await {
+/// HTTP/1.1, until either side has enough.
+async fn speak(
+    shared: &Arc<Shared>,
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    certificate: Option<Fingerprint>,
+    watcher: Watcher,
+) {
+    let service = service_fn(|request: hyper::Request<Incoming>| {
+        let shared = shared.clone();
+        async move {
+            let request = request.map(Body::new);
+            Ok::<_, Infallible>(handle(&shared, request, certificate).await)
+        }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIME)
+        .serve_connection(TokioIo::new(stream), service);
+    if let Err(error) = watcher.watch(connection).await {
+        tracing::debug!(%error, "a connection to the API broke off");
+    }
+}
+
+async fn handle(
+    shared: &Arc<Shared>,
+    request: Request,
+    certificate: Option<Fingerprint>,
+) -> Response {
+    let mut response = match dispatch(shared, request, certificate).await {
         Ok(response) => response,
         Err(error) => {
             if error.status == 500 {
@@ -210,34 +289,50 @@ async fn handle(State(shared): State<Arc<Shared>>, request: Request) -> Response
     response
 }
 
-async fn dispatch(shared: &Arc<Shared>, request: Request) -> Result<Response, ApiError> {
-    let (method, path) = (request.method().as_str(), request.uri().path());
-    let caller = guard::Caller::new(method, path, request.headers());
-    guard::check(&caller, SCHEME, &shared.api.options.hosts)?;
+/// A request that came from nobody's web page but ours, by somebody who may: a file
+/// of the console, the events, or a call.
+async fn dispatch(
+    shared: &Arc<Shared>,
+    request: Request,
+    certificate: Option<Fingerprint>,
+) -> Result<Response, ApiError> {
+    let options = &shared.api.options;
+    let (head, body) = request.into_parts();
+    let (method, path) = (head.method.as_str(), head.uri.path());
+    let scheme = if shared.tls.is_some() { "https" } else { "http" };
+    guard::check(&guard::Caller::new(method, path, &head.headers), scheme, &options.hosts)?;
+    let target = head.uri.path_and_query().map_or("/", |target| target.as_str());
+    let body = timeout(BODY_TIME, to_bytes(body, BODY_MAX))
+        .await
+        .map_err(|_| ApiError::bad_request("the body took too long to arrive"))?
+        .map_err(|_| {
+            ApiError::bad_request(format!("the body is larger than {BODY_MAX} bytes or broke off"))
+        })?;
+    let signed = sigv4::Request { method, target, headers: &head.headers, body: &body };
+    let now = Timestamp::now();
+    let permission = options.credentials.permission(&signed, certificate.as_ref(), now)?;
     if let Some(page) = console::find(method, path) {
         return Ok(page);
     }
     if events::are_asked_for(method, path)? {
         return shared.events.answer(shared.stopping.clone());
     }
-    let changes = method != "GET";
-    let answer = answer(shared, request).await?;
-    if changes {
+    let needs = Api::needs(method, target)?;
+    permission.check(needs)?;
+    let answer = call(shared, method.to_owned(), target.to_owned(), body.to_vec()).await?;
+    if needs == Needs::Change {
         shared.events.changed();
     }
     Ok(respond(answer.status, None, answer.body.map(|body| body.to_string())))
 }
 
-async fn answer(shared: &Arc<Shared>, request: Request) -> Result<Answer, ApiError> {
-    let method = request.method().as_str().to_owned();
-    let uri = request.uri();
-    let target = uri.path_and_query().map_or("/", |target| target.as_str()).to_owned();
-    let body = tokio::time::timeout(BODY_TIME, to_bytes(request.into_body(), BODY_MAX))
-        .await
-        .map_err(|_| ApiError::bad_request("the body took too long to arrive"))?
-        .map_err(|_| {
-            ApiError::bad_request(format!("the body is larger than {BODY_MAX} bytes or broke off"))
-        })?;
+/// On a thread of its own, if one is free.
+async fn call(
+    shared: &Arc<Shared>,
+    method: String,
+    target: String,
+    body: Vec<u8>,
+) -> Result<Answer, ApiError> {
     let limit = if Api::is_wait(&method, &target) { &shared.waits } else { &shared.calls };
     let permit = limit.clone().try_acquire_owned().map_err(|_| ApiError::throttled())?;
     let worker = shared.clone();

@@ -9,6 +9,9 @@ use super::*;
 use crate::status::ReplicationStatus;
 use crate::time::Timestamp;
 
+mod access;
+mod file_systems;
+
 const LIST: &str = "/2015-02-01/file-systems/replication-configurations";
 
 fn at(source: &str) -> String {
@@ -16,7 +19,7 @@ fn at(source: &str) -> String {
 }
 
 fn api(fake: &Arc<Fake>) -> Api {
-    Api::new(fake.clone(), ApiOptions::default())
+    Api::new(fake.clone(), fake.registry.clone(), ApiOptions::default())
 }
 
 /// Performs a request; the answer's status and body.
@@ -187,7 +190,7 @@ fn errors_of_the_control_have_efs_classes() {
     let cases: [Case; 7] = [
         (|| ControlError::Validation("v".into()), 400, "ValidationException"),
         (|| ControlError::FileSystemNotFound(id(9)), 404, "FileSystemNotFound"),
-        (|| ControlError::ReplicationNotFound(id(9)), 404, "ReplicationNotFound"),
+        (|| ControlError::ReplicationNotFound(id(1)), 404, "ReplicationNotFound"),
         (|| ControlError::ReplicationAlreadyExists("a".into()), 409, "ReplicationAlreadyExists"),
         (|| ControlError::Conflict("c".into()), 409, "ConflictException"),
         (|| ControlError::TimedOut("t".into()), 504, "TimedOut"),
@@ -455,7 +458,8 @@ fn endpoints() {
     use super::client::check_endpoint;
     assert_eq!(check_endpoint("http://localhost:4480/").unwrap(), "http://localhost:4480");
     assert!(check_endpoint("http://[::1]:4480").is_ok());
-    for bad in ["", "localhost:4480", "https://localhost", "http://", "http://a/b", "http://a?b"] {
+    assert!(check_endpoint("https://replica.example.org:4480").is_ok());
+    for bad in ["", "localhost:4480", "ftp://localhost", "http://", "http://a/b", "http://a?b"] {
         assert!(check_endpoint(bad).is_err(), "{bad}");
     }
 }

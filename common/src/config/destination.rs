@@ -6,7 +6,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{DEFAULT_API, DEFAULT_REGION, Interval, LogFormat, Sanitize};
+use super::{
+    ApiClientConfig, ApiConfig, ApiKeyConfig, DEFAULT_API, DEFAULT_REGION, Interval, LogFormat,
+    Sanitize,
+};
 
 /// What `replicator-dst serve --config FILE` reads.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -27,17 +30,27 @@ pub struct DestinationConfig {
     #[serde(deserialize_with = "host_and_port", skip_serializing_if = "Option::is_none")]
     pub advertise: Option<String>,
     /// Address and port of the HTTP API. Default `127.0.0.1:4480`; with both
-    /// daemons on one host, give one of them another port.
+    /// daemons on one host, give one of them another port. One that other
+    /// hosts can reach needs `api_tls` and credentials: `[[api_key]]` or
+    /// `[[api_client]]`.
     pub api: SocketAddr,
-    /// Lets `api` be an address that other hosts can reach. The API asks for
-    /// no password: whoever reaches it can fail a replica over. Default
-    /// `false`.
-    pub api_remote: bool,
     /// Names, beside `localhost` and addresses, under which clients may call
     /// the API; requests for other names are refused, since a web page could
     /// have made them (DNS rebinding). Default none.
     #[serde(deserialize_with = "super::host_names")]
     pub api_hosts: Vec<String>,
+    /// Whether the API speaks HTTPS (TLS 1.3) instead of HTTP. Default `false`.
+    pub api_tls: bool,
+    /// Certificate for that, with what leads up to its authority: PEM.
+    /// Absolute. Needs `api_private_key`. Default: a self-signed one, which is
+    /// made and kept in the state directory, `api-certificate.pem`.
+    #[serde(deserialize_with = "super::some_absolute_path")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_certificate: Option<PathBuf>,
+    /// Its private key: PEM. Absolute.
+    #[serde(deserialize_with = "super::some_absolute_path")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_private_key: Option<PathBuf>,
     /// The region that answers in EFS's form name. EFS's pattern. Default
     /// `xx-local`.
     #[serde(deserialize_with = "super::region")]
@@ -55,6 +68,13 @@ pub struct DestinationConfig {
     /// `replicator-dst token --replica PATH`. Default none.
     #[serde(rename = "replica")]
     pub replicas: Vec<ReplicaConfig>,
+    /// Access keys, by which clients sign requests. With one of these or of
+    /// `api_client`, the API answers nobody without credentials. Default none.
+    #[serde(rename = "api_key")]
+    pub api_keys: Vec<ApiKeyConfig>,
+    /// Certificates of clients. Default none.
+    #[serde(rename = "api_client")]
+    pub api_clients: Vec<ApiClientConfig>,
 }
 
 /// A `[[replica]]` table.
@@ -79,20 +99,40 @@ impl Default for DestinationConfig {
             listen: SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 4481),
             advertise: None,
             api: DEFAULT_API,
-            api_remote: false,
             api_hosts: Vec::new(),
+            api_tls: false,
+            api_certificate: None,
+            api_private_key: None,
             region: DEFAULT_REGION.to_owned(),
             token_validity: Interval::from_millis(3_600_000),
             log: "info".to_owned(),
             log_format: LogFormat::Text,
             replicas: Vec::new(),
+            api_keys: Vec::new(),
+            api_clients: Vec::new(),
+        }
+    }
+}
+
+impl DestinationConfig {
+    /// What concerns the API.
+    pub fn api(&self) -> ApiConfig<'_> {
+        ApiConfig {
+            address: self.api,
+            hosts: &self.api_hosts,
+            region: &self.region,
+            tls: self.api_tls,
+            certificate: self.api_certificate.as_deref(),
+            private_key: self.api_private_key.as_deref(),
+            keys: &self.api_keys,
+            clients: &self.api_clients,
         }
     }
 }
 
 impl Sanitize for DestinationConfig {
     fn sanitize(&self) -> Result<(), String> {
-        super::check_api(self.api, self.api_remote)?;
+        self.api().check()?;
         if self.listen.port() == 0 {
             return Err("listen needs a fixed port: tokens name it".to_owned());
         }

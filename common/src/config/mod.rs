@@ -5,10 +5,12 @@
 //! written with their unit ([`Interval`], [`Size`]). Every key has a default;
 //! samples with all keys are in `deploy/config/`.
 
+mod api;
 mod destination;
 mod source;
 mod units;
 
+pub use api::{ApiClientConfig, ApiConfig, ApiKeyConfig};
 pub use destination::{DestinationConfig, ReplicaConfig};
 pub use source::SourceConfig;
 pub use units::{Interval, Maybe, Size};
@@ -113,23 +115,18 @@ pub enum LogFormat {
     Json,
 }
 
-/// The keys on the HTTP API that both daemons have must agree: without
-/// authentication, reaching other hosts is a decision to be spelt out.
-fn check_api(api: SocketAddr, remote: bool) -> Result<(), String> {
-    if api.ip().is_loopback() || remote {
-        return Ok(());
-    }
-    Err(format!(
-        "api = \"{api}\" can be reached from other hosts, and the API asks for no password: use a loopback address, or set api_remote = true if a firewall or proxy guards it"
-    ))
-}
-
 fn absolute_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
     let path = PathBuf::deserialize(deserializer)?;
     if path.is_absolute() {
         return Ok(path);
     }
     Err(serde::de::Error::custom(format!("expected an absolute path, got {path:?}")))
+}
+
+fn some_absolute_path<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<PathBuf>, D::Error> {
+    absolute_path(deserializer).map(Some)
 }
 
 fn percent<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u8, D::Error> {

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{DEFAULT_API, DEFAULT_REGION, Interval, LogFormat, Maybe, Sanitize, Size};
+use super::{
+    ApiClientConfig, ApiConfig, ApiKeyConfig, DEFAULT_API, DEFAULT_REGION, Interval, LogFormat,
+    Maybe, Sanitize, Size,
+};
 use crate::control::WatcherChoice;
 
 /// What `replicator-src serve --config FILE` reads. What is replicated is not
@@ -19,17 +22,27 @@ pub struct SourceConfig {
     #[serde(deserialize_with = "super::absolute_path")]
     pub state_dir: PathBuf,
     /// Address and port of the HTTP API. Default `127.0.0.1:4480`; with both
-    /// daemons on one host, give one of them another port.
+    /// daemons on one host, give one of them another port. One that other
+    /// hosts can reach needs `api_tls` and credentials: `[[api_key]]` or
+    /// `[[api_client]]`.
     pub api: SocketAddr,
-    /// Lets `api` be an address that other hosts can reach. The API asks for
-    /// no password: whoever reaches it can delete a replication. Default
-    /// `false`.
-    pub api_remote: bool,
     /// Names, beside `localhost` and addresses, under which clients may call
     /// the API; requests for other names are refused, since a web page could
     /// have made them (DNS rebinding). Default none.
     #[serde(deserialize_with = "super::host_names")]
     pub api_hosts: Vec<String>,
+    /// Whether the API speaks HTTPS (TLS 1.3) instead of HTTP. Default `false`.
+    pub api_tls: bool,
+    /// Certificate for that, with what leads up to its authority: PEM.
+    /// Absolute. Needs `api_private_key`. Default: a self-signed one, which is
+    /// made and kept in the state directory, `api-certificate.pem`.
+    #[serde(deserialize_with = "super::some_absolute_path")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_certificate: Option<PathBuf>,
+    /// Its private key: PEM. Absolute.
+    #[serde(deserialize_with = "super::some_absolute_path")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_private_key: Option<PathBuf>,
     /// The region that answers in EFS's form name. EFS's pattern. Default
     /// `xx-local`.
     #[serde(deserialize_with = "super::region")]
@@ -78,6 +91,13 @@ pub struct SourceConfig {
     pub log: String,
     /// How log lines look: `text` or `json`. Default `text`.
     pub log_format: LogFormat,
+    /// Access keys, by which clients sign requests. With one of these or of
+    /// `api_client`, the API answers nobody without credentials. Default none.
+    #[serde(rename = "api_key")]
+    pub api_keys: Vec<ApiKeyConfig>,
+    /// Certificates of clients. Default none.
+    #[serde(rename = "api_client")]
+    pub api_clients: Vec<ApiClientConfig>,
 }
 
 impl Default for SourceConfig {
@@ -85,8 +105,10 @@ impl Default for SourceConfig {
         Self {
             state_dir: PathBuf::from("/var/lib/replicator/source"),
             api: DEFAULT_API,
-            api_remote: false,
             api_hosts: Vec::new(),
+            api_tls: false,
+            api_certificate: None,
+            api_private_key: None,
             region: DEFAULT_REGION.to_owned(),
             heartbeat: Interval::from_millis(1000),
             settle: Interval::from_millis(500),
@@ -101,12 +123,30 @@ impl Default for SourceConfig {
             devices: false,
             log: "info".to_owned(),
             log_format: LogFormat::Text,
+            api_keys: Vec::new(),
+            api_clients: Vec::new(),
+        }
+    }
+}
+
+impl SourceConfig {
+    /// What concerns the API.
+    pub fn api(&self) -> ApiConfig<'_> {
+        ApiConfig {
+            address: self.api,
+            hosts: &self.api_hosts,
+            region: &self.region,
+            tls: self.api_tls,
+            certificate: self.api_certificate.as_deref(),
+            private_key: self.api_private_key.as_deref(),
+            keys: &self.api_keys,
+            clients: &self.api_clients,
         }
     }
 }
 
 impl Sanitize for SourceConfig {
     fn sanitize(&self) -> Result<(), String> {
-        super::check_api(self.api, self.api_remote)
+        self.api().check()
     }
 }

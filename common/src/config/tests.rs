@@ -1,4 +1,5 @@
 use super::*;
+use crate::api::auth::Permission;
 
 fn path() -> &'static Path {
     Path::new("x.toml")
@@ -16,10 +17,75 @@ fn destination(text: &str) -> Result<DestinationConfig, String> {
 fn keys(sample: &str) -> Vec<&str> {
     sample
         .lines()
-        .filter_map(|line| line.trim_start_matches('#').trim_start().split_once(" = "))
-        .map(|(key, _)| key)
+        .map(|line| line.trim_start_matches('#').trim_start())
+        .filter_map(|line| match line.split_once(" = ") {
+            Some((key, _)) => Some(key),
+            None => line.strip_prefix("[[")?.strip_suffix("]]"),
+        })
         .filter(|key| key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'))
         .collect()
+}
+
+/// Keys without a default.
+const API_KEYS: [&str; 2] = ["api_certificate", "api_private_key"];
+
+/// What a sample shows of credentials is valid once it is no comment.
+#[test]
+fn samples_of_credentials_are_valid() {
+    for sample in [
+        include_str!("../../../deploy/config/source.toml"),
+        include_str!("../../../deploy/config/destination.toml"),
+    ] {
+        let (_, tables) = sample.split_once("# [[api_key]]").unwrap();
+        let tables =
+            tables.replace("\n# ", "\n").replace("64 hexadecimal digits", &"ab".repeat(32));
+        let config = source(&format!("api_tls = true\n[[api_key]]{tables}")).unwrap();
+        assert_eq!((config.api_keys.len(), config.api_clients.len()), (1, 1));
+        let credentials = config.api().credentials();
+        assert_eq!(credentials.keys[0].1, Permission::Full);
+        assert_eq!(credentials.clients[0].1, Permission::ReadOnly);
+        let shown = serde_json::to_string(&config).unwrap();
+        assert!(!shown.contains("openssl"), "a secret is shown: {shown}");
+    }
+}
+
+#[test]
+fn an_api_that_others_reach_needs_tls_and_credentials() {
+    let key = format!("[[api_key]]\nid = \"{}\"\nsecret = \"{}\"", "A".repeat(16), "s".repeat(32));
+    let client = format!("[[api_client]]\nfingerprint = \"{}\"", "ab".repeat(32));
+    let remote = "api = \"0.0.0.0:4480\"\n";
+    let tls = "api_tls = true\n";
+    assert!(source(&format!("{remote}{tls}{key}")).is_ok());
+    assert!(source(&format!("{remote}{tls}{client}")).is_ok());
+    assert!(source(&format!("{tls}{key}")).is_ok());
+    assert!(source(&key).is_ok());
+    let refused = "x.toml: api = \"0.0.0.0:4480\" can be reached from other hosts: set api_tls = true and give an [[api_key]] or [[api_client]], or use a loopback address";
+    for (text, expected) in [
+        (remote.to_owned(), refused),
+        (format!("{remote}{tls}"), refused),
+        (format!("{remote}{key}"), refused),
+        (client, "x.toml: [[api_client]] is of no use without api_tls = true"),
+        (format!("{key}\n{key}"), "x.toml: api_key AAAAAAAAAAAAAAAA is given twice"),
+        (
+            format!("{tls}api_certificate = \"/c\""),
+            "x.toml: api_certificate and api_private_key go together",
+        ),
+        (
+            "api_certificate = \"/c\"\napi_private_key = \"/k\"".to_owned(),
+            "x.toml: api_certificate is of no use without api_tls = true",
+        ),
+        (
+            key.replace(&"s".repeat(32), "short"),
+            "x.toml:3: the secret of an access key has at least 32 characters",
+        ),
+        (
+            key.replace(&"A".repeat(16), "AK"),
+            "x.toml:2: \"AK\" is no access key's id (16 to 128 letters and digits)",
+        ),
+    ] {
+        assert_eq!(source(&text).unwrap_err(), expected, "{text}");
+    }
+    assert!(destination(remote).is_err());
 }
 
 #[test]
@@ -35,8 +101,8 @@ fn samples_say_the_defaults_and_name_every_key() {
     let toml::Value::Table(all) = toml::Value::try_from(SourceConfig::default()).unwrap() else {
         panic!("a table")
     };
-    for key in all.keys() {
-        assert!(keys(sample).contains(&key.as_str()), "source.toml lacks {key}");
+    for key in all.keys().map(String::as_str).chain(API_KEYS) {
+        assert!(keys(sample).contains(&key), "source.toml lacks {key}");
     }
 
     let sample = include_str!("../../../deploy/config/destination.toml");
@@ -49,7 +115,8 @@ fn samples_say_the_defaults_and_name_every_key() {
     else {
         panic!("a table")
     };
-    for key in all.keys().map(String::as_str).filter(|key| *key != "replica").chain(["advertise"]) {
+    let rest = API_KEYS.into_iter().chain(["advertise"]);
+    for key in all.keys().map(String::as_str).chain(rest) {
         assert!(keys(sample).contains(&key), "destination.toml lacks {key}");
     }
 }
@@ -71,7 +138,7 @@ fn invalid_sources_are_told_in_one_line() {
     for (text, expected) in [
         (
             "\nheartbaet = \"1s\"",
-            "x.toml:2: unknown field `heartbaet`, expected one of `state_dir`, `api`, `api_remote`, `api_hosts`, `region`, `heartbeat`, `settle`, `rescan_interval`, `max_batch_bytes`, `halt_deletions_percent`, `halt_deletions_min`, `halt_deletions_window`, `verify_interval`, `verify_rate`, `watcher`, `devices`, `log`, `log_format`",
+            "x.toml:2: unknown field `heartbaet`, expected one of `state_dir`, `api`, `api_hosts`, `api_tls`, `api_certificate`, `api_private_key`, `region`, `heartbeat`, `settle`, `rescan_interval`, `max_batch_bytes`, `halt_deletions_percent`, `halt_deletions_min`, `halt_deletions_window`, `verify_interval`, `verify_rate`, `watcher`, `devices`, `log`, `log_format`, `api_key`, `api_client`",
         ),
         ("heartbeat = \"2m\"", "x.toml:1: \"2m\" is out of bounds (expected 100ms to 1m)"),
         (
@@ -87,10 +154,6 @@ fn invalid_sources_are_told_in_one_line() {
         ),
         ("state_dir = \"state\"", "x.toml:1: expected an absolute path, got \"state\""),
         ("api = \"localhost\"", "x.toml:1: invalid socket address syntax"),
-        (
-            "api = \"0.0.0.0:4480\"",
-            "x.toml: api = \"0.0.0.0:4480\" can be reached from other hosts, and the API asks for no password: use a loopback address, or set api_remote = true if a firewall or proxy guards it",
-        ),
         (
             "region = \"local\"",
             "x.toml:1: \"local\" is not a region (expected the form of eu-central-1 or xx-local)",

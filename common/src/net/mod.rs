@@ -6,6 +6,7 @@
 //! - [`tls`]: TLS 1.3 with both certificates pinned by fingerprint.
 //! - [`quic`]: endpoints, connections, who is admitted after the handshake.
 //! - [`frame`]: the envelope of every message on a stream.
+//! - [`https`]: TLS 1.3 of the HTTP API.
 //! - [`token`]: the one line an operator carries from destination to source.
 //! - [`clock`]: by how much one side's clock is ahead of the other's.
 //! - [`enrol`]: how a token becomes a pair of pinned certificates.
@@ -14,6 +15,7 @@ pub mod clock;
 mod congestion;
 pub mod enrol;
 pub mod frame;
+pub mod https;
 pub mod identity;
 pub mod quic;
 pub mod tls;

@@ -40,7 +40,7 @@ pub trait Trust: Send + Sync {
 
 /// The cryptography of both sides. AES-128-GCM comes first: it is the cheapest
 /// where the processor has AES, and QUIC needs it for the first packets anyway.
-fn provider() -> Arc<CryptoProvider> {
+pub(super) fn provider() -> Arc<CryptoProvider> {
     Arc::new(CryptoProvider {
         cipher_suites: vec![
             cipher_suite::TLS13_AES_128_GCM_SHA256,
@@ -60,12 +60,8 @@ pub(super) fn client(
     alpn: &[u8],
 ) -> Result<(ClientConfig, Arc<OnceLock<Fingerprint>>), Error> {
     let provider = provider();
-    let seen = Arc::new(OnceLock::new());
-    let verifier = PinnedServer {
-        expected: server,
-        seen: Arc::clone(&seen),
-        signatures: Signatures(Arc::clone(&provider)),
-    };
+    let verifier = PinnedServer::new(server);
+    let seen = Arc::clone(&verifier.seen);
     let mut config = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
@@ -95,10 +91,14 @@ pub(super) fn server(identity: &Identity, trust: Arc<dyn Trust>) -> Result<Serve
 
 /// Proof that the peer holds the key of the certificate it presents. Both
 /// verifiers need it: a fingerprint alone is public.
-struct Signatures(Arc<CryptoProvider>);
+pub(super) struct Signatures(Arc<CryptoProvider>);
 
 impl Signatures {
-    fn tls13(
+    pub(super) fn new(provider: Arc<CryptoProvider>) -> Self {
+        Self(provider)
+    }
+
+    pub(super) fn tls13(
         &self,
         message: &[u8],
         certificate: &CertificateDer<'_>,
@@ -109,20 +109,55 @@ impl Signatures {
     }
 
     /// Never asked for, because TLS 1.2 is not offered; refused all the same.
-    fn tls12() -> Result<HandshakeSignatureValid, Error> {
+    pub(super) fn tls12() -> Result<HandshakeSignatureValid, Error> {
         Err(Error::PeerIncompatible(PeerIncompatible::ServerDoesNotSupportTls12Or13))
     }
 
-    fn schemes(&self) -> Vec<SignatureScheme> {
+    pub(super) fn schemes(&self) -> Vec<SignatureScheme> {
         self.0.signature_verification_algorithms.supported_schemes()
     }
 }
 
+/// The methods of a verifier, of either side, that its member of [`Signatures`]
+/// answers.
+macro_rules! signature_checks {
+    ($member:tt) => {
+        fn verify_tls12_signature(
+            &self,
+            _: &[u8],
+            _: &rustls::pki_types::CertificateDer<'_>,
+            _: &rustls::DigitallySignedStruct,
+        ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+            $crate::net::tls::Signatures::tls12()
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            certificate: &rustls::pki_types::CertificateDer<'_>,
+            signature: &rustls::DigitallySignedStruct,
+        ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+            self.$member.tls13(message, certificate, signature)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+            self.$member.schemes()
+        }
+    };
+}
+pub(super) use signature_checks;
+
 /// The client's view: one server and no other.
-struct PinnedServer {
+pub(super) struct PinnedServer {
     expected: Fingerprint,
     seen: Arc<OnceLock<Fingerprint>>,
     signatures: Signatures,
+}
+
+impl PinnedServer {
+    pub(super) fn new(expected: Fingerprint) -> Self {
+        Self { expected, seen: Arc::default(), signatures: Signatures(provider()) }
+    }
 }
 
 impl fmt::Debug for PinnedServer {
@@ -149,27 +184,7 @@ impl ServerCertVerifier for PinnedServer {
         }
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _certificate: &CertificateDer<'_>,
-        _signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Signatures::tls12()
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.signatures.tls13(message, certificate, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.signatures.schemes()
-    }
+    signature_checks!(signatures);
 }
 
 /// The server's view: pinned clients, and anyone while an enrolment is open.
@@ -207,25 +222,5 @@ impl ClientCertVerifier for TrustedClients {
         }
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _certificate: &CertificateDer<'_>,
-        _signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Signatures::tls12()
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.signatures.tls13(message, certificate, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.signatures.schemes()
-    }
+    signature_checks!(signatures);
 }

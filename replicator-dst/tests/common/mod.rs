@@ -222,6 +222,7 @@ impl World {
             advertise: None,
             region: "here".to_owned(),
             hook: None,
+            registry: None,
         };
         let replicas = ReplicaOptions { by_path: self.by_path, hook };
         for attempt in 0.. {
@@ -273,6 +274,7 @@ impl World {
             advertise: None,
             region: "here".to_owned(),
             hook: None,
+            registry: None,
         };
         let replicas = ReplicaOptions::default();
         DestinationService::open_with(options, replicas).map_err(|error| error.to_string())

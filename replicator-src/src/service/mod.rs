@@ -20,6 +20,7 @@ use replicator_common::net::enrol::{self, EnrolError, EnrolRequest};
 use replicator_common::net::frame::Compression;
 use replicator_common::net::identity::{Identity, IdentityError};
 use replicator_common::net::token::Token;
+use replicator_common::registry::Registry;
 use replicator_common::status::{DesiredState, FailoverReport, Status};
 use replicator_common::supervisor::Supervisor;
 use replicator_common::time::Timestamp;
@@ -64,6 +65,8 @@ pub struct SourceOptions {
     pub compression: Compression,
     /// Where the wall clock is read: tests set it back.
     pub wall: Wall,
+    /// The file systems that have an id; `None`: the state directory's own.
+    pub registry: Option<Arc<Registry>>,
 }
 
 impl SourceOptions {
@@ -81,6 +84,7 @@ impl SourceOptions {
             verify: crate::verify::Settings::default(),
             compression: Compression::default(),
             wall: Wall::default(),
+            registry: None,
         }
     }
 }
@@ -132,6 +136,9 @@ pub struct SourceService {
     runtime: tokio::runtime::Runtime,
     replications: Mutex<BTreeMap<FileSystemId, Arc<Replication>>>,
     supervisor: Arc<Supervisor>,
+    registry: Arc<Registry>,
+    /// Held while one is made: two of one directory would have one id.
+    creating: Mutex<()>,
     /// Nothing is started any more. Held while something is started, or taken
     /// away.
     closed: Mutex<bool>,
@@ -162,6 +169,10 @@ impl SourceService {
         let identity_dir = options.state_dir.join("identity");
         crashsafe::create_directory(&identity_dir)?;
         let identity = Identity::load_or_create(&identity_dir)?;
+        let registry = match &options.registry {
+            Some(registry) => registry.clone(),
+            None => Arc::new(Registry::open(&options.state_dir)?),
+        };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("source-net")
@@ -174,6 +185,8 @@ impl SourceService {
             runtime,
             replications: Mutex::default(),
             supervisor,
+            registry,
+            creating: Mutex::default(),
             closed: Mutex::new(false),
             _lock: lock,
         });
@@ -197,6 +210,7 @@ impl SourceService {
                 continue;
             };
             let id = configuration.source.clone();
+            self.enter(&configuration);
             let replication = Replication::open(path, configuration, &self.options)?;
             if let Err(error) = self.start(&replication) {
                 tracing::error!(source = %id, %error, "cannot start the replication");
@@ -210,6 +224,19 @@ impl SourceService {
 
     fn start(&self, replication: &Arc<Replication>) -> Result<(), ServiceError> {
         replication.start(&self.options, &self.identity, self.runtime.handle(), &self.supervisor)
+    }
+
+    /// The file systems that have an id.
+    pub fn registry(&self) -> Arc<Registry> {
+        self.registry.clone()
+    }
+
+    /// A source is a file system with an id, and stays one. Without that it is
+    /// replicated all the same.
+    fn enter(&self, configuration: &Configuration) {
+        if let Err(error) = self.registry.enter(&configuration.source, &configuration.path) {
+            tracing::warn!(source = %configuration.source, %error, "the source's id is not kept");
+        }
     }
 
     /// Ends all replications cleanly. Blocks until their threads have ended.
@@ -281,6 +308,16 @@ impl SourceService {
     }
 }
 
+/// Removes what no configuration refers to.
+fn discard(directory: &Path) -> Result<(), StateFileError> {
+    match std::fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(StateFileError::io("remove", directory)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Our own writes would be replicated, and raise events, for ever (trap 18).
 fn check_state_outside(state: &Path, source: &Path) -> Result<(), ServiceError> {
     let inside = ancestry::is_within(state, source).map_err(|error| {
@@ -312,9 +349,17 @@ impl Control for SourceService {
             .token
             .parse()
             .map_err(|error| ControlError::Validation(format!("enrolment token: {error}")))?;
+        let _one = self.creating.lock().unwrap_or_else(PoisonError::into_inner);
         let root = self.check_source(request)?;
         let creation_time = Timestamp::now();
-        let source = FileSystemId::random();
+        let registered = self.registry.at(&root.path).map(|known| known.id);
+        let source = registered.unwrap_or_else(FileSystemId::random);
+        if self.all().contains_key(&source) {
+            // Its directory is not what it was when that configuration was made.
+            return Err(ControlError::ReplicationAlreadyExists(format!(
+                "{source} is in a replication configuration already"
+            )));
+        }
         let enrolment = EnrolRequest {
             secret: token.secret,
             source: source.clone(),
@@ -340,7 +385,10 @@ impl Control for SourceService {
         };
         let internal = |error: ServiceError| ControlError::Internal(error.to_string());
         let directory = self.replications_dir().join(source.as_str());
+        // Left by an earlier one of this id, whose removal broke off.
+        discard(&directory).map_err(|error| internal(error.into()))?;
         configuration.save(&directory).map_err(internal)?;
+        self.enter(&configuration);
         let replication =
             Replication::open(directory, configuration, &self.options).map_err(internal)?;
         if let Err(error) = self.start(&replication) {

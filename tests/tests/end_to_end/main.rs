@@ -3,6 +3,7 @@
 //! `replicator_tests::serial`).
 
 mod appends;
+mod aws_clients;
 mod bad_disks;
 mod bad_input;
 mod capture_traps;
@@ -11,6 +12,7 @@ mod console;
 mod disks;
 mod failover_faults;
 mod figures;
+mod file_systems;
 mod halt;
 mod handover;
 mod lost_events;

@@ -56,7 +56,7 @@ impl Follower {
 
 fn serve(fake: &Arc<Fake>) -> server::Server {
     let bound = server::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
-    bound.serve(Api::new(fake.clone(), ApiOptions::default())).unwrap()
+    bound.serve(Api::new(fake.clone(), fake.registry.clone(), ApiOptions::default())).unwrap()
 }
 
 #[test]

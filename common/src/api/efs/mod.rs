@@ -1,25 +1,48 @@
-//! EFS's shapes: the configuration and its list, field for field.
+//! EFS's shapes, field for field, and what stands where EFS's ids do.
 //!
-//! EFS's form of creation has no room for a source's path and a destination's
-//! token. Since EFS's clients check no patterns, an absolute path is taken
-//! where the source's id stands, and the token where the destination's id does:
-//! `aws efs create-replication-configuration --source-file-system-id /data
-//! --destinations FileSystemId=TOKEN`. Answers always have real ids.
+//! **File systems** have ids: a directory or mount that somebody registered
+//! (CreateFileSystem, with its path as the tag [`PATH_TAG`]), or that is or was
+//! in a configuration of this daemon (see [`Registry`](crate::registry::Registry)).
+//! One is known by its path and keeps its id. Forgetting it (DeleteFileSystem)
+//! leaves what is in it alone. `SizeInBytes` is what is in use of the file system
+//! that the path lies on. What EFS does and we do not (encryption, backups,
+//! provisioned throughput) is refused, not ignored.
+//!
+//! **CreateReplicationConfiguration** names two ends:
+//! - `SourceFileSystemId`: the id of a file system that is registered at the
+//!   daemon that is asked; or, since EFS's clients check no patterns, an absolute
+//!   path (`--source-file-system-id /srv/data`), which gets an id.
+//! - `Destinations[0].FileSystemId`: an enrolment token; or the id of a file
+//!   system that is registered at this same daemon, where it runs both sides
+//!   (`replicator run`). Its protection must be DISABLED first; what it holds and
+//!   the source lacks goes to lost+found.
+//!
+//! Between two hosts it is always a token: an id says neither where the other
+//! daemon is nor that it agrees. There, the replica is registered at its own
+//! daemon, whose token for it (`POST /replicator/v1/tokens`; its id may stand
+//! for its path) carries the consent; the configuration then has its id. Of a
+//! replica that is registered by hand there is no token while it is protected.
+//!
+//! **Protection** reads REPLICATING at a destination, and ENABLED once the
+//! configuration is deleted; only then can it be DISABLED.
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+mod file_system;
+mod page;
+
+pub(super) use file_system::{CreateFileSystemBody, ProtectionBody, TagsBody, tags, tags_of};
+pub use file_system::{FileSystemBody, FileSystems, PATH_TAG, Protection, Size, Tag, TagList};
+pub(super) use page::{Created, Paging, page};
+
 use serde::{Deserialize, Serialize};
 
 use super::ApiError;
-use super::route::{Query, file_system_id};
+use super::route::Query;
 use crate::id::FileSystemId;
 use crate::status::{ReplicationStatus, Status};
 use crate::time::Timestamp;
 
 /// The owner that answers name: 12 digits, as EFS wants them.
 pub const OWNER_ID: &str = "000000000000";
-/// The most configurations of one answer, and the number without `MaxResults`.
-const PAGE_MAX: usize = 100;
 
 /// A replication configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -85,7 +108,7 @@ impl Configuration {
     pub fn new(status: &Status) -> Self {
         let source = status.source_file_system_id.as_str();
         let region = &status.source_file_system_region;
-        let arn = format!("arn:aws:elasticfilesystem:{region}:{OWNER_ID}:file-system/{source}");
+        let arn = arn(region, source);
         Self {
             source_file_system_id: source.to_owned(),
             source_file_system_region: region.clone(),
@@ -157,65 +180,21 @@ impl CreateBody {
 }
 
 /// One page of configurations, as the query asks for it.
-pub(super) fn describe(mut all: Vec<Status>, query: &Query) -> Result<Replications, ApiError> {
-    let wanted = query.get("FileSystemId").map(file_system_id).transpose()?;
-    let page = page_size(query.get("MaxResults"))?;
-    let after = query.get("NextToken").map(Cursor::read).transpose()?;
-    if let Some(id) = &wanted {
-        all.retain(|status| concerns(status, id));
-        if all.is_empty() {
-            return Err(crate::control::ControlError::FileSystemNotFound(id.clone()).into());
-        }
-    }
-    all.sort_by_key(Cursor::of);
-    let mut rest =
-        all.iter().filter(|status| after.as_ref().is_none_or(|c| Cursor::of(status) > *c));
-    let chosen: Vec<&Status> = rest.by_ref().take(page).collect();
-    let more = rest.next().is_some();
-    Ok(Replications {
-        replications: chosen.iter().map(|status| Configuration::new(status)).collect(),
-        next_token: chosen.last().filter(|_| more).map(|status| Cursor::of(status).write()),
-    })
+pub(super) fn describe(all: Vec<Status>, query: &Query) -> Result<Replications, ApiError> {
+    let paging = Paging::read(query, "MaxResults", "NextToken")?;
+    let created =
+        |status: &Status| Created::new(status.creation_time, &status.source_file_system_id);
+    let (chosen, next_token) = page(all, created, &paging);
+    let replications = chosen.iter().map(Configuration::new).collect();
+    Ok(Replications { replications, next_token })
+}
+
+/// The name of a file system among all of Amazon's.
+pub(super) fn arn(region: &str, id: &str) -> String {
+    format!("arn:aws:elasticfilesystem:{region}:{OWNER_ID}:file-system/{id}")
 }
 
 /// Whether a file system is at either end of a configuration.
 pub(super) fn concerns(status: &Status, id: &FileSystemId) -> bool {
     status.source_file_system_id == *id || status.destination_file_system_id == *id
-}
-
-fn page_size(text: Option<&str>) -> Result<usize, ApiError> {
-    let Some(text) = text else { return Ok(PAGE_MAX) };
-    match text.parse::<u64>() {
-        Ok(number) if number >= 1 => Ok(number.min(PAGE_MAX as u64) as usize),
-        _ => Err(ApiError::bad_request(format!("MaxResults must be 1 or more, not {text:?}"))),
-    }
-}
-
-/// The last configuration of a page. Opaque to clients; stays valid when
-/// configurations come and go between pages.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Cursor {
-    created: i64,
-    source: FileSystemId,
-}
-
-impl Cursor {
-    fn of(status: &Status) -> Self {
-        Self { created: status.creation_time.0, source: status.source_file_system_id.clone() }
-    }
-
-    fn write(&self) -> String {
-        URL_SAFE_NO_PAD.encode(format!("{}/{}", self.created, self.source))
-    }
-
-    fn read(token: &str) -> Result<Self, ApiError> {
-        let parse = || {
-            let text = String::from_utf8(URL_SAFE_NO_PAD.decode(token).ok()?).ok()?;
-            let (created, source) = text.split_once('/')?;
-            Some(Self { created: created.parse().ok()?, source: source.parse().ok()? })
-        };
-        parse().ok_or_else(|| {
-            ApiError::bad_request("NextToken is not one that an earlier answer contained")
-        })
-    }
 }

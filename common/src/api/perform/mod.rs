@@ -1,15 +1,19 @@
 //! The operations: a request in, an answer out, no socket.
 
-use std::path::Path;
+mod file_systems;
+mod replications;
+mod tags;
+
 use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::route::{Operation, Own, Query, file_system_id, route};
+use replications::Wanted;
+
+use super::route::{Call, Needs, Operation, file_system_id, route};
 use super::{Api, ApiError, efs, own};
-use crate::control::{ControlError, CreateRequest, DeletionMode};
 use crate::id::FileSystemId;
 use crate::status::{DesiredState, ReplicationStatus, Status};
 use crate::verification::PassOptions;
@@ -38,104 +42,74 @@ impl Api {
     /// # Errors
     /// In EFS's classes.
     pub fn perform(&self, method: &str, target: &str, body: &[u8]) -> Result<Answer, ApiError> {
-        match route(method, target)? {
-            Operation::CreateReplication { source } => self.efs_create(&source, body),
-            Operation::DescribeReplications(query) => {
-                Answer::json(&efs::describe(self.control.list(), &query)?)
-            }
-            Operation::DeleteReplication { source, query } => self.efs_delete(&source, &query),
-            Operation::Own(Own::Health) => Answer::json(&health(&self.control.list())),
-            Operation::Own(Own::Status) => Answer::json(&self.control.list()),
-            Operation::Own(Own::Create) => {
-                let body: own::CreateBody = parse(body)?;
-                self.create(CreateRequest {
-                    source: body.source,
-                    token: body.token,
-                    devices: body.devices.unwrap_or(self.options.devices),
-                    watcher: body.watcher.unwrap_or(self.options.watcher),
-                })
-            }
-            Operation::Own(Own::Wait) => self.wait(&parse(body)?),
-            Operation::Own(Own::Pause) => self.set_desired(&parse(body)?, DesiredState::Paused),
-            Operation::Own(Own::Resume) => self.resume(parse(body)?),
-            Operation::Own(Own::Failover) => {
-                let body: own::FailoverBody = parse(body)?;
-                let source = self.find(body.id.as_deref())?;
-                Answer::json(&self.control.delete(&source, body.mode)?)
-            }
-            Operation::Own(Own::Token) => self.issue(&parse(body)?),
-            Operation::Own(Own::Verify) => {
-                let body: own::VerifyBody = parse(body)?;
-                let source = self.find(body.id.as_deref())?;
-                let options = PassOptions { repair: body.repair, rate: body.bytes_per_second };
-                let pass = self.control.verify(&source, options)?;
-                Answer::json(&own::VerifyAnswer { source_file_system_id: source.to_string(), pass })
-            }
-            Operation::Own(Own::Findings) => {
-                let body: own::FindingsBody = parse(body)?;
-                let source = self.find(body.id.as_deref())?;
-                Answer::json(&self.control.findings(&source, body.pass, body.after)?)
-            }
+        let Call { operation, argument, query, .. } = route(method, target)?;
+        match operation {
+            Operation::CreateReplicationConfiguration => self.efs_create(&argument, body),
+            Operation::DescribeReplicationConfigurations => self.efs_describe(&query),
+            Operation::DeleteReplicationConfiguration => self.efs_delete(&argument, &query),
+            Operation::CreateFileSystem => self.create_file_system(body),
+            Operation::DescribeFileSystems => self.describe_file_systems(&query),
+            Operation::DeleteFileSystem => self.delete_file_system(&argument),
+            Operation::UpdateFileSystemProtection => self.update_protection(&argument, body),
+            Operation::TagResource => self.tag_resource(&argument, body),
+            Operation::ListTagsForResource => self.list_tags(&argument, &query),
+            Operation::UntagResource => self.untag_resource(&argument, &query),
+            Operation::Health => Answer::json(&health(&self.control.list())),
+            Operation::Status => Answer::json(&self.control.list()),
+            Operation::Create => self.own_create(&parse(body)?),
+            Operation::Wait => self.wait(&parse(body)?),
+            Operation::Pause => self.set_desired(&parse(body)?, DesiredState::Paused),
+            Operation::Resume => self.resume(parse(body)?),
+            Operation::Failover => self.failover(&parse(body)?),
+            Operation::Token => self.issue(&parse(body)?),
+            Operation::Verify => self.verify(&parse(body)?),
+            Operation::Findings => self.findings(&parse(body)?),
+            Operation::FileSystems => self.list_own(),
+            Operation::Register => self.register_own(parse(body)?),
         }
     }
 
     /// Whether a request holds its connection for as long as it likes.
     pub(super) fn is_wait(method: &str, target: &str) -> bool {
-        route(method, target) == Ok(Operation::Own(Own::Wait))
+        route(method, target).is_ok_and(|call| call.operation == Operation::Wait)
     }
 
-    fn efs_create(&self, source: &str, body: &[u8]) -> Result<Answer, ApiError> {
-        let by_path = Path::new(source).is_absolute();
-        let id = if by_path { None } else { Some(file_system_id(source)?) };
-        let body: efs::CreateBody = parse(body)?;
-        let destination = body.destination()?;
-        let Some(id) = id else {
-            let token = destination.file_system_id.clone().ok_or_else(|| {
-                ApiError::validation(
-                    "a source given by path needs the destination's token as FileSystemId",
-                )
-            })?;
-            return self.create(CreateRequest {
-                source: source.into(),
-                token,
-                devices: self.options.devices,
-                watcher: self.options.watcher,
-            });
-        };
-        if self.control.list().iter().any(|status| efs::concerns(status, &id)) {
-            return Err(ControlError::ReplicationAlreadyExists(format!(
-                "file system {id} is in a replication configuration already"
-            ))
-            .into());
-        }
-        // Here, a directory gets its id when its replication is enabled.
-        Err(ControlError::FileSystemNotFound(id).into())
+    /// What a request's caller must be allowed to do.
+    pub(super) fn needs(method: &str, target: &str) -> Result<Needs, ApiError> {
+        route(method, target).map(|call| call.needs)
     }
 
-    fn create(&self, request: CreateRequest) -> Result<Answer, ApiError> {
-        if !request.source.is_absolute() {
+    fn own_create(&self, body: &own::CreateBody) -> Result<Answer, ApiError> {
+        let source = body.source.to_str().unwrap_or_default();
+        if !body.source.is_absolute() && source.parse::<FileSystemId>().is_err() {
             return Err(ApiError::validation(format!(
-                "source must be an absolute path, not {:?}",
-                request.source
+                "source must be an absolute path or a file system's id, not {:?}",
+                body.source
             )));
         }
-        let status = self.control.create(&request)?;
-        Answer::json(&efs::Configuration::new(&status))
+        self.create(&Wanted {
+            source,
+            destination: &body.token,
+            devices: body.devices.unwrap_or(self.options.devices),
+            watcher: body.watcher.unwrap_or(self.options.watcher),
+        })
     }
 
-    fn efs_delete(&self, source: &str, query: &Query) -> Result<Answer, ApiError> {
-        let source = file_system_id(source)?;
-        let mode = match query.get("deletionMode") {
-            None | Some("ALL_CONFIGURATIONS") => DeletionMode::AllConfigurations,
-            Some("LOCAL_CONFIGURATION_ONLY") => DeletionMode::LocalConfigurationOnly,
-            Some(other) => {
-                return Err(ApiError::validation(format!(
-                    "deletionMode must be ALL_CONFIGURATIONS or LOCAL_CONFIGURATION_ONLY, not {other:?}"
-                )));
-            }
-        };
-        self.control.delete(&source, mode)?;
-        Ok(Answer { status: 204, body: None })
+    fn failover(&self, body: &own::FailoverBody) -> Result<Answer, ApiError> {
+        let source = self.find(body.id.as_deref())?;
+        Answer::json(&self.control.delete(&source, body.mode)?)
+    }
+
+    fn verify(&self, body: &own::VerifyBody) -> Result<Answer, ApiError> {
+        let source = self.find(body.id.as_deref())?;
+        let options = PassOptions { repair: body.repair, rate: body.bytes_per_second };
+        let pass = self.control.verify(&source, options)?;
+        Answer::json(&own::VerifyAnswer { source_file_system_id: source.to_string(), pass })
+    }
+
+    fn findings(&self, body: &own::FindingsBody) -> Result<Answer, ApiError> {
+        let source = self.find(body.id.as_deref())?;
+        Answer::json(&self.control.findings(&source, body.pass, body.after)?)
     }
 
     fn wait(&self, body: &own::WaitBody) -> Result<Answer, ApiError> {
@@ -173,10 +147,16 @@ impl Api {
                 "this daemon is a source: ask the destination's daemon for a token",
             ));
         };
-        if !body.replica.is_absolute() {
+        let registered = body.replica.to_str().and_then(|text| text.parse::<FileSystemId>().ok());
+        let replica = match &registered {
+            Some(id) => {
+                self.registry.get(id).ok_or_else(|| ApiError::unknown_file_system(id))?.path
+            }
+            None => body.replica.clone(),
+        };
+        if !replica.is_absolute() {
             return Err(ApiError::validation(format!(
-                "replica must be an absolute path, not {:?}",
-                body.replica
+                "replica must be an absolute path or a file system's id, not {replica:?}"
             )));
         }
         if body.valid_seconds.is_some_and(|valid| !own::TOKEN_VALID_SECONDS.contains(&valid)) {
@@ -186,8 +166,8 @@ impl Api {
                 own::TOKEN_VALID_SECONDS.end()
             )));
         }
-        let token = tokens.issue(body)?;
-        Answer::json(&own::TokenAnswer { token, replica: body.replica.clone() })
+        let token = tokens.issue(&own::TokenBody { replica: replica.clone(), ..body.clone() })?;
+        Answer::json(&own::TokenAnswer { token, replica })
     }
 
     /// The source's id of the configuration that is meant: the one with `id`

@@ -1,15 +1,27 @@
 //! The API from the other end: what the command line asks daemons with.
 
+mod access;
+mod tls;
+
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::efs::{Configuration, Replications};
+use ureq::unversioned::resolver::DefaultResolver;
+use ureq::unversioned::transport::{Connector, TcpConnector};
+
+use super::auth::{AccessKey, sigv4};
+use super::efs::{Configuration, Protection, Replications};
 use super::own;
+use crate::config::DEFAULT_REGION;
 use crate::control::DeletionMode;
 use crate::status::{FailoverReport, Status};
+use crate::time::Timestamp;
 use crate::verification::Findings;
+
+pub use access::Access;
+use tls::TlsConnector;
 
 /// Where daemons are asked unless told otherwise.
 pub const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:4480";
@@ -26,8 +38,11 @@ const ANSWER_MAX: u64 = 64 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The endpoint is not a URL that can be asked.
-    #[error("{0:?} is not an endpoint (expected http://HOST:PORT)")]
+    #[error("{0:?} is not an endpoint (expected http://HOST:PORT or https://HOST:PORT)")]
     Endpoint(String),
+    /// What is to prove who is who is not usable, or is missing.
+    #[error("{0}")]
+    Access(String),
     /// Nobody answers there.
     #[error("no daemon answers at {endpoint}: {reason} (is it running? see --endpoint)")]
     Unreachable {
@@ -74,17 +89,20 @@ impl ClientError {
 pub struct Client {
     endpoint: String,
     agent: ureq::Agent,
+    /// Signs requests.
+    key: Option<AccessKey>,
 }
 
-/// Checks an endpoint, and brings it into the form `http://HOST:PORT`.
+/// Checks an endpoint, and brings it into the form `http://HOST:PORT` or
+/// `https://HOST:PORT`.
 ///
 /// # Errors
-/// When it is not of that form; https is not spoken.
+/// When it is not of that form.
 pub fn check_endpoint(text: &str) -> Result<String, ClientError> {
     let trimmed = text.trim_end_matches('/');
     let invalid = || ClientError::Endpoint(text.to_owned());
     let uri: axum::http::Uri = trimmed.parse().map_err(|_| invalid())?;
-    let plain = uri.scheme_str() == Some("http")
+    let plain = matches!(uri.scheme_str(), Some("http" | "https"))
         && uri.host().is_some_and(|host| !host.is_empty())
         && uri.path() == "/"
         && uri.query().is_none();
@@ -92,11 +110,23 @@ pub fn check_endpoint(text: &str) -> Result<String, ClientError> {
 }
 
 impl Client {
-    /// Asks the daemon at `endpoint`; connects with the first question.
+    /// Asks the daemon at `endpoint`, without credentials; connects with the
+    /// first question.
     ///
     /// # Errors
     /// When the endpoint is not of the form `http://HOST:PORT`.
     pub fn new(endpoint: &str) -> Result<Self, ClientError> {
+        Self::open(&Access::new(endpoint))
+    }
+
+    /// Asks a daemon as `access` says.
+    ///
+    /// # Errors
+    /// When the endpoint is not of its form, or https is to be spoken and
+    /// nothing says whose certificate is the right one.
+    pub fn open(access: &Access) -> Result<Self, ClientError> {
+        let endpoint = check_endpoint(&access.endpoint)?;
+        let tls = access.tls(&endpoint)?;
         let config = ureq::Agent::config_builder()
             .http_status_as_error(false)
             .timeout_connect(Some(CONNECT_TIME))
@@ -105,7 +135,9 @@ impl Client {
             .proxy(None)
             .max_redirects(0)
             .build();
-        Ok(Self { endpoint: check_endpoint(endpoint)?, agent: config.new_agent() })
+        let connector = TcpConnector::default().chain(TlsConnector(tls));
+        let agent = ureq::Agent::with_parts(config, connector, DefaultResolver::default());
+        Ok(Self { endpoint, agent, key: access.key.clone() })
     }
 
     /// Who is asked.
@@ -147,6 +179,30 @@ impl Client {
                 return Ok(Replications { replications: all, next_token: None });
             }
         }
+    }
+
+    /// Every file system that has an id at the daemon.
+    pub fn file_systems(&self) -> Result<Vec<own::FileSystem>, ClientError> {
+        self.read(self.call("GET", "/replicator/v1/file-systems", None, Some(ASK_TIME))?)
+    }
+
+    /// Gives a file system an id.
+    pub fn register(&self, body: &own::RegisterBody) -> Result<own::FileSystem, ClientError> {
+        let body = self.write(body)?;
+        self.read(self.call("POST", "/replicator/v1/file-systems", Some(body), Some(ASK_TIME))?)
+    }
+
+    /// EFS's DeleteFileSystem: forgets it, and leaves what is in it alone.
+    pub fn forget(&self, id: &str) -> Result<(), ClientError> {
+        let target = format!("/2015-02-01/file-systems/{}", encode(id));
+        self.call("DELETE", &target, None, Some(ASK_TIME)).map(drop)
+    }
+
+    /// EFS's UpdateFileSystemProtection.
+    pub fn protect(&self, id: &str, protection: &Protection) -> Result<Protection, ClientError> {
+        let target = format!("/2015-02-01/file-systems/{}/protection", encode(id));
+        let body = self.write(protection)?;
+        self.read(self.call("PUT", &target, Some(body), Some(ASK_TIME))?)
     }
 
     /// EFS's deletion.
@@ -218,12 +274,13 @@ impl Client {
         time: Option<Duration>,
     ) -> Result<Value, ClientError> {
         let text = body.map(|body| body.to_string()).unwrap_or_default();
-        let request = axum::http::Request::builder()
+        let mut request = axum::http::Request::builder()
             .method(method)
             .uri(format!("{}{target}", self.endpoint))
             .header("content-type", "application/json")
             .body(text)
             .map_err(|error| self.not_understood(error))?;
+        self.sign(&mut request)?;
         let request = self
             .agent
             .configure_request(request)
@@ -242,7 +299,7 @@ impl Client {
             return Ok(Value::Null);
         }
         let body = serde_json::from_str(&text);
-        if status == 200 {
+        if matches!(status, 200 | 201) {
             return body.map_err(|error| self.not_understood(error));
         }
         let member = |name: &str| {
@@ -252,6 +309,28 @@ impl Client {
             (Some(class), Some(message)) => Err(ClientError::Refused { status, class, message }),
             _ => Err(self.not_understood(format!("HTTP status {status}"))),
         }
+    }
+
+    /// Signs a request, when there is a key.
+    fn sign(&self, request: &mut axum::http::Request<String>) -> Result<(), ClientError> {
+        let Some(key) = &self.key else { return Ok(()) };
+        // As ureq writes it: with the port as the endpoint has it.
+        let host = request.uri().authority().map_or("", |authority| authority.as_str());
+        let host = host.parse().map_err(|error| self.not_understood(error))?;
+        request.headers_mut().insert("host", host);
+        let target = request.uri().path_and_query().map_or("/", |target| target.as_str());
+        let signed = sigv4::Request {
+            method: request.method().as_str(),
+            target,
+            headers: request.headers(),
+            body: request.body().as_bytes(),
+        };
+        // The region is no secret and nobody's condition.
+        for (name, value) in sigv4::sign(&signed, key, DEFAULT_REGION, Timestamp::now()) {
+            let value = value.parse().map_err(|error| self.not_understood(error))?;
+            request.headers_mut().insert(name, value);
+        }
+        Ok(())
     }
 
     fn write(&self, body: &impl serde::Serialize) -> Result<Value, ClientError> {
