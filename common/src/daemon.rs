@@ -61,12 +61,16 @@ pub fn load<T: DaemonConfig>(path: &Path) -> Result<T, CheckError> {
     Ok(config)
 }
 
-/// Checks a configuration, and prints it with all defaults as JSON.
+/// Checks a configuration, and prints it with all defaults as JSON unless `quiet`.
 ///
 /// # Errors
 /// When it is not valid.
-pub fn check_config<T: DaemonConfig>(path: &Path) -> Result<(), CheckError> {
-    let text = serde_json::to_string_pretty(&load::<T>(path)?)?;
+pub fn check_config<T: DaemonConfig>(path: &Path, quiet: bool) -> Result<(), CheckError> {
+    let config = load::<T>(path)?;
+    if quiet {
+        return Ok(());
+    }
+    let text = serde_json::to_string_pretty(&config)?;
     writeln!(io::stdout(), "{text}").map_err(CheckError::Print)
 }
 
