@@ -14,7 +14,8 @@ mod words;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::CommandFactory;
+use replicator_common::manual;
 
 use arguments::{Arguments, Command};
 
@@ -22,9 +23,9 @@ use arguments::{Arguments, Command};
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let endpoint = &arguments.endpoint;
-    let result = match arguments.command {
+    let Arguments { endpoint, json, command } = manual::parse();
+    let endpoint = &endpoint;
+    let result = match command {
         Command::Run(arguments) => run::run(&arguments),
         Command::CreateReplicationConfiguration(arguments) => {
             commands::create::run(endpoint, &arguments)
@@ -36,11 +37,14 @@ fn main() -> ExitCode {
             commands::delete::run(endpoint, &arguments)
         }
         Command::Failover(arguments) => commands::failover::run(endpoint, &arguments),
-        Command::Status(arguments) => status::run(endpoint, &arguments),
+        Command::Status(arguments) => status::run(endpoint, &arguments, json),
         Command::Wait(arguments) => commands::wait::run(endpoint, &arguments),
         Command::Verify(arguments) => commands::verify::run(endpoint, &arguments),
         Command::Pause(target) => commands::pause::pause(endpoint, &target),
         Command::Resume(arguments) => commands::pause::resume(endpoint, &arguments),
+        Command::Generate(what) => {
+            manual::generate(Arguments::command(), &what).map_err(Into::into)
+        }
     };
-    exit::report(result)
+    exit::report(result, json)
 }
