@@ -159,8 +159,8 @@ mod tests {
         };
         let wrong = said(&["sample", "do", "--fast"]);
         assert_eq!(wrong, "unexpected argument '--fast' found (see `sample do --help`)");
-        let wrong = said(&["sample", "due"]);
-        assert!(wrong.starts_with("unrecognized subcommand 'due'; "), "{wrong}");
+        let wrong = said(&["sample", "doo"]);
+        assert!(wrong.starts_with("unrecognized subcommand 'doo'; "), "{wrong}");
         assert!(said(&["sample"]).ends_with("(see `sample --help`)"));
     }
 
