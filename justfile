@@ -67,6 +67,22 @@ fmt:
 doc:
     RUSTDOCFLAGS="--deny warnings" cargo doc --workspace --no-deps --locked
 
+# Man pages and shell completions, into target/man and target/completions.
+man:
+    cargo build --release --locked --workspace --bins
+    for program in replicator replicator-src replicator-dst; do \
+        target/release/$program generate man target/man && \
+        target/release/$program generate completions target/completions || exit 1; \
+    done
+
+# Debian packages of the optimised programs, into OUT.
+deb OUT="target/debian": build
+    deploy/debian/build {{ OUT }}
+
+# A container image, with podman or docker.
+image NAME="replicator:local":
+    $(command -v podman || command -v docker) build -f deploy/container/Containerfile -t {{ NAME }} .
+
 # What `bench` compares with, on Debian (as root). Whatever is missing, its rows say so. What apt lacks
 # comes from crates.io, into REPLICATOR_BENCH_CACHE.
 bench-install:

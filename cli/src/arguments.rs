@@ -9,6 +9,7 @@ use replicator_common::api::own::WAIT_MAX_SECONDS;
 use replicator_common::config::DEFAULT_API;
 use replicator_common::control::{DeletionMode, WatcherChoice};
 use replicator_common::id::FileSystemId;
+use replicator_common::manual::Generate;
 use replicator_common::net::https::Trusted;
 use replicator_common::net::identity::{Fingerprint, InvalidFingerprint};
 
@@ -20,12 +21,15 @@ use crate::exit::Usage;
 /// http://127.0.0.1:4480/ by default.
 ///
 /// Answers go to standard output (JSON, but for `status` without --json); all
-/// else goes to standard error. Exit status: 0 done, 1 failed, 2 wrong usage, 3 timed out.
+/// else goes to standard error, an error as one line. Exit status: 0 done, 1 failed, 2 wrong usage, 3 timed out.
 #[derive(Debug, Parser)]
 #[command(name = "replicator", version)]
 pub struct Arguments {
     #[command(flatten)]
     pub asking: Asking,
+    /// Prints JSON where a person would get text, a line for an error too
+    #[arg(long, global = true)]
+    pub json: bool,
     #[command(subcommand)]
     pub command: Command,
 }
@@ -137,6 +141,9 @@ pub enum Command {
     Pause(Target),
     /// Ships changes again
     Resume(Resume),
+    /// Writes shell completions or man pages, for packages
+    #[command(hide = true)]
+    Generate(Generate),
 }
 
 #[derive(Debug, Args)]
@@ -256,12 +263,13 @@ pub struct Failover {
 
 #[derive(Debug, Args)]
 pub struct Status {
-    /// Prints JSON; with --watch, one line a second
-    #[arg(long)]
-    pub json: bool,
-    /// Shows it anew every second, until stopped
-    #[arg(long)]
+    /// Shows it anew, until stopped: in place on a terminal, else one after the
+    /// other; with --json, a line each time
+    #[arg(long, short)]
     pub watch: bool,
+    /// With --watch: how often
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0, value_parser = period)]
+    pub interval: f64,
 }
 
 #[derive(Debug, Args)]
@@ -318,6 +326,13 @@ type Rate = replicator_common::config::Size<{ 4 << 10 }, { 1 << 40 }>;
 fn rate(text: &str) -> Result<u64, String> {
     let rate: Result<Rate, _> = serde_json::from_value(text.into());
     rate.map(Rate::get).map_err(|error| error.to_string())
+}
+
+fn period(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.1..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("expected 0.1 to 3600 seconds".to_owned()),
+    }
 }
 
 fn wait_seconds(text: &str) -> Result<f64, String> {

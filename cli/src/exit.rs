@@ -33,16 +33,22 @@ impl std::fmt::Display for Differed {
 
 impl std::error::Error for Differed {}
 
-/// Says in one line why a command failed, and with what status it ends.
-pub fn report(result: anyhow::Result<()>) -> ExitCode {
+/// Says in one line why a command failed, and with what status it ends; as JSON
+/// for who wants that.
+pub fn report(result: anyhow::Result<()>, json: bool) -> ExitCode {
     let Err(error) = result else { return ExitCode::SUCCESS };
     if is_closed_pipe(&error) {
         // Whoever read our output has read enough.
         return ExitCode::SUCCESS;
     }
     let line = format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ");
-    say(&format!("replicator: {line}"));
-    ExitCode::from(code(&error))
+    let code = code(&error);
+    if json {
+        say(&serde_json::json!({ "Error": line, "ExitStatus": code }).to_string());
+    } else {
+        say(&format!("replicator: {line}"));
+    }
+    ExitCode::from(code)
 }
 
 fn code(error: &anyhow::Error) -> u8 {

@@ -14,7 +14,8 @@ mod words;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::CommandFactory;
+use replicator_common::manual;
 
 use arguments::{Arguments, Command};
 
@@ -22,13 +23,15 @@ use arguments::{Arguments, Command};
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
-    exit::report(perform(Arguments::parse()))
+    let arguments: Arguments = manual::parse();
+    let json = arguments.json;
+    exit::report(perform(arguments), json)
 }
 
 fn perform(arguments: Arguments) -> anyhow::Result<()> {
-    let asking = arguments.asking;
+    let Arguments { asking, json, command } = arguments;
     let access = || asking.access();
-    match arguments.command {
+    match command {
         // Asks nobody.
         Command::Run(arguments) => run::run(&arguments),
         Command::CreateReplicationConfiguration(arguments) => {
@@ -51,10 +54,13 @@ fn perform(arguments: Arguments) -> anyhow::Result<()> {
             commands::file_systems::protect(&access()?, &arguments)
         }
         Command::Failover(arguments) => commands::failover::run(&access()?, &arguments),
-        Command::Status(arguments) => status::run(&access()?, &arguments),
+        Command::Status(arguments) => status::run(&access()?, &arguments, json),
         Command::Wait(arguments) => commands::wait::run(&access()?, &arguments),
         Command::Verify(arguments) => commands::verify::run(&access()?, &arguments),
         Command::Pause(target) => commands::pause::pause(&access()?, &target),
         Command::Resume(arguments) => commands::pause::resume(&access()?, &arguments),
+        Command::Generate(what) => {
+            manual::generate(Arguments::command(), &what).map_err(Into::into)
+        }
     }
 }

@@ -60,6 +60,10 @@ fn wrong_usage_is_status_2() {
         let output = replicator(arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}: {}", said(&output));
         assert!(output.stdout.is_empty(), "{arguments:?}");
+        if !arguments.is_empty() {
+            let said = said(&output);
+            assert!(said.lines().count() == 1 && said.starts_with("replicator: "), "{said}");
+        }
     }
 }
 
@@ -76,7 +80,6 @@ fn nobody_to_ask_is_status_1() {
     let endpoint = nobody();
     for arguments in [
         &["status"][..],
-        &["status", "--json"],
         &["wait", "--timeout", "5"],
         &["pause"],
         &["resume"],
@@ -88,6 +91,33 @@ fn nobody_to_ask_is_status_1() {
         let output = replicator(&[arguments, &["--endpoint", &endpoint]].concat());
         assert_fails(&output, 1, &format!("no daemon answers at {endpoint}"));
     }
+}
+
+#[test]
+fn an_error_is_json_for_who_wants_json() {
+    let endpoint = nobody();
+    for arguments in [&["status", "--json"][..], &["--json", "wait"]] {
+        let output = replicator(&[arguments, &["--endpoint", &endpoint]].concat());
+        let error: serde_json::Value = serde_json::from_str(&said(&output)).unwrap();
+        assert_eq!((output.status.code(), &error["ExitStatus"]), (Some(1), &1.into()));
+        assert!(error["Error"].as_str().unwrap().contains(&endpoint), "{error}");
+    }
+}
+
+#[test]
+fn completions_and_man_pages_are_of_all_commands_but_their_own() {
+    let base = tempfile::tempdir().unwrap();
+    let at = base.path().to_str().unwrap();
+    for what in ["man", "completions"] {
+        assert!(replicator(&["generate", what, at]).status.success());
+    }
+    let page = fs::read_to_string(base.path().join("replicator-wait.1")).unwrap();
+    assert!(page.contains("timeout") && page.contains("endpoint"), "{page}");
+    assert!(base.path().join("replicator-delete-replication-configuration.1").exists());
+    assert!(!base.path().join("replicator-generate.1").exists());
+    assert!(fs::read_to_string(base.path().join("_replicator")).unwrap().contains("failover"));
+    let output = replicator(&["generate", "man", "/dev/null/x"]);
+    assert_fails(&output, 1, "cannot write to /dev/null/x");
 }
 
 #[test]

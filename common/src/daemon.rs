@@ -95,12 +95,16 @@ fn is_open_to_others(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|found| found.permissions().mode() & 0o007 != 0)
 }
 
-/// Checks a configuration, and prints it with all defaults as JSON.
+/// Checks a configuration, and prints it with all defaults as JSON unless `quiet`.
 ///
 /// # Errors
 /// When it is not valid.
-pub fn check_config<T: DaemonConfig>(path: &Path) -> Result<(), CheckError> {
-    let text = serde_json::to_string_pretty(&load::<T>(path)?)?;
+pub fn check_config<T: DaemonConfig>(path: &Path, quiet: bool) -> Result<(), CheckError> {
+    let config = load::<T>(path)?;
+    if quiet {
+        return Ok(());
+    }
+    let text = serde_json::to_string_pretty(&config)?;
     writeln!(io::stdout(), "{text}").map_err(CheckError::Print)
 }
 

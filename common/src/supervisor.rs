@@ -1,5 +1,5 @@
-//! The service manager (systemd): is told how the daemon is, and keeps
-//! descriptors for the next process, see `sd_notify(3)`.
+//! The service manager (systemd): is told how the daemon is, its watchdog too, and
+//! keeps descriptors for the next process, see `sd_notify(3)`.
 //!
 //! What it keeps it keeps over a restart of the service, by default not over a
 //! stop (`FileDescriptorStorePreserve=`), and only as many as the unit's
@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::pipe::PipeFlags;
 use sd_notify::NotifyState;
 
+use crate::pulse;
 use crate::sys::passed;
 
 /// How long the manager may take to have read what it was told.
@@ -62,6 +63,21 @@ impl Supervisor {
         self.tell(&[NotifyState::Stopping]);
     }
 
+    /// Tells the manager's watchdog (`WatchdogSec=`) that the process lives, from
+    /// now on: as long as every heart beats (see [`pulse`]) and `probe` returns,
+    /// which asks what an operator would ask. When one of them does not, nothing
+    /// is told any more, and the manager kills the process and starts it again.
+    ///
+    /// # Errors
+    /// When the system has no thread to give.
+    pub fn watch(&self, probe: impl Fn() + Send + 'static) -> io::Result<()> {
+        let Some(period) = sd_notify::watchdog_enabled().filter(|_| self.present) else {
+            return Ok(());
+        };
+        let named = std::thread::Builder::new().name("watchdog".to_owned());
+        named.spawn(move || watch(period, probe)).map(drop)
+    }
+
     /// Takes what was kept under a name that begins with `prefix`.
     pub fn take(&self, prefix: &str) -> Vec<(String, OwnedFd)> {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
@@ -103,11 +119,28 @@ impl Supervisor {
     }
 
     fn tell(&self, what: &[NotifyState<'_>]) {
-        if !self.present {
-            return;
+        if self.present {
+            tell(what);
         }
-        if let Err(error) = sd_notify::notify(what) {
-            tracing::warn!(%error, "the service manager cannot be told {what:?}");
+    }
+}
+
+/// Never ends: a process that ends takes the thread along.
+fn watch(period: Duration, probe: impl Fn()) {
+    loop {
+        probe();
+        match pulse::stopped(period / 2) {
+            Some((name, silent)) if !pulse::waits_for_disk() => {
+                tracing::error!(?silent, "{name} does not come round: the watchdog is not told");
+            }
+            _ => tell(&[NotifyState::Watchdog]),
         }
+        std::thread::sleep(period / 4);
+    }
+}
+
+fn tell(what: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(what) {
+        tracing::warn!(%error, "the service manager cannot be told {what:?}");
     }
 }

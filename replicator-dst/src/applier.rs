@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use replicator_common::id::{BatchId, Edition, ObjectId};
+use replicator_common::pulse::{self, Heart};
 use replicator_common::status::{FailoverReport, TimedError};
 use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
@@ -130,6 +131,7 @@ pub fn spawn(replica: Arc<Replica>) -> std::io::Result<(Sender<Job>, std::thread
 }
 
 fn run(replica: Arc<Replica>, queue: &Receiver<Job>) {
+    let _heart = Heart::begin(format!("the applier of {}", replica.config.source));
     let mut applier = match Applier::new(replica.clone()) {
         Ok(applier) => applier,
         Err(error) => {
@@ -142,6 +144,7 @@ fn run(replica: Arc<Replica>, queue: &Receiver<Job>) {
         return;
     }
     while !replica.is_ending() {
+        pulse::beat();
         match queue.recv_timeout(IDLE) {
             Ok(Job::Begin { hello, reply }) => {
                 let result = applier.begin_session(&hello).map_err(|error| error.to_string());
@@ -336,6 +339,7 @@ impl Applier {
         let until = Instant::now() + self.pause;
         self.pause = (self.pause * 2).min(RETRY.1);
         while Instant::now() < until {
+            pulse::beat();
             if self.replica.is_ending() {
                 return Err(Ended::Killed);
             }

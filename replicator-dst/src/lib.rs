@@ -23,6 +23,7 @@ mod making;
 pub mod mark;
 pub mod objects;
 pub mod patch;
+pub mod protect;
 pub mod readonly;
 pub mod receive;
 pub mod reconcile;

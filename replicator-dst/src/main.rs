@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use replicator_common::api::own::TOKEN_VALID_SECONDS;
 use replicator_common::api::{Api, ApiOptions, server};
 use replicator_common::config::DestinationConfig;
 use replicator_common::daemon::{api_tls, check_config, end, load};
 use replicator_common::logging;
+use replicator_common::manual::{self, Generate};
 use replicator_common::stop::Stop;
 use replicator_common::supervisor::Supervisor;
 use tracing::info;
@@ -35,9 +36,26 @@ enum Command {
     /// an enrolment token for each configured replica that has no source yet
     Serve(Config),
     /// Checks a configuration, and prints it with all defaults as JSON
-    CheckConfig(Config),
+    CheckConfig {
+        #[command(flatten)]
+        config: Config,
+        /// Prints nothing unless something is wrong with it
+        #[arg(long, short)]
+        quiet: bool,
+    },
+    /// Makes every replica read-only, as `serve` does first of all, and ends.
+    ///
+    /// For the time between boot and `serve`: the read-only mounts do not outlive
+    /// a reboot. May be run any number of times; does nothing to what is
+    /// protected, and nothing while `serve` runs on the same state directory.
+    /// Fails when a replica is not there (its file system is not mounted) or
+    /// cannot be protected, after it has protected the others.
+    Protect(Config),
     /// Asks the running daemon for enrolment tokens, and prints them, one a line
     Token(TokenArguments),
+    /// Writes shell completions or man pages, for packages
+    #[command(hide = true)]
+    Generate(Generate),
 }
 
 #[derive(Debug, Args)]
@@ -73,15 +91,40 @@ struct TokenArguments {
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
-    let result = match Arguments::parse().command {
+    let result = match manual::parse::<Arguments>().command {
         Command::Serve(Config { config }) => serve(&config),
-        Command::CheckConfig(Config { config }) => {
-            check_config::<DestinationConfig>(&config).map_err(Into::into)
+        Command::CheckConfig { config, quiet } => {
+            check_config::<DestinationConfig>(&config.config, quiet).map_err(Into::into)
         }
+        Command::Protect(Config { config }) => protect(&config),
         Command::Token(arguments) => token(&arguments),
+        Command::Generate(what) => {
+            manual::generate(Arguments::command(), &what).map_err(Into::into)
+        }
     };
     let error = result.err().map(|error| format!("{error:#}"));
     end("replicator-dst", error.as_deref())
+}
+
+/// Says in a line each what became of the replicas.
+fn protect(path: &Path) -> anyhow::Result<()> {
+    let config: DestinationConfig = load(path)?;
+    let Some(all) = replicator_dst::protect::run(&config.state_dir)? else {
+        println!("{}: in use by a daemon, which protects", config.state_dir.display());
+        return Ok(());
+    };
+    let mut failed = 0;
+    for (replica, outcome) in &all {
+        match outcome {
+            Ok(()) => println!("{}: read-only", replica.display()),
+            Err(error) => {
+                eprintln!("replicator-dst: {error}");
+                failed += 1;
+            }
+        }
+    }
+    anyhow::ensure!(failed == 0, "{failed} of {} replicas are not protected", all.len());
+    Ok(())
 }
 
 fn token(arguments: &TokenArguments) -> anyhow::Result<()> {
@@ -113,6 +156,8 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     );
     tokens::offer(&config, &*daemon.control(), &*daemon.tokens());
     supervisor.ready();
+    let probed = daemon.control();
+    supervisor.watch(move || drop(probed.list())).context("cannot start the watchdog's thread")?;
     stop.wait();
     info!("stopping");
     supervisor.stopping();

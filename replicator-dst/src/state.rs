@@ -77,6 +77,22 @@ pub fn replicas(directory: &Path) -> Result<Vec<(PathBuf, Config)>, StateFileErr
     Ok(found)
 }
 
+/// The same without removing anything, for who only looks.
+pub fn configured(directory: &Path) -> Result<Vec<(PathBuf, Config)>, StateFileError> {
+    let parent = directory.join("replicas");
+    let entries = match std::fs::read_dir(&parent) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(StateFileError::io("list", &parent)(error)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(StateFileError::io("list", &parent))?.path();
+        found.extend(Config::read(&path)?.map(|config| (path, config)));
+    }
+    Ok(found)
+}
+
 /// What a token was issued for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grant {

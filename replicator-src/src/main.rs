@@ -7,11 +7,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use replicator_common::api::{Api, ApiOptions, server};
 use replicator_common::config::SourceConfig;
+use replicator_common::control::Control;
 use replicator_common::daemon::{api_tls, check_config, end, load};
 use replicator_common::logging;
+use replicator_common::manual::{self, Generate};
 use replicator_common::stop::Stop;
 use replicator_common::supervisor::Supervisor;
 use replicator_src::service::SourceService;
@@ -44,17 +46,26 @@ enum Command {
         /// The configuration, TOML
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
+        /// Prints nothing unless something is wrong with it
+        #[arg(long, short)]
+        quiet: bool,
     },
+    /// Writes shell completions or man pages, for packages
+    #[command(hide = true)]
+    Generate(Generate),
 }
 
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
-    let result = match Arguments::parse().command {
+    let result = match manual::parse::<Arguments>().command {
         Command::Serve { config } => serve(&config),
-        Command::CheckConfig { config } => {
-            check_config::<SourceConfig>(&config).map_err(Into::into)
+        Command::CheckConfig { config, quiet } => {
+            check_config::<SourceConfig>(&config, quiet).map_err(Into::into)
+        }
+        Command::Generate(what) => {
+            manual::generate(Arguments::command(), &what).map_err(Into::into)
         }
     };
     let error = result.err().map(|error| format!("{error:#}"));
@@ -83,6 +94,8 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     let server = bound.serve_over(api, api_tls(&config.api(), &config.state_dir)?)?;
     info!(api = %server.address(), state = %config.state_dir.display(), "serving");
     supervisor.ready();
+    let probed = service.clone();
+    supervisor.watch(move || drop(probed.list())).context("cannot start the watchdog's thread")?;
     stop.wait();
     info!("stopping");
     supervisor.stopping();

@@ -11,6 +11,7 @@ use replicator_common::net::clock::Exchange;
 use replicator_common::net::frame::{Compression, FrameReader, FrameWriter, encode_frame};
 use replicator_common::net::identity::{Fingerprint, Identity};
 use replicator_common::net::quic::{self, CLOSE_PROTOCOL};
+use replicator_common::pulse;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
     ALPN, DATA_STREAMS, DestinationHello, DestinationMessage, Refusal, SourceHello, SourceMessage,
@@ -129,7 +130,8 @@ impl Session {
     pub fn send(&self, message: &SourceMessage) -> Result<(), SinkError> {
         let frame = encode_frame(message, Compression::Auto)?;
         self.wired.frame(frame.len());
-        self.control.blocking_send(vec![frame.into()]).map_err(|_| SinkError::Closed)
+        let sent = pulse::waiting(|| self.control.blocking_send(vec![frame.into()]));
+        sent.map_err(|_| SinkError::Closed)
     }
 
     /// The connection's present round trip.

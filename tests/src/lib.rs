@@ -22,6 +22,7 @@ pub mod line;
 pub mod lossy_disk;
 pub mod manager;
 pub mod mounts;
+pub mod packages;
 pub mod process;
 pub mod relay;
 pub mod scenario;

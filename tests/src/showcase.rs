@@ -1,14 +1,18 @@
 //! A control without machinery, whose replications show all that the console can
 //! show at once: what real ones hardly ever do together.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use replicator_common::api::{Api, ApiOptions};
 use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode, Side};
 use replicator_common::id::FileSystemId;
+use replicator_common::registry::Registry;
 use replicator_common::status::{DesiredState, FailoverReport, Status};
 use replicator_common::time::Timestamp;
 use serde_json::{Value, json};
+
+use crate::mounts::Scratch;
 
 /// A name that would be an element, if a page took it for markup.
 pub const HOSTILE: &str = "<img src=x onerror=\"document.title='owned'\">";
@@ -25,6 +29,13 @@ pub struct Showcase {
 }
 
 impl Showcase {
+    /// An API of it. Its registry is empty, and nothing is ever entered there.
+    pub fn api(self: &Arc<Self>) -> Api {
+        let state = Scratch::new("showcase");
+        let registry = Registry::open(state.path()).unwrap();
+        Api::new(self.clone(), Arc::new(registry), ApiOptions::default())
+    }
+
     fn note<T>(&self, what: String) -> Result<T, ControlError> {
         self.asked.lock().unwrap().push(what);
         Err(ControlError::Conflict("this is a showcase".to_owned()))

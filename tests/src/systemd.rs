@@ -1,5 +1,5 @@
-//! A real systemd with one service: process 1 of namespaces of its own, beside
-//! whatever manages this machine.
+//! A real systemd with one service, or with the units of packages: process 1 of
+//! namespaces of its own, beside whatever manages this machine.
 //!
 //! It knows no units but the test's, cannot change the kernel's settings, and
 //! goes with all its processes when it is dropped.
@@ -31,9 +31,27 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount --bind /proc/sys /proc/sys
 mount -o remount,bind,ro /proc/sys
 mount --bind /dev/null /dev/console
+if [ -n "$3" ]; then
+    ip link set lo up
+    mount -t overlay overlay -o "lowerdir=$3/usr/bin:/usr/bin" /usr/bin
+    mount -t overlay overlay -o "lowerdir=$3/etc:/etc" /etc
+    mount --bind "$3/var/lib" /var/lib
+fi
 exec env -i container=replicator-tests "PATH=$PATH" "SYSTEMD_UNIT_PATH=$1" SYSTEMD_GENERATOR_PATH= \
     "$2" --system --unit=test.target --log-target=null --show-status=no
 "#;
+
+/// What services and their dependencies expect of any system.
+const TARGETS: [&str; 8] = [
+    "sysinit.target",
+    "basic.target",
+    "local-fs.target",
+    "remote-fs.target",
+    "network.target",
+    "multi-user.target",
+    "shutdown.target",
+    "umount.target",
+];
 
 /// See the module.
 #[derive(Debug)]
@@ -50,13 +68,30 @@ impl Systemd {
     /// Boots it in a network namespace, with `command` as its [`SERVICE`], which
     /// has `lines` more in its section. The service is not started yet.
     pub fn boot(network: &Path, command: &Command, lines: &str) -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        require_root();
         let units = Scratch::new("systemd");
         let log = units.path().join("log");
         fs::write(units.path().join("test.target"), "[Unit]\nDefaultDependencies=no\n").unwrap();
         fs::write(units.path().join(SERVICE), unit(command, lines, &log)).unwrap();
+        Self::boot_with(units, Some(network), None)
+    }
 
+    /// Boots a host, with a network of its own, on which packages are installed:
+    /// `root` has their files, and keeps their state. What is enabled there is
+    /// started, up to `sysinit.target`.
+    pub fn boot_installed(root: &Path) -> Self {
+        let units = Scratch::new("systemd");
+        for target in TARGETS {
+            let text = "[Unit]\nDefaultDependencies=no\n";
+            fs::write(units.path().join(target), text).unwrap();
+        }
+        let text = "[Unit]\nDefaultDependencies=no\nWants=sysinit.target\nAfter=sysinit.target\n";
+        fs::write(units.path().join("test.target"), text).unwrap();
+        Self::boot_with(units, None, Some(root))
+    }
+
+    fn boot_with(units: Scratch, network: Option<&Path>, root: Option<&Path>) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        require_root();
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("replicator-systemd-{}-{number}", std::process::id());
         let group = groups().join(name);
@@ -64,10 +99,18 @@ impl Systemd {
         // It must be in the group before that becomes the root of its own.
         let mut outer = Command::new("sh");
         outer.args(["-c", r#"echo $$ >"$0/cgroup.procs" && exec "$@""#]).arg(&group);
-        outer.arg("nsenter").arg(format!("--net={}", network.display())).arg("--");
+        if let Some(network) = network {
+            outer.arg("nsenter").arg(format!("--net={}", network.display())).arg("--");
+        }
         outer.args(["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]);
+        outer.args(network.is_none().then_some("--net"));
         outer.args(["--uts", "--ipc", "--cgroup", "--", "sh", "-c", PREPARE, "sh"]);
-        outer.arg(units.path()).arg(program());
+        let mut paths = units.path().display().to_string();
+        if let Some(root) = root {
+            let (etc, lib) = (root.join("etc/systemd/system"), root.join("usr/lib/systemd/system"));
+            paths.push_str(&format!(":{}:{}", etc.display(), lib.display()));
+        }
+        outer.arg(paths).arg(program()).args(root);
         let boot = fs::File::create(units.path().join("boot")).unwrap();
         outer.stdin(Stdio::null()).stdout(boot.try_clone().unwrap()).stderr(boot);
         die_with_parent(&mut outer);
@@ -83,7 +126,8 @@ impl Systemd {
             self.manager = child_of(self.outer.id()).unwrap_or(0);
             let state = (self.manager != 0)
                 .then(|| self.systemctl(&["is-system-running"]).stdout.trim().to_owned());
-            if state.as_deref() == Some("running") {
+            // Degraded: it is up, and a unit has failed, as some test may want it to.
+            if matches!(state.as_deref(), Some("running" | "degraded")) {
                 return;
             }
             let ended = self.outer.try_wait().unwrap();
@@ -97,9 +141,15 @@ impl Systemd {
     /// Runs `systemctl` to its end.
     #[track_caller]
     pub fn systemctl(&self, arguments: &[&str]) -> Ended {
+        self.run(&[&["systemctl", "--no-pager"], arguments].concat())
+    }
+
+    /// Runs a program on this host to its end, outside of any service.
+    #[track_caller]
+    pub fn run(&self, words: &[&str]) -> Ended {
         let mut command = Command::new("nsenter");
-        command.args(["--mount", "--pid", "--target"]).arg(self.manager.to_string());
-        command.args(["--", "systemctl", "--no-pager"]).args(arguments);
+        command.args(["--mount", "--pid", "--net", "--target"]).arg(self.manager.to_string());
+        command.arg("--").args(words);
         run_to_end(command, ANSWER_LIMIT)
     }
 

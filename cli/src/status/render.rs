@@ -92,7 +92,7 @@ fn place(report: Option<(&str, Timestamp)>, now: Timestamp) -> String {
     }
 }
 
-pub(super) fn ago(then: Timestamp, now: Timestamp) -> String {
+pub(crate) fn ago(then: Timestamp, now: Timestamp) -> String {
     format!("{} ago", time(now.since(then)))
 }
 

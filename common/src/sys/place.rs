@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use crate::fault;
 use crate::name::Name;
 use crate::object::Kind;
+use crate::pulse;
 use crate::sys::proc_path;
 use crate::time::Timestamp;
 
@@ -254,6 +255,7 @@ pub fn copy_range(
     let mut left = length;
     let mut by_hand = false;
     while left > 0 {
+        pulse::beat();
         let want = usize::try_from(left.min(1 << 30)).unwrap_or(1 << 30);
         let copied = if by_hand {
             let mut buffer = vec![0; want.min(1 << 20)];

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use replicator_common::id::ReplicaHandle;
+use replicator_common::pulse;
 
 use super::{Outcome, Place, ReplicaTree, Step, Within};
 
@@ -54,7 +55,10 @@ pub fn run<T: ReplicaTree>(
     steps: &[Step],
     findings: &mut Vec<Finding>,
 ) -> Result<(), T::Error> {
-    steps.iter().try_for_each(|step| one(tree, step, findings))
+    steps.iter().try_for_each(|step| {
+        pulse::beat();
+        one(tree, step, findings)
+    })
 }
 
 fn one<T: ReplicaTree>(

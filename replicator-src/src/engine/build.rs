@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use replicator_common::id::{BatchId, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
+use replicator_common::pulse;
 
 use super::commit::dropped_by;
 use super::halt::Leaving;
@@ -265,6 +266,7 @@ impl Engine {
         let most = if self.in_flight.is_empty() { SOON } else { usize::MAX };
         let mut left = self.settings.batch_objects.min(most);
         loop {
+            pulse::beat();
             self.resolve(draft, left.min(SLICE))?;
             let needs = draft.resolve.take_needs();
             if needs.is_empty() {

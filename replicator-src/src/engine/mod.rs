@@ -52,6 +52,7 @@ use replicator_common::crashsafe::StateFileError;
 use replicator_common::describe::Description;
 use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
+use replicator_common::pulse::{self, Heart};
 use replicator_common::status::{DesiredState, FailoverReport, SourceReport};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::SourceMessage;
@@ -500,12 +501,15 @@ impl Engine {
 
     fn run_loop(&mut self) -> Result<(), EngineError> {
         self.refresh();
+        let _heart = Heart::begin(format!("the engine of {}", self.shared.report().path));
         while !self.stopping {
+            pulse::beat();
             if let Some(event) = self.wait() {
                 self.apply(event)?;
             }
             // Take in what else is there before a batch is built.
             while let Ok(event) = self.inbox.try_recv() {
+                pulse::beat();
                 self.apply(event)?;
             }
             self.tick()?;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use replicator_common::id::{BatchId, ObjectId};
+use replicator_common::pulse;
 use replicator_common::sys::quiet;
 use replicator_common::wire::DataFrame;
 
@@ -68,7 +69,7 @@ impl Reading<'_> {
             let (number, batch, kept) = (self.jobs, self.batch, self.kept.clone());
             let job = SmallJob { number, items: part, batch, version, sink, kept, reply };
             let queue = self.pool.small.as_ref().ok_or(SinkError::Closed)?;
-            queue.send(job).map_err(|_| SinkError::Closed)?;
+            pulse::waiting(|| queue.send(job)).map_err(|_| SinkError::Closed)?;
             self.jobs += 1;
         }
         Ok(())
@@ -81,7 +82,7 @@ impl Reading<'_> {
         let Self { reply, replies, jobs, .. } = self;
         drop(reply);
         let mut reports = Vec::with_capacity(jobs);
-        for (number, report) in replies {
+        while let Ok((number, report)) = pulse::waiting(|| replies.recv()) {
             reports.push((number, report?));
         }
         if reports.len() < jobs {

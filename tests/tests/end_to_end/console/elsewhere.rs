@@ -8,7 +8,6 @@ use std::thread;
 use std::time::Duration;
 
 use replicator_common::api::server::{self, Server};
-use replicator_common::api::{Api, ApiOptions};
 use replicator_common::control::Side;
 use replicator_tests::browser::Browser;
 use replicator_tests::serial;
@@ -18,8 +17,7 @@ use serde_json::json;
 const LIMIT: Duration = Duration::from_secs(30);
 
 fn serve(showcase: &Arc<Showcase>, address: SocketAddr) -> Server {
-    let api = Api::new(showcase.clone(), ApiOptions::default());
-    server::bind(address).unwrap().serve(api).unwrap()
+    server::bind(address).unwrap().serve(showcase.api()).unwrap()
 }
 
 fn any_port() -> SocketAddr {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use replicator_common::api::{Api, ApiOptions, server};
+use replicator_common::api::server;
 use replicator_tests::browser::Browser;
 use replicator_tests::serial;
 use replicator_tests::showcase::Showcase;
@@ -45,7 +45,7 @@ fn figures_read_as_on_the_command_line() {
     let _share = serial::share();
     let showcase = Arc::new(Showcase::default());
     let bound = server::bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    let server = bound.serve(Api::new(showcase, ApiOptions::default())).unwrap();
+    let server = bound.serve(showcase.api()).unwrap();
     let browser = Browser::start();
     browser.open(&format!("http://{}/", server.address()));
     for (expression, expected) in [
@@ -84,10 +84,8 @@ fn figures_read_as_on_the_command_line() {
 fn everything_can_be_read_in_any_light_and_at_any_width() {
     let _share = serial::share();
     let showcase = Arc::new(Showcase::default());
-    let server = server::bind("127.0.0.1:0".parse().unwrap())
-        .unwrap()
-        .serve(Api::new(showcase, ApiOptions::default()))
-        .unwrap();
+    let server =
+        server::bind("127.0.0.1:0".parse().unwrap()).unwrap().serve(showcase.api()).unwrap();
     let browser = Browser::start();
     browser.open(&format!("http://{}/", server.address()));
     browser.until(LIMIT, "document.querySelectorAll('.card').length === 4");
