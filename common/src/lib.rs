@@ -31,6 +31,7 @@ pub mod stop;
 pub mod store;
 pub mod supervisor;
 pub mod sys;
+pub mod telemetry;
 pub mod time;
 pub mod verification;
 pub mod wire;

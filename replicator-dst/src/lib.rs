@@ -20,6 +20,7 @@ pub mod kept;
 pub mod locate;
 mod making;
 pub mod mark;
+pub mod meters;
 pub mod objects;
 pub mod patch;
 pub mod readonly;

@@ -15,6 +15,7 @@ use replicator_common::daemon::{check_config, end, load};
 use replicator_common::logging;
 use replicator_common::stop::Stop;
 use replicator_common::supervisor::Supervisor;
+use replicator_common::telemetry::{self, Page, Side};
 use tracing::info;
 
 use daemon::Daemon;
@@ -98,12 +99,14 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     let (supervisor, _) = Supervisor::from_environment();
     let config: DestinationConfig = load(path)?;
     logging::init(&config.log, config.log_format)?;
+    telemetry::install();
     let stop = Stop::on_signals().context("cannot listen for signals")?;
     // The port first: a second daemon ends here, before it touches any state.
     let bound = server::bind(config.api)?;
     let daemon = Daemon::open(&config)?;
     let options = ApiOptions { hosts: config.api_hosts.clone(), ..ApiOptions::default() };
-    let api = Api::new(daemon.control(), options).with_tokens(daemon.tokens());
+    let page = Page::new(&[Side::Destination], &config.state_dir);
+    let api = Api::new(daemon.control(), options).with_tokens(daemon.tokens()).with_metrics(page);
     let server = bound.serve(api)?;
     info!(
         api = %server.address(),

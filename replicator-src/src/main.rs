@@ -14,6 +14,7 @@ use replicator_common::daemon::{check_config, end, load};
 use replicator_common::logging;
 use replicator_common::stop::Stop;
 use replicator_common::supervisor::Supervisor;
+use replicator_common::telemetry::{self, Page, Side};
 use replicator_src::service::SourceService;
 use tracing::{info, warn};
 
@@ -66,6 +67,7 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     let (supervisor, trouble) = Supervisor::from_environment();
     let config: SourceConfig = load(path)?;
     logging::init(&config.log, config.log_format)?;
+    telemetry::install();
     let stop = Stop::on_signals().context("cannot listen for signals")?;
     // The port first: a second daemon ends here, before it touches any state.
     let bound = server::bind(config.api)?;
@@ -79,7 +81,8 @@ fn serve(path: &Path) -> anyhow::Result<()> {
         watcher: config.watcher,
         devices: config.devices,
     };
-    let server = bound.serve(Api::new(service.clone(), options))?;
+    let page = Page::new(&[Side::Source], &config.state_dir);
+    let server = bound.serve(Api::new(service.clone(), options).with_metrics(page))?;
     info!(api = %server.address(), state = %config.state_dir.display(), "serving");
     supervisor.ready();
     stop.wait();

@@ -15,6 +15,7 @@
 //! | `POST /replicator/v1/failover` | [`own::FailoverBody`] → [`FailoverReport`](crate::status::FailoverReport) |
 //! | `POST /replicator/v1/verify` | [`own::VerifyBody`] → [`own::VerifyAnswer`]: a pass begins; sources only |
 //! | `POST /replicator/v1/findings` | [`own::FindingsBody`] → [`Findings`](crate::verification::Findings) of a pass |
+//! | `GET /metrics` | the page for Prometheus, see [`crate::telemetry`] |
 //! | `POST /replicator/v1/tokens` | [`own::TokenBody`] → [`own::TokenAnswer`]; destinations only |
 //!
 //! Errors of both halves have EFS's shape. There is no authentication: the
@@ -28,6 +29,7 @@ pub mod efs;
 mod error;
 mod guard;
 mod limit;
+mod metrics;
 pub mod own;
 mod perform;
 mod route;
@@ -36,6 +38,7 @@ pub mod server;
 use std::sync::Arc;
 
 use crate::control::{Control, ControlError, WatcherChoice};
+use crate::telemetry::Page;
 
 pub use error::ApiError;
 pub use perform::Answer;
@@ -71,13 +74,14 @@ impl Default for ApiOptions {
 pub struct Api {
     control: Arc<dyn Control>,
     tokens: Option<Arc<dyn TokenIssuer>>,
+    page: Option<Page>,
     options: ApiOptions,
 }
 
 impl Api {
     /// The API of what `control` controls.
     pub fn new(control: Arc<dyn Control>, options: ApiOptions) -> Self {
-        Self { control, tokens: None, options }
+        Self { control, tokens: None, page: None, options }
     }
 
     /// The same, with enrolment tokens.
@@ -85,9 +89,15 @@ impl Api {
     pub fn with_tokens(self, tokens: Arc<dyn TokenIssuer>) -> Self {
         Self { tokens: Some(tokens), ..self }
     }
+
+    /// The same, with a page for Prometheus.
+    #[must_use]
+    pub fn with_metrics(self, page: Page) -> Self {
+        Self { page: Some(page), ..self }
+    }
 }
 
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 #[cfg(test)]
 mod tests;

@@ -14,12 +14,13 @@ use axum::extract::{Request, State};
 use axum::http::header::{CONTENT_TYPE, HOST, HeaderValue, ORIGIN};
 use axum::http::{HeaderName, StatusCode};
 use axum::response::Response;
+use axum::routing::get;
 use tokio::runtime::Runtime;
 use tokio::sync::{Semaphore, oneshot};
 
-use super::guard;
 use super::limit::Limited;
 use super::{Answer, Api, ApiError};
+use super::{guard, metrics};
 
 /// Connections held open at once.
 const CONNECTIONS: usize = 256;
@@ -153,7 +154,8 @@ fn run(
         calls: Arc::new(Semaphore::new(CALLS)),
         waits: Arc::new(Semaphore::new(WAITS)),
     });
-    let router = Router::new().fallback(handle).with_state(shared);
+    let router =
+        Router::new().route("/metrics", get(metrics::serve)).fallback(handle).with_state(shared);
     let (stopping, mut told) = tokio::sync::watch::channel(());
     let serve = axum::serve(Limited::new(listener, CONNECTIONS), router).with_graceful_shutdown(
         async move {
@@ -179,22 +181,24 @@ fn run(
     runtime.shutdown_background();
 }
 
-struct Shared {
-    api: Api,
-    calls: Arc<Semaphore>,
+pub(super) struct Shared {
+    pub(super) api: Api,
+    pub(super) calls: Arc<Semaphore>,
     waits: Arc<Semaphore>,
 }
 
 async fn handle(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     match answer(&shared, request).await {
         Ok(answer) => respond(answer.status, None, answer.body.map(|body| body.to_string())),
-        Err(error) => {
-            if error.status == 500 {
-                tracing::error!(%error, "a request to the API failed");
-            }
-            respond(error.status, Some(error.class), Some(error.to_json().to_string()))
-        }
+        Err(error) => refuse(&error),
     }
+}
+
+pub(super) fn refuse(error: &ApiError) -> Response {
+    if error.status == 500 {
+        tracing::error!(%error, "a request to the API failed");
+    }
+    respond(error.status, Some(error.class), Some(error.to_json().to_string()))
 }
 
 async fn answer(shared: &Arc<Shared>, request: Request) -> Result<Answer, ApiError> {

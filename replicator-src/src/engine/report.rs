@@ -46,8 +46,6 @@ impl Engine {
     pub(super) fn refresh(&mut self) {
         self.last_refresh = Instant::now();
         let facts = self.facts();
-        metrics::gauge!("replicator_source_backlog_records").set(facts.backlog as f64);
-        metrics::gauge!("replicator_source_lag_seconds").set(facts.lag.applied);
         self.shared.refresh(facts);
     }
 
