@@ -21,6 +21,7 @@ pub mod lossy_disk;
 pub mod manager;
 pub mod mounts;
 pub mod process;
+pub mod prometheus;
 pub mod relay;
 pub mod scenario;
 pub mod serial;

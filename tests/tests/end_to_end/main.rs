@@ -12,6 +12,7 @@ mod figures;
 mod halt;
 mod handover;
 mod lost_events;
+mod monitoring;
 mod network;
 mod never_still;
 mod operations;
