@@ -7,24 +7,36 @@ use std::process::ExitCode;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::config::{self, ConfigError, DestinationConfig, Sanitize, SourceConfig};
+use crate::config::{self, ConfigError, DestinationConfig, NotifyConfig, Sanitize, SourceConfig};
 use crate::logging::{self, LogError};
+use crate::notify::{Notifier, NotifyError};
 
 /// A daemon's configuration.
 pub trait DaemonConfig: DeserializeOwned + Serialize + Sanitize {
     /// The log filter.
     fn log(&self) -> &str;
+
+    /// Whom to tell when something is wrong.
+    fn notify(&self) -> &NotifyConfig;
 }
 
 impl DaemonConfig for SourceConfig {
     fn log(&self) -> &str {
         &self.log
     }
+
+    fn notify(&self) -> &NotifyConfig {
+        &self.notify
+    }
 }
 
 impl DaemonConfig for DestinationConfig {
     fn log(&self) -> &str {
         &self.log
+    }
+
+    fn notify(&self) -> &NotifyConfig {
+        &self.notify
     }
 }
 
@@ -42,6 +54,9 @@ pub enum CheckError {
         /// What is wrong.
         source: LogError,
     },
+    /// A file that it names for notifications cannot be used.
+    #[error("notify: {0}")]
+    Notify(#[from] NotifyError),
     /// It cannot be written as JSON.
     #[error("cannot show the configuration")]
     Json(#[from] serde_json::Error),
@@ -66,7 +81,9 @@ pub fn load<T: DaemonConfig>(path: &Path) -> Result<T, CheckError> {
 /// # Errors
 /// When it is not valid.
 pub fn check_config<T: DaemonConfig>(path: &Path) -> Result<(), CheckError> {
-    let text = serde_json::to_string_pretty(&load::<T>(path)?)?;
+    let config = load::<T>(path)?;
+    Notifier::check(config.notify())?;
+    let text = serde_json::to_string_pretty(&config)?;
     writeln!(io::stdout(), "{text}").map_err(CheckError::Print)
 }
 

@@ -25,6 +25,7 @@ pub mod lock;
 pub mod logging;
 pub mod name;
 pub mod net;
+pub mod notify;
 pub mod object;
 pub mod status;
 pub mod stop;

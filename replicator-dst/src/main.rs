@@ -13,6 +13,7 @@ use replicator_common::api::{Api, ApiOptions, server};
 use replicator_common::config::DestinationConfig;
 use replicator_common::daemon::{check_config, end, load};
 use replicator_common::logging;
+use replicator_common::notify::Notifier;
 use replicator_common::stop::Stop;
 use replicator_common::supervisor::Supervisor;
 use replicator_common::telemetry::{self, Page, Side};
@@ -115,10 +116,12 @@ fn serve(path: &Path) -> anyhow::Result<()> {
         "serving"
     );
     tokens::offer(&config, &*daemon.control(), &*daemon.tokens());
+    let notifier = Notifier::start(&config.notify, daemon.control(), Side::Destination)?;
     supervisor.ready();
     stop.wait();
     info!("stopping");
     supervisor.stopping();
+    drop(notifier);
     server.stop();
     daemon.shutdown();
     info!("stopped");

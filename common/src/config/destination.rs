@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{DEFAULT_API, DEFAULT_REGION, Interval, LogFormat, Sanitize};
+use super::{DEFAULT_API, DEFAULT_REGION, Interval, LogFormat, NotifyConfig, Sanitize};
 
 /// What `replicator-dst serve --config FILE` reads.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -50,6 +50,8 @@ pub struct DestinationConfig {
     pub log: String,
     /// How log lines look: `text` or `json`. Default `text`.
     pub log_format: LogFormat,
+    /// Whom to tell when something is wrong. Default nobody.
+    pub notify: NotifyConfig,
     /// The replicas of this host: for each that no source replicates to yet,
     /// an enrolment token is printed at start. Others can be enrolled by
     /// `replicator-dst token --replica PATH`. Default none.
@@ -85,6 +87,7 @@ impl Default for DestinationConfig {
             token_validity: Interval::from_millis(3_600_000),
             log: "info".to_owned(),
             log_format: LogFormat::Text,
+            notify: NotifyConfig::default(),
             replicas: Vec::new(),
         }
     }
@@ -93,6 +96,7 @@ impl Default for DestinationConfig {
 impl Sanitize for DestinationConfig {
     fn sanitize(&self) -> Result<(), String> {
         super::check_api(self.api, self.api_remote)?;
+        self.notify.sanitize()?;
         if self.listen.port() == 0 {
             return Err("listen needs a fixed port: tokens name it".to_owned());
         }

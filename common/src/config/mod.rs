@@ -6,10 +6,12 @@
 //! samples with all keys are in `deploy/config/`.
 
 mod destination;
+mod notify;
 mod source;
 mod units;
 
 pub use destination::{DestinationConfig, ReplicaConfig};
+pub use notify::NotifyConfig;
 pub use source::SourceConfig;
 pub use units::{Interval, Maybe, Size};
 

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{DEFAULT_API, DEFAULT_REGION, Interval, LogFormat, Maybe, Sanitize, Size};
+use super::{
+    DEFAULT_API, DEFAULT_REGION, Interval, LogFormat, Maybe, NotifyConfig, Sanitize, Size,
+};
 use crate::control::WatcherChoice;
 
 /// What `replicator-src serve --config FILE` reads. What is replicated is not
@@ -78,6 +80,8 @@ pub struct SourceConfig {
     pub log: String,
     /// How log lines look: `text` or `json`. Default `text`.
     pub log_format: LogFormat,
+    /// Whom to tell when something is wrong. Default nobody.
+    pub notify: NotifyConfig,
 }
 
 impl Default for SourceConfig {
@@ -101,12 +105,14 @@ impl Default for SourceConfig {
             devices: false,
             log: "info".to_owned(),
             log_format: LogFormat::Text,
+            notify: NotifyConfig::default(),
         }
     }
 }
 
 impl Sanitize for SourceConfig {
     fn sanitize(&self) -> Result<(), String> {
-        super::check_api(self.api, self.api_remote)
+        super::check_api(self.api, self.api_remote)?;
+        self.notify.sanitize()
     }
 }

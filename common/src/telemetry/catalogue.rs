@@ -141,6 +141,12 @@ pub const METRICS: &[Metric] = &[
     seconds("replicator_destination_seal_seconds", "From a whole batch to its being durable."),
     seconds("replicator_destination_sync_seconds", "Calls of syncfs on the replica's file system."),
     seconds("replicator_destination_apply_seconds", "From a durable batch to its being visible in the replica."),
+    // ------------------------------------------------------------ notifications
+    counter("replicator_notify_events_total", "Events that were to be told, by event; of the daemons only."),
+    counter("replicator_notify_delivered_total", "Events delivered, by channel: webhook, command."),
+    counter("replicator_notify_failures_total", "Attempts to deliver an event that failed."),
+    counter("replicator_notify_dropped_total", "Events dropped: too many waited, or nobody took one for a day."),
+    gauge("replicator_notify_pending", "Events that wait to be delivered."),
 ];
 
 /// What a metric says; empty for one that is not in the list.
