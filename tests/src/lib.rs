@@ -22,6 +22,7 @@ pub mod manager;
 pub mod mounts;
 pub mod process;
 pub mod prometheus;
+pub mod receiver;
 pub mod relay;
 pub mod scenario;
 pub mod serial;

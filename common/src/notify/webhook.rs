@@ -100,3 +100,6 @@ fn authorities(path: &Path) -> Result<RootCerts, NotifyError> {
     }
     Ok(RootCerts::from(found))
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,6 +15,7 @@ mod lost_events;
 mod monitoring;
 mod network;
 mod never_still;
+mod notify;
 mod operations;
 mod power;
 mod readonly_failover;
