@@ -265,6 +265,11 @@ fn progress_of(delta: &Delta, equal: (u64, u64)) -> (u64, u64) {
     })
 }
 
+/// The earlier of two moments that there may be.
+pub(super) fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
+    one.into_iter().chain(other).min()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -296,9 +301,4 @@ mod tests {
         assert_eq!(sent, 3 * PLAN_OPS_MAX);
         assert!(frames < 40, "{frames} frames for 49 MiB");
     }
-}
-
-/// The earlier of two moments that there may be.
-pub(super) fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
-    one.into_iter().chain(other).min()
 }
