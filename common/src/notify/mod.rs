@@ -1,7 +1,7 @@
 //! Tells people: ERROR, HALTED, a lag above a threshold, and that each is over;
 //! by a webhook, by a command, or both.
 //!
-//! [`watch`] decides, purely, from how status stands; one thread looks at it
+//! `watch` decides, purely, from how status stands; one thread looks at it
 //! every second, and one a channel delivers, from a bounded queue. So neither a
 //! slow receiver nor a command that hangs holds up anything.
 //!

@@ -3,11 +3,11 @@
 //! It has three parts, which share no name:
 //! - what the machinery counts and times by the `metrics` crate, kept by one
 //!   recorder of the process ([`install`]); series of a configuration that is
-//!   no more are left out ([`page`]);
+//!   no more are left out (`page`);
 //! - what status says, set at each scrape into a recorder of its own that ends
-//!   with the scrape ([`mirror`]): it is never older than status, and of a
+//!   with the scrape (`mirror`): it is never older than status, and of a
 //!   deleted configuration nothing is left;
-//! - what the kernel says of the process ([`process`]).
+//! - what the kernel says of the process (`process`).
 //!
 //! [`catalogue`] names and describes every metric.
 
