@@ -12,10 +12,13 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::api::client::Access;
-use crate::config::{self, ApiConfig, ConfigError, DestinationConfig, Sanitize, SourceConfig};
+use crate::config::{
+    self, ApiConfig, ConfigError, DestinationConfig, NotifyConfig, Sanitize, SourceConfig,
+};
 use crate::logging::{self, LogError};
 use crate::net::https::{self, CERTIFICATE_FILE, Certificate, CertificateError, Trusted};
 use crate::net::identity::Fingerprint;
+use crate::notify::{Notifier, NotifyError};
 
 /// A daemon's configuration.
 pub trait DaemonConfig: DeserializeOwned + Serialize + Sanitize {
@@ -23,6 +26,9 @@ pub trait DaemonConfig: DeserializeOwned + Serialize + Sanitize {
     fn log(&self) -> &str;
     /// What concerns the API.
     fn api(&self) -> ApiConfig<'_>;
+
+    /// Whom to tell when something is wrong.
+    fn notify(&self) -> &NotifyConfig;
 }
 
 impl DaemonConfig for SourceConfig {
@@ -33,6 +39,10 @@ impl DaemonConfig for SourceConfig {
     fn api(&self) -> ApiConfig<'_> {
         self.api()
     }
+
+    fn notify(&self) -> &NotifyConfig {
+        &self.notify
+    }
 }
 
 impl DaemonConfig for DestinationConfig {
@@ -42,6 +52,10 @@ impl DaemonConfig for DestinationConfig {
 
     fn api(&self) -> ApiConfig<'_> {
         self.api()
+    }
+
+    fn notify(&self) -> &NotifyConfig {
+        &self.notify
     }
 }
 
@@ -68,6 +82,9 @@ pub enum CheckError {
         /// The configuration's file.
         path: PathBuf,
     },
+    /// A file that it names for notifications cannot be used.
+    #[error("notify: {0}")]
+    Notify(#[from] NotifyError),
     /// It cannot be written as JSON.
     #[error("cannot show the configuration")]
     Json(#[from] serde_json::Error),
@@ -101,6 +118,7 @@ fn is_open_to_others(path: &Path) -> bool {
 /// When it is not valid.
 pub fn check_config<T: DaemonConfig>(path: &Path, quiet: bool) -> Result<(), CheckError> {
     let config = load::<T>(path)?;
+    Notifier::check(config.notify())?;
     if quiet {
         return Ok(());
     }

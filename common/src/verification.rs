@@ -112,6 +112,16 @@ impl Verification {
     pub fn found(&self) -> u64 {
         self.missing + self.extra + self.content + self.attributes
     }
+
+    /// The same by kind.
+    pub fn by_kind(&self) -> [(DifferenceKind, u64); 4] {
+        [
+            (DifferenceKind::Missing, self.missing),
+            (DifferenceKind::Extra, self.extra),
+            (DifferenceKind::Content, self.content),
+            (DifferenceKind::Attributes, self.attributes),
+        ]
+    }
 }
 
 /// How a pass is to be made.

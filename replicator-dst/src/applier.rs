@@ -30,6 +30,7 @@ use crate::attributes;
 use crate::failover::{self, FailoverError};
 use crate::history::{advance, mismatch};
 use crate::mark::{self, Mark, Reached};
+use crate::meters::ErrorKind;
 use crate::replica::{Point, Replica, ReplicaError, disclaim, renounce, wipe_staging};
 use crate::seal::{SealError, needed_by, staged_bytes};
 use crate::session::{StagedTransfer, WholeBatch};
@@ -306,6 +307,7 @@ impl Applier {
             }
             let error = finding.to_string();
             tracing::error!(error, "the replica was changed by somebody else");
+            self.replica.meters.error(ErrorKind::Foreign);
             self.note(error);
         }
         if !items.is_empty() {
@@ -322,6 +324,7 @@ impl Applier {
 
     fn stall(&mut self, error: &SealError) {
         tracing::warn!(%error, "the replica cannot take changes");
+        self.replica.meters.error(ErrorKind::Apply);
         self.note(error.to_string());
         let mut shared = self.replica.shared();
         shared.stalled = Some(error.to_string());
@@ -462,9 +465,10 @@ impl Applier {
         let start = Instant::now();
         let result = place::sync_file_system(self.replica.protection.root());
         tracing::debug!(took = ?start.elapsed(), "synced");
-        metrics::histogram!("replicator_destination_sync_seconds").record(start.elapsed());
+        self.replica.meters.sync.record(start.elapsed());
         let result = if self.replica.dies_at(Point::Sync) { Err(Errno::IO) } else { result };
         result.map_err(|error| {
+            self.replica.meters.error(ErrorKind::Sync);
             self.doubt = true;
             self.spoilt = true;
             SealError::Sync(error)
@@ -499,8 +503,8 @@ impl Applier {
             self.wait_after(&error)?;
         }
         tracing::debug!(batch = %id, steps = steps.len(), took = ?start.elapsed(), "applied");
-        metrics::histogram!("replicator_destination_apply_seconds").record(start.elapsed());
-        metrics::counter!("replicator_destination_steps_total").increment(steps.len() as u64);
+        self.replica.meters.apply.record(start.elapsed());
+        self.replica.meters.steps.increment(steps.len() as u64);
         if self.replica.dies_at(Point::Applied) {
             return Err(Ended::Killed);
         }
@@ -549,6 +553,7 @@ impl Applier {
                     self.discard_batch(batch);
                     for (object, cause) in &objects {
                         tracing::warn!(%object, cause, "an object finds no place; it is given back");
+                        self.replica.meters.error(ErrorKind::NoPlace);
                     }
                     let _ = reply.send(Progress::Returned(batch.batch, objects));
                     return Ok(None);
@@ -649,8 +654,8 @@ impl Applier {
         self.uncovered = true;
         self.needed = steps.iter().flat_map(needed_by).collect();
         tracing::debug!(batch = %batch.batch, took = ?start.elapsed(), "sealed");
-        metrics::histogram!("replicator_destination_seal_seconds").record(start.elapsed());
-        metrics::counter!("replicator_destination_batches_committed_total").increment(1);
+        self.replica.meters.seal.record(start.elapsed());
+        self.replica.meters.committed.increment(1);
         Ok(steps)
     }
 }

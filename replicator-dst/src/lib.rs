@@ -21,6 +21,7 @@ pub mod locate;
 mod looked;
 mod making;
 pub mod mark;
+pub mod meters;
 pub mod objects;
 pub mod patch;
 pub mod protect;

@@ -14,8 +14,10 @@ use replicator_common::config::DestinationConfig;
 use replicator_common::daemon::{api_tls, check_config, end, load};
 use replicator_common::logging;
 use replicator_common::manual::{self, Generate};
+use replicator_common::notify::Notifier;
 use replicator_common::stop::Stop;
 use replicator_common::supervisor::Supervisor;
+use replicator_common::telemetry::{self, Page, Side};
 use tracing::info;
 
 use daemon::Daemon;
@@ -141,12 +143,16 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     let (supervisor, _) = Supervisor::from_environment();
     let config: DestinationConfig = load(path)?;
     logging::init(&config.log, config.log_format)?;
+    telemetry::install();
     let stop = Stop::on_signals().context("cannot listen for signals")?;
     // The port first: a second daemon ends here, before it touches any state.
     let bound = server::bind(config.api)?;
     let daemon = Daemon::open(&config)?;
     let options = ApiOptions::of(&config.api());
-    let api = Api::new(daemon.control(), daemon.registry(), options).with_tokens(daemon.tokens());
+    let page = Page::new(&[Side::Destination], &config.state_dir);
+    let api = Api::new(daemon.control(), daemon.registry(), options)
+        .with_tokens(daemon.tokens())
+        .with_metrics(page);
     let server = bound.serve_over(api, api_tls(&config.api(), &config.state_dir)?)?;
     info!(
         api = %server.address(),
@@ -155,12 +161,14 @@ fn serve(path: &Path) -> anyhow::Result<()> {
         "serving"
     );
     tokens::offer(&config, &*daemon.control(), &*daemon.tokens());
+    let notifier = Notifier::start(&config.notify, daemon.control(), Side::Destination)?;
     supervisor.ready();
     let probed = daemon.control();
     supervisor.watch(move || drop(probed.list())).context("cannot start the watchdog's thread")?;
     stop.wait();
     info!("stopping");
     supervisor.stopping();
+    drop(notifier);
     server.stop();
     daemon.shutdown();
     info!("stopped");

@@ -31,6 +31,7 @@ use crate::apply::Place;
 use crate::area::AreaError;
 use crate::describe::Describer;
 use crate::kept::Kept;
+use crate::meters::ErrorKind;
 use crate::reconcile;
 use crate::replica::{APPLIER_SHARD, Replica, applier_staging};
 use crate::session::{Breach, Returned, Session};
@@ -193,6 +194,9 @@ pub async fn run(greeting: Greeting, context: SessionContext) -> SessionError {
         Err(error) => SessionError::of(&connection, error),
     };
     close(&connection, &error);
+    if !matches!(error, SessionError::Closed) {
+        replica.meters.error(ErrorKind::Session);
+    }
     let mut shared = replica.shared();
     // A session that did not come about changes nothing of that.
     if std::mem::replace(&mut shared.link.connected, false) {

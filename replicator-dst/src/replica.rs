@@ -26,6 +26,7 @@ use crate::kept::Kept;
 use crate::locate::Locator;
 use crate::looked::Looked;
 use crate::mark::{self, Remembered};
+use crate::meters::Meters;
 use crate::readonly::{Protection, ReadOnlyError};
 use crate::reserve::{self, Slack};
 use crate::store::{SetAsideItem, Standing, Store, StoreError};
@@ -163,6 +164,8 @@ pub struct Replica {
     pub store: Arc<Store>,
     /// What staging has of the session before.
     pub kept: Arc<Kept>,
+    /// What is counted and timed beside status.
+    pub meters: Meters,
     /// Space for the steps of a logged batch on a full disk.
     pub slack: Slack,
     /// What it can hold.
@@ -241,6 +244,7 @@ impl Replica {
             kept: Arc::new(Kept::new(area.clone())),
             area,
             store: Arc::new(store),
+            meters: Meters::new(&config.source, &config.destination),
             slack,
             abilities,
             protection,

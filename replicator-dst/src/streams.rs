@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 
 use crate::area::AreaError;
 use crate::attributes;
+use crate::meters::ErrorKind;
 use crate::receive::SessionError;
 use crate::replica::{APPLIER_SHARD, Replica};
 use crate::session::{StagedFile, StagedTransfer};
@@ -162,8 +163,7 @@ fn stage_all(
         if replica.failing_over.load(Ordering::Acquire) {
             return;
         }
-        metrics::counter!("replicator_destination_received_bytes_total")
-            .increment(frame.len() as u64);
+        replica.meters.received.increment(frame.len() as u64);
         let result = open_frame(&frame).map_err(SessionError::unread).and_then(|body| {
             let frame = decode_body(&body).map_err(SessionError::unread)?;
             stage_one(replica, &mut stager, frame, events)
@@ -191,8 +191,7 @@ fn stage_one(
                 match patiently(replica, events, || stager.pack(batch, &packed))? {
                     Staged::Done(file) => {
                         replica.shared().staged_bytes += file.bytes;
-                        metrics::counter!("replicator_destination_staged_objects_total")
-                            .increment(1);
+                        replica.meters.staged.increment(1);
                         tell(Event::Packed { batch, object, version, file: Box::new(file) })?;
                     }
                     Staged::Unplaced(reason) => {
@@ -209,8 +208,7 @@ fn stage_one(
                 match patiently(replica, events, || stager.again(batch, &again))? {
                     Staged::Done(Some(file)) => {
                         replica.shared().staged_bytes += file.bytes;
-                        metrics::counter!("replicator_destination_reused_objects_total")
-                            .increment(1);
+                        replica.meters.reused.increment(1);
                         tell(Event::Packed { batch, object, version, file: Box::new(file) })?;
                     }
                     Staged::Done(None) => {
@@ -362,11 +360,13 @@ fn patiently<T>(
             }
             Err(StageError::Area(error)) if error.is_of_one_object() => {
                 tracing::warn!(%error, "cannot stage, given back");
+                replica.meters.error(ErrorKind::NoPlace);
                 replica.note_error(error.to_string());
                 return Ok(Staged::Unplaced(error.to_string()));
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot stage, trying again");
+                replica.meters.error(ErrorKind::Stage);
                 replica.shared().stalled = Some(error.to_string());
                 replica.note_error(error.to_string());
                 stalled = true;

@@ -3,17 +3,19 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 use replicator_common::id::{ObjectId, Seq};
 use replicator_common::status::WatcherReport;
 use replicator_common::time::Timestamp;
 
+use crate::arrivals::Arrivals;
 use crate::clock::Clock;
 use crate::journal::{Journal, JournalError, Record};
+use crate::meters::{ErrorKind, Meters, Stage};
 use crate::watcher::{Change, DirectoryWatch, Queue, Waker, WatchError, Watcher, What};
 
 /// How long one read of the watcher waits; only bounds how stale its report
@@ -234,6 +236,21 @@ struct Shared {
     report: Mutex<WatcherReport>,
     events: AtomicU64,
     failed: Mutex<Option<String>>,
+    /// When what is in no batch yet came.
+    arrivals: Mutex<Arrivals>,
+    /// Since when something waits to be flushed.
+    unflushed: Mutex<Option<Instant>>,
+    meters: Arc<Meters>,
+}
+
+impl Shared {
+    fn arrivals(&self) -> MutexGuard<'_, Arrivals> {
+        self.arrivals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unflushed(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.unflushed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Capture {
@@ -247,6 +264,7 @@ impl Capture {
         captured: Sender<()>,
         clock: Arc<Clock>,
         recent: &[ObjectId],
+        meters: Arc<Meters>,
     ) -> std::io::Result<Self> {
         let (requests, barriers) = unbounded();
         let (flush, flushes) = bounded(1);
@@ -256,6 +274,9 @@ impl Capture {
             report: Mutex::new(watcher.report()),
             events: AtomicU64::new(0),
             failed: Mutex::new(None),
+            arrivals: Mutex::default(),
+            unflushed: Mutex::default(),
+            meters,
         });
         let stop = Arc::new(AtomicBool::new(false));
         let capture = Self {
@@ -276,9 +297,14 @@ impl Capture {
         let mut this = capture;
         let flush_all = move || {
             for () in flushes {
-                if let Err(error) = flusher.flush() {
-                    tracing::error!(%error, "cannot flush the journal");
-                    fail(&failed, &error);
+                let since = failed.unflushed().take();
+                match flusher.flush() {
+                    Ok(_) => failed.meters.passed(Stage::Journaled, since),
+                    Err(error) => {
+                        tracing::error!(%error, "cannot flush the journal");
+                        failed.meters.error(ErrorKind::Journal);
+                        fail(&failed, &error);
+                    }
                 }
                 let _ = ended.recv_timeout(FLUSH_PAUSE);
             }
@@ -303,6 +329,7 @@ impl Capture {
             Ok(()) => Some(thread),
             Err(error) => {
                 tracing::error!(%error, "capture stopped");
+                thread.shared.meters.error(ErrorKind::Capture);
                 fail(&thread.shared, &error);
                 None
             }
@@ -379,6 +406,12 @@ impl Capture {
         self.shared.events.load(Ordering::Relaxed)
     }
 
+    /// Records up to `seq` are in a batch: when the event of the oldest of them
+    /// was read that were in none before.
+    pub fn taken(&self, seq: Seq) -> Option<Instant> {
+        self.shared.arrivals().taken(seq)
+    }
+
     /// Why capturing stopped, if it did.
     pub fn failure(&self) -> Option<String> {
         self.shared.failed.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -416,7 +449,9 @@ impl Thread {
         stop: &AtomicBool,
     ) -> Result<(), CaptureError> {
         let mut changes = Vec::new();
+        let turns = self.shared.meters.turns();
         while !stop.load(Ordering::Acquire) {
+            turns.set(Timestamp::now().as_seconds());
             self.watcher.read(READ_WAIT, &mut changes)?;
             if self.append(&mut changes)? {
                 // A full channel already says what this would say.
@@ -443,6 +478,7 @@ impl Thread {
         self.drain(changes)?;
         let seq = self.journal.append(&[Record::Barrier { time }])?;
         self.proves.store(self.watcher.proves(), Ordering::Release);
+        self.shared.meters.barrier();
         Ok(Barrier { seq, time })
     }
 
@@ -466,7 +502,7 @@ impl Thread {
             return Ok(false);
         }
         self.shared.events.fetch_add(changes.len() as u64, Ordering::Relaxed);
-        metrics::counter!("replicator_source_events_total").increment(changes.len() as u64);
+        let read = Instant::now();
         let mut records: Vec<Record> = Vec::with_capacity(changes.len());
         for change in changes.drain(..) {
             self.recent.note(&change);
@@ -481,9 +517,14 @@ impl Thread {
         for record in &records {
             tracing::trace!(?record, "captured");
         }
-        self.journal.append(&records)?;
-        metrics::counter!("replicator_source_journal_records_total")
-            .increment(records.len() as u64);
+        {
+            // Held meanwhile: who takes a record from the journal finds when it came.
+            let mut arrivals = self.shared.arrivals();
+            let last = self.journal.append(&records)?;
+            let before = last.0.saturating_sub(records.len() as u64);
+            arrivals.came(Seq(before + 1), last, read);
+        }
+        self.shared.unflushed().get_or_insert(read);
         let _ = self.flush.0.try_send(());
         Ok(true)
     }

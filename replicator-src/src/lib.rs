@@ -4,6 +4,7 @@
 //! The data's way through the modules: [`watcher`] → [`journal`] → [`plan`] →
 //! [`read`] → [`session`], driven by the one loop in [`engine`].
 
+mod arrivals;
 pub mod boot;
 pub mod capture;
 pub mod clock;
@@ -14,6 +15,7 @@ pub mod handover;
 pub mod index;
 pub mod journal;
 pub mod ledger;
+pub mod meters;
 mod places;
 pub mod plan;
 pub mod read;

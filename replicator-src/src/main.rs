@@ -14,8 +14,10 @@ use replicator_common::control::Control;
 use replicator_common::daemon::{api_tls, check_config, end, load};
 use replicator_common::logging;
 use replicator_common::manual::{self, Generate};
+use replicator_common::notify::Notifier;
 use replicator_common::stop::Stop;
 use replicator_common::supervisor::Supervisor;
+use replicator_common::telemetry::{self, Page, Side};
 use replicator_src::service::SourceService;
 use tracing::{info, warn};
 
@@ -77,6 +79,7 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     let (supervisor, trouble) = Supervisor::from_environment();
     let config: SourceConfig = load(path)?;
     logging::init(&config.log, config.log_format)?;
+    telemetry::install();
     let stop = Stop::on_signals().context("cannot listen for signals")?;
     // The port first: a second daemon ends here, before it touches any state.
     let bound = server::bind(config.api)?;
@@ -90,15 +93,18 @@ fn serve(path: &Path) -> anyhow::Result<()> {
         devices: config.devices,
         ..ApiOptions::of(&config.api())
     };
-    let api = Api::new(service.clone(), service.registry(), options);
+    let page = Page::new(&[Side::Source], &config.state_dir);
+    let api = Api::new(service.clone(), service.registry(), options).with_metrics(page);
     let server = bound.serve_over(api, api_tls(&config.api(), &config.state_dir)?)?;
     info!(api = %server.address(), state = %config.state_dir.display(), "serving");
+    let notifier = Notifier::start(&config.notify, service.clone(), Side::Source)?;
     supervisor.ready();
     let probed = service.clone();
     supervisor.watch(move || drop(probed.list())).context("cannot start the watchdog's thread")?;
     stop.wait();
     info!("stopping");
     supervisor.stopping();
+    drop(notifier);
     server.stop();
     service.shutdown();
     info!("stopped");

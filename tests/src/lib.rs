@@ -24,6 +24,8 @@ pub mod manager;
 pub mod mounts;
 pub mod packages;
 pub mod process;
+pub mod prometheus;
+pub mod receiver;
 pub mod relay;
 pub mod scenario;
 pub mod serial;

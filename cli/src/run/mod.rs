@@ -19,6 +19,7 @@ use replicator_common::id::{BatchId, FileSystemId};
 use replicator_common::logging;
 use replicator_common::status::DestinationReport;
 use replicator_common::stop::Stop;
+use replicator_common::telemetry::{self, Page, Side};
 use replicator_src::engine::halt::HaltRule;
 
 use crate::arguments::Run;
@@ -40,6 +41,7 @@ pub fn run(arguments: &Run) -> anyhow::Result<()> {
     let stop = Stop::on_signals().context("cannot listen for signals")?;
     let display = Display::new();
     logging::init_to("warn", LogFormat::Text, display.log_writer())?;
+    telemetry::install();
 
     // Everything that can be refused is looked at before anything is made.
     let pair = Pair::check(&arguments.source, &arguments.replica)?;
@@ -53,7 +55,8 @@ pub fn run(arguments: &Run) -> anyhow::Result<()> {
     pair.make_replica()?;
 
     let services = Services::open(&state, halt_rule(arguments))?;
-    let outcome = replicate(arguments, &pair, &services, bound, &display, &stop);
+    let page = Page::new(&[Side::Source, Side::Destination], state.path());
+    let outcome = replicate(arguments, &pair, &services, (bound, page), &display, &stop);
     display.note("stopping");
     services.shutdown();
     display.clear();
@@ -73,7 +76,7 @@ fn replicate(
     arguments: &Run,
     pair: &Pair,
     services: &Services,
-    bound: server::Bound,
+    (bound, page): (server::Bound, Page),
     display: &Display,
     stop: &Stop,
 ) -> anyhow::Result<()> {
@@ -83,8 +86,9 @@ fn replicate(
         devices: arguments.devices,
         ..ApiOptions::default()
     };
-    let api =
-        Api::new(control.clone(), services.registry(), options).with_tokens(services.tokens());
+    let api = Api::new(control.clone(), services.registry(), options)
+        .with_tokens(services.tokens())
+        .with_metrics(page);
     let server = bound.serve(api)?;
     let id = configure(arguments, pair, services, &*control, display)?;
     display.line(&format!(

@@ -16,15 +16,15 @@ use crate::status::{
 };
 use crate::time::Timestamp;
 
-pub(super) struct Fake {
-    pub(super) registry: Arc<Registry>,
+pub(crate) struct Fake {
+    pub(crate) registry: Arc<Registry>,
     /// Holds the registry.
-    pub(super) state: tempfile::TempDir,
-    pub(super) all: Mutex<BTreeMap<FileSystemId, Status>>,
+    pub(crate) state: tempfile::TempDir,
+    pub(crate) all: Mutex<BTreeMap<FileSystemId, Status>>,
     /// What the next calls fail with.
-    pub(super) fail: Mutex<Option<fn() -> ControlError>>,
-    pub(super) created: Mutex<Vec<CreateRequest>>,
-    pub(super) deleted: Mutex<Vec<DeletionMode>>,
+    pub(crate) fail: Mutex<Option<fn() -> ControlError>>,
+    pub(crate) created: Mutex<Vec<CreateRequest>>,
+    pub(crate) deleted: Mutex<Vec<DeletionMode>>,
 }
 
 impl Default for Fake {
@@ -43,11 +43,11 @@ impl Default for Fake {
 }
 
 /// `fs-` and the number in 17 digits.
-pub(super) fn id(number: u64) -> FileSystemId {
+pub(crate) fn id(number: u64) -> FileSystemId {
     format!("fs-{number:017x}").parse().unwrap()
 }
 
-pub(super) fn status(number: u64) -> Status {
+pub(crate) fn status(number: u64) -> Status {
     Status {
         source_file_system_id: id(number),
         destination_file_system_id: id(number + 0x1000),
@@ -132,13 +132,13 @@ pub(super) fn destination() -> DestinationReport {
 }
 
 impl Fake {
-    pub(super) fn with(numbers: impl IntoIterator<Item = u64>) -> Self {
+    pub(crate) fn with(numbers: impl IntoIterator<Item = u64>) -> Self {
         let fake = Self::default();
         fake.all.lock().unwrap().extend(numbers.into_iter().map(|n| (id(n), status(n))));
         fake
     }
 
-    pub(super) fn change(&self, number: u64, how: impl FnOnce(&mut Status)) {
+    pub(crate) fn change(&self, number: u64, how: impl FnOnce(&mut Status)) {
         how(self.all.lock().unwrap().get_mut(&id(number)).unwrap());
     }
 

@@ -24,6 +24,7 @@
 //! | `POST /replicator/v1/failover` | [`own::FailoverBody`] → [`FailoverReport`](crate::status::FailoverReport) |
 //! | `POST /replicator/v1/verify` | [`own::VerifyBody`] → [`own::VerifyAnswer`]: a pass begins; sources only |
 //! | `POST /replicator/v1/findings` | [`own::FindingsBody`] → [`Findings`](crate::verification::Findings) of a pass |
+//! | `GET /metrics` | the page for Prometheus, see [`crate::telemetry`] |
 //! | `POST /replicator/v1/tokens` | [`own::TokenBody`] → [`own::TokenAnswer`]; destinations only |
 //! | `GET /replicator/v1/file-systems` | every [`own::FileSystem`] |
 //! | `POST /replicator/v1/file-systems` | [`own::RegisterBody`] → [`own::FileSystem`] |
@@ -46,6 +47,7 @@ mod events;
 mod guard;
 mod history;
 mod known;
+mod metrics;
 pub mod own;
 mod perform;
 mod route;
@@ -58,6 +60,7 @@ use auth::Credentials;
 use crate::config::{ApiConfig, DEFAULT_REGION};
 use crate::control::{Control, ControlError, WatcherChoice};
 use crate::registry::Registry;
+use crate::telemetry::Page;
 
 pub use error::ApiError;
 pub use perform::Answer;
@@ -116,6 +119,7 @@ pub struct Api {
     control: Arc<dyn Control>,
     registry: Arc<Registry>,
     tokens: Option<Arc<dyn TokenIssuer>>,
+    page: Option<Page>,
     options: ApiOptions,
 }
 
@@ -123,7 +127,7 @@ impl Api {
     /// The API of what `control` controls, which enters its file systems in
     /// `registry`.
     pub fn new(control: Arc<dyn Control>, registry: Arc<Registry>, options: ApiOptions) -> Self {
-        Self { control, registry, tokens: None, options }
+        Self { control, registry, tokens: None, page: None, options }
     }
 
     /// The same, with enrolment tokens.
@@ -131,9 +135,15 @@ impl Api {
     pub fn with_tokens(self, tokens: Arc<dyn TokenIssuer>) -> Self {
         Self { tokens: Some(tokens), ..self }
     }
+
+    /// The same, with a page for Prometheus.
+    #[must_use]
+    pub fn with_metrics(self, page: Page) -> Self {
+        Self { page: Some(page), ..self }
+    }
 }
 
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 #[cfg(test)]
 mod tests;

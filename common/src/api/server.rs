@@ -30,7 +30,7 @@ use tokio_rustls::TlsAcceptor;
 use super::auth::sigv4;
 use super::events::{self, Events};
 use super::route::Needs;
-use super::{Answer, Api, ApiError, console, guard};
+use super::{Answer, Api, ApiError, console, guard, metrics};
 use crate::net::identity::Fingerprint;
 use crate::time::Timestamp;
 
@@ -290,7 +290,7 @@ async fn handle(
 }
 
 /// A request that came from nobody's web page but ours, by somebody who may: a file
-/// of the console, the events, or a call.
+/// of the console, the events, the metrics, or a call.
 async fn dispatch(
     shared: &Arc<Shared>,
     request: Request,
@@ -317,28 +317,33 @@ async fn dispatch(
     if events::are_asked_for(method, path)? {
         return shared.events.answer(shared.stopping.clone());
     }
+    if (method, path) == ("GET", metrics::PATH) {
+        let page = on_a_thread(shared, &shared.calls, |api| Ok(api.metrics())).await?;
+        return metrics::answer(page);
+    }
     let needs = Api::needs(method, target)?;
     permission.check(needs)?;
-    let answer = call(shared, method.to_owned(), target.to_owned(), body.to_vec()).await?;
+    let limit = if Api::is_wait(method, target) { &shared.waits } else { &shared.calls };
+    let (method, target) = (method.to_owned(), target.to_owned());
+    let call = move |api: &Api| api.perform(&method, &target, &body);
+    let answer: Answer = on_a_thread(shared, limit, call).await?;
     if needs == Needs::Change {
         shared.events.changed();
     }
     Ok(respond(answer.status, None, answer.body.map(|body| body.to_string())))
 }
 
-/// On a thread of its own, if one is free.
-async fn call(
+/// What blocks runs on a thread of its own, if one is free.
+async fn on_a_thread<T: Send + 'static>(
     shared: &Arc<Shared>,
-    method: String,
-    target: String,
-    body: Vec<u8>,
-) -> Result<Answer, ApiError> {
-    let limit = if Api::is_wait(&method, &target) { &shared.waits } else { &shared.calls };
+    limit: &Arc<Semaphore>,
+    call: impl FnOnce(&Api) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
     let permit = limit.clone().try_acquire_owned().map_err(|_| ApiError::throttled())?;
     let worker = shared.clone();
     let call = move || {
         let _permit = permit;
-        worker.api.perform(&method, &target, &body)
+        call(&worker.api)
     };
     tokio::task::spawn_blocking(call)
         .await

@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{
     ApiClientConfig, ApiConfig, ApiKeyConfig, DEFAULT_API, DEFAULT_REGION, Interval, LogFormat,
-    Sanitize,
+    NotifyConfig, Sanitize,
 };
 
 /// What `replicator-dst serve --config FILE` reads.
@@ -63,6 +63,8 @@ pub struct DestinationConfig {
     pub log: String,
     /// How log lines look: `text` or `json`. Default `text`.
     pub log_format: LogFormat,
+    /// Whom to tell when something is wrong. Default nobody.
+    pub notify: NotifyConfig,
     /// The replicas of this host: for each that no source replicates to yet,
     /// an enrolment token is printed at start. Others can be enrolled by
     /// `replicator-dst token --replica PATH`. Default none.
@@ -107,6 +109,7 @@ impl Default for DestinationConfig {
             token_validity: Interval::from_millis(3_600_000),
             log: "info".to_owned(),
             log_format: LogFormat::Text,
+            notify: NotifyConfig::default(),
             replicas: Vec::new(),
             api_keys: Vec::new(),
             api_clients: Vec::new(),
@@ -133,6 +136,7 @@ impl DestinationConfig {
 impl Sanitize for DestinationConfig {
     fn sanitize(&self) -> Result<(), String> {
         self.api().check()?;
+        self.notify.sanitize()?;
         if self.listen.port() == 0 {
             return Err("listen needs a fixed port: tokens name it".to_owned());
         }

@@ -7,11 +7,13 @@
 
 mod api;
 mod destination;
+mod notify;
 mod source;
 mod units;
 
 pub use api::{ApiClientConfig, ApiConfig, ApiKeyConfig};
 pub use destination::{DestinationConfig, ReplicaConfig};
+pub use notify::NotifyConfig;
 pub use source::SourceConfig;
 pub use units::{Interval, Maybe, Size};
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     ApiClientConfig, ApiConfig, ApiKeyConfig, DEFAULT_API, DEFAULT_REGION, Interval, LogFormat,
-    Maybe, Sanitize, Size,
+    Maybe, NotifyConfig, Sanitize, Size,
 };
 use crate::control::WatcherChoice;
 
@@ -91,6 +91,8 @@ pub struct SourceConfig {
     pub log: String,
     /// How log lines look: `text` or `json`. Default `text`.
     pub log_format: LogFormat,
+    /// Whom to tell when something is wrong. Default nobody.
+    pub notify: NotifyConfig,
     /// Access keys, by which clients sign requests. With one of these or of
     /// `api_client`, the API answers nobody without credentials. Default none.
     #[serde(rename = "api_key")]
@@ -123,6 +125,7 @@ impl Default for SourceConfig {
             devices: false,
             log: "info".to_owned(),
             log_format: LogFormat::Text,
+            notify: NotifyConfig::default(),
             api_keys: Vec::new(),
             api_clients: Vec::new(),
         }
@@ -147,6 +150,7 @@ impl SourceConfig {
 
 impl Sanitize for SourceConfig {
     fn sanitize(&self) -> Result<(), String> {
-        self.api().check()
+        self.api().check()?;
+        self.notify.sanitize()
     }
 }

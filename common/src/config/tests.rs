@@ -101,9 +101,10 @@ fn samples_say_the_defaults_and_name_every_key() {
     let toml::Value::Table(all) = toml::Value::try_from(SourceConfig::default()).unwrap() else {
         panic!("a table")
     };
-    for key in all.keys().map(String::as_str).chain(API_KEYS) {
+    for key in all.keys().map(String::as_str).filter(|key| *key != "notify").chain(API_KEYS) {
         assert!(keys(sample).contains(&key), "source.toml lacks {key}");
     }
+    names_every_key_of_notify(sample);
 
     let sample = include_str!("../../../deploy/config/destination.toml");
     let replicas = vec![ReplicaConfig { path: PathBuf::from("/srv/replica"), reconcile: false }];
@@ -116,9 +117,49 @@ fn samples_say_the_defaults_and_name_every_key() {
         panic!("a table")
     };
     let rest = API_KEYS.into_iter().chain(["advertise"]);
-    for key in all.keys().map(String::as_str).chain(rest) {
+    let all = all.keys().map(String::as_str);
+    for key in all.filter(|key| !matches!(*key, "replica" | "notify")).chain(rest) {
         assert!(keys(sample).contains(&key), "destination.toml lacks {key}");
     }
+    names_every_key_of_notify(sample);
+}
+
+fn names_every_key_of_notify(sample: &str) {
+    assert!(sample.contains("\n[notify]\n"), "{sample}");
+    for key in [
+        "webhook",
+        "webhook_secret_file",
+        "webhook_ca_file",
+        "command",
+        "command_timeout",
+        "lag_threshold",
+        "hold",
+    ] {
+        assert!(keys(sample).contains(&key), "a sample lacks notify.{key}");
+    }
+}
+
+#[test]
+fn notify_is_checked() {
+    let good = "[notify]\nwebhook = \"https://a.example/b\"\nwebhook_secret_file = \"/k\"\ncommand = [\"/bin/true\", \"x\"]\nhold = \"0ms\"";
+    let config = source(good).unwrap();
+    assert_eq!(source(&toml::to_string(&config).unwrap()).unwrap(), config);
+    assert_eq!(destination(good).unwrap().notify, config.notify);
+    for (text, expected) in [
+        ("webhook = \"ftp://a\"", "\"ftp://a\" is not an http:// or https:// address"),
+        ("webhook = \"a.example\"", "\"a.example\" is not an http:// or https:// address"),
+        (
+            "command = [\"mail\"]",
+            "[\"mail\"] is not a command (expected a program's absolute path and its arguments)",
+        ),
+        ("webhook_secret_file = \"k\"", "expected an absolute path, got \"k\""),
+        ("lag_threshold = \"0s\"", "\"0s\" is out of bounds (expected 1s to 30d)"),
+    ] {
+        let error = source(&format!("[notify]\n{text}")).unwrap_err();
+        assert_eq!(error, format!("x.toml:2: {expected}"));
+    }
+    let error = destination("[notify]\nwebhook_secret_file = \"/k\"").unwrap_err();
+    assert!(error.ends_with("but no webhook"), "{error}");
 }
 
 #[test]
@@ -138,7 +179,7 @@ fn invalid_sources_are_told_in_one_line() {
     for (text, expected) in [
         (
             "\nheartbaet = \"1s\"",
-            "x.toml:2: unknown field `heartbaet`, expected one of `state_dir`, `api`, `api_hosts`, `api_tls`, `api_certificate`, `api_private_key`, `region`, `heartbeat`, `settle`, `rescan_interval`, `max_batch_bytes`, `halt_deletions_percent`, `halt_deletions_min`, `halt_deletions_window`, `verify_interval`, `verify_rate`, `watcher`, `devices`, `log`, `log_format`, `api_key`, `api_client`",
+            "x.toml:2: unknown field `heartbaet`, expected one of `state_dir`, `api`, `api_hosts`, `api_tls`, `api_certificate`, `api_private_key`, `region`, `heartbeat`, `settle`, `rescan_interval`, `max_batch_bytes`, `halt_deletions_percent`, `halt_deletions_min`, `halt_deletions_window`, `verify_interval`, `verify_rate`, `watcher`, `devices`, `log`, `log_format`, `notify`, `api_key`, `api_client`",
         ),
         ("heartbeat = \"2m\"", "x.toml:1: \"2m\" is out of bounds (expected 100ms to 1m)"),
         (

@@ -14,6 +14,7 @@ pub mod passed;
 pub mod place;
 pub mod quiet;
 pub mod stat;
+pub mod usage;
 pub mod xattr;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};

@@ -96,7 +96,10 @@ impl Engine {
         };
         delta.mark = mark;
         delta.dead_lists.append(&mut self.dead_lists);
-        metrics::histogram!("replicator_source_batch_operations").record(ops.len() as f64);
+        // What came to nothing was no change, of this source at least.
+        let oldest = earlier(self.lost_since.take(), self.capture.taken(header.seq))
+            .filter(|_| !ops.is_empty());
+        self.shared.meters().shipped(ops.len(), oldest);
         let start = Instant::now();
         let subjects = self.touched.sent(&delta);
         let now = (Instant::now(), self.clock.now());
@@ -119,7 +122,7 @@ impl Engine {
             durable: false,
             before: ready.before,
             reached: ready.reached,
-            note: Note { progress, committed_at: Instant::now(), exact, subjects },
+            note: Note { progress, committed_at: Instant::now(), oldest, exact, subjects },
         });
         let sent = match &self.session {
             Some(session) => send_plan(session, batch, ops, header),
@@ -260,6 +263,11 @@ fn progress_of(delta: &Delta, equal: (u64, u64)) -> (u64, u64) {
         let size = if matches!(known.content, Content::None) { 0 } else { known.state.size };
         (objects + 1, bytes + size)
     })
+}
+
+/// The earlier of two moments that there may be.
+pub(super) fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
+    one.into_iter().chain(other).min()
 }
 
 #[cfg(test)]

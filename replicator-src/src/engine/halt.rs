@@ -323,7 +323,7 @@ impl Engine {
 
     fn halt_for(&mut self, reason: String) -> Result<(), EngineError> {
         tracing::error!(reason, "replication halted");
-        metrics::counter!("replicator_source_halts_total").increment(1);
+        self.shared.meters().halted();
         let halted = Halted { reason, since: Timestamp::now() };
         crashsafe::write(&self.halt.path, &FORMAT, &halted)?;
         self.shared.halted(Some(&halted));

@@ -211,6 +211,8 @@ struct Note {
     /// Objects and bytes of regular content in it, for progress.
     progress: (u64, u64),
     committed_at: Instant,
+    /// When the event of the oldest change in it was read, if any is in it.
+    oldest: Option<Instant>,
     exact: bool,
     /// What it touches, where verification wants to know.
     subjects: Option<Vec<verify::Subject>>,
@@ -327,6 +329,9 @@ pub struct Engine {
     /// Content bytes shipped by processes before this, less what this one had
     /// shipped when the count was begun anew.
     shipped_before: i128,
+    /// The oldest change of batches that were lost, and are built anew: when its
+    /// event was read.
+    lost_since: Option<Instant>,
 }
 
 /// What an engine is made of.
@@ -430,6 +435,7 @@ impl Engine {
             asked: VecDeque::new(),
             wired: parts.wired,
             shipped_before: i128::from(mark.bytes_shipped),
+            lost_since: None,
         };
         engine.shared.halted(engine.halt.halted());
         engine.begin_clock()?;
@@ -475,7 +481,7 @@ impl Engine {
     /// Says that the source is not where it was, to the destination as well.
     fn vanish(&mut self, reason: &str) {
         tracing::error!(reason, "replication halted: the source is not there");
-        metrics::counter!("replicator_source_halts_total").increment(1);
+        self.shared.meters().halted();
         self.refresh();
         self.shared.vanished(reason);
         let report = SourceReport { time: Timestamp::now(), ..self.shared.report() };
@@ -657,7 +663,6 @@ impl Engine {
     /// walk has compared the whole tree.
     fn open_gap(&mut self, reason: String) -> Result<(), EngineError> {
         tracing::info!(reason, "gap: the source must be walked");
-        metrics::counter!("replicator_source_gaps_total").increment(1);
         self.shared.count(|counters| counters.gaps += 1);
         let now = self.clock.now();
         if Gap::open(&mut self.gap, reason, self.covered, now) {

@@ -6,10 +6,12 @@ use replicator_common::id::{BatchId, Edition};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{DestinationMessage, SourceMessage};
 
+use super::commit::earlier;
 use super::kept::Kept;
 use super::{Engine, EngineError, FailoverReply};
 use crate::index::{Index, View};
 use crate::ledger::{Memory, Owed, take_back};
+use crate::meters::{ErrorKind, Stage};
 use crate::replies::Breach;
 use crate::session::{LinkEvent, Session};
 
@@ -130,6 +132,7 @@ impl Engine {
                 self.shared.begin_progress();
             }
             self.reached = self.reached.min(batch.before);
+            self.lost_since = earlier(self.lost_since, batch.note.oldest);
             self.dirty.merge(batch.input);
         }
         self.forget_owed()?;
@@ -163,6 +166,7 @@ impl Engine {
     /// the session ends; the link tells when it has.
     pub(super) fn breach(&self, breach: &Breach) {
         tracing::warn!(%breach, "the destination broke the protocol");
+        self.shared.meters().error(ErrorKind::Protocol);
         if let Some(session) = &self.session {
             session.reject(breach.to_string());
         }
@@ -190,7 +194,14 @@ impl Engine {
         match message {
             DestinationMessage::Durable { batch } => {
                 match self.in_flight.may_acknowledge(batch, self.next_batch) {
-                    Ok(()) => self.in_flight.durable(batch),
+                    Ok(()) => {
+                        for flight in self.in_flight.iter() {
+                            if flight.mark.batch <= batch && !flight.durable {
+                                self.shared.meters().passed(Stage::Durable, flight.note.oldest);
+                            }
+                        }
+                        self.in_flight.durable(batch);
+                    }
                     Err(breach) => self.breach(&breach),
                 }
             }
@@ -247,8 +258,8 @@ impl Engine {
             self.forget_dropped()?;
         }
         for done in done {
-            metrics::histogram!("replicator_source_batch_seconds")
-                .record(done.note.committed_at.elapsed().as_secs_f64());
+            self.shared.meters().acknowledged(done.note.committed_at.elapsed());
+            self.shared.meters().passed(Stage::Applied, done.note.oldest);
             self.shared.progressed(done.note.progress);
             self.halt.gone(&done.dropped);
             self.kept.acknowledged();

@@ -10,6 +10,7 @@ use replicator_common::wire::SourceMessage;
 use super::held::Transfer;
 use super::{Engine, EngineError};
 use crate::index::View;
+use crate::meters::ErrorKind;
 use crate::plan::Outcome;
 
 /// First and longest pause before an object is tried again.
@@ -73,6 +74,7 @@ impl Engine {
         last: bool,
     ) -> Result<(), EngineError> {
         tracing::warn!(%batch, objects = objects.len(), "the destination has no place for some of it");
+        self.shared.meters().error(ErrorKind::NoPlace);
         for (object, cause) in objects {
             // (Not what a batch behind it drops: nobody tries that again.)
             if self.index.object(&object)?.is_some() {
@@ -96,6 +98,7 @@ impl Engine {
     /// The destination has no place for a large file.
     pub(super) fn transfer_unplaced(&mut self, number: TransferId, cause: &str) {
         tracing::warn!(%number, cause, "the destination has no place for a large file");
+        self.shared.meters().error(ErrorKind::NoPlace);
         if let Some(session) = &self.session {
             // Nobody would keep what is still to come.
             session.sink.cancel(number.0);

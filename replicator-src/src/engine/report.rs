@@ -54,8 +54,6 @@ impl Engine {
         self.last_refresh = Instant::now();
         self.told_rest = self.rests();
         let facts = self.facts();
-        metrics::gauge!("replicator_source_backlog_records").set(facts.backlog as f64);
-        metrics::gauge!("replicator_source_lag_seconds").set(facts.lag.applied);
         self.shared.refresh(facts);
     }
 

@@ -22,6 +22,7 @@ use tokio::sync::Notify;
 use super::halt::{HINT, Halted, RETURN_HINT};
 use crate::clock::Clock;
 use crate::index::Mark;
+use crate::meters::{ErrorKind, Meters};
 use crate::session::Session;
 
 /// Examples of unreadable files that status names.
@@ -35,6 +36,7 @@ pub struct Shared {
     moved: Condvar,
     clock: Arc<Clock>,
     hurry: Arc<Notify>,
+    meters: Arc<Meters>,
 }
 
 struct Inner {
@@ -77,6 +79,7 @@ impl Shared {
         desired: DesiredState,
         mark: &Mark,
         clock: Arc<Clock>,
+        meters: Arc<Meters>,
     ) -> Self {
         let now = Timestamp::now();
         let report = SourceReport {
@@ -127,7 +130,8 @@ impl Shared {
             clocks: Estimate::default(),
             closed: false,
         };
-        Self { inner: Mutex::new(inner), moved: Condvar::new(), clock, hurry: Arc::default() }
+        let (inner, moved) = (Mutex::new(inner), Condvar::new());
+        Self { inner, moved, clock, hurry: Arc::default(), meters }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -191,6 +195,11 @@ impl Shared {
         self.clock.clone()
     }
 
+    /// What is counted and timed beside status.
+    pub fn meters(&self) -> &Arc<Meters> {
+        &self.meters
+    }
+
     /// What the operator asks for.
     pub fn desired(&self) -> DesiredState {
         self.lock().report.desired
@@ -225,6 +234,7 @@ impl Shared {
 
     /// There is no session; the next is tried at `next`.
     pub fn lost(&self, reason: &str, refusal: Option<&Refusal>, next: Timestamp) {
+        self.meters.error(ErrorKind::Session);
         let mut inner = self.lock();
         let now = Timestamp::now();
         inner.refusal = match refusal {
@@ -300,6 +310,7 @@ impl Shared {
 
     /// A file could not be read.
     pub fn unreadable(&self, path: String, error: &str) {
+        self.meters.error(ErrorKind::Read);
         let mut inner = self.lock();
         let list = &mut inner.report.skipped.unreadable;
         list.retain(|known| known.path != path);
@@ -413,6 +424,7 @@ impl Shared {
 
     /// The engine's loop ended with an error.
     pub fn failed(&self, error: String) {
+        self.meters.error(ErrorKind::Engine);
         let mut inner = self.lock();
         let now = Timestamp::now();
         inner.report.last_error = Some(TimedError { time: now, error: error.clone() });
@@ -607,13 +619,15 @@ mod tests {
         let clock = Wall::new(move || Timestamp(seen.load(Ordering::Relaxed)));
         let clock = Arc::new(Clock::new(clock));
         let id = "fs-01234567".parse().unwrap();
+        let meters = Arc::new(Meters::new(&id, &id));
         let mark = |batch, watermark| Mark {
             batch: BatchId(batch),
             watermark: Some(Timestamp(watermark)),
             ..Mark::default()
         };
         let new = Mark::default();
-        let shared = Shared::new(id, "/source".to_owned(), DesiredState::Enabled, &new, clock);
+        let shared =
+            Shared::new(id, "/source".to_owned(), DesiredState::Enabled, &new, clock, meters);
         shared.lock().report.link.connected = true;
         shared.lock().report.time = Timestamp(1_000);
         hands.store(2_000, Ordering::Relaxed);

@@ -281,8 +281,10 @@ impl Replication {
         }
         let recent = carried.as_ref().map_or(&[][..], |carried| &carried.recent);
         let (clock, marks) = (self.shared.clock(), members.clone());
-        let capture = Capture::start(watcher, journal.clone(), marks, announce, clock, recent)
-            .map_err(failed("the capture thread"))?;
+        let meters = self.shared.meters().clone();
+        let capture =
+            Capture::start(watcher, journal.clone(), marks, announce, clock, recent, meters)
+                .map_err(failed("the capture thread"))?;
         let opener = Opener::new(root.clone(), places);
         let watch = Arc::new(Joining { members: members.clone(), inner: capture.directories() });
         let filter = Filter {

@@ -19,6 +19,7 @@ use super::{ServiceError, SourceOptions};
 use crate::clock::Clock;
 use crate::engine::state::Shared;
 use crate::engine::{Command, Event};
+use crate::meters::Meters;
 use crate::verify::Verifier;
 
 /// Format of a configuration file. Versions: 1, the first.
@@ -96,6 +97,7 @@ impl Replication {
             configuration.desired,
             &Default::default(),
             Arc::new(Clock::new(options.wall.clone())),
+            Arc::new(Meters::new(&configuration.source, &configuration.destination)),
         ));
         Ok(Arc::new(Self {
             directory,

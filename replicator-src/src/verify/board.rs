@@ -42,6 +42,11 @@ impl Board {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What the engine shares.
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
     /// What is known now.
     pub(super) fn verification(&self) -> Verification {
         self.lock().verification.clone()

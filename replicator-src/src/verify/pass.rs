@@ -203,9 +203,7 @@ impl Thread {
             changing = now.changing,
             "verification ended"
         );
-        metrics::counter!("replicator_source_verification_passes_total").increment(1);
-        metrics::counter!("replicator_source_verification_differences_total")
-            .increment(now.found());
+        self.board.shared().meters().verified(&now);
         self.plan_next(true);
     }
 
