@@ -21,6 +21,7 @@ pub mod fault;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod id;
+mod keyed;
 pub mod lock;
 pub mod logging;
 pub mod manual;

@@ -10,7 +10,6 @@
 
 mod command;
 mod event;
-mod hmac;
 mod queue;
 mod watch;
 mod webhook;

@@ -5,11 +5,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hmac::Mac;
 use rustls::crypto::aws_lc_rs;
 use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 
-use super::{Channel, Event, NotifyError, hmac};
+use super::{Channel, Event, NotifyError};
 use crate::config::NotifyConfig;
+use crate::keyed;
 use crate::time::Timestamp;
 
 /// How long a receiver may take.
@@ -62,8 +64,9 @@ impl Channel for Webhook {
             .header("User-Agent", concat!("replicator/", env!("CARGO_PKG_VERSION")))
             .header(TIMESTAMP, &time);
         if let Some(secret) = &self.secret {
-            let code = hmac::sha256(secret, &[time.as_bytes(), b".", &body]);
-            request = request.header(SIGNATURE, format!("v1={}", hex::encode(code)));
+            let said = keyed::hmac(secret).chain_update(&time).chain_update(".");
+            let code = hex::encode(said.chain_update(&body).finalize().into_bytes());
+            request = request.header(SIGNATURE, format!("v1={code}"));
         }
         let answer = request.send(&body[..]).map_err(|error| error.to_string())?;
         match answer.status().as_u16() {

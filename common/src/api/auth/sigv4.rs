@@ -14,6 +14,7 @@ use time::{OffsetDateTime, PrimitiveDateTime};
 
 use super::AccessKey;
 use crate::api::ApiError;
+use crate::keyed;
 use crate::time::Timestamp;
 
 /// EFS's name in signatures.
@@ -174,14 +175,10 @@ fn check_signed(signed: &[&str], headers: &HeaderMap) -> Result<(), ApiError> {
 fn mac(key: &AccessKey, scope: &str, stamp: &str, canonical: &str) -> Hmac<Sha256> {
     let mut secret = format!("AWS4{}", key.secret.reveal()).into_bytes();
     for part in scope.split('/') {
-        secret = keyed(&secret).chain_update(part).finalize().into_bytes().to_vec();
+        secret = keyed::hmac(&secret).chain_update(part).finalize().into_bytes().to_vec();
     }
     let hash = hex::encode(Sha256::digest(canonical));
-    keyed(&secret).chain_update(format!("{ALGORITHM}\n{stamp}\n{scope}\n{hash}"))
-}
-
-fn keyed(secret: &[u8]) -> Hmac<Sha256> {
-    Hmac::new_from_slice(secret).unwrap_or_else(|_| unreachable!("HMAC takes keys of any length"))
+    keyed::hmac(&secret).chain_update(format!("{ALGORITHM}\n{stamp}\n{scope}\n{hash}"))
 }
 
 fn canonical(request: &Request<'_>, signed: &[&str]) -> String {

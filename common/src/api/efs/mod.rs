@@ -79,12 +79,6 @@ pub struct Destination {
     /// the initial sync is done.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub last_replicated_timestamp: Option<f64>,
-    /// Not EFS's: the replica was compared with the source by content, and was
-    /// right or was put right, after this moment (see
-    /// [`Verification`](crate::verification::Verification)); absent before the
-    /// first such pass.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub last_verified_timestamp: Option<f64>,
     /// [`OWNER_ID`].
     pub owner_id: String,
     /// In words, when there is something to say.
@@ -124,11 +118,6 @@ impl Configuration {
                 file_system_id: status.destination_file_system_id.to_string(),
                 region: status.destination_file_system_region.clone(),
                 last_replicated_timestamp: last_replicated(status).map(seconds),
-                last_verified_timestamp: status
-                    .source
-                    .as_ref()
-                    .and_then(|source| source.verification.last_verified_timestamp)
-                    .map(seconds),
                 owner_id: OWNER_ID.to_owned(),
                 status_message: status.status_message.clone(),
             }],
