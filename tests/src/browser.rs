@@ -194,6 +194,8 @@ impl Browser {
     /// `look.js`, and each control has a name for those who hear it.
     #[track_caller]
     pub fn assert_usable(&self, context: &str) {
+        // A colour on its way to another is not what is read.
+        self.until(COMMAND_LIMIT, "document.getAnimations().length === 0");
         let found = self.evaluate(LOOK);
         assert_eq!(found, json!([]), "{context}");
         let tree = self.call("Accessibility.getFullAXTree", json!({}));
