@@ -5,7 +5,7 @@
 //! keeping it too long costs time and nothing else. The journal is what bounds
 //! memory: while the destination is slow or gone, records wait here.
 //!
-//! Records are appended in memory ([`tail`]), and go to disk with the next flush,
+//! Records are appended in memory (`tail`), and go to disk with the next flush,
 //! which is as soon as the one before is through and a few milliseconds have
 //! passed; or at once, when too many wait. What is trimmed by then is spared it. A
 //! crash loses what was not flushed, as it would have in a buffer of sled's.
