@@ -11,6 +11,7 @@ use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 use replicator_common::id::{ObjectId, Seq};
 use replicator_common::status::WatcherReport;
 use replicator_common::time::Timestamp;
+use replicator_common::wire::Hash;
 
 use crate::arrivals::Arrivals;
 use crate::clock::Clock;
@@ -39,8 +40,16 @@ pub struct Members {
     /// Everything that the watcher tells of may be ours.
     all: AtomicBool,
     directories: RwLock<HashSet<ObjectId>>,
-    /// Objects with names (or open descriptors) that may lie outside.
-    linked: RwLock<HashSet<ObjectId>>,
+    /// Objects with names (or open descriptors) that may lie outside: all that have
+    /// several names, while a walk has not come to each. By a short hash, for they
+    /// may be millions. (Another object of the same hash is looked at for nothing.)
+    linked: RwLock<HashSet<u64>>,
+}
+
+/// The same in each process and version: it is handed over.
+fn short(id: &ObjectId) -> u64 {
+    let [a, b, c, d, e, f, g, h, ..] = Hash::of(id.as_bytes()).0;
+    u64::from_le_bytes([a, b, c, d, e, f, g, h])
 }
 
 impl Members {
@@ -64,13 +73,18 @@ impl Members {
     /// An object is no longer part of the source.
     pub fn remove(&self, id: &ObjectId) {
         self.directories.write().unwrap_or_else(PoisonError::into_inner).remove(id);
-        self.linked.write().unwrap_or_else(PoisonError::into_inner).remove(id);
+        self.linked.write().unwrap_or_else(PoisonError::into_inner).remove(&short(id));
     }
 
     /// An object can be reached by names that the tree does not show.
-    pub fn add_linked(&self, id: ObjectId) {
+    pub fn add_linked(&self, id: &ObjectId) {
+        self.take_over_linked([short(id)]);
+    }
+
+    /// What [`Self::linked`] of the process before said.
+    pub fn take_over_linked(&self, hashes: impl IntoIterator<Item = u64>) {
         if !self.all.load(Ordering::Acquire) {
-            self.linked.write().unwrap_or_else(PoisonError::into_inner).insert(id);
+            self.linked.write().unwrap_or_else(PoisonError::into_inner).extend(hashes);
         }
     }
 
@@ -79,13 +93,14 @@ impl Members {
     }
 
     fn has_linked(&self, id: &ObjectId) -> bool {
-        self.linked.read().unwrap_or_else(PoisonError::into_inner).contains(id)
+        let linked = self.linked.read().unwrap_or_else(PoisonError::into_inner);
+        !linked.is_empty() && linked.contains(&short(id))
     }
 
-    /// Objects with names that may lie outside; at most `most`, else `None`.
-    pub fn linked(&self, most: usize) -> Option<Vec<ObjectId>> {
+    /// Objects with names that may lie outside, hashed; at most `most`, else `None`.
+    pub fn linked(&self, most: usize) -> Option<Vec<u64>> {
         let linked = self.linked.read().unwrap_or_else(PoisonError::into_inner);
-        (linked.len() <= most).then(|| linked.iter().cloned().collect())
+        (linked.len() <= most).then(|| linked.iter().copied().collect())
     }
 
     /// Keeps for good what [`Recent`] would forget: an object that got a name
@@ -100,7 +115,7 @@ impl Members {
             && recent.contains(object)
             && self.has_directory(via)
         {
-            self.add_linked(object.clone());
+            self.add_linked(object);
         }
     }
 

@@ -29,8 +29,9 @@ use serde::{Deserialize, Serialize};
 use crate::plan::{Dirty, Listing, Skip};
 use crate::watcher::{Queue, What};
 
-/// Format of the file. Versions: 1, the first.
-const FORMAT: Format = Format { name: "source-handover", version: 1 };
+/// Format of the file. Versions: 1, the first. (Before it there was a
+/// `source-handover`, which had ids for hashes: it is damaged, and so a gap.)
+const FORMAT: Format = Format { name: "source-watch", version: 1 };
 /// Things that the file names at most, some 10 MiB; beyond, a walk is as well.
 pub const MOST: usize = 50_000;
 /// Names the boot: no queue outlives it.
@@ -47,8 +48,8 @@ pub struct Carried {
     pub listings: Vec<(ObjectId, bool)>,
     /// What is passed over, which status counts.
     pub skipped: Vec<((ObjectId, Name), Skip)>,
-    /// See [`crate::capture::Members`]: objects that may have names outside.
-    pub linked: Vec<ObjectId>,
+    /// See [`crate::capture::Members::linked`]: objects that may have names outside.
+    pub linked: Vec<u64>,
     /// See [`crate::capture::Left::recent`].
     pub recent: Vec<ObjectId>,
 }
@@ -227,7 +228,7 @@ mod tests {
         dirty.listings.push_back(Listing::new(id(4), false));
         let mut carried = Carried {
             skipped: vec![((id(1), name), Skip::Fifo)],
-            linked: vec![id(5)],
+            linked: vec![5],
             recent: vec![id(6)],
             ..Carried::default()
         };

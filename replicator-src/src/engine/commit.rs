@@ -53,7 +53,7 @@ impl Engine {
         self.halt.leaves(&draft, &assembly);
         let born = if draft.resolve.walking { Vec::new() } else { born_by(&assembly.ops) };
         for object in assembly.linked {
-            self.members.add_linked(object);
+            self.members.add_linked(&object);
         }
         let Assembly { ops, delta, .. } = assembly;
         self.settle_forced(&ops);

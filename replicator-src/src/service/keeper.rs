@@ -277,7 +277,7 @@ impl Replication {
         } else {
             load_members(&root, &store, &members)?;
             let linked = carried.iter().flat_map(|carried| &carried.linked);
-            linked.for_each(|object| members.add_linked(object.clone()));
+            members.take_over_linked(linked.copied());
         }
         let recent = carried.as_ref().map_or(&[][..], |carried| &carried.recent);
         let (clock, marks) = (self.shared.clock(), members.clone());
@@ -464,7 +464,7 @@ fn load_members(root: &Root, store: &Store, members: &Members) -> Result<(), Ser
         if known.state.kind == Kind::Directory {
             members.add_directory(object);
         } else if known.nlink > known.links {
-            members.add_linked(object);
+            members.add_linked(&object);
         }
     };
     store.snapshot()?.each_object(|object, known| add(object, &known))?;
@@ -500,7 +500,7 @@ impl DirectoryWatch for Joining {
     }
 
     fn linked(&self, directory: std::os::fd::BorrowedFd<'_>, name: &Name, id: &ObjectId) {
-        self.members.add_linked(id.clone());
+        self.members.add_linked(id);
         self.inner.linked(directory, name, id);
     }
 }
