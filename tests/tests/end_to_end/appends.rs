@@ -13,7 +13,7 @@ use replicator_tests::process::Daemon;
 use replicator_tests::scenario::{Layout, Pair, patience};
 use replicator_tests::workload::content;
 
-const SIZE: usize = 128 << 20;
+const SIZE: usize = 32 << 20;
 const LINE: usize = 4096;
 
 fn line(number: u64) -> Vec<u8> {
