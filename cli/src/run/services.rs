@@ -10,7 +10,6 @@ use replicator_common::api::TokenIssuer;
 use replicator_common::config::DEFAULT_REGION;
 use replicator_common::control::Control;
 use replicator_common::id::FileSystemId;
-use replicator_common::net::frame::Compression;
 use replicator_common::registry::Registry;
 use replicator_common::status::FailoverReport;
 use replicator_dst::issuer::Issuer;
@@ -68,8 +67,8 @@ impl Services {
             bail!(reason);
         }
         let options = SourceOptions::new(state.path().join(SOURCE_DIRECTORY));
-        let (compression, registry) = (Compression::Never, Some(registry));
-        match SourceService::open(SourceOptions { halt, compression, registry, ..options }) {
+        let registry = Some(registry);
+        match SourceService::open(SourceOptions { halt, registry, ..options }) {
             Ok(source) => Ok(Self { source, destination, runtime }),
             Err(error) => {
                 runtime.block_on(destination.shutdown());

@@ -17,7 +17,6 @@ use replicator_common::crashsafe::{self, Format, StateFileError};
 use replicator_common::id::FileSystemId;
 use replicator_common::lock::{LockError, StateLock};
 use replicator_common::net::enrol::{self, EnrolError, EnrolRequest};
-use replicator_common::net::frame::Compression;
 use replicator_common::net::identity::{Identity, IdentityError};
 use replicator_common::net::token::Token;
 use replicator_common::registry::Registry;
@@ -60,9 +59,6 @@ pub struct SourceOptions {
     pub halt: HaltRule,
     /// How often, and how fast, source and replica are compared.
     pub verify: crate::verify::Settings,
-    /// Whether content is compressed on its way: where it does not leave the host,
-    /// that costs more than it saves.
-    pub compression: Compression,
     /// Where the wall clock is read: tests set it back.
     pub wall: Wall,
     /// The file systems that have an id; `None`: the state directory's own.
@@ -82,7 +78,6 @@ impl SourceOptions {
             max_batch_bytes: engine.batch_bytes,
             halt: HaltRule::default(),
             verify: crate::verify::Settings::default(),
-            compression: Compression::default(),
             wall: Wall::default(),
             registry: None,
         }
