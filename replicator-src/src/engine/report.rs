@@ -69,7 +69,8 @@ impl Engine {
             .unwrap_or(applied);
         let positions = Positions {
             captured: self.journal.last(),
-            journaled: self.journal.flushed(),
+            // (What is acknowledged before it was written never is.)
+            journaled: self.journal.flushed().max(self.journal.trimmed()),
             shipped,
             durable: durable.max(applied),
             applied,
