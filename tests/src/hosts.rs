@@ -2,12 +2,16 @@
 //! network namespace of its own, with a cable between them.
 
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 
 use crate::binary;
 use crate::compare;
@@ -262,6 +266,18 @@ impl Hosts {
     /// The source's tree, a file system of its own.
     pub fn source(&self) -> &Path {
         self.source.path()
+    }
+
+    /// A file of the source that is whole before it has a name: of one that is being
+    /// written, a beginning may be replicated.
+    pub fn arrives(&self, name: &str, content: &[u8]) {
+        let flags = OFlags::TMPFILE | OFlags::WRONLY;
+        let file = rustix::fs::open(self.source(), flags, Mode::from_raw_mode(0o644)).unwrap();
+        let mut file = File::from(file);
+        file.write_all(content).unwrap();
+        let open = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let path = self.source().join(name);
+        rustix::fs::linkat(CWD, open, CWD, path, AtFlags::SYMLINK_FOLLOW).unwrap();
     }
 
     /// Mounts the source again, after the test unmounted it.

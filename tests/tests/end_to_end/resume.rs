@@ -159,7 +159,7 @@ fn small_files_arrive_however_often_they_are_cut() {
 fn what_was_kept_is_in_lost_and_found() {
     let mut hosts = Hosts::enrolled();
     hosts.slow_cable("24mbit");
-    fs::write(hosts.source().join("large"), content::incompressible(9, 64 << 20)).unwrap();
+    hosts.arrives("large", &content::incompressible(9, 64 << 20));
     hosts.await_shipped(12 * MIB);
     Cut::Both.make(&mut hosts, |_| {});
     hosts.await_shipped(6 * MIB);

@@ -20,7 +20,7 @@ const RATE: &str = "12mbit";
 /// after it was closed.
 fn large_file_under_way(hosts: &Hosts) -> Timestamp {
     hosts.slow_cable(RATE);
-    fs::write(hosts.source().join("large"), content::incompressible(1, LARGE)).unwrap();
+    hosts.arrives("large", &content::incompressible(1, LARGE));
     let closed = Timestamp::now();
     thread::sleep(Duration::from_secs(2));
     closed
