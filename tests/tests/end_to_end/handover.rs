@@ -246,6 +246,8 @@ fn batches_that_were_under_way_are_settled() {
     service.change("both-are-gone");
     service.hosts.start(Side::Source);
     service.change("only-the-source-is-there");
+    // What it is just looking at when it ends is a reason to walk.
+    thread::sleep(Duration::from_millis(1200));
     // Twice without a word of the destination.
     service.hosts.terminate(Side::Source);
     service.hosts.start(Side::Source);
