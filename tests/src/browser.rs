@@ -28,6 +28,12 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 /// Between two looks at something that is waited for.
 const POLL: Duration = Duration::from_millis(50);
+/// What is answered for a page that is left while it is asked.
+const GOING: [&str; 3] = [
+    "Inspected target navigated or closed",
+    "Execution context was destroyed.",
+    "Cannot find default execution context",
+];
 /// More controls than any page has.
 const TABS_MAX: usize = 100;
 /// Looks for what keeps people from using a page.
@@ -97,12 +103,8 @@ impl Browser {
     /// The value of an expression of JavaScript, awaited.
     #[track_caller]
     pub fn evaluate(&self, expression: &str) -> Value {
-        let answer = self.call(
-            "Runtime.evaluate",
-            json!({ "expression": expression, "awaitPromise": true, "returnByValue": true }),
-        );
-        assert_eq!(answer.get("exceptionDetails"), None, "{expression}");
-        answer["result"]["value"].clone()
+        let answer = self.ask("Runtime.evaluate", awaited(expression));
+        value(expression, &answer.unwrap_or_else(|error| panic!("{expression}: {error}")))
     }
 
     /// Waits until an expression has a value that is neither empty nor false.
@@ -110,10 +112,17 @@ impl Browser {
     pub fn until(&self, limit: Duration, expression: &str) -> Value {
         let start = Instant::now();
         loop {
-            let value = self.evaluate(expression);
-            let empty = [json!(null), json!(false), json!(""), json!(0)];
-            if !empty.contains(&value) {
-                return value;
+            match self.ask("Runtime.evaluate", awaited(expression)) {
+                Ok(answer) => {
+                    let value = value(expression, &answer);
+                    let empty = [json!(null), json!(false), json!(""), json!(0)];
+                    if !empty.contains(&value) {
+                        return value;
+                    }
+                }
+                // A page that makes way for the next takes what it was asked with it.
+                Err(error) if GOING.iter().any(|going| error["message"] == *going) => {}
+                Err(error) => panic!("{expression}: {error}"),
             }
             let shown = || self.evaluate("document.body.innerText");
             assert!(start.elapsed() < limit, "not within {limit:?}: {expression}\n{}", shown());
@@ -225,6 +234,12 @@ impl Browser {
     /// Gives a command; its answer.
     #[track_caller]
     pub fn call(&self, method: &str, parameters: Value) -> Value {
+        self.ask(method, parameters).unwrap_or_else(|error| panic!("{method}: {error}"))
+    }
+
+    /// Gives a command; its answer, or the error that the browser answers with.
+    #[track_caller]
+    fn ask(&self, method: &str, parameters: Value) -> Result<Value, Value> {
         let id = self.last.get() + 1;
         self.last.set(id);
         let mut command = json!({ "id": id, "method": method, "params": parameters });
@@ -240,12 +255,26 @@ impl Browser {
             let message = self.messages.recv_timeout(left);
             let mut message = message.unwrap_or_else(|error| panic!("{method}: {error}"));
             if message["id"] == id {
-                assert_eq!(message.get("error"), None, "{method}");
-                return message["result"].take();
+                return match message.get_mut("error") {
+                    Some(error) => Err(error.take()),
+                    None => Ok(message["result"].take()),
+                };
             }
             self.complaints.borrow_mut().extend(complaint(&message));
         }
     }
+}
+
+/// What asks for the value of an expression, awaited.
+fn awaited(expression: &str) -> Value {
+    json!({ "expression": expression, "awaitPromise": true, "returnByValue": true })
+}
+
+/// The value that an answer holds.
+#[track_caller]
+fn value(expression: &str, answer: &Value) -> Value {
+    assert_eq!(answer.get("exceptionDetails"), None, "{expression}");
+    answer["result"]["value"].clone()
 }
 
 impl Drop for Browser {
