@@ -159,8 +159,6 @@ pub struct Link {
     pub remote: Remote,
     /// Counts what is put on the wire.
     pub wired: Arc<Wired>,
-    /// Of content.
-    pub compression: Compression,
     /// When notified, the link does not wait until the next attempt is due.
     pub hurry: Arc<Notify>,
     /// A destination that has said nothing for this long hangs.
@@ -284,12 +282,12 @@ impl Attempt<'_> {
             writers.spawn(write_frames(stream, frames));
             queues.push(queue);
         }
-        let Link { wired, compression, .. } = self.link;
+        let wired = &self.link.wired;
         let verdict = Arc::<OnceLock<String>>::default();
         let session = Session {
             number: self.number,
             hello,
-            sink: Sink::new(queues, wired.clone(), *compression),
+            sink: Sink::new(queues, wired.clone(), compression_to(&connection)),
             clocks,
             connection: connection.clone(),
             control,
@@ -300,6 +298,15 @@ impl Attempt<'_> {
         let number = self.number;
         let silence = self.link.silence;
         Ok((session, Pump { number, connection, reader, writers, room, verdict, silence }))
+    }
+}
+
+/// What stays on the host is not compressed: the loopback copies memory several
+/// times as fast as zstd reads it (see bench/NOTES.md).
+fn compression_to(connection: &quinn::Connection) -> Compression {
+    match connection.remote_address().ip().to_canonical().is_loopback() {
+        true => Compression::Never,
+        false => Compression::Auto,
     }
 }
 

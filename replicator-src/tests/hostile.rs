@@ -404,7 +404,6 @@ fn what_is_said_and_not_heard_costs_no_memory() {
             fingerprint: liar.identity.fingerprint(),
         },
         wired: Arc::<Wired>::default(),
-        compression: Compression::Auto,
         hurry: Arc::default(),
         silence: Duration::from_secs(2),
     };
@@ -449,7 +448,6 @@ fn what_is_said_and_not_heard_costs_no_memory() {
             fingerprint: liar.identity.fingerprint(),
         },
         wired: Arc::<Wired>::default(),
-        compression: Compression::Auto,
         hurry: Arc::default(),
         silence: Duration::from_millis(300),
     };

@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::name::Name;
-use replicator_common::net::frame::Compression;
 use replicator_common::net::identity::Identity;
 use replicator_common::object::Kind;
 use replicator_common::status::WatcherKind;
@@ -376,7 +375,6 @@ impl Replication {
             identity: means.identity.clone(),
             remote,
             wired,
-            compression: Compression::Auto,
             hurry: shared.hurry(),
             silence: session::SILENCE,
         };
