@@ -11,6 +11,7 @@ use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::pulse;
 use replicator_common::sys::quiet;
 use replicator_common::wire::DataFrame;
+use rustix::io::Errno;
 
 use super::kept::KeptObjects;
 use super::lane::{self, Done, Job, LaneError};
@@ -19,13 +20,15 @@ use super::small::{self, Item, Packed};
 use super::tail;
 use crate::index::Store;
 use crate::plan::Outcome;
-use crate::source::Opener;
+use crate::source::{Opened, Opener};
 
 /// Objects in one job: enough to fill a frame, few enough to share the work.
 const JOB_ITEMS: usize = 128;
 /// Content bytes after which a pack is sent. Half a mebibyte: far below the
 /// frame limit with one more file of the largest packed size.
 const PACK_BYTES: u64 = 512 << 10;
+/// Objects of a job that are open at a time.
+const AHEAD: usize = 16;
 /// Jobs that wait for a reader.
 const JOBS: usize = 64;
 
@@ -247,8 +250,9 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
         let objects = std::mem::take(pack);
         job.sink.pack(&DataFrame::Pack { batch: job.batch, objects })
     };
-    for item in &job.items {
-        let reading = small::read(opener, &job.kept, item, job.batch, job.version);
+    let opened = job.items.chunks(AHEAD).flat_map(|items| open(items, opener));
+    for (item, opened) in job.items.iter().zip(opened) {
+        let reading = small::read(opener, &job.kept, (item, opened), job.batch, job.version);
         report.outcomes.push((item.object.clone(), reading.outcome));
         report.packed += u64::from(reading.packed.is_some());
         match reading.packed {
@@ -273,6 +277,16 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
         job.sink.pack(&DataFrame::PackAgain { batch: job.batch, objects: again })?;
     }
     Ok(report)
+}
+
+/// Opens objects that are read one after the other. The disk reads the others while
+/// the first is waited for, hashed and packed.
+fn open(items: &[Item], opener: &Opener) -> Vec<Result<Opened, Errno>> {
+    let opened: Vec<_> = items.iter().map(|item| small::open(opener, item)).collect();
+    for (item, opened) in items.iter().zip(&opened).skip(1) {
+        small::announce(item, opened);
+    }
+    opened
 }
 
 fn read_large(jobs: &Receiver<LargeJob>, opener: &Opener, store: &Store) {

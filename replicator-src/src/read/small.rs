@@ -1,5 +1,6 @@
 //! Small files, and everything that has no content of its own.
 
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use replicator_common::id::{BatchId, ObjectId};
@@ -8,7 +9,7 @@ use replicator_common::sys::stat::{self, Stat};
 use replicator_common::sys::xattr;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{ContentSource, Extent, Hash, PACK_MAX, PackedAgain, PackedObject};
-use rustix::fs::OFlags;
+use rustix::fs::{Advice, OFlags};
 use rustix::io::Errno;
 
 use super::extents;
@@ -56,16 +57,34 @@ impl From<Outcome> for Reading {
     }
 }
 
-/// Reads one object. Never fails as a whole: what cannot be read becomes
-/// [`Outcome::Unreadable`].
+/// Opens an object that is to be read.
+pub fn open(opener: &Opener, item: &Item) -> Result<Opened, Errno> {
+    let hint = item.need.hint.as_ref();
+    if item.need.kind == Kind::File && item.need.content {
+        opener.open_content(&item.object, hint)
+    } else {
+        opener.open(&item.object, hint, OFlags::PATH | OFlags::CLOEXEC)
+    }
+}
+
+/// The disk begins to read a file that is to be read a little later. What cannot be
+/// told in advance is not told: the reading itself will wait.
+pub fn announce(item: &Item, opened: &Result<Opened, Errno>) {
+    if let (Kind::File, true, Ok(Opened::Here(fd))) = (item.need.kind, item.need.content, opened) {
+        let _ = rustix::fs::fadvise(fd, 0, NonZeroU64::new(PACK_MAX), Advice::WillNeed);
+    }
+}
+
+/// Reads one object that was [opened](open). Never fails as a whole: what cannot be
+/// read becomes [`Outcome::Unreadable`].
 pub fn read(
     opener: &Opener,
     kept: &KeptObjects,
-    item: &Item,
+    (item, opened): (&Item, Result<Opened, Errno>),
     batch: BatchId,
     version: u32,
 ) -> Reading {
-    match try_read(opener, item, batch, version) {
+    match opened.and_then(|opened| try_read(opener, item, opened, batch, version)) {
         Ok(reading) => unless_kept(kept, reading),
         Err(Errno::STALE | Errno::NOENT) => Outcome::Gone.into(),
         Err(error) => Outcome::Unreadable { error: told(error) }.into(),
@@ -92,14 +111,14 @@ fn is_dense(packed: &PackedObject<'_>) -> bool {
     packed.bytes.len() as u64 == packed.state.size
 }
 
-fn try_read(opener: &Opener, item: &Item, batch: BatchId, version: u32) -> Result<Reading, Errno> {
-    let hint = item.need.hint.as_ref();
-    let fd = if item.need.kind == Kind::File && item.need.content {
-        opener.open_content(&item.object, hint)?
-    } else {
-        opener.open(&item.object, hint, OFlags::PATH | OFlags::CLOEXEC)?
-    };
-    let fd = match fd {
+fn try_read(
+    opener: &Opener,
+    item: &Item,
+    opened: Opened,
+    batch: BatchId,
+    version: u32,
+) -> Result<Reading, Errno> {
+    let fd = match opened {
         Opened::Here(fd) => fd,
         Opened::Gone => return Ok(Outcome::Gone.into()),
         Opened::Away => return Ok(Outcome::Away.into()),
@@ -110,7 +129,9 @@ fn try_read(opener: &Opener, item: &Item, batch: BatchId, version: u32) -> Resul
             // Content changed, whatever events told: the one that says so may
             // have come under a name that leads elsewhere by now.
             let need = Need { content: true, ..item.need.clone() };
-            return try_read(opener, &Item { need, ..item.clone() }, batch, version);
+            let item = Item { need, ..item.clone() };
+            let opened = open(opener, &item)?;
+            return try_read(opener, &item, opened, batch, version);
         }
     }
     let mut attempt = 0;
