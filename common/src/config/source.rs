@@ -51,7 +51,7 @@ pub struct SourceConfig {
     /// at this pace. 100 ms to 60 s, default 1 s.
     pub heartbeat: Interval<100, 60_000>,
     /// How long a large file must be left alone before it is shipped, unless
-    /// it is never left alone. 0 ms to 60 s, default 500 ms.
+    /// it is never left alone: then eight times as long. 0 ms to 60 s, default 250 ms.
     pub settle: Interval<0, 60_000>,
     /// How often the source is walked where events alone do not suffice: by
     /// the `scan` watcher, and by the others on a file system that also changes
@@ -113,7 +113,7 @@ impl Default for SourceConfig {
             api_private_key: None,
             region: DEFAULT_REGION.to_owned(),
             heartbeat: Interval::from_millis(1000),
-            settle: Interval::from_millis(500),
+            settle: Interval::from_millis(250),
             rescan_interval: Interval::from_millis(60_000),
             max_batch_bytes: Size::from_bytes(64 << 20),
             halt_deletions_percent: 50,

@@ -33,6 +33,9 @@ const RENAMED: Duration = Duration::from_secs(3600);
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 /// When a file that has arrived and is not placed is looked for again.
 const PLACE: Duration = Duration::from_secs(1);
+/// A file that is not left alone is sent all the same after this many times as long
+/// as one that is.
+pub(super) const UNSETTLED: u32 = 8;
 /// A file that keeps changing is read again no sooner than this many times
 /// as long as the last reading took: so it costs a bounded share of a core.
 pub(super) const PATIENCE: u32 = 4;
@@ -119,7 +122,7 @@ impl Engine {
                         let bound = Duration::from_nanos(
                             self.clock.now().since(held.since).as_nanos() as u64,
                         );
-                        if bound < self.settings.settle * 4 {
+                        if bound < self.settings.settle * UNSETTLED {
                             held.due = held.due.max(now + delay);
                         }
                     }

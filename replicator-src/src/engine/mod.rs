@@ -32,6 +32,7 @@ mod held;
 mod holds;
 pub(crate) mod kept;
 pub(crate) mod leave;
+mod pace;
 mod peer;
 mod placing;
 mod reconcile;
@@ -103,7 +104,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             heartbeat: Duration::from_secs(1),
-            settle: Duration::from_millis(500),
+            settle: Duration::from_millis(250),
             batch_objects: 8192,
             batch_bytes: 64 << 20,
         }
@@ -532,6 +533,10 @@ impl Engine {
         if self.may_build() {
             return None;
         }
+        if let Some(until) = self.paused() {
+            // What is captured meanwhile is taken in then, all at once.
+            return self.inbox.recv_deadline(until).ok();
+        }
         let patience = self.patience();
         select! {
             recv(self.inbox) -> event => event.ok(),
@@ -631,7 +636,7 @@ impl Engine {
     }
 
     fn may_build(&self) -> bool {
-        let dirty = !self.dirty.is_empty() && !self.awaits_tails();
+        let dirty = !self.dirty.is_empty() && !self.awaits_tails() && self.pause().is_zero();
         let due = dirty || self.leaving || self.walk_ended() || self.recall_due();
         self.is_ready() && (due || self.heartbeat_due())
     }

@@ -16,7 +16,7 @@ use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::status::DesiredState;
 
 use super::held::{Held, ReadyFile, Transfer};
-use super::holds::PATIENCE;
+use super::holds::{PATIENCE, UNSETTLED};
 use super::{Engine, EngineError, Event};
 use crate::index::{Content, Known, View};
 use crate::plan::{Hold, HoldReason};
@@ -118,7 +118,8 @@ impl Tail {
     fn compare_due(&self, settle: Duration, rest: Option<&Rest>) -> Instant {
         let after = |times| rest.map(|rest| rest.ended + rest.took * times);
         let quiet = (self.touched + settle).max(after(PATIENCE).unwrap_or(self.since));
-        let busy = (self.since + settle * 4).max(after(BUSY_PATIENCE).unwrap_or(self.since));
+        let busy =
+            (self.since + settle * UNSETTLED).max(after(BUSY_PATIENCE).unwrap_or(self.since));
         quiet.min(busy)
     }
 }
@@ -478,14 +479,14 @@ mod tests {
     /// the same; both after a rest that the last comparison sets.
     #[test]
     fn when_a_file_that_grows_is_compared() {
-        let (now, settle) = (Instant::now(), Duration::from_millis(500));
+        let (now, settle) = (Instant::now(), Duration::from_millis(250));
         let mut tail = Tail::new(now);
         assert_eq!(tail.compare_due(settle, None), now + settle);
         let rest = Rest { ended: now, took: Duration::from_secs(1), same: true };
         assert_eq!(tail.compare_due(settle, Some(&rest)), now + Duration::from_secs(4));
         // An event every moment, for ever.
         tail.touched = now + Duration::from_secs(60);
-        assert_eq!(tail.compare_due(settle, None), now + settle * 4);
+        assert_eq!(tail.compare_due(settle, None), now + settle * 8);
         assert_eq!(tail.compare_due(settle, Some(&rest)), now + Duration::from_secs(24));
     }
 }
