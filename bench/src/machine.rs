@@ -3,21 +3,26 @@
 use std::fs;
 use std::process::Command;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::peers::first_line;
 
 /// The machine.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
     /// Model of the processor.
     pub processor: String,
     /// Cores that this process may use.
     pub cores: usize,
-    /// Bytes.
+    /// Whole GiB.
     pub memory: u64,
     /// Kernel release.
     pub kernel: String,
+}
+
+/// What was measured, and beside what.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct State {
     /// The commit that was built, if it can be told.
     pub commit: String,
     /// Processes that could run, averaged over the minute before: what else the
@@ -27,7 +32,6 @@ pub struct Machine {
 
 /// Looks around.
 pub fn describe() -> Machine {
-    let read = |file: &str| fs::read_to_string(file).unwrap_or_default();
     let field = |file: &str, name: &str| {
         let text = read(file);
         let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_default();
@@ -35,14 +39,24 @@ pub fn describe() -> Machine {
     };
     let memory = field("/proc/meminfo", "MemTotal");
     let kib: u64 = memory.trim_end_matches(" kB").parse().unwrap_or(0);
-    let commit = first_line(Command::new("git").args(["log", "-1", "--format=%h of %cs"]));
-    let load = read("/proc/loadavg");
     Machine {
         processor: field("/proc/cpuinfo", "model name"),
         cores: std::thread::available_parallelism().map_or(0, usize::from),
-        memory: kib * 1024,
+        memory: (kib + (1 << 19)) >> 20,
         kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+    }
+}
+
+/// What is so now.
+pub fn state() -> State {
+    let commit = first_line(Command::new("git").args(["log", "-1", "--format=%h of %cs"]));
+    let load = read("/proc/loadavg");
+    State {
         commit: commit.unwrap_or_else(|| "unknown".to_owned()),
         load: load.split(' ').next().unwrap_or("unknown").to_owned(),
     }
+}
+
+fn read(file: &str) -> String {
+    fs::read_to_string(file).unwrap_or_default()
 }

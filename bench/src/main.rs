@@ -57,8 +57,8 @@ struct Arguments {
     /// How TCP finds its pace over a long path
     #[arg(long, value_enum, default_value_t = Tcp::Cubic)]
     tcp: Tcp,
-    /// Directory for RESULTS.md and results.json, written anew after each
-    /// workload; without it, the tables go to standard output alone
+    /// Directory of RESULTS.md and results.json, in which each workload that was
+    /// measured takes its place; without it, tables go to standard output alone
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
     /// Names workloads and peers, and measures nothing
@@ -92,11 +92,16 @@ fn measure(
 ) -> Result<()> {
     site::sweep();
     let rounds = if bench.quick { 1 } else { arguments.rounds };
-    let mut results = begin(bench, rounds, peers);
+    let mut results = begin(bench, peers);
+    if let Some(directory) = &arguments.output {
+        results = results.continued(directory);
+    }
+    let all = workloads::all();
+    let order: Vec<&str> = all.iter().map(|workload| workload.name()).collect();
     for mut workload in workloads {
         let report = run(&bench, &mut *workload, peers, rounds)
             .with_context(|| format!("the workload {}", workload.name()))?;
-        results.workloads.push(report);
+        results.put(report, &order);
         if let Some(directory) = &arguments.output {
             results.write(directory)?;
         }
@@ -105,11 +110,11 @@ fn measure(
     Ok(())
 }
 
-fn begin(bench: Bench, rounds: u32, peers: &[Box<dyn Peer>]) -> Results {
+fn begin(bench: Bench, peers: &[Box<dyn Peer>]) -> Results {
     let report = |peer: &dyn Peer| PeerReport {
-        name: peer.name(),
+        name: peer.name().to_owned(),
         version: peer.version(),
-        settings: peer.settings(),
+        settings: peer.settings().to_owned(),
     };
     let maker = Command::new(format!("mkfs.{}", bench.kind.as_str())).arg("-V").output();
     let told = maker.map(|output| [output.stdout, output.stderr].concat()).unwrap_or_default();
@@ -118,7 +123,6 @@ fn begin(bench: Bench, rounds: u32, peers: &[Box<dyn Peer>]) -> Results {
         file_system: bench.kind,
         tcp: bench.tcp,
         file_system_maker: String::from_utf8_lossy(&told).lines().next().unwrap_or("").to_owned(),
-        rounds,
         quick: bench.quick,
         peers: peers.iter().map(|peer| report(&**peer)).collect(),
         workloads: Vec::new(),
@@ -138,7 +142,9 @@ fn run(
     };
     let (out, taking): (Vec<&Box<dyn Peer>>, Vec<_>) =
         peers.iter().partition(|peer| excludes(&***peer).is_some());
-    let excluded = out.iter().filter_map(|peer| Some((peer.name(), excludes(&***peer)?))).collect();
+    let reason = |peer: &dyn Peer| Some((peer.name().to_owned(), excludes(peer)?.to_owned()));
+    let excluded = out.iter().filter_map(|peer| reason(&***peer)).collect();
+    let state = machine::state();
     eprintln!("{}: {}", workload.name(), workload.title(bench));
     workload.prepare(bench)?;
     let (mut runs, mut patience) = (Vec::new(), Patience::new(workload.patience()));
@@ -153,9 +159,11 @@ fn run(
         }
     }
     Ok(WorkloadReport {
-        name: workload.name(),
+        name: workload.name().to_owned(),
         title: workload.title(bench),
-        about: workload.about(),
+        about: workload.about().to_owned(),
+        state,
+        rounds,
         excluded,
         runs,
     })
@@ -181,7 +189,7 @@ fn run_once(bench: &Bench, workload: &dyn Workload, peer: &dyn Peer, round: u32)
     };
     let seconds = start.elapsed().as_secs_f64();
     eprintln!("  round {round}, {}: {told} ({seconds:.1} s with its preparation)", peer.name());
-    Run { peer: peer.name(), round, result }
+    Run { peer: peer.name().to_owned(), round, result }
 }
 
 fn chosen_workloads(only: &[String]) -> Result<Vec<Box<dyn Workload>>> {

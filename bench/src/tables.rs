@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use crate::machine::{Machine, State};
 use crate::report::{Results, Run, RunResult, WorkloadReport};
 use crate::workloads::{Figure, Outcome};
 
@@ -11,7 +12,7 @@ pub fn markdown(results: &Results) -> String {
     // Writing to a string cannot fail.
     let _ = head(results, &mut text);
     for workload in &results.workloads {
-        let _ = table(workload, results.rounds, &mut text);
+        let _ = table(workload, &mut text);
     }
     text
 }
@@ -23,27 +24,25 @@ fn head(results: &Results, text: &mut String) -> std::fmt::Result {
     if results.quick {
         writeln!(text, "**A quick run: it shows that all works, not how fast it is.**\n")?;
     }
-    let gib = machine.memory as f64 / f64::from(1 << 30);
-    let (processor, cores, kernel) = (&machine.processor, machine.cores, &machine.kernel);
-    writeln!(text, "- {processor}, {cores} cores, {gib:.0} GiB; Linux {kernel}")?;
-    writeln!(text, "- Commit {}; load of the machine before: {}", machine.commit, machine.load)?;
+    let Machine { processor, cores, memory, kernel } = machine;
+    writeln!(text, "- {processor}, {cores} cores, {memory} GiB; Linux {kernel}")?;
     writeln!(
         text,
         "- Source and replica: {kind} on loop devices over files of one disk, the replica freshly made \
          for each run ({}); both ends on this machine, and what changes the source too.\n\
-         - Rounds: {}, peers interleaved, another one first in each; fewer, as its row says, for one that \
-         takes long. Figures are medians (least to most).\n\
+         - In rounds, peers interleaved, another one first in each; fewer, as its row says, for one that \
+         takes long. Figures are medians (least to most). Below each table: what was measured, and the load \
+         of the machine before.\n\
          - CPU is user and system time of all processes of both ends, by control group. Memory is the \
          most that they held of their own at once, looked at 20 times a second. Wire is what the loopback \
          or the line carried, both ways, with headers of IP and above. A pipe is no wire. Over the long path TCP runs with {}.\n",
         results.file_system_maker,
-        results.rounds,
         results.tcp.as_str(),
     )?;
     writeln!(text, "| peer | version | how |\n|---|---|---|")?;
     for peer in &results.peers {
         let version = peer.version.as_deref().unwrap_or("not installed");
-        writeln!(text, "| {} | {} | {} |", peer.name, escaped(version), escaped(peer.settings))?;
+        writeln!(text, "| {} | {} | {} |", peer.name, escaped(version), escaped(&peer.settings))?;
     }
     writeln!(text)
 }
@@ -53,7 +52,7 @@ fn escaped(text: &str) -> String {
     text.replace('|', "\\|")
 }
 
-fn table(workload: &WorkloadReport, rounds: u32, text: &mut String) -> std::fmt::Result {
+fn table(workload: &WorkloadReport, text: &mut String) -> std::fmt::Result {
     writeln!(text, "## `{}`: {}\n\n{}\n", workload.name, workload.title, workload.about)?;
     let outcomes = workload.runs.iter().filter_map(outcome);
     let mut columns: Vec<&Figure> = Vec::new();
@@ -66,10 +65,13 @@ fn table(workload: &WorkloadReport, rounds: u32, text: &mut String) -> std::fmt:
     writeln!(text, "| peer |{names}  |\n|---|{}---|", "---|".repeat(columns.len()))?;
     let mut peers: Vec<_> = workload.runs.iter().filter(|r| r.round == 1).collect();
     // The first round is in the order of the list.
-    peers.dedup_by_key(|run| run.peer);
+    peers.dedup_by_key(|run| &run.peer);
     for peer in peers {
-        writeln!(text, "{}", row(workload, rounds, peer.peer, &columns))?;
+        writeln!(text, "{}", row(workload, &peer.peer, &columns))?;
     }
+    let (rounds, State { commit, load }) = (workload.rounds, &workload.state);
+    let plural = if rounds == 1 { "round" } else { "rounds" };
+    writeln!(text, "\n{rounds} {plural}; commit {commit}; load {load}.")?;
     if !workload.excluded.is_empty() {
         writeln!(text, "\nWithout {}.", excluded(workload))?;
     }
@@ -96,7 +98,7 @@ fn outcome(run: &Run) -> Option<&Outcome> {
     }
 }
 
-fn row(workload: &WorkloadReport, rounds: u32, peer: &str, columns: &[&Figure]) -> String {
+fn row(workload: &WorkloadReport, peer: &str, columns: &[&Figure]) -> String {
     let runs = || workload.runs.iter().filter(|run| run.peer == peer);
     let outcomes = || runs().filter_map(outcome);
     let mut cells: Vec<String> = columns
@@ -107,7 +109,7 @@ fn row(workload: &WorkloadReport, rounds: u32, peer: &str, columns: &[&Figure]) 
             spread(values, column.digits)
         })
         .collect();
-    cells.push(escaped(&notes(runs(), rounds)));
+    cells.push(escaped(&notes(runs(), workload.rounds)));
     format!("| {peer} | {} |", cells.join(" | "))
 }
 

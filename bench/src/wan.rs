@@ -16,7 +16,7 @@ use clap::ValueEnum;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rustix::event::{PollFd, PollFlags, Timespec};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::net::{LONG, Namespace};
 
@@ -27,7 +27,7 @@ const PULSE: Duration = Duration::from_millis(100);
 
 /// How TCP finds its pace. Machines differ in what they have as a default, and over
 /// a long path with losses everything depends on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Tcp {
     /// Linux's own default.

@@ -13,10 +13,11 @@ mod restart;
 mod trees;
 mod wan;
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use anyhow::Result;
-use serde::Serialize;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::disk::{Disk, Kind};
 use crate::measure::Usage;
@@ -50,26 +51,31 @@ impl Bench {
 }
 
 /// One figure of a run, a column of the table.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Figure {
     /// What it is, with its unit.
-    pub name: &'static str,
-    /// How much.
+    pub name: Cow<'static, str>,
+    /// How much; not a number when it was not reached.
+    #[serde(deserialize_with = "or_not_a_number")]
     pub value: f64,
     /// Digits behind the point that mean something.
-    #[serde(skip)]
     pub digits: usize,
+}
+
+/// JSON knows no such number; what is written for it is `null`.
+fn or_not_a_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
 impl Figure {
     /// A figure.
     pub fn new(name: &'static str, value: f64, digits: usize) -> Self {
-        Self { name, value, digits }
+        Self { name: name.into(), value, digits }
     }
 }
 
 /// What one run gave.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Outcome {
     /// In the order of the columns.
     pub figures: Vec<Figure>,
