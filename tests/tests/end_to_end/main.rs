@@ -2,6 +2,7 @@
 //! linked once and what waits in one test leaves the machine to the others (see
 //! `replicator_tests::serial`).
 
+mod access;
 mod appends;
 mod aws_clients;
 mod bad_disks;
