@@ -12,6 +12,7 @@ mod clock_steps;
 mod console;
 mod deploy;
 mod disks;
+mod fail_back;
 mod failover_faults;
 mod figures;
 mod file_systems;
