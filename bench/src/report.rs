@@ -1,6 +1,7 @@
 //! Raw figures: everything that was measured, and on what. A run of some workloads
 //! replaces theirs, and leaves the others' as they were.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
@@ -87,11 +88,22 @@ pub struct Results {
 
 impl Results {
     /// What a directory has of runs before this one on the same machine, with the
-    /// same settings; of others, nothing can be set beside what is measured now.
+    /// same settings; of others, nothing can be set beside what is measured now, nor
+    /// of a peer that has become another.
     pub fn continued(self, directory: &Path) -> Self {
         let text = fs::read_to_string(directory.join("results.json")).unwrap_or_default();
         match serde_json::from_str::<Self>(&text) {
-            Ok(before) if before.is_comparable(&self) => {
+            Ok(mut before) if before.is_comparable(&self) => {
+                let told = |peer: &PeerReport| (peer.version.clone(), peer.settings.clone());
+                let old: HashMap<_, _> =
+                    before.peers.iter().map(|peer| (peer.name.clone(), told(peer))).collect();
+                let changed = |name: &str| {
+                    let now = self.peers.iter().find(|peer| peer.name == name).map(told);
+                    now.is_some_and(|now| old.get(name) != Some(&now))
+                };
+                for workload in &mut before.workloads {
+                    workload.runs.retain(|run| !changed(&run.peer));
+                }
                 let is_now = |name: &str| self.peers.iter().any(|peer| peer.name == name);
                 let others = before.peers.into_iter().filter(|peer| !is_now(&peer.name));
                 let others: Vec<_> = others.collect();

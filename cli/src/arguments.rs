@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use replicator_common::api::client::{Access, DEFAULT_ENDPOINT, check_endpoint};
-use replicator_common::api::own::WAIT_MAX_SECONDS;
+use replicator_common::api::own::{VERIFY_RATE, WAIT_MAX_SECONDS};
 use replicator_common::config::DEFAULT_API;
 use replicator_common::control::{DeletionMode, WatcherChoice};
 use replicator_common::id::FileSystemId;
@@ -135,7 +135,8 @@ pub enum Command {
     /// Waits until all that was done on the source so far is on the replica
     Wait(Wait),
     /// Compares source and replica by content now, and puts right what differs;
-    /// prints each difference as a line of JSON
+    /// prints each difference as a line of JSON. Ends with 0 when nothing differed, 2
+    /// when something did, 1 when something could not be read
     Verify(Verify),
     /// Stops shipping changes; they are journaled
     Pause(Target),
@@ -321,7 +322,7 @@ pub struct Verify {
 }
 
 /// Bounds of [`Verify::rate`].
-type Rate = replicator_common::config::Size<{ 4 << 10 }, { 1 << 40 }>;
+type Rate = replicator_common::config::Size<{ *VERIFY_RATE.start() }, { *VERIFY_RATE.end() }>;
 
 fn rate(text: &str) -> Result<u64, String> {
     let rate: Result<Rate, _> = serde_json::from_value(text.into());

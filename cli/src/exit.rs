@@ -1,7 +1,9 @@
 //! How commands end: one line for the operator, an exit status for scripts.
 
+use std::borrow::Cow;
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 use anyhow::Context;
 use replicator_common::api::client::ClientError;
@@ -33,22 +35,60 @@ impl std::fmt::Display for Differed {
 
 impl std::error::Error for Differed {}
 
+/// Whether all is said as JSON.
+static JSON: OnceLock<bool> = OnceLock::new();
+
+/// From now on all is said as JSON, or nothing is. The first word counts.
+pub fn speak_json(json: bool) {
+    let _ = JSON.set(json);
+}
+
+/// Whether all is said as JSON.
+pub fn speaks_json() -> bool {
+    JSON.get().is_some_and(|json| *json)
+}
+
 /// Says in one line why a command failed, and with what status it ends; as JSON
 /// for who wants that.
-pub fn report(result: anyhow::Result<()>, json: bool) -> ExitCode {
+pub fn report(result: anyhow::Result<()>) -> ExitCode {
     let Err(error) = result else { return ExitCode::SUCCESS };
     if is_closed_pipe(&error) {
         // Whoever read our output has read enough.
         return ExitCode::SUCCESS;
     }
-    let line = format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ");
     let code = code(&error);
-    if json {
-        say(&serde_json::json!({ "Error": line, "ExitStatus": code }).to_string());
-    } else {
-        say(&format!("replicator: {line}"));
+    let line = one_line(&format!("{error:#}"));
+    match speaks_json() {
+        true => write(&serde_json::json!({ "Error": line, "ExitStatus": code }).to_string()),
+        false => write(&format!("replicator: {}", shown(&line))),
     }
     ExitCode::from(code)
+}
+
+/// Says in one line what went wrong, and goes on.
+pub fn complain(error: &str) {
+    let line = one_line(error);
+    match speaks_json() {
+        true => write(&serde_json::json!({ "Error": line }).to_string()),
+        false => write(&format!("replicator: {}", shown(&line))),
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Text as it may stand on a terminal: names of files may hold anything, and are their
+/// users'. What would move the cursor, or more, is written out.
+pub fn shown(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return text.into();
+    }
+    let written = |letter: char| match letter.is_control() {
+        true => letter.escape_default().collect(),
+        false => String::from(letter),
+    };
+    text.chars().map(written).collect::<String>().into()
 }
 
 fn code(error: &anyhow::Error) -> u8 {
@@ -73,8 +113,15 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
     })
 }
 
-/// A line for the operator. When nobody can read it, it is lost.
+/// A line for the operator; none for machines, which have the answer.
 pub fn say(line: &str) {
+    if !speaks_json() {
+        write(&shown(line));
+    }
+}
+
+/// When nobody can read it, it is lost.
+fn write(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
@@ -93,6 +140,12 @@ pub fn print_line(text: &str) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_do_not_reach_the_terminal_raw() {
+        assert_eq!(shown("dir/ä b"), "dir/ä b");
+        assert_eq!(shown("x\n  forged\u{1b}]0;t\u{7}"), "x\\n  forged\\u{1b}]0;t\\u{7}");
+    }
 
     #[test]
     fn codes() {

@@ -24,8 +24,8 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
     let arguments: Arguments = manual::parse();
-    let json = arguments.json;
-    exit::report(perform(arguments), json)
+    exit::speak_json(arguments.json);
+    exit::report(perform(arguments))
 }
 
 fn perform(arguments: Arguments) -> anyhow::Result<()> {
@@ -53,7 +53,7 @@ fn perform(arguments: Arguments) -> anyhow::Result<()> {
         Command::UpdateFileSystemProtection(arguments) => {
             commands::file_systems::protect(&access()?, &arguments)
         }
-        Command::Failover(arguments) => commands::failover::run(&access()?, &arguments),
+        Command::Failover(arguments) => commands::failover::run(access, &arguments),
         Command::Status(arguments) => status::run(&access()?, &arguments, json),
         Command::Wait(arguments) => commands::wait::run(&access()?, &arguments),
         Command::Verify(arguments) => commands::verify::run(&access()?, &arguments),

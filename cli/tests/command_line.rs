@@ -105,6 +105,28 @@ fn an_error_is_json_for_who_wants_json() {
 }
 
 #[test]
+fn wrong_usage_is_json_for_who_wants_json() {
+    let output = replicator(&["--json", "status", "--no-such-option"]);
+    let error: serde_json::Value = serde_json::from_str(&said(&output)).unwrap();
+    assert_eq!((output.status.code(), &error["ExitStatus"]), (Some(2), &2.into()));
+    assert!(error["Error"].as_str().unwrap().contains("--no-such-option"), "{error}");
+}
+
+/// What is wrong with how a daemon would be asked does not hold up a failover that asks
+/// none: the state directory alone counts.
+#[test]
+fn an_offline_failover_asks_nobody() {
+    let output = replicator(&[
+        "failover",
+        "--endpoint",
+        "https://127.0.0.1:1",
+        "--state-dir",
+        "/nonexistent/state",
+    ]);
+    assert_fails(&output, 1, "there is no state directory /nonexistent/state");
+}
+
+#[test]
 fn completions_and_man_pages_are_of_all_commands_but_their_own() {
     let base = tempfile::tempdir().unwrap();
     let at = base.path().to_str().unwrap();

@@ -5,6 +5,7 @@
 //! on a blocking thread.
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -95,6 +96,15 @@ pub enum ControlError {
     Internal(String),
 }
 
+/// How long somebody waits.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience<'a> {
+    /// At most.
+    pub time: Duration,
+    /// He waits no more; looked at once a second.
+    pub gone: &'a AtomicBool,
+}
+
 /// A running source, destination, or both.
 pub trait Control: Send + Sync + 'static {
     /// Which side answers: not everything can be asked of each.
@@ -121,7 +131,8 @@ pub trait Control: Send + Sync + 'static {
     /// Returns when everything that was done on the source before the call is
     /// durable on the replica: the watermark reached by then. Only a source
     /// can tell; a destination answers with a conflict that says so.
-    fn wait(&self, source: &FileSystemId, timeout: Duration) -> Result<Timestamp, ControlError>;
+    fn wait(&self, source: &FileSystemId, patience: Patience<'_>)
+    -> Result<Timestamp, ControlError>;
 
     /// Pauses or resumes shipping. Changes are captured either way. On a
     /// destination: stops taking batches. What has halted is not resumed so: a

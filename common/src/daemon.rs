@@ -152,12 +152,25 @@ pub fn api_tls(
     Ok(Some(https::server(&certificate, !config.clients.is_empty())?))
 }
 
+/// Why a program of ours cannot ask the daemon beside it.
+#[derive(Debug, thiserror::Error)]
+pub enum OwnAccessError {
+    /// The daemon's certificate cannot be read.
+    #[error(transparent)]
+    Certificate(#[from] CertificateError),
+    /// The configuration's credentials are of no use to it.
+    #[error(
+        "this needs an [[api_key]] that is not read_only: add one to the configuration, and restart the daemon"
+    )]
+    NoKey,
+}
+
 /// How a program of ours on this host asks the daemon that runs with this
 /// configuration: with its first access key that may change something.
 ///
 /// # Errors
-/// When the certificate cannot be read.
-pub fn own_access(config: &ApiConfig<'_>, state_dir: &Path) -> Result<Access, CertificateError> {
+/// When the certificate cannot be read, or there are credentials and no such key.
+pub fn own_access(config: &ApiConfig<'_>, state_dir: &Path) -> Result<Access, OwnAccessError> {
     let scheme = if config.tls { "https" } else { "http" };
     let mut access = Access::new(&format!("{scheme}://{}", reachable(config.address)));
     if config.tls {
@@ -165,8 +178,10 @@ pub fn own_access(config: &ApiConfig<'_>, state_dir: &Path) -> Result<Access, Ce
         let certificates = https::read_certificates(config.certificate.unwrap_or(&made))?;
         access.trusted = certificates.first().map(|own| Trusted::Pinned(Fingerprint::of(own)));
     }
-    if let Some(key) = config.keys.iter().find(|key| !key.read_only) {
-        access.sign_with(&key.id, key.secret.reveal());
+    match config.keys.iter().find(|key| !key.read_only) {
+        Some(key) => access.sign_with(&key.id, key.secret.reveal()),
+        None if config.keys.is_empty() && config.clients.is_empty() => {}
+        None => return Err(OwnAccessError::NoKey),
     }
     Ok(access)
 }

@@ -50,8 +50,14 @@ pub fn parse<P: Parser>() -> P {
         error.exit();
     }
     let program = P::command().get_name().to_owned();
+    let said = one_line(&error.to_string(), &program);
+    // What else stands there could not be read; this word means the same anywhere.
+    let line = match std::env::args_os().any(|word| word == "--json") {
+        true => serde_json::json!({ "Error": said, "ExitStatus": 2 }).to_string(),
+        false => format!("{program}: {said}"),
+    };
     // When nobody reads it, the status still says so.
-    let _ = writeln!(io::stderr(), "{program}: {}", one_line(&error.to_string(), &program));
+    let _ = writeln!(io::stderr(), "{line}");
     std::process::exit(2);
 }
 

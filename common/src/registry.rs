@@ -129,16 +129,21 @@ impl Registry {
         find_path(&self.lock(), path).cloned()
     }
 
+    /// Whether no file system was made with this creation token.
+    ///
+    /// # Errors
+    /// [`RegistryError::Exists`] when one was.
+    pub fn is_new(&self, creation_token: &str) -> Result<(), RegistryError> {
+        is_new(&self.lock(), creation_token)
+    }
+
     /// Registers a file system. One that came with a configuration keeps its id.
     ///
     /// # Errors
     /// When token or path are another's, and when there are too many.
     pub fn create(&self, new: NewFileSystem) -> Result<FileSystem, RegistryError> {
         let mut all = self.lock();
-        if let Some(other) = all.values().find(|one| one.creation_token == new.creation_token) {
-            let what = format!("creation token {:?}", new.creation_token);
-            return Err(RegistryError::Exists { what, id: other.id.clone() });
-        }
+        is_new(&all, &new.creation_token)?;
         let there = find_path(&all, &new.path).cloned();
         let made = match there {
             Some(other) if other.by_hand => {
@@ -231,6 +236,16 @@ impl Registry {
 }
 
 type Map = BTreeMap<FileSystemId, FileSystem>;
+
+fn is_new(all: &Map, creation_token: &str) -> Result<(), RegistryError> {
+    match all.values().find(|one| one.creation_token == creation_token) {
+        Some(other) => {
+            let what = format!("creation token {creation_token:?}");
+            Err(RegistryError::Exists { what, id: other.id.clone() })
+        }
+        None => Ok(()),
+    }
+}
 
 fn find_path<'a>(all: &'a Map, path: &Path) -> Option<&'a FileSystem> {
     all.values().find(|one| one.path == path)

@@ -1,5 +1,8 @@
 //! The destination as a service: tokens, enrolment, sessions, control.
 
+mod control;
+mod enrolment;
+
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -11,20 +14,16 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use quinn::{Connection, Endpoint};
-use replicator_common::config::is_region;
-use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode, Side};
+use replicator_common::control::ControlError;
 use replicator_common::crashsafe::{self, StateFileError};
 use replicator_common::id::{FileSystemId, SessionId};
 use replicator_common::lock::StateLock;
 use replicator_common::net::NetError;
-use replicator_common::net::enrol::{
-    self, EnrolAnswer, EnrolRefusal, EnrolRequest, Enrolled, Redemption,
-};
 use replicator_common::net::identity::{Fingerprint, Identity, IdentityError};
 use replicator_common::net::quic::{self, Admission, CLOSE_DONE};
 use replicator_common::net::token::{Secret, Token};
 use replicator_common::registry::Registry;
-use replicator_common::status::{DesiredState, FailoverReport, Status};
+use replicator_common::status::FailoverReport;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{DestinationMessage, Refusal};
 use tokio::sync::mpsc;
@@ -33,7 +32,6 @@ use crate::applier::{self, Job};
 use crate::book::Book;
 use crate::broken::Broken;
 use crate::failover::{self, FailoverError};
-use crate::making;
 use crate::receive::{self, Greeting, SessionContext};
 use crate::replica::{Config, Hook, Replica, ReplicaError, ReplicaOptions};
 use crate::state::{self, Grant, Grants, StateError};
@@ -525,102 +523,6 @@ impl Inner {
         tracing::info!(%source, reason = %error, "session ended");
     }
 
-    async fn enrol(
-        self: &Arc<Self>,
-        connection: &Connection,
-        peer: Fingerprint,
-    ) -> Result<(), enrol::EnrolError> {
-        let (request, responder) = enrol::receive(connection).await?;
-        let inner = self.clone();
-        let redeemed = tokio::task::spawn_blocking(move || inner.redeem(&request, peer)).await;
-        let answer = match redeemed {
-            Ok(Ok(enrolled)) => EnrolAnswer::Accepted(enrolled),
-            Ok(Err(reason)) => EnrolAnswer::Refused { reason },
-            Err(_) => EnrolAnswer::Refused {
-                reason: EnrolRefusal::Unable("the destination failed".to_owned()),
-            },
-        };
-        responder.answer(&answer).await
-    }
-
-    /// Redeems a token: the configuration exists afterwards, durably.
-    fn redeem(&self, request: &EnrolRequest, peer: Fingerprint) -> Result<Enrolled, EnrolRefusal> {
-        let unable = |error: &dyn std::fmt::Display| EnrolRefusal::Unable(error.to_string());
-        let mut grants = self.book.grants();
-        let mut next = grants.clone();
-        let redemption = next.tokens.redeem(&request.secret, peer, Timestamp::now())?;
-        if !is_region(&request.source_region) {
-            return Err(EnrolRefusal::Unable(format!(
-                "{:?} is not a region",
-                request.source_region
-            )));
-        }
-        let secret = Fingerprint::of(&request.secret.0);
-        let grant = next.grants.iter().find(|grant| grant.secret == secret).cloned();
-        let grant = grant.ok_or(EnrolRefusal::WrongSecret)?;
-        if let (Redemption::Again, Some(running)) =
-            (redemption, self.running().get(&request.source))
-        {
-            return Ok(self.enrolled(&running.replica.config));
-        }
-        if redemption == Redemption::Again {
-            return Err(EnrolRefusal::Used);
-        }
-        let known = self.running().contains_key(&request.source)
-            || self.broken().contains_key(&request.source);
-        if known {
-            return Err(EnrolRefusal::Unable(format!(
-                "{} is in a replication configuration here already",
-                request.source
-            )));
-        }
-        self.check(&grant.path, grant.reconcile).map_err(|error| unable(&error))?;
-        let empty = suitable::is_empty(&grant.path).map_err(|error| unable(&error))?;
-        let registered = self.registry.at(&grant.path).map(|known| known.id);
-        let config = Config {
-            source: request.source.clone(),
-            source_region: request.source_region.clone(),
-            destination: registered.unwrap_or_else(FileSystemId::random),
-            path: grant.path,
-            peer,
-            creation_time: request.creation_time,
-            desired: DesiredState::Enabled,
-            reconcile: grant.reconcile && !empty,
-            devices: request.devices,
-        };
-        let directory = self.options.state_dir.join("replicas").join(config.source.as_str());
-        // Left behind by a configuration that was interrupted in its making or
-        // its removal; without a config.json it means nothing.
-        failover::sweep(&directory).map_err(|error| unable(&error))?;
-        crashsafe::remove(&directory.join("store.redb")).map_err(|error| unable(&error))?;
-        crashsafe::create_directory(&directory).map_err(|error| unable(&error))?;
-        making::begin(&directory, &config).map_err(|error| unable(&error))?;
-        let running = start(&directory, config.clone(), self.replicas.clone())
-            .inspect_err(|_| making::take_back(&directory))
-            .map_err(|error| unable(&error))?;
-        // The configuration last: with it, all is there. Then the token, whose
-        // second redemption by the same peer finds the configuration.
-        config.write(&directory).map_err(|error| unable(&error))?;
-        making::done(&directory).map_err(|error| unable(&error))?;
-        next.write(&self.options.state_dir).map_err(|error| unable(&error))?;
-        *grants = next;
-        drop(grants);
-        self.book.pin(&config);
-        enter(&self.registry, &config);
-        self.running().insert(config.source.clone(), running);
-        tracing::info!(source = %config.source, path = %config.path.display(), "enrolled");
-        Ok(self.enrolled(&config))
-    }
-
-    fn enrolled(&self, config: &Config) -> Enrolled {
-        Enrolled {
-            destination: config.destination.clone(),
-            region: self.options.region.clone(),
-            path: config.path.display().to_string(),
-            reconcile: config.reconcile,
-        }
-    }
-
     /// Fails over; the session, if any, stays open to be told.
     fn fail_over(&self, source: &FileSystemId) -> Result<FailoverReport, FailoverError> {
         let running = self.running().get(source).cloned();
@@ -642,83 +544,6 @@ impl Inner {
         self.book.unpin(source);
         tracing::info!(%source, "failed over");
         Ok(report)
-    }
-}
-
-impl Control for DestinationService {
-    fn side(&self) -> Side {
-        Side::Destination
-    }
-
-    fn create(&self, _: &CreateRequest) -> Result<Status, ControlError> {
-        Err(ControlError::Validation(
-            "a configuration is created at the source, with a token of this destination".to_owned(),
-        ))
-    }
-
-    fn list(&self) -> Vec<Status> {
-        let now = Timestamp::now();
-        let region = &self.inner.options.region;
-        let mut all: Vec<_> = self
-            .inner
-            .running()
-            .values()
-            .map(|running| running.replica.status(now, region))
-            .collect();
-        all.extend(self.inner.broken().values().map(|broken| broken.status(now, region)));
-        all.sort_by_key(|status| status.creation_time);
-        all
-    }
-
-    fn delete(
-        &self,
-        source: &FileSystemId,
-        mode: DeletionMode,
-    ) -> Result<FailoverReport, ControlError> {
-        let running = self.inner.find(source)?;
-        // A dead peer's connection lives until its idle timeout; its reports end
-        // at once.
-        let connected = mode == DeletionMode::AllConfigurations && heard_from(&running.replica);
-        match mode {
-            DeletionMode::AllConfigurations if !connected => {
-                return Err(ControlError::Conflict(
-                    "the source is not connected: use LOCAL_CONFIGURATION_ONLY to fail over without it"
-                        .to_owned(),
-                ));
-            }
-            DeletionMode::AllConfigurations => {}
-            DeletionMode::LocalConfigurationOnly => running.close_session("failing over"),
-        }
-        let result = self.inner.fail_over(source);
-        let report = result.map_err(|error| ControlError::Internal(error.to_string()))?;
-        if let Some(open) = running.session().take() {
-            let report = Box::new(report.clone());
-            let _ = open.say.send(DestinationMessage::FailedOver { report });
-        }
-        Ok(report)
-    }
-
-    fn wait(&self, _: &FileSystemId, _: Duration) -> Result<Timestamp, ControlError> {
-        Err(ControlError::Conflict(
-            "only the source knows what was done there: ask it to wait".to_owned(),
-        ))
-    }
-
-    fn set_desired(
-        &self,
-        source: &FileSystemId,
-        desired: DesiredState,
-    ) -> Result<Status, ControlError> {
-        let running = self.inner.find(source)?;
-        let config = Config { desired, ..running.replica.config.clone() };
-        config
-            .write(&running.replica.directory)
-            .map_err(|error| ControlError::Internal(error.to_string()))?;
-        running.replica.shared().desired = desired;
-        if desired == DesiredState::Paused {
-            running.close_session("paused at the destination");
-        }
-        Ok(running.replica.status(Timestamp::now(), &self.inner.options.region))
     }
 }
 

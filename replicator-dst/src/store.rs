@@ -14,6 +14,9 @@
 //! Versions: 1, the first; 2, the standing names the last batch's nonce. An older
 //! one is upgraded when it is opened (see `upgrade`).
 
+#[cfg(test)]
+mod tests;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -655,80 +658,4 @@ fn estimate(step: &Step) -> usize {
         _ => 0,
     };
     600 + xattrs
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::apply::{Place, Within};
-    use replicator_common::name::Name;
-
-    #[test]
-    fn a_store_of_version_1_is_upgraded_and_a_newer_one_refused() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("store.redb");
-        let mut standing = Standing::new(Incarnation([1; 16]), false);
-        standing.source_incarnation = Some(Incarnation([3; 16]));
-        (standing.committed, standing.applied) = (BatchId(7), BatchId(6));
-        standing.watermark = Timestamp(5);
-        let version = |version: u32, row: Vec<u8>| {
-            let store = Store::open(&path, || standing.clone()).unwrap();
-            let write = |transaction: &redb::WriteTransaction, store: &Store| {
-                let mut meta = transaction.open_table(META).unwrap();
-                meta.insert("version", store.encode(&version)?.as_slice()).unwrap();
-                meta.insert("standing", row.as_slice()).unwrap();
-                Ok(())
-            };
-            store.write("make it old", Durability::Immediate, write).unwrap();
-        };
-        version(1, codec::encode_record(&StandingV1::from(standing.clone())).unwrap());
-        for _ in 0..2 {
-            let store = Store::open(&path, || unreachable!()).unwrap();
-            assert_eq!(store.standing().unwrap(), standing);
-        }
-        version(STORE_VERSION + 1, codec::encode_record(&standing).unwrap());
-        let newer = Store::open(&path, || unreachable!());
-        assert!(matches!(newer, Err(StoreError::Newer { found, .. }) if found > STORE_VERSION));
-    }
-
-    #[test]
-    fn a_commit_survives_and_is_trimmed() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("store.redb");
-        let new = || Standing::new(Incarnation([1; 16]), false);
-        let id = |n| ObjectId::new(1, &[n]).unwrap();
-        let store = Store::open(&path, new).unwrap();
-        let mut standing = store.standing().unwrap();
-        standing.committed = BatchId(1);
-        let at = Place { within: Within::Orphans, name: Name::new(b"x").unwrap() };
-        let steps = vec![Step::Unlink { object: id(1), at }; 5000];
-        let known = Known {
-            handle: Some(id(9)),
-            kind: replicator_common::object::Kind::File,
-            position: Position::Orphan { was: None },
-            links: 1,
-            content: BatchId(1),
-        };
-        let rows = [(id(2), Some(known.clone()))];
-        let commit = Commit { steps: &steps, rows: &rows, ..Commit::default() };
-        store.commit(&mut standing, &commit).unwrap();
-        store.commit(&mut standing, &commit).unwrap();
-        assert_eq!((standing.objects, standing.orphans), (1, 1));
-        drop(store);
-        let store = Store::open(&path, || unreachable!()).unwrap();
-        assert_eq!(store.standing().unwrap(), standing);
-        assert_eq!(store.get(&id(2)).unwrap(), Some(known));
-        assert_eq!(store.orphans().unwrap().len(), 1);
-        let mut logged = Vec::new();
-        store.each_logged(|_, part| logged.extend(part)).unwrap();
-        assert_eq!(logged, steps);
-        assert_eq!(store.marked().unwrap(), None);
-        for reached in [Reached::begun, Reached::through, Reached::begun] {
-            store.forget(BatchId(1), Some(reached(BatchId(1)))).unwrap();
-        }
-        assert_eq!(store.marked().unwrap(), Some(Reached::through(BatchId(1))));
-        store.forget(BatchId(2), Some(Reached::begun(BatchId(2)))).unwrap();
-        assert_eq!(store.marked().unwrap(), Some(Reached::begun(BatchId(2))));
-        store.each_logged(|_, _| panic!("trimmed")).unwrap();
-    }
 }

@@ -19,6 +19,7 @@ pub mod disks;
 pub mod fuse;
 pub mod hosts;
 pub mod line;
+pub mod loopback;
 pub mod lossy_disk;
 pub mod manager;
 pub mod mounts;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use replicator_common::api::{Api, ApiOptions};
-use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode, Side};
+use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode, Patience, Side};
 use replicator_common::id::FileSystemId;
 use replicator_common::registry::Registry;
 use replicator_common::status::{DesiredState, FailoverReport, Status};
@@ -63,7 +63,7 @@ impl Control for Showcase {
         self.note(format!("delete {source} {mode:?}"))
     }
 
-    fn wait(&self, source: &FileSystemId, _: Duration) -> Result<Timestamp, ControlError> {
+    fn wait(&self, source: &FileSystemId, _: Patience<'_>) -> Result<Timestamp, ControlError> {
         self.note(format!("wait {source}"))
     }
 

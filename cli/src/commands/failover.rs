@@ -13,13 +13,18 @@ use crate::exit::{print, say};
 use crate::run::services;
 use crate::words;
 
-pub fn run(access: &Access, arguments: &Failover) -> anyhow::Result<()> {
+/// `access` is asked for only when a daemon is: what is wrong with it must not stand in
+/// the way of a failover that asks none.
+pub fn run(
+    access: impl FnOnce() -> anyhow::Result<Access>,
+    arguments: &Failover,
+) -> anyhow::Result<()> {
     let report = match &arguments.state_dir {
         Some(directory) => {
             let directory = destination_state(directory)?;
             services::failover_offline(&directory, arguments.source_file_system_id.as_ref())?
         }
-        None => Client::open(access)?
+        None => Client::open(&access()?)?
             .failover(&FailoverBody {
                 id: arguments.source_file_system_id.as_ref().map(ToString::to_string),
                 mode: arguments.deletion_mode.into(),

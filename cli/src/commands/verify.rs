@@ -9,7 +9,7 @@ use replicator_common::api::own::{FindingsBody, VerifyBody};
 use replicator_common::verification::{Findings, Verification};
 
 use crate::arguments::Verify;
-use crate::exit::{Differed, print_line, say};
+use crate::exit::{Differed, complain, print_line, say, shown, speaks_json};
 
 /// Between two questions.
 const POLL: Duration = Duration::from_millis(250);
@@ -24,7 +24,7 @@ pub fn run(access: &Access, arguments: &Verify) -> anyhow::Result<()> {
         bytes_per_second: arguments.rate,
     })?;
     let id = Some(begun.source_file_system_id);
-    let mut progress = Progress::new(arguments.quiet);
+    let mut progress = Progress::new(arguments.quiet || speaks_json());
     let (mut after, mut lost) = (0, 0);
     loop {
         let body = FindingsBody { id: id.clone(), pass: begun.pass, after };
@@ -46,10 +46,10 @@ pub fn run(access: &Access, arguments: &Verify) -> anyhow::Result<()> {
 fn conclude(findings: &Findings, lost: u64, quiet: bool) -> anyhow::Result<()> {
     let now = &findings.verification;
     if lost > 0 {
-        say(&format!("replicator: {lost} differences were found and could not be listed"));
+        complain(&format!("{lost} differences were found and could not be listed"));
     }
     for error in &now.errors {
-        say(&format!("replicator: {} cannot be read: {}", error.path, error.error));
+        complain(&format!("{} cannot be read: {}", error.path, error.error));
     }
     let found = now.found();
     let summary = format!(
@@ -109,7 +109,7 @@ impl Progress {
         }
         if self.terminal {
             // Back to the line's start, and what is left of the last one away.
-            eprint!("\r{line}\x1b[K");
+            eprint!("\r{}\x1b[K", shown(&line));
             self.shown = true;
         } else {
             say(&line);

@@ -1,10 +1,9 @@
 //! Source and destination behind one control: what `run`'s API serves.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode};
+use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode, Patience};
 use replicator_common::id::FileSystemId;
 use replicator_common::status::{DesiredState, FailoverReport, ReplicationStatus, Status};
 use replicator_common::time::Timestamp;
@@ -15,14 +14,27 @@ use replicator_common::verification::{Findings, PassOptions};
 pub struct Both {
     source: Arc<dyn Control>,
     destination: Arc<dyn Control>,
-    /// Deletions under way. One side's half goes before the other's: what the
-    /// other says of that meanwhile is no error.
-    deleting: AtomicUsize,
+    /// Sources whose configurations are being deleted. One side's half goes before the
+    /// other's: what the other says of that meanwhile is no error.
+    deleting: Mutex<BTreeSet<FileSystemId>>,
+}
+
+/// A deletion under way, until it is dropped.
+struct Deleting<'a>(&'a Both, FileSystemId);
+
+impl Drop for Deleting<'_> {
+    fn drop(&mut self) {
+        self.0.deleting().remove(&self.1);
+    }
 }
 
 impl Both {
     pub fn new(source: Arc<dyn Control>, destination: Arc<dyn Control>) -> Self {
-        Self { source, destination, deleting: AtomicUsize::new(0) }
+        Self { source, destination, deleting: Mutex::default() }
+    }
+
+    fn deleting(&self) -> MutexGuard<'_, BTreeSet<FileSystemId>> {
+        self.deleting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The source's status, with the destination's own report: it is in this
@@ -37,7 +49,7 @@ impl Both {
             .find(|other| other.source_file_system_id == status.source_file_system_id)
             .and_then(|other| other.destination.clone());
         status.destination = own.or(status.destination);
-        if self.deleting.load(Ordering::Relaxed) > 0 {
+        if self.deleting().contains(&status.source_file_system_id) {
             (status.status, status.status_message) = (ReplicationStatus::Deleting, None);
         }
         status
@@ -98,14 +110,17 @@ impl Control for Both {
         source: &FileSystemId,
         mode: DeletionMode,
     ) -> Result<FailoverReport, ControlError> {
-        self.deleting.fetch_add(1, Ordering::Relaxed);
-        let result = self.delete_both(source, mode);
-        self.deleting.fetch_sub(1, Ordering::Relaxed);
-        result
+        self.deleting().insert(source.clone());
+        let _deleting = Deleting(self, source.clone());
+        self.delete_both(source, mode)
     }
 
-    fn wait(&self, source: &FileSystemId, timeout: Duration) -> Result<Timestamp, ControlError> {
-        self.source.wait(source, timeout)
+    fn wait(
+        &self,
+        source: &FileSystemId,
+        patience: Patience<'_>,
+    ) -> Result<Timestamp, ControlError> {
+        self.source.wait(source, patience)
     }
 
     fn set_desired(

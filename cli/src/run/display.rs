@@ -10,7 +10,7 @@ use replicator_common::status::{Progress, Status};
 use replicator_common::time::Timestamp;
 use tracing_subscriber::fmt::MakeWriter;
 
-use crate::exit::say;
+use crate::exit::{say, shown, speaks_json};
 use crate::words::{bytes, count, rate, seconds, several, time};
 
 /// How often an initial sync is told of where there is no terminal.
@@ -33,7 +33,7 @@ struct Last {
 
 impl Display {
     pub fn new() -> Self {
-        let terminal = io::stderr().is_terminal();
+        let terminal = io::stderr().is_terminal() && !speaks_json();
         let target =
             if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         Self { bar: ProgressBar::with_draw_target(None, target), terminal, last: Mutex::new(None) }
@@ -53,7 +53,7 @@ impl Display {
     pub fn note(&self, text: &str) {
         if self.terminal {
             self.bar.set_style(plain_style());
-            self.bar.set_message(text.to_owned());
+            self.bar.set_message(shown(text).into_owned());
             self.bar.tick();
         }
     }

@@ -1,13 +1,14 @@
 //! `run --once`: ends when the replica equals the source.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use replicator_common::api::efs;
 use replicator_common::api::own::WAIT_MAX_SECONDS;
-use replicator_common::control::{Control, ControlError};
+use replicator_common::control::{Control, ControlError, Patience};
 use replicator_common::id::FileSystemId;
 use replicator_common::status::{Counters, ReplicationStatus, Shortfalls, Skipped, Status};
 use replicator_common::stop::Stop;
@@ -128,7 +129,9 @@ fn start_wait(
     let (sender, receiver) = channel();
     let wait = move || {
         // Nobody listens any more after a signal.
-        let _ = sender.send(control.wait(&id, Duration::from_secs(WAIT_MAX_SECONDS)));
+        let gone = AtomicBool::new(false);
+        let patience = Patience { time: Duration::from_secs(WAIT_MAX_SECONDS), gone: &gone };
+        let _ = sender.send(control.wait(&id, patience));
     };
     std::thread::Builder::new()
         .name("wait".to_owned())

@@ -14,7 +14,7 @@ use replicator_common::stop::Stop;
 use replicator_common::time::Timestamp;
 
 use crate::arguments;
-use crate::exit::{print, print_line, say};
+use crate::exit::{complain, print, print_line, shown};
 use screen::Screen;
 
 /// The screen is drawn at least so often, since what is heard grows old.
@@ -51,7 +51,7 @@ fn one_after_the_other(
         match client.status() {
             Ok(all) if json => print_line(&serde_json::to_string(&all)?)?,
             Ok(all) => print_line(&render::page(&all, Timestamp::now()))?,
-            Err(error) => say(&format!("replicator: {error}")),
+            Err(error) => complain(&error.to_string()),
         }
         if stop.wait_for(period) {
             return Ok(());
@@ -113,7 +113,7 @@ fn page(endpoint: &str, heard: &Heard, now: Timestamp) -> String {
     if let Some(error) = &heard.error {
         let age = heard.last.as_ref().map(|(_, then)| render::ago(*then, now));
         let age = age.map(|age| format!("; what stands here is of {age}")).unwrap_or_default();
-        lines.push(format!("NO ANSWER: {error}{age}"));
+        lines.push(format!("NO ANSWER: {}{age}", shown(error)));
     }
     if let Some((all, then)) = &heard.last {
         lines.push(String::new());

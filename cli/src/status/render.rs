@@ -9,6 +9,7 @@ use replicator_common::status::{
 use replicator_common::time::Timestamp;
 
 use super::verified;
+use crate::exit::shown;
 use crate::words::{bytes, count, rate, seconds, several, time};
 
 /// A report of the other side is called old after this.
@@ -29,7 +30,8 @@ pub(super) struct Rows(pub(super) Vec<String>);
 
 impl Rows {
     pub(super) fn add(&mut self, label: &str, value: impl AsRef<str>) {
-        self.0.push(format!("  {label:<15} {}", value.as_ref()).trim_end().to_owned());
+        let row = format!("  {label:<15} {}", shown(value.as_ref()));
+        self.0.push(row.trim_end().to_owned());
     }
 
     /// One row a value, the first with the label.
@@ -47,8 +49,10 @@ fn one(status: &Status, now: Timestamp) -> String {
         None => word.to_owned(),
     };
     let mut rows = Rows(vec![format!(
-        "{} → {}  {head}",
-        status.source_file_system_id, status.destination_file_system_id
+        "{} → {}  {}",
+        status.source_file_system_id,
+        status.destination_file_system_id,
+        shown(&head)
     )]);
     let (source, destination) = (status.source.as_ref(), status.destination.as_ref());
     rows.add("source", place(source.map(|s| (s.path.as_str(), s.time)), now));

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::{TokenIssuer, own};
-use crate::control::{Control, ControlError, CreateRequest, DeletionMode};
+use crate::control::{Control, ControlError, CreateRequest, DeletionMode, Patience};
 use crate::id::{BatchId, FileSystemId, Seq};
 use crate::registry::Registry;
 use crate::status::{
@@ -175,7 +175,13 @@ impl Control for Fake {
         mode: DeletionMode,
     ) -> Result<FailoverReport, ControlError> {
         self.check()?;
-        let Some(gone) = self.all.lock().unwrap().remove(source) else {
+        let mut all = self.all.lock().unwrap();
+        // As the services do: either end names a configuration.
+        let either = |one: &Status| {
+            [&one.source_file_system_id, &one.destination_file_system_id].contains(&source)
+        };
+        let named = all.iter().find(|(_, one)| either(one)).map(|(id, _)| id.clone());
+        let Some(gone) = named.and_then(|id| all.remove(&id)) else {
             return Err(ControlError::FileSystemNotFound(source.clone()));
         };
         self.deleted.lock().unwrap().push(mode);
@@ -195,12 +201,16 @@ impl Control for Fake {
         })
     }
 
-    fn wait(&self, source: &FileSystemId, timeout: Duration) -> Result<Timestamp, ControlError> {
+    fn wait(
+        &self,
+        source: &FileSystemId,
+        patience: Patience<'_>,
+    ) -> Result<Timestamp, ControlError> {
         self.check()?;
         if !self.all.lock().unwrap().contains_key(source) {
             return Err(ControlError::FileSystemNotFound(source.clone()));
         }
-        if timeout.is_zero() {
+        if patience.time.is_zero() {
             return Err(ControlError::TimedOut("not reached within 0 s".to_owned()));
         }
         Ok(Timestamp(1_795_248_930_250_000_000))

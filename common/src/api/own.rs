@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 use super::efs::FileSystemBody;
 use crate::control::{DeletionMode, WatcherChoice};
 
+/// Bytes a second that a pass of verification may be bound to. A slower one would never
+/// end, and none begins while one is under way.
+pub const VERIFY_RATE: std::ops::RangeInclusive<u64> = (4 << 10)..=(1 << 40);
 /// The longest wait that can be asked for, and the one without
 /// `timeout_seconds`: a day.
 pub const WAIT_MAX_SECONDS: u64 = 86_400;
@@ -126,7 +129,7 @@ pub struct VerifyBody {
     /// Puts right what differs; `true` when absent.
     #[serde(default = "yes")]
     pub repair: bool,
-    /// Bytes a second at most; absent: as fast as can be.
+    /// Bytes a second at most, within [`VERIFY_RATE`]; absent: as fast as can be.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub bytes_per_second: Option<u64>,
 }

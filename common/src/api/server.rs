@@ -1,11 +1,12 @@
 //! The HTTP shell around [`Api::perform`]: one thread of its own, bounded
 //! connections, bodies and calls at once. Calls block, so they run on blocking
-//! threads; a call whose client has gone runs to its end.
+//! threads; a call whose client has gone runs to its end, but for a wait.
 
 use std::convert::Infallible;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -27,8 +28,9 @@ use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
-use super::auth::sigv4;
+use super::auth::{local, sigv4};
 use super::events::{self, Events};
+use super::perform::Pace;
 use super::route::Needs;
 use super::{Answer, Api, ApiError, console, guard, metrics};
 use crate::net::identity::Fingerprint;
@@ -38,6 +40,8 @@ use crate::time::Timestamp;
 const CONNECTIONS: usize = 256;
 /// Calls at once, beside waits.
 const CALLS: usize = 32;
+/// Calls at once that look at operators' file systems, one of which may hang.
+const LOOKS: usize = 8;
 /// Waits at once; each holds a thread.
 const WAITS: usize = 64;
 /// The most bytes of a request's body.
@@ -46,6 +50,9 @@ const BODY_MAX: usize = 64 << 10;
 const BODY_TIME: Duration = Duration::from_secs(10);
 /// How long a client may take for its part of a TLS handshake.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
+/// How long a client may take nothing of what is sent to it, milliseconds. Also one
+/// that answers at the level of TCP: with its window shut.
+const TAKE_TIME: u32 = 30_000;
 /// How long a connection may stand without a whole head of a request.
 const HEAD_TIME: Duration = Duration::from_secs(60);
 /// After an error that is not one client's (no descriptors, say).
@@ -125,7 +132,7 @@ impl Bound {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             // One more for the status that events tell.
-            .max_blocking_threads(CALLS + WAITS + 1)
+            .max_blocking_threads(CALLS + LOOKS + WAITS + 1)
             .build()
             .map_err(ServeError::Thread)?;
         let listener = {
@@ -141,6 +148,7 @@ impl Bound {
             stopping: told,
             tls: tls.map(TlsAcceptor::from),
             calls: Arc::new(Semaphore::new(CALLS)),
+            looks: Arc::new(Semaphore::new(LOOKS)),
             waits: Arc::new(Semaphore::new(WAITS)),
         });
         let (stop, stopped) = oneshot::channel();
@@ -189,7 +197,27 @@ struct Shared {
     stopping: watch::Receiver<()>,
     tls: Option<TlsAcceptor>,
     calls: Arc<Semaphore>,
+    looks: Arc<Semaphore>,
     waits: Arc<Semaphore>,
+}
+
+/// Set when it is dropped.
+#[derive(Default)]
+struct Gone(Arc<AtomicBool>);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Default)]
+struct Caller {
+    /// His certificate, if he showed one.
+    certificate: Option<Fingerprint>,
+    /// Both ends' addresses: his and ours.
+    ends: Option<(SocketAddr, SocketAddr)>,
 }
 
 fn run(
@@ -236,12 +264,17 @@ fn run(
 async fn connection(shared: &Arc<Shared>, stream: TcpStream, watcher: Watcher) {
     // Answers are small; without, some wait for the client's acknowledgement.
     let _ = stream.set_nodelay(true);
-    let Some(tls) = &shared.tls else { return speak(shared, stream, None, watcher).await };
+    // An option of the socket that every kernel has; without it one who takes nothing
+    // holds his connection for longer.
+    let _ = rustix::net::sockopt::set_tcp_user_timeout(&stream, TAKE_TIME);
+    let ends = stream.peer_addr().ok().zip(stream.local_addr().ok());
+    let caller = Caller { certificate: None, ends };
+    let Some(tls) = &shared.tls else { return speak(shared, stream, caller, watcher).await };
     match timeout(HANDSHAKE_TIME, tls.accept(stream)).await {
         Ok(Ok(stream)) => {
             let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
             let certificate = shown.map(|certificate| Fingerprint::of(certificate));
-            speak(shared, stream, certificate, watcher).await;
+            speak(shared, stream, Caller { certificate, ..caller }, watcher).await;
         }
         Ok(Err(error)) => tracing::debug!(%error, "no TLS with a client of the API"),
         Err(_) => tracing::debug!("a client of the API ended no TLS handshake"),
@@ -252,14 +285,14 @@ async fn connection(shared: &Arc<Shared>, stream: TcpStream, watcher: Watcher) {
 async fn speak(
     shared: &Arc<Shared>,
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    certificate: Option<Fingerprint>,
+    caller: Caller,
     watcher: Watcher,
 ) {
     let service = service_fn(|request: hyper::Request<Incoming>| {
         let shared = shared.clone();
         async move {
             let request = request.map(Body::new);
-            Ok::<_, Infallible>(handle(&shared, request, certificate).await)
+            Ok::<_, Infallible>(handle(&shared, request, caller).await)
         }
     });
     let connection = http1::Builder::new()
@@ -271,12 +304,8 @@ async fn speak(
     }
 }
 
-async fn handle(
-    shared: &Arc<Shared>,
-    request: Request,
-    certificate: Option<Fingerprint>,
-) -> Response {
-    let mut response = match dispatch(shared, request, certificate).await {
+async fn handle(shared: &Arc<Shared>, request: Request, caller: Caller) -> Response {
+    let mut response = match dispatch(shared, request, caller).await {
         Ok(response) => response,
         Err(error) => {
             if error.status == 500 {
@@ -294,7 +323,7 @@ async fn handle(
 async fn dispatch(
     shared: &Arc<Shared>,
     request: Request,
-    certificate: Option<Fingerprint>,
+    caller: Caller,
 ) -> Result<Response, ApiError> {
     let options = &shared.api.options;
     let (head, body) = request.into_parts();
@@ -310,7 +339,8 @@ async fn dispatch(
         })?;
     let signed = sigv4::Request { method, target, headers: &head.headers, body: &body };
     let now = Timestamp::now();
-    let permission = options.credentials.permission(&signed, certificate.as_ref(), now)?;
+    let certificate = caller.certificate.as_ref();
+    let permission = options.credentials.permission(&signed, certificate, now)?;
     if let Some(page) = console::find(method, path) {
         return Ok(page);
     }
@@ -322,10 +352,19 @@ async fn dispatch(
         return metrics::answer(page);
     }
     let needs = Api::needs(method, target)?;
-    permission.check(needs)?;
-    let limit = if Api::is_wait(method, target) { &shared.waits } else { &shared.calls };
+    permission.check(needs, || {
+        caller.ends.is_some_and(|(peer, own)| local::is_trusted(peer, own))
+    })?;
+    let limit = match Api::pace(method, target) {
+        Pace::Waits => &shared.waits,
+        Pace::Looks => &shared.looks,
+        Pace::Answers => &shared.calls,
+    };
     let (method, target) = (method.to_owned(), target.to_owned());
-    let call = move |api: &Api| api.perform(&method, &target, &body);
+    // This is dropped when its client has gone.
+    let gone = Gone::default();
+    let seen = gone.0.clone();
+    let call = move |api: &Api| api.perform_for(&seen, &method, &target, &body);
     let answer: Answer = on_a_thread(shared, limit, call).await?;
     if needs == Needs::Change {
         shared.events.changed();

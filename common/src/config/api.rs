@@ -83,6 +83,11 @@ impl ApiConfig<'_> {
                 "api = \"{api}\" can be reached from other hosts: set api_tls = true and give an [[api_key]] or [[api_client]], or use a loopback address"
             ));
         }
+        let looking = self.keys.iter().all(|key| key.read_only)
+            && self.clients.iter().all(|client| client.read_only);
+        if looking && !(self.keys.is_empty() && self.clients.is_empty()) {
+            return Err("each [[api_key]] and [[api_client]] is read_only: nobody could fail over; add an [[api_key]] without it".to_owned());
+        }
         if self.certificate.is_some() != self.private_key.is_some() {
             return Err("api_certificate and api_private_key go together".to_owned());
         }

@@ -5,9 +5,10 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::fs::Access;
 use rustix::process::{Pid, Signal, kill_process_group};
 
-use super::{Channel, Event};
+use super::{Channel, Event, NotifyError};
 use crate::config::NotifyConfig;
 
 /// Between two looks whether it has ended.
@@ -23,6 +24,18 @@ impl Command {
     pub(super) fn new(config: &NotifyConfig) -> Option<Self> {
         (!config.command.is_empty())
             .then(|| Self { words: config.command.clone(), time: config.command_timeout.get() })
+    }
+
+    /// Whether there is such a program. (One without a slash is looked for when it is
+    /// run.)
+    pub(super) fn check(config: &NotifyConfig) -> Result<(), NotifyError> {
+        let Some(program) = config.command.first().filter(|word| word.contains('/')) else {
+            return Ok(());
+        };
+        rustix::fs::access(program.as_str(), Access::EXEC_OK).map_err(|error| {
+            let reason = format!("cannot be run: {error}");
+            NotifyError::Invalid { path: program.into(), reason }
+        })
     }
 
     fn spawn(&self, event: &Event) -> Result<Child, String> {

@@ -83,7 +83,8 @@ impl Notifier {
     /// # Errors
     /// When one of them cannot be used.
     pub fn check(config: &NotifyConfig) -> Result<(), NotifyError> {
-        webhook::Webhook::open(config).map(drop)
+        webhook::Webhook::open(config)?;
+        command::Command::check(config)
     }
 
     /// Tells of what `control` lists from now on, as `config` says; nothing
@@ -97,6 +98,7 @@ impl Notifier {
         side: Side,
     ) -> Result<Self, NotifyError> {
         let mut notifier = Self::default();
+        command::Command::check(config)?;
         if let Some(webhook) = webhook::Webhook::open(config)? {
             notifier.add(webhook)?;
         }

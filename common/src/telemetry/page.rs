@@ -2,14 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use super::series::SOURCE;
+use super::series::{DESTINATION, SOURCE};
 use crate::status::Status;
 
 /// One page of the parts' metrics, ordered by name, without the series of
 /// configurations that are not in `all`.
 pub fn compose(parts: &[&str], all: &[Status]) -> String {
-    let known: Vec<String> =
-        all.iter().map(|status| marker(status.source_file_system_id.as_str())).collect();
+    let pair = |status: &Status| {
+        let source = marker(SOURCE, status.source_file_system_id.as_str());
+        [source, marker(DESTINATION, status.destination_file_system_id.as_str())]
+    };
+    let known: Vec<_> = all.iter().map(pair).collect();
     let mut families: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for part in parts {
         let mut family = "";
@@ -41,18 +44,15 @@ fn described(line: &str) -> Option<&str> {
     rest.split(' ').next()
 }
 
-/// A series of no configuration, or of one that there is.
-fn is_shown(line: &str, known: &[String]) -> bool {
-    if line.starts_with('#') || !line.contains(&marker_start()) {
+/// A series of no configuration, or of one that there is. (A source may be in another
+/// with the same id, and another replica.)
+fn is_shown(line: &str, known: &[[String; 2]]) -> bool {
+    if line.starts_with('#') || !line.contains(&format!("{SOURCE}=\"")) {
         return true;
     }
-    known.iter().any(|id| line.contains(id.as_str()))
+    known.iter().any(|pair| pair.iter().all(|label| line.contains(label.as_str())))
 }
 
-fn marker_start() -> String {
-    format!("{SOURCE}=\"")
-}
-
-fn marker(id: &str) -> String {
-    format!("{}{id}\"", marker_start())
+fn marker(label: &str, id: &str) -> String {
+    format!("{label}=\"{id}\"")
 }

@@ -83,6 +83,10 @@ fn of_a_deleted_configuration_nothing_is_left() {
     let labels = [label(&kept), "le=\"0.25\"".to_owned()];
     let bucket = value(&one, "replicator_source_batch_seconds_bucket", &[&labels[0], &labels[1]]);
     assert_eq!(bucket, Some(1.0));
+    // The source in another configuration, with another replica.
+    let another = Status { destination_file_system_id: id(0xa3), ..kept.clone() };
+    let again = page(std::slice::from_ref(&another), Timestamp(0));
+    assert!(!again.contains(kept.destination_file_system_id.as_str()), "{again}");
     let none = page(&[], Timestamp(0));
     assert!(!none.contains(id(0xa1).as_str()));
     assert_eq!(value(&none, "replicator_configurations", &[]), Some(0.0));

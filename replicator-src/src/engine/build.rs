@@ -11,6 +11,7 @@ use replicator_common::pulse;
 use super::commit::dropped_by;
 use super::halt::Leaving;
 use super::held::{ReadyFile, Transfer};
+use super::tails::Tail;
 use super::{Engine, EngineError, ended};
 use crate::index::{Content, Known, View};
 use crate::journal::Record;
@@ -437,6 +438,7 @@ impl Engine {
         for (object, placed) in draft.placed {
             self.discard_file(placed.number, &placed.file);
             if let Some(held) = self.holds.get_mut(&object) {
+                held.tail.iter_mut().for_each(Tail::lose);
                 held.transfer = Transfer::Waiting;
                 held.due = Instant::now();
             } else {

@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 
 use replicator_common::id::{ObjectId, TransferId};
 use replicator_common::name::Name;
+use replicator_common::pulse;
 use replicator_common::status::DesiredState;
 use replicator_common::time::Timestamp;
 
 use super::held::{Held, ReadyFile, Transfer};
 use super::tails::{Tail, appended_to};
 use super::{Engine, EngineError, Event};
-use crate::index::{Known, View};
+use crate::index::{Content, Known, View};
 use crate::journal::Record;
 use crate::plan::waits::is_touched;
 use crate::plan::{Hold, HoldReason, Listing, Lookup, Resolve, Tree};
@@ -133,7 +134,11 @@ impl Engine {
                     let due = now + delay;
                     let (touched, whole) = (false, false);
                     let large = matches!(hold.reason, HoldReason::Large { .. });
-                    let tail = (large && !walking).then(|| Tail::new(now));
+                    let known = || self.index.object(&object).ok().flatten();
+                    let cut = |known: Known| matches!(known.content, Content::Chunks { .. });
+                    // What is not known has not grown.
+                    let may_have_grown = large && !walking && known().is_some_and(cut);
+                    let tail = may_have_grown.then(|| Tail::new(now));
                     let held = Held { hold, floor, since, due, transfer, touched, whole, tail };
                     self.holds.insert(object, held);
                 }
@@ -584,6 +589,11 @@ impl Engine {
         self.arrived.clear();
         let mut void = Vec::new();
         for held in self.holds.values_mut() {
+            if !matches!(held.transfer, Transfer::Waiting)
+                && let Some(tail) = &mut held.tail
+            {
+                tail.lose();
+            }
             void.push(std::mem::replace(&mut held.transfer, Transfer::Waiting));
             held.due = Instant::now();
         }
@@ -625,7 +635,8 @@ fn next_due(
 /// Tells the destination to forget a transfer. An error means that the session
 /// is gone, and the transfer with it.
 pub(super) fn abort(session: &crate::session::Session, number: TransferId) {
-    let _ = session.sink.abort(number);
+    // (It waits while the network, or the destination, takes nothing.)
+    let _ = pulse::waiting(|| session.sink.abort(number));
 }
 
 #[cfg(test)]

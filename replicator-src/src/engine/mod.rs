@@ -48,7 +48,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, select};
+use crossbeam_channel::{Receiver, Sender};
 use replicator_common::crashsafe::StateFileError;
 use replicator_common::describe::Description;
 use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq, TransferId};
@@ -77,8 +77,6 @@ use halt::Halt;
 use held::Held;
 use state::Shared;
 
-/// How often status is refreshed.
-const REFRESH: Duration = Duration::from_millis(200);
 /// How often the destination gets our report.
 const REPORT: Duration = Duration::from_millis(500);
 
@@ -464,11 +462,14 @@ impl Engine {
         // What went wrong with a source that is not there went wrong because of
         // that.
         if let Err(error) = self.run_loop() {
-            if self.opener.root().still_there() {
-                return Err(error);
+            let vanished = !self.opener.root().still_there();
+            if vanished {
+                self.vanish(&error.to_string());
             }
-            self.vanish(&error.to_string());
-            return Ok(Ended::Vanished);
+            // Those who read for it end with it: they must not hold up the end, which
+            // is to be told, for as long as a large file takes on a slow line.
+            self.session = None;
+            return if vanished { Ok(Ended::Vanished) } else { Err(error) };
         }
         if self.handing_over {
             return Ok(Ended::Stopped(self.leave()?.map(Box::new)));
@@ -527,45 +528,6 @@ impl Engine {
             self.publish();
         }
         Ok(())
-    }
-
-    fn wait(&self) -> Option<Event> {
-        if self.may_build() {
-            return None;
-        }
-        if let Some(until) = self.paused() {
-            // What is captured meanwhile is taken in then, all at once.
-            return self.inbox.recv_deadline(until).ok();
-        }
-        let patience = self.patience();
-        select! {
-            recv(self.inbox) -> event => event.ok(),
-            recv(self.captured) -> _ => None,
-            default(patience) => None,
-        }
-    }
-
-    /// How long nothing needs doing unless something happens.
-    fn patience(&self) -> Duration {
-        let heartbeat = self.settings.heartbeat.saturating_sub(self.last_build.elapsed());
-        // While nothing may be built, or an acknowledgement is due first, the
-        // heartbeat's time comes and goes without anything to do.
-        let idle = !self.is_ready() || !self.in_flight.is_empty();
-        let pulse = if self.told_rest && self.rests() { self.report_due() } else { REFRESH };
-        let pulse = if idle { pulse } else { heartbeat.min(pulse) };
-        let waiting = self.next_hold().into_iter().chain(self.next_recall());
-        let waiting = waiting.chain(self.next_tail());
-        waiting.fold(pulse, Duration::min).max(Duration::from_millis(1))
-    }
-
-    /// Whether nothing waits, here or at the destination: once status says so, it
-    /// says next what it says now, and the report is soon enough for its clock.
-    fn rests(&self) -> bool {
-        self.session.is_some()
-            && self.gap.is_none()
-            && self.holds.is_empty()
-            && self.dirty.is_empty()
-            && self.in_flight.is_empty()
     }
 
     fn apply(&mut self, event: Event) -> Result<(), EngineError> {

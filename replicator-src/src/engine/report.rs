@@ -9,8 +9,9 @@ use replicator_common::time::Timestamp;
 use replicator_common::wire::SourceMessage;
 
 use super::held::Transfer;
+use super::pace::REFRESH;
 use super::state::Facts;
-use super::{Engine, REFRESH, REPORT};
+use super::{Engine, REPORT};
 use crate::index::View;
 use crate::plan::{HoldReason, Skip};
 

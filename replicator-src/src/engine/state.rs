@@ -4,9 +4,11 @@
 //! service and the link read it. Waiting for a watermark is done here.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use replicator_common::control::Patience;
 use replicator_common::id::{BatchId, Edition, FileSystemId, Incarnation, TransferId};
 use replicator_common::net::clock::{Estimate, Exchange};
 use replicator_common::status::{
@@ -29,6 +31,8 @@ use crate::session::Session;
 const EXAMPLES: usize = 100;
 /// Over how long rates are computed.
 const RATE_SPAN: Duration = Duration::from_secs(5);
+/// How often it is looked whether somebody still waits.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Shared by the engine, the service and the link.
 pub struct Shared {
@@ -486,9 +490,13 @@ impl Shared {
 
     /// Waits until a batch is in the replica whose barrier was drawn after the
     /// internal moment `moment`, with nothing held from before; the watermark
-    /// then. `None` when the time is up, an error when replication has ended.
-    pub fn wait(&self, moment: Timestamp, timeout: Duration) -> Option<Result<Timestamp, String>> {
-        let deadline = Instant::now() + timeout;
+    /// then. `None` when patience has ended, an error when replication has.
+    pub fn wait(
+        &self,
+        moment: Timestamp,
+        patience: Patience<'_>,
+    ) -> Option<Result<Timestamp, String>> {
+        let deadline = Instant::now() + patience.time;
         let mut inner = self.lock();
         loop {
             if inner.reached >= moment {
@@ -502,7 +510,10 @@ impl Shared {
                 return Some(Err("the replication configuration is being deleted".to_owned()));
             }
             let left = deadline.checked_duration_since(Instant::now())?;
-            let waited = self.moved.wait_timeout(inner, left);
+            if patience.gone.load(Ordering::Relaxed) {
+                return None;
+            }
+            let waited = self.moved.wait_timeout(inner, left.min(LOOK));
             inner = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
@@ -605,7 +616,7 @@ impl Meter {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicI64, Ordering};
+    use std::sync::atomic::AtomicI64;
 
     use super::*;
     use crate::clock::Wall;

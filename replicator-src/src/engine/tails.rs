@@ -84,6 +84,11 @@ impl Tail {
         self.changed && file.tail.is_some()
     }
 
+    /// What was under way is lost with its session.
+    pub(super) fn lose(&mut self) {
+        self.wanted = true;
+    }
+
     /// It is to be read as a whole.
     pub(super) fn fail(&mut self) {
         self.failed = true;
@@ -197,6 +202,8 @@ impl Engine {
             return None;
         }
         let now = Instant::now();
+        // The end of one is an event.
+        let room = self.tails_running() < TAILS;
         let each = self.holds.iter().filter_map(|(object, held)| {
             let tail = held.tail.as_ref().filter(|tail| !tail.failed)?;
             if self.is_in_flight(tail.placed) {
@@ -204,7 +211,7 @@ impl Engine {
             }
             let waits = matches!(held.transfer, Transfer::Waiting);
             let next = match tail.wanted || tail.compared.is_some() {
-                true if waits => Some(tail.due),
+                true if waits && room => Some(tail.due),
                 _ => None,
             };
             let comparison = self.comparison_due(object, tail).filter(|_| waits);
@@ -239,7 +246,7 @@ impl Engine {
                 continue;
             }
             if (tail.wanted || tail.compared.is_some()) && tail.due <= now {
-                ship.push(object.clone());
+                ship.push((tail.due, object.clone()));
             }
             let due = self.comparison_due(object, tail).filter(|due| *due <= now);
             if let Some(due) = due.filter(|due| compare.as_ref().is_none_or(|(one, _)| due < one)) {
@@ -250,13 +257,19 @@ impl Engine {
         if let Some((_, object)) = compare {
             self.start_comparison(object)?;
         }
-        for object in ship {
-            let running = self.running.keys().filter(|number| number.0 & APPENDED != 0);
-            if running.count() < TAILS {
-                self.start_tail(object)?;
+        // INVARIANT: so none starves, however many others grow all the time.
+        ship.sort();
+        for (_, object) in ship {
+            if self.tails_running() >= TAILS {
+                break;
             }
+            self.start_tail(object)?;
         }
         Ok(())
+    }
+
+    fn tails_running(&self) -> usize {
+        self.running.keys().filter(|number| number.0 & APPENDED != 0).count()
     }
 
     /// A file as the replica has it, if it may just have grown; else it is read as a
@@ -310,7 +323,7 @@ impl Engine {
             return Ok(());
         };
         let Some(tail) = &mut held.tail else { return Ok(()) };
-        let (appended, compared) = (appended_to(tail, &known), tail.compared.take());
+        let (appended, compared) = (appended_to(tail, &known), tail.compared);
         (tail.wanted, held.touched) = (false, false);
         let basis = Some(object.clone());
         held.transfer = Transfer::Running { number: transfer, basis };

@@ -114,11 +114,11 @@ pub struct Delta {
 }
 
 impl Delta {
-    /// Chunk lists that came with it: garbage when it is given up.
-    pub fn new_lists(&self) -> Vec<u64> {
+    /// Chunk lists that may have come with it: garbage when it is given up, unless the
+    /// index names them. (One that a comparison wrote anew is of an older version.)
+    pub fn lists(&self) -> Vec<u64> {
         let known = self.objects.iter().filter_map(|(_, known)| known.as_ref());
         known
-            .filter(|known| known.version == self.mark.batch)
             .filter_map(|known| match known.content {
                 Content::Chunks { list, .. } => Some(list),
                 Content::None | Content::Whole(_) | Content::Symlink(_) => None,

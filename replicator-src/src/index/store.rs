@@ -26,6 +26,7 @@
 //! fsync a batch. Chunk lists are written before, without one: the same fsync
 //! covers them.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use redb::{
@@ -357,7 +358,7 @@ impl Store {
     /// appended to a file changes its version, and not its list.)
     fn unused(&self, write: &WriteTransaction, lost: &Delta) -> Result<Vec<u64>, IndexError> {
         let objects = write.open_table(OBJECTS).map_err(failed(&self.path))?;
-        let mut lists = lost.new_lists();
+        let mut lists: BTreeSet<u64> = lost.lists().into_iter().collect();
         for (object, _) in &lost.objects {
             let Some(row) = objects.get(object.as_bytes()).map_err(failed(&self.path))? else {
                 continue;
@@ -365,10 +366,10 @@ impl Store {
             if let Content::Chunks { list, .. } =
                 self.decode::<Known>("objects", row.value())?.content
             {
-                lists.retain(|new| *new != list);
+                lists.remove(&list);
             }
         }
-        Ok(lists)
+        Ok(lists.into_iter().collect())
     }
 
     pub(super) fn drop_pending(

@@ -8,6 +8,7 @@
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -109,9 +110,16 @@ pub enum LaneError {
     Read(#[from] Errno),
 }
 
-/// Sends one large file. Returns when all frames are queued.
-pub fn send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Done, LaneError> {
-    match try_send(opener, store, sink, job) {
+/// Sends one large file. Returns when all frames are queued, or soon after it is to
+/// `stop`.
+pub fn send(
+    opener: &Opener,
+    store: &Store,
+    sink: &Sink,
+    job: &Job,
+    stop: &AtomicBool,
+) -> Result<Done, LaneError> {
+    match try_send(opener, store, sink, job, stop) {
         Err(LaneError::Read(Errno::STALE | Errno::NOENT)) => {
             abort(sink, job)?;
             Ok(Done::Gone)
@@ -128,7 +136,13 @@ fn abort(sink: &Sink, job: &Job) -> Result<(), SinkError> {
     sink.abort(job.transfer)
 }
 
-fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Done, LaneError> {
+fn try_send(
+    opener: &Opener,
+    store: &Store,
+    sink: &Sink,
+    job: &Job,
+    stop: &AtomicBool,
+) -> Result<Done, LaneError> {
     let fd = match opener.open_content(&job.object, job.hint.as_ref())? {
         Opened::Here(fd) => fd,
         Opened::Gone => return Ok(Done::Gone),
@@ -151,7 +165,7 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     let sent = if basis.is_none() && !changed_since_kept(job, &before) {
         Some(stream_whole(fd, &before, average, job, &mut out)?)
     } else {
-        delta(fd, &before, basis.as_ref(), average, job, &mut out)?
+        delta((fd, &before), basis.as_ref(), average, (job, stop), &mut out)?
     };
     let Some(chunks) = sent else {
         let (known, moving) = unchanged(fd, job, read_at, &before)?;
@@ -292,18 +306,18 @@ fn stream_whole(
 /// Sends what neither the basis nor staging has. `None` when nothing differs
 /// from the object's own content.
 fn delta(
-    fd: BorrowedFd<'_>,
-    stat: &Stat,
+    (fd, stat): (BorrowedFd<'_>, &Stat),
     basis: Option<&Basis>,
     average: u32,
-    job: &Job,
+    (job, stop): (&Job, &AtomicBool),
     out: &mut Out<'_>,
 ) -> Result<Option<Vec<Chunk>>, LaneError> {
     let mut chunks = Vec::new();
     let expected = basis.map(|basis| Expected::new(&basis.chunks));
     each_chunk(fd, stat, average, expected.as_ref(), |chunk, _| {
         chunks.push(chunk);
-        Ok(())
+        // Nothing is sent meanwhile that would tell that the session has ended.
+        if stop.load(Ordering::Relaxed) { Err(SinkError::Closed.into()) } else { Ok(()) }
     })?;
     let own = basis.is_some_and(|basis| basis.own);
     if own

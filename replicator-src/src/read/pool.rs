@@ -1,6 +1,7 @@
 //! The threads that read: some for small objects, one for large files, one for what
 //! was appended to such, one that compares them.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -10,7 +11,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::pulse;
 use replicator_common::sys::quiet;
-use replicator_common::wire::DataFrame;
+use replicator_common::wire::{DataFrame, PACK_MAX};
 use rustix::io::Errno;
 
 use super::kept::KeptObjects;
@@ -127,7 +128,7 @@ pub struct Pool {
     large: Option<Sender<LargeJob>>,
     tails: Option<Sender<TailJob>>,
     comparisons: Option<Sender<CompareJob>>,
-    /// Comparisons end: nobody waits for them any more.
+    /// What only reads ends: nobody waits for it any more.
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -144,6 +145,7 @@ impl Pool {
         // The engine bounds the transfers under way; sending must not block it.
         let (large, large_jobs) = unbounded::<LargeJob>();
         let mut threads = Vec::new();
+        let stop = Arc::new(AtomicBool::new(false));
         for number in 0..readers.max(1) {
             let (jobs, opener) = (small_jobs.clone(), opener.clone());
             let builder = std::thread::Builder::new().name(format!("read-{number}"));
@@ -151,8 +153,9 @@ impl Pool {
         }
         for number in 0..lanes.max(1) {
             let (jobs, opener, store) = (large_jobs.clone(), opener.clone(), store.clone());
+            let stop = stop.clone();
             let builder = std::thread::Builder::new().name(format!("lane-{number}"));
-            threads.push(builder.spawn(move || read_large(&jobs, &opener, &store))?);
+            threads.push(builder.spawn(move || read_large(&jobs, &opener, &store, &stop))?);
         }
         let (tails, tail_jobs) = unbounded::<TailJob>();
         let builder = std::thread::Builder::new().name("tail".to_owned());
@@ -161,7 +164,6 @@ impl Pool {
             move || read_tails(&tail_jobs, &opener, &store)
         })?);
         let (comparisons, compare_jobs) = unbounded::<CompareJob>();
-        let stop = Arc::new(AtomicBool::new(false));
         let builder = std::thread::Builder::new().name("compare".to_owned());
         threads.push(builder.spawn({
             let (opener, store, stop) = (opener.clone(), store.clone(), stop.clone());
@@ -250,8 +252,12 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
         let objects = std::mem::take(pack);
         job.sink.pack(&DataFrame::Pack { batch: job.batch, objects })
     };
-    let opened = job.items.chunks(AHEAD).flat_map(|items| open(items, opener));
-    for (item, opened) in job.items.iter().zip(opened) {
+    let mut ahead = VecDeque::new();
+    for (at, item) in job.items.iter().enumerate() {
+        if ahead.is_empty() {
+            ahead.extend(open(&job.items[at..job.items.len().min(at + AHEAD)], opener));
+        }
+        let opened = ahead.pop_front().unwrap_or_else(|| small::open(opener, item));
         let reading = small::read(opener, &job.kept, (item, opened), job.batch, job.version);
         report.outcomes.push((item.object.clone(), reading.outcome));
         report.packed += u64::from(reading.packed.is_some());
@@ -265,6 +271,9 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
             None => {}
         }
         if filled >= PACK_BYTES {
+            // That may take as long as the network does. Whoever holds a file open
+            // holds its room, should it be deleted.
+            ahead.clear();
             flush(&mut pack)?;
             filled = 0;
         }
@@ -279,20 +288,22 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
     Ok(report)
 }
 
-/// Opens objects that are read one after the other. The disk reads the others while
-/// the first is waited for, hashed and packed.
+/// Opens objects that are read one after the other, up to one that is known to be
+/// large. The disk reads the others while the first is waited for, hashed and packed.
 fn open(items: &[Item], opener: &Opener) -> Vec<Result<Opened, Errno>> {
-    let opened: Vec<_> = items.iter().map(|item| small::open(opener, item)).collect();
+    let large = |item: &&Item| item.known.as_ref().is_some_and(|k| k.state.size > PACK_MAX);
+    let several = items.iter().take_while(|item| !large(item));
+    let opened: Vec<_> = several.map(|item| small::open(opener, item)).collect();
     for (item, opened) in items.iter().zip(&opened).skip(1) {
         small::announce(item, opened);
     }
     opened
 }
 
-fn read_large(jobs: &Receiver<LargeJob>, opener: &Opener, store: &Store) {
+fn read_large(jobs: &Receiver<LargeJob>, opener: &Opener, store: &Store, stop: &AtomicBool) {
     for LargeJob { mut job, sink, reply } in jobs {
         let start = Instant::now();
-        let done = lane::send(opener, store, &sink, &job);
+        let done = lane::send(opener, store, &sink, &job, stop);
         job.took = start.elapsed();
         reply(job, done);
     }

@@ -177,7 +177,11 @@ pub struct Compared {
 pub fn send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Done, LaneError> {
     match try_send(opener, store, sink, job) {
         // Reading it as a whole tells what it is.
-        Err(LaneError::Read(_)) => Ok(Done::Otherwise),
+        Err(LaneError::Read(_)) => {
+            // What was begun; of what was not, the destination knows nothing.
+            sink.abort(job.transfer)?;
+            Ok(Done::Otherwise)
+        }
         result => result,
     }
 }

@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use replicator_common::ancestry;
 use replicator_common::config::is_region;
-use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode, Side};
+use replicator_common::control::{
+    Control, ControlError, CreateRequest, DeletionMode, Patience, Side,
+};
 use replicator_common::crashsafe::{self, Format, StateFileError};
 use replicator_common::id::FileSystemId;
 use replicator_common::lock::{LockError, StateLock};
@@ -422,13 +424,17 @@ impl Control for SourceService {
         Ok(report)
     }
 
-    fn wait(&self, source: &FileSystemId, timeout: Duration) -> Result<Timestamp, ControlError> {
+    fn wait(
+        &self,
+        source: &FileSystemId,
+        patience: Patience<'_>,
+    ) -> Result<Timestamp, ControlError> {
         let begun = Instant::now();
         let replication = self.get(source)?;
         // Before the engine is told, so that the barrier comes after.
         let asked = replication.shared().clock().now();
         replication.nudge_for_wait();
-        match replication.shared().wait(asked, timeout) {
+        match replication.shared().wait(asked, patience) {
             Some(Ok(watermark)) => {
                 replication.refresh();
                 Ok(watermark)

@@ -3,9 +3,10 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use replicator_common::status::{Counters, Skipped};
+use replicator_tests::hosts::{Hosts, Side};
 use replicator_tests::mounts::FileSystem::Ext4;
 use replicator_tests::process::Daemon;
 use replicator_tests::scenario::{Layout, Pair, patience};
@@ -33,7 +34,7 @@ fn bytes_changed_are_the_users_and_bytes_shipped_the_networks() {
     fs::write(root.join("text"), "the same words again\n".repeat(5000)).unwrap();
     let (changed, shipped) = since(&before, &daemon);
     assert_eq!(changed, 105_000, "a small file counts with its length");
-    assert!((1..20_000).contains(&shipped), "it travels compressed: {shipped}");
+    assert_eq!(shipped, 105_000, "what stays on the host is not compressed");
 
     let before = daemon.counters();
     let size = 4u64 << 20;
@@ -56,6 +57,36 @@ fn bytes_changed_are_the_users_and_bytes_shipped_the_networks() {
     fs::rename(root.join("text.new"), root.join("text")).unwrap();
     let (changed, _) = since(&before, &daemon);
     assert_eq!(changed, 105_000, "a rename changes nothing, a new small file is new");
+}
+
+#[test]
+fn what_leaves_the_host_travels_compressed() {
+    let hosts = Hosts::enrolled();
+    hosts.await_enabled(Side::Source);
+    hosts.settle(&"at first");
+    let before = hosts.shipped();
+    fs::write(hosts.source().join("text"), "the same words again\n".repeat(5000)).unwrap();
+    hosts.settle(&"with a text");
+    let shipped = hosts.shipped() - before;
+    assert!((1..20_000).contains(&shipped), "{shipped} for 105,000 bytes");
+}
+
+/// However short it takes to build a batch, each takes what changed in a moment.
+#[test]
+fn changes_that_go_on_share_batches() {
+    let pair = Pair::alone(Layout::Two(Ext4, Ext4));
+    let daemon = pair.start_enabled("fanotify");
+    pair.settle(&daemon, &"at first");
+    let (before, start) = (daemon.counters().batches, Instant::now());
+    for number in 0..1000 {
+        fs::write(pair.source().join(format!("file-{}", number % 100)), [0; 100]).unwrap();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let batches = daemon.counters().batches - before;
+    // One each 10 ms; and what was under way when counting began.
+    let most = start.elapsed().as_millis() as u64 / 10 + 3;
+    assert!((2..=most).contains(&batches), "{batches} batches, {most} at most");
+    pair.settle(&daemon, &"in the end");
 }
 
 fn special(path: &Path, kind: FileType) {

@@ -2,6 +2,7 @@
 //! linked once and what waits in one test leaves the machine to the others (see
 //! `replicator_tests::serial`).
 
+mod access;
 mod appends;
 mod aws_clients;
 mod bad_disks;
@@ -11,6 +12,7 @@ mod clock_steps;
 mod console;
 mod deploy;
 mod disks;
+mod fail_back;
 mod failover_faults;
 mod figures;
 mod file_systems;

@@ -2,57 +2,18 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use replicator_tests::binary;
+use replicator_tests::loopback::{Site, replicate};
 use replicator_tests::mounts::Scratch;
-use replicator_tests::process::{Daemon, free_port, run_to_end};
+use replicator_tests::process::{free_port, run_to_end};
 use replicator_tests::receiver::Receiver;
 use replicator_tests::scenario::patience;
 use replicator_tests::serial;
 use serde_json::{Value, json};
-
-/// A daemon of each kind on loopback.
-struct Daemons {
-    scratch: Scratch,
-    listen: u16,
-}
-
-impl Daemons {
-    fn path(&self, name: &str) -> PathBuf {
-        self.scratch.path().join(name)
-    }
-
-    fn config(&self, name: &str, api: u16, more: &str) -> PathBuf {
-        let path = self.path(&format!("{name}.toml"));
-        let state = self.path(&format!("{name}.state"));
-        let text = format!("state_dir = {state:?}\napi = \"127.0.0.1:{api}\"\n{more}");
-        fs::write(&path, text).unwrap();
-        path
-    }
-
-    fn destination(&self, api: u16) -> Daemon {
-        let listen = self.listen;
-        let more = format!("listen = \"127.0.0.1:{listen}\"\nadvertise = \"127.0.0.1:{listen}\"\n");
-        serve(binary::replicator_dst(), &self.config("destination", api, &more), api)
-    }
-
-    fn source(&self, api: u16, notify: &str) -> Daemon {
-        let config = self.config("source", api, &format!("watcher = \"inotify\"\n{notify}"));
-        serve(binary::replicator_src(), &config, api)
-    }
-}
-
-fn serve(program: &Path, config: &Path, api: u16) -> Daemon {
-    let mut command = Command::new(program);
-    command.args(["serve", "--config"]).arg(config);
-    let endpoint = format!("http://127.0.0.1:{api}");
-    let mut daemon = Daemon::spawn(command, &endpoint, &config.with_extension("log"));
-    daemon.wait_ready();
-    daemon
-}
 
 fn hmac(secret: &str, file: &Path) -> String {
     // Not our own code: an oracle.
@@ -65,7 +26,8 @@ fn hmac(secret: &str, file: &Path) -> String {
 #[test]
 fn a_lag_and_its_end_reach_the_webhook_and_the_command() {
     let _share = serial::share();
-    let daemons = Daemons { scratch: Scratch::new("notify"), listen: free_port() };
+    let scratch = Scratch::new("notify");
+    let daemons = Site::new(scratch.path());
     let (source, replica) = (daemons.path("tree"), daemons.path("replica"));
     fs::create_dir(&source).unwrap();
     fs::write(source.join("file"), "content").unwrap();
@@ -88,10 +50,7 @@ fn a_lag_and_its_end_reach_the_webhook_and_the_command() {
     let (source_api, destination_api) = (free_port(), free_port());
     let destination = daemons.destination(destination_api);
     let mut source_daemon = daemons.source(source_api, &notify);
-    let body = json!({ "replica": replica });
-    let token = destination.request("POST", "/replicator/v1/tokens", Some(body)).unwrap();
-    let body = json!({ "source": source, "token": token["Token"] });
-    source_daemon.request("POST", "/replicator/v1/replications", Some(body)).unwrap();
+    replicate(&source_daemon, &source, &destination, &replica);
     source_daemon.wait_enabled(patience());
 
     // A lag of three seconds that lasts one: the destination is away.
@@ -144,6 +103,40 @@ fn a_lag_and_its_end_reach_the_webhook_and_the_command() {
     assert!(destination.terminate().success());
 }
 
+/// A source that is not there, and one whose replica was failed over without it.
+#[test]
+fn a_halt_its_end_and_an_error_reach_the_webhook() {
+    let _share = serial::share();
+    let scratch = Scratch::new("notify-halt");
+    let daemons = Site::new(scratch.path());
+    let (source, replica) = (daemons.path("tree"), daemons.path("replica"));
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("file"), "content").unwrap();
+    let receiver = Receiver::start(0);
+    let notify = format!("[notify]\nwebhook = {:?}\nhold = \"0s\"\n", receiver.url());
+    let (source_api, destination_api) = (free_port(), free_port());
+    let destination = daemons.destination(destination_api);
+    let mut source_daemon = daemons.source(source_api, &notify);
+    replicate(&source_daemon, &source, &destination, &replica);
+    source_daemon.wait_enabled(patience());
+
+    let away = daemons.path("away");
+    fs::rename(&source, &away).unwrap();
+    let halted = receiver.wait_for("a halt", |event| event["Event"] == "HALTED").json();
+    assert_eq!((&halted["Status"], &halted["Side"]), (&json!("HALTED"), &json!("source")));
+    assert!(halted["Message"].as_str().is_some_and(|message| !message.is_empty()), "{halted}");
+    fs::rename(&away, &source).unwrap();
+    let over = receiver.wait_for("its end", |event| event["Event"] == "RECOVERED").json();
+    assert_eq!(over["RecoveredFrom"], "HALTED", "{over}");
+
+    let body = json!({ "mode": "LOCAL_CONFIGURATION_ONLY" });
+    destination.request("POST", "/replicator/v1/failover", Some(body)).unwrap();
+    let error = receiver.wait_for("an error", |event| event["Event"] == "ERROR").json();
+    assert_eq!(error["Status"], "ERROR", "{error}");
+    assert!(source_daemon.terminate().success());
+    assert!(destination.terminate().success());
+}
+
 #[test]
 fn the_configurations_check_reads_what_it_names() {
     let scratch = Scratch::new("notify-check");
@@ -164,4 +157,8 @@ fn the_configurations_check_reads_what_it_names() {
     fs::write(scratch.path().join("missing"), "key").unwrap();
     let shown = check().success().json();
     assert!(!shown.to_string().contains("\"key\""), "the secret is not shown: {shown}");
+    fs::write(&config, "[notify]\ncommand = [\"/nonexistent/pager\"]\n").unwrap();
+    let ended = check();
+    assert_eq!(ended.code, Some(1), "{ended:#?}");
+    assert!(ended.stderr.contains("/nonexistent/pager: cannot be run"), "{ended:#?}");
 }

@@ -82,7 +82,7 @@ impl Control for Side {
         })
     }
 
-    fn wait(&self, _: &FileSystemId, _: Duration) -> Result<Timestamp, ControlError> {
+    fn wait(&self, _: &FileSystemId, _: Patience<'_>) -> Result<Timestamp, ControlError> {
         Ok(Timestamp(1))
     }
 

@@ -1,10 +1,13 @@
 //! Who may ask: access keys, by which requests are signed, and certificates of
 //! clients. Pure.
 //!
-//! An API without credentials answers everybody, and so listens on loopback
-//! alone (the configuration's check sees to it). One with credentials answers
-//! nobody without, wherever he calls from.
+//! An API without credentials answers everybody on the host, and so listens on
+//! loopback alone (the configuration's check sees to it); of those, only root and the
+//! daemon's own user may change anything ([`local`]): whoever can make a replication
+//! has the daemon read, or write, any directory. One with credentials answers nobody
+//! without, wherever he calls from.
 
+pub mod local;
 pub mod sigv4;
 
 use std::fmt;
@@ -52,19 +55,27 @@ pub enum Permission {
     ReadOnly,
     /// Everything.
     Full,
+    /// Whoever is on this host: what his user may.
+    Local,
 }
 
 impl Permission {
-    /// Refuses what is not permitted.
-    pub(super) fn check(self, needs: Needs) -> Result<(), ApiError> {
-        match (self, needs) {
-            (Self::Full, _) | (Self::ReadOnly, Needs::Read) => Ok(()),
-            (Self::ReadOnly, Needs::Change) => Err(ApiError::new(
-                403,
-                "AccessDeniedException",
-                "these credentials are for reading only",
-            )),
-        }
+    /// Refuses what is not permitted. `is_trusted` says whether a caller on this host
+    /// is root or the daemon's own user.
+    pub(super) fn check(
+        self,
+        needs: Needs,
+        is_trusted: impl FnOnce() -> bool,
+    ) -> Result<(), ApiError> {
+        let why = match (self, needs) {
+            (Self::Full, _) | (_, Needs::Read) => return Ok(()),
+            (Self::Local, Needs::Change) if is_trusted() => return Ok(()),
+            (Self::ReadOnly, Needs::Change) => "these credentials are for reading only",
+            (Self::Local, Needs::Change) => {
+                "without credentials only root and the daemon's own user may change anything: for others, configure an [[api_key]]"
+            }
+        };
+        Err(ApiError::new(403, "AccessDeniedException", why))
     }
 }
 
@@ -95,7 +106,7 @@ impl Credentials {
         now: Timestamp,
     ) -> Result<Permission, ApiError> {
         if self.are_none() {
-            return Ok(Permission::Full);
+            return Ok(Permission::Local);
         }
         let known = |shown| self.clients.iter().find(|(client, _)| client == shown);
         if let Some((_, permission)) = certificate.and_then(known) {

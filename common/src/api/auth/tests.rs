@@ -43,18 +43,22 @@ fn each_has_the_permission_that_was_given() {
 }
 
 #[test]
-fn without_credentials_everybody_may() {
+fn without_credentials_it_depends_on_who_is_there() {
     let headers = HeaderMap::new();
     let request = Request { method: "GET", target: "/x", headers: &headers, body: b"" };
     let none = Credentials::default();
-    assert_eq!(none.permission(&request, None, NOW), Ok(Permission::Full));
+    assert_eq!(none.permission(&request, None, NOW), Ok(Permission::Local));
+    assert!(Permission::Local.check(Needs::Change, || true).is_ok());
+    assert!(Permission::Local.check(Needs::Read, || false).is_ok());
+    let refused = Permission::Local.check(Needs::Change, || false).unwrap_err();
+    assert_eq!((refused.status, refused.class), (403, "AccessDeniedException"));
 }
 
 #[test]
 fn readers_change_nothing() {
-    assert!(Permission::ReadOnly.check(Needs::Read).is_ok());
-    assert!(Permission::Full.check(Needs::Change).is_ok());
-    let refused = Permission::ReadOnly.check(Needs::Change).unwrap_err();
+    assert!(Permission::ReadOnly.check(Needs::Read, || false).is_ok());
+    assert!(Permission::Full.check(Needs::Change, || false).is_ok());
+    let refused = Permission::ReadOnly.check(Needs::Change, || true).unwrap_err();
     assert_eq!((refused.status, refused.class), (403, "AccessDeniedException"));
 }
 

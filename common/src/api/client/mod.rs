@@ -356,6 +356,13 @@ impl Client {
                 ClientError::Unreachable { endpoint, reason: "it does not respond".to_owned() }
             }
             ureq::Error::Timeout(_) => ClientError::TimedOut(endpoint),
+            ureq::Error::Io(error)
+                if error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) =>
+            {
+                ClientError::Access(format!(
+                    "no TLS with {endpoint}: {error}; is it the right daemon? (see --fingerprint and --ca)"
+                ))
+            }
             ureq::Error::Io(error) => {
                 ClientError::Unreachable { endpoint, reason: error.to_string() }
             }

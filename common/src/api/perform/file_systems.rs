@@ -84,6 +84,8 @@ impl Api {
             )));
         }
         let tags = efs::tags(BTreeMap::new(), tags)?;
+        // Before a directory is made for it.
+        self.registry.is_new(&creation_token)?;
         let path = directory(path)?;
         let new = NewFileSystem { creation_token, path, throughput_mode, tags };
         let made = self.registry.create(new)?;

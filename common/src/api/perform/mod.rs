@@ -4,6 +4,7 @@ mod file_systems;
 mod replications;
 mod tags;
 
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -14,9 +15,52 @@ use replications::Wanted;
 
 use super::route::{Call, Needs, Operation, file_system_id, route};
 use super::{Api, ApiError, efs, own};
+use crate::control::Patience;
 use crate::id::FileSystemId;
 use crate::status::{DesiredState, ReplicationStatus, Status};
 use crate::verification::PassOptions;
+
+/// How long a call may take: each kind has threads of its own, so that none takes all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// As long as the daemon takes to answer.
+    Answers,
+    /// As long as operators' file systems take: one whose server is dead hangs, and a
+    /// failover must not hang with it.
+    Looks,
+    /// As long as the caller likes.
+    Waits,
+}
+
+impl Pace {
+    fn of(operation: Operation) -> Self {
+        use Operation as Op;
+        match operation {
+            Op::Wait => Self::Waits,
+            Op::CreateReplicationConfiguration
+            | Op::CreateFileSystem
+            | Op::DescribeFileSystems
+            | Op::DeleteFileSystem
+            | Op::UpdateFileSystemProtection
+            | Op::TagResource
+            | Op::ListTagsForResource
+            | Op::UntagResource
+            | Op::Create
+            | Op::Token
+            | Op::FileSystems
+            | Op::Register => Self::Looks,
+            Op::DescribeReplicationConfigurations
+            | Op::DeleteReplicationConfiguration
+            | Op::Health
+            | Op::Status
+            | Op::Pause
+            | Op::Resume
+            | Op::Failover
+            | Op::Verify
+            | Op::Findings => Self::Answers,
+        }
+    }
+}
 
 /// A successful answer.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,6 +86,20 @@ impl Api {
     /// # Errors
     /// In EFS's classes.
     pub fn perform(&self, method: &str, target: &str, body: &[u8]) -> Result<Answer, ApiError> {
+        self.perform_for(&AtomicBool::new(false), method, target, body)
+    }
+
+    /// The same for a caller who may go meanwhile: then a wait ends.
+    ///
+    /// # Errors
+    /// As those of [`Self::perform`].
+    pub fn perform_for(
+        &self,
+        gone: &AtomicBool,
+        method: &str,
+        target: &str,
+        body: &[u8],
+    ) -> Result<Answer, ApiError> {
         let Call { operation, argument, query, .. } = route(method, target)?;
         match operation {
             Operation::CreateReplicationConfiguration => self.efs_create(&argument, body),
@@ -57,7 +115,7 @@ impl Api {
             Operation::Health => Answer::json(&health(&self.control.list())),
             Operation::Status => Answer::json(&self.control.list()),
             Operation::Create => self.own_create(&parse(body)?),
-            Operation::Wait => self.wait(&parse(body)?),
+            Operation::Wait => self.wait(&parse(body)?, gone),
             Operation::Pause => self.set_desired(&parse(body)?, DesiredState::Paused),
             Operation::Resume => self.resume(parse(body)?),
             Operation::Failover => self.failover(&parse(body)?),
@@ -69,9 +127,9 @@ impl Api {
         }
     }
 
-    /// Whether a request holds its connection for as long as it likes.
-    pub(super) fn is_wait(method: &str, target: &str) -> bool {
-        route(method, target).is_ok_and(|call| call.operation == Operation::Wait)
+    /// How long a request may take.
+    pub(super) fn pace(method: &str, target: &str) -> Pace {
+        route(method, target).map_or(Pace::Answers, |call| Pace::of(call.operation))
     }
 
     /// What a request's caller must be allowed to do.
@@ -101,6 +159,11 @@ impl Api {
     }
 
     fn verify(&self, body: &own::VerifyBody) -> Result<Answer, ApiError> {
+        if body.bytes_per_second.is_some_and(|rate| !own::VERIFY_RATE.contains(&rate)) {
+            let (least, most) = (own::VERIFY_RATE.start(), own::VERIFY_RATE.end());
+            let message = format!("bytes_per_second must be {least} to {most}");
+            return Err(ApiError::validation(message));
+        }
         let source = self.find(body.id.as_deref())?;
         let options = PassOptions { repair: body.repair, rate: body.bytes_per_second };
         let pass = self.control.verify(&source, options)?;
@@ -112,7 +175,7 @@ impl Api {
         Answer::json(&self.control.findings(&source, body.pass, body.after)?)
     }
 
-    fn wait(&self, body: &own::WaitBody) -> Result<Answer, ApiError> {
+    fn wait(&self, body: &own::WaitBody, gone: &AtomicBool) -> Result<Answer, ApiError> {
         let longest = own::WAIT_MAX_SECONDS as f64;
         let seconds = body.timeout_seconds.unwrap_or(longest);
         if !(0.0..=longest).contains(&seconds) {
@@ -121,7 +184,8 @@ impl Api {
             )));
         }
         let source = self.find(body.id.as_deref())?;
-        let reached = self.control.wait(&source, Duration::from_secs_f64(seconds))?;
+        let patience = Patience { time: Duration::from_secs_f64(seconds), gone };
+        let reached = self.control.wait(&source, patience)?;
         Answer::json(&own::WaitAnswer {
             source_file_system_id: source.to_string(),
             last_replicated_timestamp: efs::seconds(reached),

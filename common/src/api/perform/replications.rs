@@ -131,6 +131,10 @@ impl Api {
                 )));
             }
         };
+        // The control takes either end; EFS the source alone.
+        if !self.control.list().iter().any(|one| one.source_file_system_id == source) {
+            return Err(self.without_replication(&source));
+        }
         self.control.delete(&source, mode).map_err(|error| match error {
             // The two sides' words differ, for they know no registry.
             ControlError::FileSystemNotFound(id) | ControlError::ReplicationNotFound(id) => {

@@ -101,7 +101,7 @@ fn another_server_is_not_asked() {
     let site = Site::new();
     let mut other = site.signed(ID);
     other.trusted = Some(Trusted::Pinned(crate::net::identity::Fingerprint::of(b"other")));
-    assert!(matches!(status(&other), Err(ClientError::Unreachable { .. })));
+    assert!(matches!(status(&other), Err(ClientError::Access(_))));
     // By authority and name.
     let mut named = site.signed(ID);
     named.trust_file(&site.files[0].path().join(CERTIFICATE_FILE)).unwrap();
