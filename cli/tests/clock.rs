@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use replicator_common::control::{
-    Control, ControlError, CreateRequest, DeletionMode, WatcherChoice,
+    Control, ControlError, CreateRequest, DeletionMode, Patience, WatcherChoice,
 };
 use replicator_common::id::FileSystemId;
 use replicator_common::status::{DesiredState, SourceReport};
@@ -60,14 +60,14 @@ fn until(source: &SourceService, what: &str, holds: impl Fn(&SourceReport) -> bo
 fn assert_waits_for_what_is_done_now(source: &SourceService, id: &FileSystemId, base: &Path) {
     source.set_desired(id, DesiredState::Paused).unwrap();
     fs::write(base.join("source/late"), "late").unwrap();
-    let waited = source.wait(id, Duration::from_millis(700));
+    let waited = source.wait(id, Patience::of(Duration::from_millis(700)));
     assert!(matches!(waited, Err(ControlError::TimedOut(_))), "{waited:?}");
     assert!(!base.join("replica/late").exists());
     source.set_desired(id, DesiredState::Enabled).unwrap();
-    source.wait(id, PATIENCE).unwrap();
+    source.wait(id, Patience::of(PATIENCE)).unwrap();
     assert_eq!(fs::read(base.join("replica/late")).unwrap(), b"late");
     fs::remove_file(base.join("source/late")).unwrap();
-    source.wait(id, PATIENCE).unwrap();
+    source.wait(id, Patience::of(PATIENCE)).unwrap();
     assert!(!base.join("replica/late").exists());
 }
 
@@ -99,7 +99,7 @@ fn trap_17_waiting_goes_by_order_and_not_by_the_wall_clock() {
         watcher: WatcherChoice::Inotify,
     };
     let id = source.create(&request).unwrap().source_file_system_id;
-    source.wait(&id, PATIENCE).unwrap();
+    source.wait(&id, Patience::of(PATIENCE)).unwrap();
 
     hands.turn(-HOUR);
     assert_waits_for_what_is_done_now(&source, &id, &base);
@@ -121,7 +121,7 @@ fn trap_17_waiting_goes_by_order_and_not_by_the_wall_clock() {
     // The clock passes the claim: it moves on, and tells the truth again.
     hands.turn(2 * HOUR + HOUR / 60);
     until(&source, "the claim moves on", |report| report.watermark > claim);
-    source.wait(&id, PATIENCE).unwrap();
+    source.wait(&id, Patience::of(PATIENCE)).unwrap();
     assert!(report(&source).watermark <= hands.now(), "a claim about the future");
 
     source.shutdown();

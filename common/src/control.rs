@@ -105,6 +105,14 @@ pub struct Patience<'a> {
     pub gone: &'a AtomicBool,
 }
 
+impl Patience<'static> {
+    /// Of one who stays.
+    pub fn of(time: Duration) -> Self {
+        static STAYS: AtomicBool = AtomicBool::new(false);
+        Self { time, gone: &STAYS }
+    }
+}
+
 /// A running source, destination, or both.
 pub trait Control: Send + Sync + 'static {
     /// Which side answers: not everything can be asked of each.
@@ -131,8 +139,11 @@ pub trait Control: Send + Sync + 'static {
     /// Returns when everything that was done on the source before the call is
     /// durable on the replica: the watermark reached by then. Only a source
     /// can tell; a destination answers with a conflict that says so.
-    fn wait(&self, source: &FileSystemId, patience: Patience<'_>)
-    -> Result<Timestamp, ControlError>;
+    fn wait(
+        &self,
+        source: &FileSystemId,
+        patience: Patience<'_>,
+    ) -> Result<Timestamp, ControlError>;
 
     /// Pauses or resumes shipping. Changes are captured either way. On a
     /// destination: stops taking batches. What has halted is not resumed so: a

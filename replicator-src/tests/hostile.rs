@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use quinn::{Connection, RecvStream, SendStream};
 use replicator_common::chunk::Chunk;
-use replicator_common::control::{Control, CreateRequest, WatcherChoice};
+use replicator_common::control::{Control, CreateRequest, Patience, WatcherChoice};
 use replicator_common::id::{
     BatchId, BatchNonce, Edition, FileSystemId, Incarnation, ObjectId, SessionId, TransferId,
 };
@@ -215,7 +215,8 @@ fn told(service: &SourceService, because: &str) {
         let said = status.source.unwrap().link.last_error.unwrap_or_default();
         if said.contains(because) {
             // The next attempt comes at once for somebody who waits.
-            let _ = service.wait(&status.source_file_system_id, Duration::from_millis(1));
+            let _ =
+                service.wait(&status.source_file_system_id, Patience::of(Duration::from_millis(1)));
             return;
         }
         assert!(begin.elapsed() < PATIENCE, "{because:?} is not told, but {said:?}");
@@ -343,7 +344,7 @@ fn a_lie_ends_its_session_and_nothing_else() {
         session.behave().await;
     });
     let source = status(&service).source_file_system_id;
-    service.wait(&source, PATIENCE).unwrap();
+    service.wait(&source, Patience::of(PATIENCE)).unwrap();
     assert!(status(&service).source.unwrap().counters.batches > 0);
     service.shutdown();
 }

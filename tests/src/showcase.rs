@@ -2,10 +2,11 @@
 //! show at once: what real ones hardly ever do together.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use replicator_common::api::{Api, ApiOptions};
-use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode, Patience, Side};
+use replicator_common::control::{
+    Control, ControlError, CreateRequest, DeletionMode, Patience, Side,
+};
 use replicator_common::id::FileSystemId;
 use replicator_common::registry::Registry;
 use replicator_common::status::{DesiredState, FailoverReport, Status};

@@ -1,7 +1,6 @@
 //! `run --once`: ends when the replica equals the source.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -129,8 +128,7 @@ fn start_wait(
     let (sender, receiver) = channel();
     let wait = move || {
         // Nobody listens any more after a signal.
-        let gone = AtomicBool::new(false);
-        let patience = Patience { time: Duration::from_secs(WAIT_MAX_SECONDS), gone: &gone };
+        let patience = Patience::of(Duration::from_secs(WAIT_MAX_SECONDS));
         let _ = sender.send(control.wait(&id, patience));
     };
     std::thread::Builder::new()

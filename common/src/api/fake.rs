@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use super::{TokenIssuer, own};
 use crate::control::{Control, ControlError, CreateRequest, DeletionMode, Patience};

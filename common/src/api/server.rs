@@ -352,9 +352,8 @@ async fn dispatch(
         return metrics::answer(page);
     }
     let needs = Api::needs(method, target)?;
-    permission.check(needs, || {
-        caller.ends.is_some_and(|(peer, own)| local::is_trusted(peer, own))
-    })?;
+    permission
+        .check(needs, || caller.ends.is_some_and(|(peer, own)| local::is_trusted(peer, own)))?;
     let limit = match Api::pace(method, target) {
         Pace::Waits => &shared.waits,
         Pace::Looks => &shared.looks,

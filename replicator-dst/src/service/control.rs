@@ -1,6 +1,8 @@
 //! What is asked of a destination's replications.
 
-use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode, Patience, Side};
+use replicator_common::control::{
+    Control, ControlError, CreateRequest, DeletionMode, Patience, Side,
+};
 use replicator_common::id::FileSystemId;
 use replicator_common::status::{DesiredState, FailoverReport, Status};
 use replicator_common::time::Timestamp;

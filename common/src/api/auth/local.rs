@@ -2,7 +2,7 @@
 //! host in `/proc/net`.
 
 use std::fmt::Write;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 /// Whether the other end of a connection from `peer` to `own` is held by root, by the
 /// user that this process runs as, or by who started it with `sudo`: he has shown that
@@ -61,7 +61,7 @@ fn words(ip: Ipv6Addr) -> [[u8; 4]; 4] {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, TcpStream};
+    use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
     use super::*;
 
