@@ -22,7 +22,10 @@ fn files(root: &Path) -> (BTreeMap<PathBuf, String>, Vec<String>) {
         for entry in fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
-                directories.push(path);
+                // Not staging.
+                if !path.file_name().unwrap().as_encoded_bytes().starts_with(b".replicator-") {
+                    directories.push(path);
+                }
                 continue;
             }
             let (name, content) =
