@@ -408,6 +408,10 @@ impl Inner {
     /// Tries to open a replica that could not be opened: what stood in the way
     /// may be gone.
     fn revive(&self, source: &FileSystemId) -> Result<(), String> {
+        // Others' disks may hang: who is not broken does not wait for them.
+        if !self.broken().contains_key(source) {
+            return Ok(());
+        }
         let _one = self.reviving.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(broken) = self.broken().get(source).cloned() else { return Ok(()) };
         let Broken { directory, config, .. } = broken;

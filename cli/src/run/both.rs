@@ -1,6 +1,5 @@
 //! Source and destination behind one control: what `run`'s API serves.
 
-use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use replicator_common::control::{Control, ControlError, CreateRequest, DeletionMode, Patience};
@@ -16,7 +15,7 @@ pub struct Both {
     destination: Arc<dyn Control>,
     /// Sources whose configurations are being deleted. One side's half goes before the
     /// other's: what the other says of that meanwhile is no error.
-    deleting: Mutex<BTreeSet<FileSystemId>>,
+    deleting: Mutex<Vec<FileSystemId>>,
 }
 
 /// A deletion under way, until it is dropped.
@@ -24,7 +23,11 @@ struct Deleting<'a>(&'a Both, FileSystemId);
 
 impl Drop for Deleting<'_> {
     fn drop(&mut self) {
-        self.0.deleting().remove(&self.1);
+        let mut all = self.0.deleting();
+        // Another deletion of the same has an item of its own.
+        if let Some(at) = all.iter().position(|one| *one == self.1) {
+            all.swap_remove(at);
+        }
     }
 }
 
@@ -33,7 +36,7 @@ impl Both {
         Self { source, destination, deleting: Mutex::default() }
     }
 
-    fn deleting(&self) -> MutexGuard<'_, BTreeSet<FileSystemId>> {
+    fn deleting(&self) -> MutexGuard<'_, Vec<FileSystemId>> {
         self.deleting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -110,7 +113,7 @@ impl Control for Both {
         source: &FileSystemId,
         mode: DeletionMode,
     ) -> Result<FailoverReport, ControlError> {
-        self.deleting().insert(source.clone());
+        self.deleting().push(source.clone());
         let _deleting = Deleting(self, source.clone());
         self.delete_both(source, mode)
     }

@@ -23,7 +23,7 @@ use replicator_common::telemetry::{self, Page, Side};
 use replicator_src::engine::halt::HaltRule;
 
 use crate::arguments::Run;
-use crate::exit::Usage;
+use crate::exit::{Usage, speaks_json};
 use both::Both;
 use display::Display;
 use pair::Pair;
@@ -40,7 +40,11 @@ pub fn run(arguments: &Run) -> anyhow::Result<()> {
     }
     let stop = Stop::on_signals().context("cannot listen for signals")?;
     let display = Display::new();
-    logging::init_to("warn", LogFormat::Text, display.log_writer())?;
+    logging::init_to(
+        "warn",
+        if speaks_json() { LogFormat::Json } else { LogFormat::Text },
+        display.log_writer(),
+    )?;
     telemetry::install();
 
     // Everything that can be refused is looked at before anything is made.

@@ -98,7 +98,10 @@ impl Notifier {
         side: Side,
     ) -> Result<Self, NotifyError> {
         let mut notifier = Self::default();
-        command::Command::check(config)?;
+        // No reason not to replicate: it may be there again when it is needed.
+        if let Err(error) = command::Command::check(config) {
+            tracing::warn!(%error, "the notify command would fail now");
+        }
         if let Some(webhook) = webhook::Webhook::open(config)? {
             notifier.add(webhook)?;
         }

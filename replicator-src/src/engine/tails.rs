@@ -397,6 +397,8 @@ impl Engine {
             Done::NotGrown if self.grows(&job.object) => {
                 if let Some(held) = self.awaited(job.transfer, &job.object) {
                     held.transfer = Transfer::Waiting;
+                    // Others' turn.
+                    held.tail.iter_mut().for_each(|tail| tail.due = Instant::now() + REST);
                 }
                 return Ok(());
             }

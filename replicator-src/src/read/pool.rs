@@ -252,14 +252,16 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
         let objects = std::mem::take(pack);
         job.sink.pack(&DataFrame::Pack { batch: job.batch, objects })
     };
-    let mut ahead = VecDeque::new();
+    let (mut ahead, mut count) = (VecDeque::new(), AHEAD);
     for (at, item) in job.items.iter().enumerate() {
         if ahead.is_empty() {
-            ahead.extend(open(&job.items[at..job.items.len().min(at + AHEAD)], opener));
+            ahead.extend(open(&job.items[at..job.items.len().min(at + count)], opener));
         }
         let opened = ahead.pop_front().unwrap_or_else(|| small::open(opener, item));
         let reading = small::read(opener, &job.kept, (item, opened), job.batch, job.version);
         report.outcomes.push((item.object.clone(), reading.outcome));
+        // Of files that fill a pack soon, few are opened, for the rest is closed then.
+        count = ((PACK_BYTES / 2 / reading.bytes.max(1)) as usize).clamp(1, AHEAD);
         report.packed += u64::from(reading.packed.is_some());
         match reading.packed {
             Some(Packed::Whole(packed)) => {

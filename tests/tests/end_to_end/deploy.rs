@@ -126,7 +126,18 @@ fn manifests_are_what_they_are_called() {
     let patches = &yaml("kubernetes/shared-replica/destination.yaml")[0];
     let values: Vec<_> = patches.as_sequence().unwrap().iter().map(|one| &one["value"]).collect();
     assert!(values.iter().any(|value| value["privileged"] == true));
-    assert!(values.contains(&&Value::from("Bidirectional")));
+    // The directory above the replica, so that the mount over it is known at the next
+    // start.
+    let mount = values.iter().find(|value| value["mountPropagation"] == "Bidirectional");
+    let mount = mount.unwrap()["mountPath"].as_str().unwrap();
+    let changes = yaml("kubernetes/shared-replica/kustomization.yaml")[0]["patches"][0]["patch"]
+        .as_str()
+        .map(|text| serde_yaml_ng::from_str::<Value>(text).unwrap())
+        .unwrap();
+    let text = changes[0]["value"].as_str().unwrap();
+    let parsed = config::parse::<DestinationConfig>(text, Path::new("shared-replica")).unwrap();
+    let replica = &parsed.replicas[0].path;
+    assert_eq!(replica.parent(), Some(Path::new(mount)), "{}", replica.display());
 }
 
 /// A mount that the destination makes in a mount namespace of its own protects nobody

@@ -2,8 +2,8 @@
 //! clients. Pure.
 //!
 //! An API without credentials answers everybody on the host, and so listens on
-//! loopback alone (the configuration's check sees to it); of those, only root and the
-//! daemon's own user may change anything ([`local`]): whoever can make a replication
+//! loopback alone (the configuration's check sees to it); of those, only root, the
+//! daemon's own user and who started it by `sudo` may change anything ([`local`]): whoever can make a replication
 //! has the daemon read, or write, any directory. One with credentials answers nobody
 //! without, wherever he calls from.
 
