@@ -126,6 +126,11 @@ fn trap_16_the_replicas_disk_cannot_be_written() {
     });
     assert!(watermark(&daemon) < written, "claimed, and not on the disk");
     disks.disk.mend(BAD);
+    // A read that began while the disk was bad may still end.
+    daemon.poll_until(6 * patience(), "all of the replica can be read", |_| {
+        let files = ["in-place", "its-link", "large", "same", "small"];
+        files.iter().all(|name| fs::read(disks.replica().join(name)).is_ok()).then_some(())
+    });
     disks.settle(&mut daemon, "the disk is whole again");
     daemon.poll_until(patience(), "nothing is said to stall", |daemon| {
         daemon.try_status()?.destination?.stalled.is_none().then_some(())
