@@ -2,16 +2,12 @@
 //! network namespace of its own, with a cable between them.
 
 use std::fmt;
-use std::fs::{self, File};
-use std::io::Write;
-use std::os::fd::AsRawFd;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
-
-use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 
 use crate::binary;
 use crate::compare;
@@ -20,6 +16,7 @@ use crate::mounts::{FileSystem, Mount, Scratch, require_root, run};
 use crate::process::{Daemon, Ended, run_to_end};
 use crate::scenario::patience;
 use crate::serial::{self, Share};
+use crate::workload::raw;
 
 /// The destination's QUIC port.
 const LISTEN: u16 = 4481;
@@ -271,13 +268,7 @@ impl Hosts {
     /// A file of the source that is whole before it has a name: of one that is being
     /// written, a beginning may be replicated.
     pub fn arrives(&self, name: &str, content: &[u8]) {
-        let flags = OFlags::TMPFILE | OFlags::WRONLY;
-        let file = rustix::fs::open(self.source(), flags, Mode::from_raw_mode(0o644)).unwrap();
-        let mut file = File::from(file);
-        file.write_all(content).unwrap();
-        let open = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let path = self.source().join(name);
-        rustix::fs::linkat(CWD, open, CWD, path, AtFlags::SYMLINK_FOLLOW).unwrap();
+        raw::arrives(self.source(), name, content);
     }
 
     /// Mounts the source again, after the test unmounted it.

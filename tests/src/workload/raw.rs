@@ -3,11 +3,11 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 /// Opens a directory that is one of `directory`'s entries.
@@ -219,4 +219,15 @@ impl Drop for Mapping {
         // exists.
         unsafe { libc::munmap(self.address, self.length) };
     }
+}
+
+/// A file of a directory that is whole before it has a name: of one that is being
+/// written, a beginning may be replicated.
+pub fn arrives(directory: &Path, name: &str, content: &[u8]) {
+    let flags = OFlags::TMPFILE | OFlags::WRONLY;
+    let file = rustix::fs::open(directory, flags, Mode::from_raw_mode(0o644)).unwrap();
+    let mut file = File::from(file);
+    file.write_all(content).unwrap();
+    let open = format!("/proc/self/fd/{}", file.as_raw_fd());
+    rustix::fs::linkat(CWD, open, CWD, directory.join(name), AtFlags::SYMLINK_FOLLOW).unwrap();
 }

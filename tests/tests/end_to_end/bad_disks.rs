@@ -19,6 +19,7 @@ use replicator_tests::mounts::{Mount, run};
 use replicator_tests::process::Daemon;
 use replicator_tests::scenario::patience;
 use replicator_tests::serial;
+use replicator_tests::workload::raw;
 
 /// A quota of the replica's file system. (btrfs: its quotas bind root too, and
 /// it is the only one that every kernel can have quotas of.)
@@ -37,7 +38,8 @@ fn a_quota_of_the_replica_is_used_up() {
     }
     limit(&disks, "64M");
     let mut daemon = disks.start();
-    let written = disks.write("large", 60 * MIB);
+    raw::arrives(&disks.source(), "large", &content("large", 60 * MIB));
+    let written = Timestamp::now();
     let words = ["no place at the destination", "uota exceeded", "raise the quota"];
     await_named(&mut daemon, "large", &words);
     disks.write("small", 1000);
