@@ -23,8 +23,9 @@ use crate::mounts::{FileSystem, Mount, Scratch, run, unmount_below};
 
 /// Enough for what mkfs.xfs asks for.
 const SIZE: u64 = 320 << 20;
-/// How long a mount may stay after it was unmounted where we see it.
-const RELEASE_LIMIT: Duration = Duration::from_secs(30);
+/// How long a mount may stay after it was unmounted where we see it: mount namespaces of
+/// other tests (a system that boots, say) may have copies until they end.
+const RELEASE_LIMIT: Duration = Duration::from_secs(240);
 
 /// The disk, mounted.
 #[derive(Debug)]
