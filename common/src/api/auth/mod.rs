@@ -72,7 +72,7 @@ impl Permission {
             (Self::Local, Needs::Change) if is_trusted() => return Ok(()),
             (Self::ReadOnly, Needs::Change) => "these credentials are for reading only",
             (Self::Local, Needs::Change) => {
-                "without credentials only root and the daemon's own user may change anything: for others, configure an [[api_key]]"
+                "without credentials only root, the daemon's own user and who started it by sudo may change anything: for others, configure an [[api_key]]"
             }
         };
         Err(ApiError::new(403, "AccessDeniedException", why))
