@@ -165,9 +165,10 @@ impl Watcher for Marks {
         report.kind = WatcherKind::Inotify;
         report.doubts.push(
             "a write is not seen when it goes through a hard link that is newer than the last \
-             look at the file and lies outside the source, or in a directory that is so new that \
-             it has no watch yet, or through a file that was opened by handle or, before it had \
-             a name, outside the source (O_TMPFILE)"
+             look at the file and lies outside the source, or in a directory that has no watch \
+             yet because it is new or a walk, the first above all, has not come to it; or \
+             through a file that was opened by handle or, before it had a name, outside the \
+             source (O_TMPFILE)"
                 .to_owned(),
         );
         let state = self.directories.state();
