@@ -82,6 +82,8 @@ pub struct Gap {
     pub walk_started: Timestamp,
     /// Events were lost again while the walk ran: another walk must follow.
     pub again: Option<String>,
+    /// A walk was already repeated for want of watches (see [`Gap::walk_twice`]).
+    pub twice: bool,
 }
 
 /// What became of a gap.
@@ -108,9 +110,19 @@ impl Gap {
             gap.again = Some(reason);
             return false;
         }
-        let (floor, since, walk_started, again) = (covered, now, now, None);
-        *gap = Some(Self { reason, floor, since, walk_started, again });
+        let (floor, since, walk_started) = (covered, now, now);
+        *gap = Some(Self { reason, floor, since, walk_started, again: None, twice: false });
         true
+    }
+
+    /// Its walk came to directories that had no watch until then: only one that
+    /// finds a watch everywhere proves anything. Where new directories come all the
+    /// time that would never end; so it is once a gap (`status` tells of the rest).
+    pub fn walk_twice(&mut self) {
+        if self.again.is_none() && !self.twice {
+            self.twice = true;
+            self.again = Some("some directories had no watch until they were walked".to_owned());
+        }
     }
 
     /// Closes one whose walk is `through`.
@@ -486,6 +498,28 @@ mod tests {
         assert!(!rooms(&[1, 1]) && !rooms(&[LARGE, LARGE - 1]));
         assert!(rooms(&[1, LARGE]) && rooms(&[LARGE, LARGE]));
         assert!(!rooms(&[LARGE, LARGE, LARGE]));
+    }
+
+    #[test]
+    fn a_gap_without_watches_is_walked_once_more_and_not_for_ever() {
+        let at = Timestamp;
+        let mut gap = None;
+        assert!(Gap::open(&mut gap, "initial sync".to_owned(), at(1), at(2)));
+        // Lost events ask for another walk by themselves; that one has to find watches.
+        assert!(!Gap::open(&mut gap, "overflow".to_owned(), at(3), at(3)));
+        gap.as_mut().unwrap().walk_twice();
+        assert_eq!(Gap::close(&mut gap, true, at(4)), Closing::Again);
+        let open = gap.as_ref().unwrap();
+        assert_eq!(
+            (open.reason.as_str(), open.floor, open.walk_started),
+            ("overflow", at(1), at(4))
+        );
+        gap.as_mut().unwrap().walk_twice();
+        assert_eq!(Gap::close(&mut gap, false, at(5)), Closing::No);
+        assert_eq!(Gap::close(&mut gap, true, at(5)), Closing::Again);
+        gap.as_mut().unwrap().walk_twice();
+        let Closing::Closed(closed) = Gap::close(&mut gap, true, at(6)) else { panic!() };
+        assert_eq!((closed.floor, closed.walk_started), (at(1), at(5)));
     }
 
     #[test]

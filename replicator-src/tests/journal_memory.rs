@@ -33,7 +33,9 @@ fn trimming_a_long_backlog_takes_little_memory() {
     journal.flush().unwrap();
     let before = peak();
     journal.trim(Seq(RECORDS)).unwrap();
-    let growth = peak() - before;
+    // The kernel counts resident pages per CPU and sums them roughly while they are few: its peak can
+    // read some pages lower than it did before.
+    let growth = peak().saturating_sub(before);
     eprintln!("{} MiB before, {} MiB more", before >> 20, growth >> 20);
     assert!(growth < GROWTH_MAX, "{} MiB more", growth >> 20);
     assert!(journal.read(Seq(0), 1).unwrap().is_empty());

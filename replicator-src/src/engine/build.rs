@@ -414,14 +414,21 @@ impl Engine {
     }
 
     /// A walk that has seen everything closes its gap, unless events were lost
-    /// again meanwhile. Only the batch after the walk's end does: its barrier
+    /// again meanwhile, or might have gone unseen for want of a watch. Only the batch after the walk's end does: its barrier
     /// covers what moved from the unwalked to the walked part at the last
     /// moment (trap 11).
     fn close_gap(&mut self, walked: bool) -> Result<Option<Gap>, EngineError> {
         let through = walked && self.dirty.is_empty() && self.astray.is_empty();
+        if let Some(gap) = self.gap.as_mut().filter(|_| through)
+            && self.capture.directories().found_unwatched()
+        {
+            gap.walk_twice();
+        }
         match Gap::close(&mut self.gap, through, self.clock.now()) {
             Closing::No => Ok(None),
             Closing::Again => {
+                let reason = self.gap.as_ref().map(|gap| &*gap.reason);
+                tracing::info!(reason, "the walk ended, and another follows");
                 self.start_walk()?;
                 Ok(None)
             }

@@ -642,6 +642,7 @@ impl Engine {
         self.last_walk = Instant::now();
         self.shared.count(|counters| counters.rescans += 1);
         self.shared.begin_progress();
+        self.capture.directories().begin_walk();
         let root = self.opener.root().id.clone();
         self.dirty.walk(root, self.orphans()?);
         Ok(())

@@ -494,6 +494,14 @@ impl DirectoryWatch for Joining {
         self.inner.before_listing(directory, id);
     }
 
+    fn begin_walk(&self) {
+        self.inner.begin_walk();
+    }
+
+    fn found_unwatched(&self) -> bool {
+        self.inner.found_unwatched()
+    }
+
     fn found(&self, id: &ObjectId) {
         self.members.add_directory(id.clone());
     }

@@ -61,7 +61,6 @@ impl Inotify {
         let queue =
             Queue::init().map_err(|error| root.unsupported(NAME, format!("no queue: {error}")))?;
         let directories = Directories {
-            root: root.id().clone(),
             state: Mutex::new(State {
                 watches: queue.watches(),
                 watched: HashMap::new(),
@@ -69,6 +68,7 @@ impl Inotify {
                 left: VecDeque::new(),
                 unwatched: HashSet::new(),
                 last_error: None,
+                found_unwatched: false,
             }),
         };
         let this = Self {
@@ -171,7 +171,6 @@ impl Watcher for Inotify {
 
 /// The watches, shared with the walk.
 struct Directories {
-    root: ObjectId,
     state: Mutex<State>,
 }
 
@@ -189,6 +188,8 @@ struct State {
     unwatched: HashSet<ObjectId>,
     /// Why the last of them could not be watched.
     last_error: Option<String>,
+    /// A directory got its watch by being listed since the last walk began.
+    found_unwatched: bool,
 }
 
 impl State {
@@ -238,16 +239,11 @@ impl DirectoryWatch for Directories {
             | WatchMask::DELETE_SELF
             | WatchMask::ONLYDIR;
         let mut state = self.state();
-        if *id == self.root {
-            // A complete walk begins with the root and comes to every
-            // directory, so what cannot be watched is counted anew.
-            state.unwatched.clear();
-            state.last_error = None;
-        }
         match state.watches.add(proc_path(directory), mask) {
             Ok(descriptor) => {
                 state.watched.insert(descriptor.get_watch_descriptor_id(), id.clone());
-                state.descriptors.insert(id.clone(), descriptor);
+                let before = state.descriptors.insert(id.clone(), descriptor);
+                state.found_unwatched |= before.is_none();
                 state.unwatched.remove(id);
             }
             Err(error) => {
@@ -255,6 +251,18 @@ impl DirectoryWatch for Directories {
                 state.last_error = Some(describe(&error));
             }
         }
+    }
+
+    /// It comes to every directory, so what cannot be watched is counted anew.
+    fn begin_walk(&self) {
+        let mut state = self.state();
+        state.unwatched.clear();
+        state.last_error = None;
+        state.found_unwatched = false;
+    }
+
+    fn found_unwatched(&self) -> bool {
+        self.state().found_unwatched
     }
 
     fn forget(&self, id: &ObjectId) {

@@ -165,10 +165,9 @@ impl Watcher for Marks {
         report.kind = WatcherKind::Inotify;
         report.doubts.push(
             "a write is not seen when it goes through a hard link that is newer than the last \
-             look at the file and lies outside the source, or in a directory that has no watch \
-             yet because it is new or a walk, the first above all, has not come to it; or \
-             through a file that was opened by handle or, before it had a name, outside the \
-             source (O_TMPFILE)"
+             look at the file and lies outside the source, or in a directory that is so new that \
+             it has no watch yet, or through a file that was opened by handle or, before it had \
+             a name, outside the source (O_TMPFILE)"
                 .to_owned(),
         );
         let state = self.directories.state();
@@ -204,6 +203,11 @@ struct State {
     marked: HashSet<ObjectId>,
     /// Those of them that nobody has listed yet.
     early: HashSet<ObjectId>,
+    /// Those that were early already when the last walk began: by its end somebody
+    /// has listed them, or nobody will.
+    passed: Vec<ObjectId>,
+    /// A directory got its mark by being listed since the last walk began.
+    found_unmarked: bool,
     /// Files with several names that have a mark of their own.
     linked: HashSet<ObjectId>,
     /// Most of them.
@@ -233,24 +237,6 @@ impl Directories {
             state.marked.remove(id);
             state.early.remove(id);
             state.linked.remove(id);
-        }
-    }
-
-    /// A complete walk begins. It comes to every directory, so what cannot be
-    /// marked is counted anew. It also compares every object after marking the
-    /// directory that holds it, so that all marks may be taken away now to get
-    /// rid of strays: what goes unseen until then, the walk finds.
-    fn begin_walk(&self, state: &mut State) {
-        state.unmarked.clear();
-        state.crowded.clear();
-        state.last_error = None;
-        // What was marked early and is not listed yet may have left unnoticed.
-        let strays = state.strays || !state.early.is_empty();
-        if strays && self.group.unmark_all(self.root.fd()).is_ok() {
-            state.marked.clear();
-            state.early.clear();
-            state.linked.clear();
-            state.strays = false;
         }
     }
 
@@ -291,12 +277,9 @@ impl Directories {
 impl DirectoryWatch for Directories {
     fn before_listing(&self, directory: BorrowedFd<'_>, id: &ObjectId) {
         let mut state = self.state();
-        if id == self.root.id() {
-            self.begin_walk(&mut state);
-        }
         match self.group.mark_directory(directory, MASK) {
             Ok(()) => {
-                state.marked.insert(id.clone());
+                state.found_unmarked |= state.marked.insert(id.clone());
                 state.early.remove(id);
                 state.unmarked.remove(id);
             }
@@ -305,6 +288,40 @@ impl DirectoryWatch for Directories {
                 state.last_error = Some(error);
             }
         }
+    }
+
+    /// The walk comes to every directory, so what cannot be marked is counted
+    /// anew. It also compares every object after marking the directory that holds
+    /// it, so that all marks may be taken away now where that is the only way to
+    /// get rid of strays: what goes unseen until then, the walk finds, or the
+    /// second one that follows it for that reason.
+    fn begin_walk(&self) {
+        let mut state = self.state();
+        state.unmarked.clear();
+        state.crowded.clear();
+        state.last_error = None;
+        state.found_unmarked = false;
+        // What was marked early and not listed by a whole walk has left unnoticed,
+        // or leaves a mark for the walk to find where it belongs.
+        let passed = std::mem::take(&mut state.passed);
+        for id in passed {
+            if state.early.remove(&id) {
+                state.marked.remove(&id);
+                state.strays |= self.unmark(&id, MASK).is_err();
+            }
+        }
+        state.passed = state.early.iter().cloned().collect();
+        if state.strays && self.group.unmark_all(self.root.fd()).is_ok() {
+            state.marked.clear();
+            state.early.clear();
+            state.passed.clear();
+            state.linked.clear();
+            state.strays = false;
+        }
+    }
+
+    fn found_unwatched(&self) -> bool {
+        self.state().found_unmarked
     }
 
     fn linked(&self, directory: BorrowedFd<'_>, name: &Name, id: &ObjectId) {

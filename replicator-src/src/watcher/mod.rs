@@ -190,6 +190,19 @@ pub trait DirectoryWatch: Send + Sync {
     /// counts it and says so in its report.
     fn before_listing(&self, directory: BorrowedFd<'_>, id: &ObjectId);
 
+    /// A complete walk begins, which comes to every directory and compares every
+    /// object. Called when no batch is looking at anything: a directory that a
+    /// batch has listed is not listed by it again. Watchers need not care.
+    fn begin_walk(&self) {}
+
+    /// Whether the walk has come to directories that had no watch when it did.
+    /// Then what was changed through a hard link in one of them, and lost that
+    /// link before the walk came, went unseen, if the walk had compared the object
+    /// before: only a second walk finds it. Watchers need not care.
+    fn found_unwatched(&self) -> bool {
+        false
+    }
+
     /// Called with each directory or object that is no longer part of the
     /// source: it needs no watch any more. Should it come back, it is listed or
     /// looked at anew. Watchers need not care.

@@ -51,6 +51,7 @@ impl Writers {
             time_limit: end.saturating_duration_since(Instant::now()),
             rate: Some(250.0),
             without: &[],
+            link_age: Duration::ZERO,
         };
         let mut all = vec![
             scope.spawn(move || drop(workload.run(&self.work, &self.outside))),

@@ -44,6 +44,8 @@ pub struct Workload {
     pub rate: Option<f64>,
     /// Operations that are left out, by name.
     pub without: &'static [&'static str],
+    /// A hard link is made in a directory once that is at least this old.
+    pub link_age: Duration,
 }
 
 /// How often one kind of operation was done and refused.
@@ -78,6 +80,7 @@ impl Workload {
             time_limit: Duration::from_secs(60),
             rate: None,
             without: &[],
+            link_age: Duration::ZERO,
         }
     }
 
@@ -87,7 +90,8 @@ impl Workload {
         eprintln!("{self}");
         let end = Instant::now() + self.time_limit;
         let reports = thread::scope(|scope| {
-            let run = |thread| move || self.run_thread(thread, Arena::new(root, outside), end);
+            let arena = || Arena::new(root, outside).linking_after(self.link_age);
+            let run = |thread| move || self.run_thread(thread, arena(), end);
             let threads: Vec<_> = (0..self.threads).map(|n| scope.spawn(run(n))).collect();
             let join = |thread: thread::ScopedJoinHandle<'_, Report>| {
                 thread.join().unwrap_or_else(|_| panic!("a thread failed; {self}"))

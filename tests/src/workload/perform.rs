@@ -5,6 +5,8 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use rand::Rng;
 use rand::SeedableRng;
@@ -38,6 +40,7 @@ pub struct Arena {
     root: OwnedFd,
     outside: OwnedFd,
     held: Vec<File>,
+    link_age: Duration,
 }
 
 /// Descriptors that [`Op::HoldOpen`] leaves open, at most.
@@ -50,7 +53,13 @@ impl Arena {
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
             rustix::fs::open(path, flags, Mode::empty()).unwrap()
         };
-        Self { root: open(root), outside: open(outside), held: Vec::new() }
+        let (root, outside) = (open(root), open(outside));
+        Self { root, outside, held: Vec::new(), link_age: Duration::ZERO }
+    }
+
+    /// Waits, before it makes a hard link, until the directory for it is this old.
+    pub fn linking_after(self, link_age: Duration) -> Self {
+        Self { link_age, ..self }
     }
 
     pub(super) fn root(&self) -> BorrowedFd<'_> {
@@ -248,6 +257,9 @@ impl Arena {
             Op::Link { from, to } => {
                 let (from, old) = self.parent(from, false)?;
                 let (to, new) = self.parent(to, true)?;
+                if !self.link_age.is_zero() {
+                    thread::sleep(self.link_age.saturating_sub(raw::age(to.as_fd())?));
+                }
                 Ok(rustix::fs::linkat(from, old, to, new, AtFlags::empty())?)
             }
             Op::OutsideLink { at, slot, seed } => self.outside_link(at, *slot, *seed),

@@ -6,8 +6,9 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::{Duration, SystemTime};
 
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 
 /// Opens a directory that is one of `directory`'s entries.
@@ -32,6 +33,14 @@ pub fn descend(root: BorrowedFd<'_>, path: &[Vec<u8>], make: bool) -> Result<Own
         };
     }
     Ok(directory)
+}
+
+/// How long ago a directory was made.
+pub fn age(directory: BorrowedFd<'_>) -> Result<Duration, Errno> {
+    let made = rustix::fs::statx(directory, c"", AtFlags::EMPTY_PATH, StatxFlags::BTIME)?.stx_btime;
+    let seconds = u64::try_from(made.tv_sec).unwrap_or(0);
+    let made = SystemTime::UNIX_EPOCH + Duration::new(seconds, made.tv_nsec);
+    Ok(made.elapsed().unwrap_or_default())
 }
 
 /// Writes a whole file that is one of `directory`'s entries.

@@ -74,8 +74,7 @@ fn restart(layout: Layout, watcher: &str, stop: fn(Daemon)) {
     assert!(changed.is_empty(), "the replica was written to: {changed:#?}");
 
     // And what is changed now still arrives.
-    let workload =
-        Workload { steps: 100, without: scenario::unseen_by(watcher), ..Workload::new() };
+    let workload = Workload { steps: 100, ..scenario::workload_for(watcher) };
     workload.run(pair.source(), pair.outside());
     pair.settle(&daemon, &workload);
 }

@@ -302,10 +302,9 @@ fn set_aside(replica: &Path) -> Vec<Vec<u8>> {
 fn nothing_is_found_in_a_busy_tree(layout: Layout, watcher: &str) {
     let pair = Pair::new(layout);
     let daemon = pair.start_enabled(watcher);
-    let without = replicator_tests::scenario::unseen_by(watcher);
     let time_limit = Duration::from_secs(6);
-    let workload =
-        Workload { steps: 100_000, rate: Some(400.0), without, time_limit, ..Workload::new() };
+    let unlimited = replicator_tests::scenario::workload_for(watcher);
+    let workload = Workload { steps: 100_000, rate: Some(400.0), time_limit, ..unlimited };
     let done = AtomicBool::new(false);
     let (passes, objects) = thread::scope(|scope| {
         let work = scope.spawn(|| {

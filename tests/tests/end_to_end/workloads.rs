@@ -16,8 +16,7 @@ use replicator_tests::workload::{Workload, content};
 /// while the initial sync runs, then changes while it is ENABLED.
 fn continuous(layout: Layout, watcher: &str) {
     let pair = Pair::new(layout);
-    let without = scenario::unseen_by(watcher);
-    let workload = Workload { steps: 300, without, ..Workload::new() };
+    let workload = Workload { steps: 300, ..scenario::workload_for(watcher) };
     workload.run(pair.source(), pair.outside());
 
     let mut daemon = pair.start(watcher);
@@ -81,12 +80,7 @@ continuous! {
 /// same command goes on, and in the end nothing is missing.
 fn stopped_in_the_middle(watcher: &str, stop: fn(Daemon)) {
     let pair = Pair::new(Layout::Two(Ext4, Ext4));
-    let workload = Workload {
-        steps: 750,
-        rate: Some(800.0),
-        without: scenario::unseen_by(watcher),
-        ..Workload::new()
-    };
+    let workload = Workload { steps: 750, rate: Some(800.0), ..scenario::workload_for(watcher) };
     thread::scope(|scope| {
         let running = scope.spawn(|| workload.run(pair.source(), pair.outside()));
         for pause in [400, 1500, 100, 2500, 900] {
@@ -130,7 +124,7 @@ fn killed_in_the_middle_scan() {
 fn an_overflow_is_a_gap_that_a_rescan_closes() {
     let pair = Pair::new(Layout::Two(Tmpfs, Tmpfs));
     let daemon = pair.start_enabled("inotify");
-    let workload = Workload { without: scenario::unseen_by("inotify"), ..Workload::new() };
+    let workload = scenario::workload_for("inotify");
     workload.run(pair.source(), pair.outside());
     // More events than fs.fanotify.max_queued_events (16,384), two a round,
     // while the reader cannot read.

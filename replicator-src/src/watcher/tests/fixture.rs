@@ -130,7 +130,9 @@ impl Watched {
 
     /// Tells the watcher of every directory, as the walk would.
     pub(super) fn walk(&self) {
-        walk(&self.watcher.directories(), &self.path);
+        let directories = self.watcher.directories();
+        directories.begin_walk();
+        walk(&directories, &self.path);
     }
 
     pub(super) fn drain(&mut self) -> Seen {

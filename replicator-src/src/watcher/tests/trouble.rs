@@ -326,6 +326,54 @@ fn trap_3_a_new_directory_that_leaves_unlisted_is_not_watched() {
     });
 }
 
+/// The batch that found a new directory may have listed it before a walk begins, and
+/// does not list it again.
+#[test]
+fn a_walk_that_begins_takes_no_watch_of_a_new_directory_away() {
+    on_each(|path| {
+        for mut watched in Watched::each_directory(path) {
+            watched.walk();
+            for name in ["listed", "early"] {
+                watched.during(|_| fs::create_dir(path.join(name)).unwrap());
+            }
+            let listed = path.join("listed");
+            let (fd, id) = (open_directory(&listed), know(&listed).id);
+            watched.watcher.directories().before_listing(fd.as_fd(), &id);
+            watched.watcher.directories().begin_walk();
+            let file = listed.join("f");
+            watched.during(|_| fs::write(&file, "x").unwrap()).entry(&know(&file));
+            fs::remove_dir_all(&listed).unwrap();
+            fs::remove_dir(path.join("early")).unwrap();
+        }
+        let mut watched = Watched::open(path, WatcherChoice::Inotify);
+        watched.walk();
+        let (early, file) = (path.join("early"), path.join("early/f"));
+        watched.during(|_| fs::create_dir(&early).unwrap());
+        watched.watcher.directories().begin_walk();
+        watched.during(|_| fs::write(&file, "x").unwrap()).content(&know(&file));
+        // A whole walk passed, and nobody came to it: it is not in the source.
+        watched.watcher.directories().begin_walk();
+        watched.during(|_| fs::write(&file, "y").unwrap()).nothing();
+        fs::remove_dir_all(&early).unwrap();
+    });
+}
+
+#[test]
+fn a_walk_that_finds_directories_without_a_watch_says_so() {
+    on("tmpfs", |path| {
+        for (number, watched) in Watched::each_directory(path).into_iter().enumerate() {
+            let found = || watched.watcher.directories().found_unwatched();
+            watched.walk();
+            assert_eq!(found(), number > 0, "the root has its watch from the start");
+            fs::create_dir_all(path.join(format!("{number}/b"))).unwrap();
+            watched.walk();
+            assert!(found());
+            watched.walk();
+            assert!(!found());
+        }
+    });
+}
+
 fn open_overlay(base: &Path, choice: WatcherChoice) -> Result<Box<dyn Watcher>, WatchError> {
     let merged = base.join("merged");
     let settings = settings(7);
