@@ -3,8 +3,9 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use replicator_tests::compare;
 use replicator_tests::mounts::FileSystem::{Btrfs, Ext4, Tmpfs, Xfs};
@@ -139,6 +140,41 @@ fn an_overflow_is_a_gap_that_a_rescan_closes() {
     compare::assert_same(pair.source(), pair.replica(), &workload);
     let counters = daemon.counters();
     assert!(counters.gaps > 0 && counters.rescans > 0, "no overflow was met: {counters:?}");
+}
+
+/// A walk begins while directories are made, and the batch with which it begins finds
+/// some of them itself, before: they keep their watches.
+#[test]
+fn directories_that_are_made_while_a_walk_begins_stay_watched() {
+    let pair = Pair::new(Layout::Two(Tmpfs, Tmpfs));
+    let made = AtomicU64::new(0);
+    let directory = |number: u64| pair.source().join(number.to_string());
+    for _ in 0..3 {
+        let (over, start) = (AtomicBool::new(false), Instant::now());
+        let daemon = thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) && start.elapsed() < patience() {
+                    std::fs::create_dir(directory(made.load(Ordering::Relaxed))).unwrap();
+                    made.fetch_add(1, Ordering::Relaxed);
+                    thread::sleep(Duration::from_millis(2));
+                }
+            });
+            let mut daemon = pair.start("inotify");
+            daemon.wait_enabled(patience());
+            daemon.wait(patience());
+            over.store(true, Ordering::Relaxed);
+            daemon
+        });
+        pair.settle(&daemon, &"made");
+        let made = made.load(Ordering::Relaxed);
+        let watches = daemon.status().source.unwrap().watcher.watches;
+        assert_eq!(watches, Some(made + 1), "each directory has one, and the root");
+        for number in 0..made {
+            std::fs::write(directory(number).join("file"), number.to_string()).unwrap();
+        }
+        pair.settle(&daemon, &"written");
+        drop(daemon);
+    }
 }
 
 /// Files that stand empty, or half written, for as long as the engine needs to
