@@ -7,6 +7,7 @@ mod supervise;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -136,9 +137,8 @@ pub struct SourceService {
     registry: Arc<Registry>,
     /// Held while one is made: two of one directory would have one id.
     creating: Mutex<()>,
-    /// Nothing is started any more. Held while something is started, or taken
-    /// away.
-    closed: Mutex<bool>,
+    /// Nothing is started any more.
+    closed: AtomicBool,
     _lock: StateLock,
 }
 
@@ -184,7 +184,7 @@ impl SourceService {
             supervisor,
             registry,
             creating: Mutex::default(),
-            closed: Mutex::new(false),
+            closed: AtomicBool::new(false),
             _lock: lock,
         });
         service.load()?;
@@ -209,14 +209,24 @@ impl SourceService {
             let id = configuration.source.clone();
             self.enter(&configuration);
             let replication = Replication::open(path, configuration, &self.options)?;
-            if let Err(error) = self.start(&replication) {
-                tracing::error!(source = %id, %error, "cannot start the replication");
-                replication.failed(error.to_string());
-            }
+            self.start_first(&replication);
             self.all().insert(id, replication);
         }
         handover::discard_others(&self.supervisor);
         Ok(())
+    }
+
+    /// One that cannot start says why in its status, and is tried again.
+    fn start_first(&self, replication: &Arc<Replication>) {
+        let removed = replication.hold_still();
+        if *removed || self.closed.load(Ordering::SeqCst) {
+            return;
+        }
+        if let Err(error) = self.start(replication) {
+            let source = replication.configuration().source;
+            tracing::error!(%source, %error, "cannot start the replication");
+            replication.failed(error.to_string());
+        }
     }
 
     fn start(&self, replication: &Arc<Replication>) -> Result<(), ServiceError> {
@@ -238,9 +248,18 @@ impl SourceService {
 
     /// Ends all replications cleanly. Blocks until their threads have ended.
     pub fn shutdown(&self) {
-        *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        let all: Vec<_> = self.all().values().cloned().collect();
+        self.closed.store(true, Ordering::SeqCst);
+        let mut all: Vec<_> = self.all().values().cloned().collect();
+        // One whose file system hangs while it is started holds up none but itself.
+        all.retain(|replication| match replication.removed.try_lock() {
+            Ok(_still) => {
+                replication.stop(&self.supervisor);
+                false
+            }
+            Err(_) => true,
+        });
         for replication in all {
+            let _still = replication.hold_still();
             replication.stop(&self.supervisor);
         }
     }
@@ -388,13 +407,10 @@ impl Control for SourceService {
         self.enter(&configuration);
         let replication =
             Replication::open(directory, configuration, &self.options).map_err(internal)?;
-        if let Err(error) = self.start(&replication) {
-            tracing::error!(%source, %error, "cannot start the replication");
-            replication.failed(error.to_string());
-        }
-        let status = replication.status();
-        self.all().insert(source, replication);
-        Ok(status)
+        // Known first: what is shut down from now on ends this one, too.
+        self.all().insert(source, replication.clone());
+        self.start_first(&replication);
+        Ok(replication.status())
     }
 
     fn list(&self) -> Vec<Status> {
@@ -416,10 +432,11 @@ impl Control for SourceService {
             DeletionMode::LocalConfigurationOnly => replication.local_report(),
         };
         // Not to be started again in between.
-        let _closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut removed = replication.hold_still();
         replication.stop(&Supervisor::nobody());
         let id = replication.configuration().source;
         replication.remove().map_err(|error| ControlError::Internal(error.to_string()))?;
+        *removed = true;
         self.all().remove(&id);
         Ok(report)
     }

@@ -81,6 +81,9 @@ pub(super) struct Replication {
     pub(super) shared: Arc<Shared>,
     /// What keeps it running, once it was started.
     pub(super) keeper: Mutex<Option<Keeper>>,
+    /// Whether its configuration is gone, so that it is not started any more. Held
+    /// while it is started, stopped or removed (see [`Replication::hold_still`]).
+    pub(super) removed: Mutex<bool>,
     /// What runs now: nothing while the source is not there.
     pub(super) running: Mutex<Option<Running>>,
 }
@@ -105,8 +108,16 @@ impl Replication {
             configuration: Mutex::new(configuration),
             shared,
             keeper: Mutex::default(),
+            removed: Mutex::default(),
             running: Mutex::default(),
         }))
+    }
+
+    /// Nobody else starts, stops or removes it until this is dropped. One lock each: a
+    /// file system that hangs while its source is opened holds up no other
+    /// replication's failover.
+    pub(super) fn hold_still(&self) -> MutexGuard<'_, bool> {
+        self.removed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Begins a pass of verification; gives its number.

@@ -4,7 +4,8 @@
 //! meanwhile: a start is a gap, and its walk finds what went unseen.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError, Weak};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use replicator_common::id::FileSystemId;
@@ -34,10 +35,23 @@ impl SourceService {
         named.spawn(move || look_after(&service)).map(drop)
     }
 
+    /// Starts it again on a thread of its own: a file system that hangs holds up no
+    /// other replication. An attempt that still hangs is enough.
+    fn restart_beside(self: &Arc<Self>, replication: &Arc<Replication>) {
+        if replication.removed.try_lock().is_err() {
+            return;
+        }
+        let (service, replication) = (self.clone(), replication.clone());
+        let named = std::thread::Builder::new().name("restart".to_owned());
+        if let Err(error) = named.spawn(move || service.restart(&replication)) {
+            tracing::warn!(%error, "no thread to start a replication again");
+        }
+    }
+
     /// Starts it again, unless the service is being shut down.
     fn restart(&self, replication: &Arc<Replication>) {
-        let closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
-        if *closed || !replication.has_ended() {
+        let removed = replication.hold_still();
+        if *removed || self.closed.load(Ordering::SeqCst) || !replication.has_ended() {
             return;
         }
         replication.stop(&Supervisor::nobody());
@@ -65,7 +79,7 @@ fn look_after(service: &Weak<SourceService>) {
             if now >= one.due {
                 one.pause = (one.pause * 2).min(PAUSE.1);
                 one.due = now + one.pause;
-                service.restart(&replication);
+                service.restart_beside(&replication);
             }
         }
     }

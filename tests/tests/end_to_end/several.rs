@@ -2,11 +2,15 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use replicator_tests::compare;
+use replicator_tests::fuse::Device;
 use replicator_tests::hosts::{Hosts, Side};
 use replicator_tests::mounts::FileSystem::Ext4;
 use replicator_tests::mounts::Mount;
+use replicator_tests::scenario::patience;
+use rustix::mount::UnmountFlags;
 use serde_json::Value;
 
 /// A pair beside the one that the hosts have.
@@ -81,4 +85,61 @@ fn one_is_failed_over_and_the_other_goes_on() {
         assert_eq!(left.len(), 1, "{side:?}: {left:?}");
         assert_eq!(left[0]["SourceFileSystemId"], first.as_str(), "{side:?}");
     }
+}
+
+/// A file system that answers nothing, mounted over a directory.
+struct Hanging<'a>(&'a Path, Option<Device>);
+
+impl<'a> Hanging<'a> {
+    fn over(directory: &'a Path) -> Self {
+        Self(directory, Some(Device::mount(directory, 1 << 20).unwrap()))
+    }
+}
+
+impl Drop for Hanging<'_> {
+    fn drop(&mut self) {
+        // Whoever waits for it gets an error now.
+        self.1 = None;
+        let _ = rustix::mount::unmount(self.0, UnmountFlags::DETACH);
+    }
+}
+
+/// One replication has ended with an error and is to be started again, but its file
+/// system hangs by then: whoever fails over the other one does not wait for that.
+#[test]
+fn a_source_that_hangs_while_it_is_started_holds_up_no_other() {
+    let mut hosts = Hosts::enrolled();
+    let first =
+        described(&hosts, Side::Source)[0]["SourceFileSystemId"].as_str().unwrap().to_owned();
+    let other = Pair::enrol(&hosts);
+    settle(&hosts, &other.id, other.source.path(), other.replica.path());
+    hosts.kill(Side::Source);
+    let boot = hosts.state_dir(Side::Source).join("replications").join(&other.id).join("boot");
+    fs::remove_file(&boot).unwrap();
+    fs::create_dir(&boot).unwrap();
+    hosts.start(Side::Source);
+    let status = |id: &str| {
+        let all = described(&hosts, Side::Source);
+        all.into_iter().find(|one| one["SourceFileSystemId"] == id).unwrap()
+    };
+    assert_eq!(status(&other.id)["Destinations"][0]["Status"], "ERROR");
+
+    let hanging = Hanging::over(other.source.path());
+    // It is tried after a second, and after two more, and so on.
+    std::thread::sleep(Duration::from_secs(8));
+    fs::write(hosts.source().join("more"), "while the other hangs").unwrap();
+    settle(&hosts, &first, hosts.source(), hosts.replica());
+    hosts.on(Side::Source, &["failover", "--source-file-system-id", &first]).success();
+    fs::write(hosts.replica().join("x"), "").expect("writable after failover");
+
+    // What stood in its way is gone: it goes on by itself.
+    drop(hanging);
+    fs::remove_dir(&boot).unwrap();
+    fs::write(other.source.path().join("other"), "afterwards").unwrap();
+    let end = Instant::now() + patience();
+    while status(&other.id)["Destinations"][0]["Status"] != "ENABLED" {
+        assert!(Instant::now() < end, "{}", status(&other.id));
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    settle(&hosts, &other.id, other.source.path(), other.replica.path());
 }
