@@ -185,10 +185,13 @@ impl Running {
         Ok(last_word)
     }
 
-    fn close_session(&self, why: &str) {
-        if let Some(open) = self.session().take() {
+    /// Says whether there was one.
+    fn close_session(&self, why: &str) -> bool {
+        let open = self.session().take();
+        if let Some(open) = &open {
             open.connection.close(CLOSE_DONE, why.as_bytes());
         }
+        open.is_some()
     }
 }
 
@@ -317,9 +320,10 @@ impl DestinationService {
     /// redone. Replicas stay read-only.
     pub async fn shutdown(&self) {
         let all: Vec<_> = self.inner.running().drain().map(|(_, running)| running).collect();
+        let mut somebody = false;
         for running in &all {
             running.replica.stopping.store(true, Ordering::Release);
-            running.close_session("the destination stops");
+            somebody |= running.close_session("the destination stops");
             // A full queue wakes it as well.
             let _ = running.jobs.try_send(Job::Stop);
         }
@@ -333,7 +337,9 @@ impl DestinationService {
             }
         })
         .await;
-        let _ = tokio::time::timeout(FAREWELL, self.inner.endpoint.wait_idle()).await;
+        if somebody {
+            let _ = tokio::time::timeout(FAREWELL, self.inner.endpoint.wait_idle()).await;
+        }
     }
 }
 

@@ -39,6 +39,10 @@ const FLUSH_PAUSE: Duration = Duration::from_millis(50);
 pub struct Members {
     /// Everything that the watcher tells of may be ours.
     all: AtomicBool,
+    /// So it is for now: those that the index knows are still being added. (One that
+    /// leaves the source before it is added is known for longer than needed: its
+    /// events become records, which the engine drops.)
+    loading: AtomicBool,
     directories: RwLock<HashSet<ObjectId>>,
     /// Objects with names (or open descriptors) that may lie outside: all that have
     /// several names, while a walk has not come to each. By a short hash, for they
@@ -58,6 +62,11 @@ impl Members {
         self.all.store(true, Ordering::Release);
     }
 
+    /// The same for as long as members are `loading`.
+    pub fn loading(&self, loading: bool) {
+        self.loading.store(loading, Ordering::Release);
+    }
+
     /// A directory belongs to the source from now on.
     pub fn add_directory(&self, id: ObjectId) {
         if !self.all.load(Ordering::Acquire) {
@@ -67,7 +76,10 @@ impl Members {
 
     /// Whether the object may be known as ours.
     pub fn knows(&self, id: &ObjectId) -> bool {
-        self.all.load(Ordering::Acquire) || self.has_directory(id) || self.has_linked(id)
+        self.all.load(Ordering::Acquire)
+            || self.loading.load(Ordering::Acquire)
+            || self.has_directory(id)
+            || self.has_linked(id)
     }
 
     /// An object is no longer part of the source.

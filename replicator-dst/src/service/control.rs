@@ -53,7 +53,9 @@ impl Control for DestinationService {
                 ));
             }
             DeletionMode::AllConfigurations => {}
-            DeletionMode::LocalConfigurationOnly => running.close_session("failing over"),
+            DeletionMode::LocalConfigurationOnly => {
+                running.close_session("failing over");
+            }
         }
         let result = self.inner.fail_over(source);
         let report = result.map_err(|error| ControlError::Internal(error.to_string()))?;

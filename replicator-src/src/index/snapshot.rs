@@ -95,6 +95,25 @@ impl Snapshot {
 
     /// See [`super::View::objects`].
     pub fn objects(&self, wanted: &[ObjectId]) -> Result<Vec<Option<Known>>, IndexError> {
+        if wanted.len() < MANY {
+            return self.some_objects(wanted);
+        }
+        let share = wanted.len().div_ceil(READERS);
+        std::thread::scope(|scope| {
+            let mut shares = wanted.chunks(share);
+            let own = shares.next().unwrap_or_default();
+            let others: Vec<_> =
+                shares.map(|share| scope.spawn(move || self.some_objects(share))).collect();
+            let mut found = self.some_objects(own)?;
+            for (other, share) in others.into_iter().zip(wanted.chunks(share).skip(1)) {
+                // What a thread that panicked had is looked up here.
+                found.extend(other.join().unwrap_or_else(|_| self.some_objects(share))?);
+            }
+            Ok(found)
+        })
+    }
+
+    fn some_objects(&self, wanted: &[ObjectId]) -> Result<Vec<Option<Known>>, IndexError> {
         let mut found = Vec::with_capacity(wanted.len());
         let mut cursor = Cursor { snapshot: self, rows: None, at: None };
         for object in wanted {
@@ -163,6 +182,12 @@ impl Snapshot {
         Ok(())
     }
 }
+
+/// Objects from which on several threads look them up: of a walk, whose rows cost as
+/// much to find and decode as the source's files to look at.
+const MANY: usize = 1024;
+/// Those threads.
+const READERS: usize = 2;
 
 /// Goes through the objects' rows, mostly forth.
 struct Cursor<'a> {

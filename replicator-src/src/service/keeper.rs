@@ -66,6 +66,7 @@ pub(super) struct Running {
     pub(super) post: Sender<Event>,
     link: tokio::task::JoinHandle<()>,
     census: Option<(JoinHandle<()>, Arc<AtomicBool>)>,
+    loading: Option<JoinHandle<()>>,
     pub(super) verifier: Arc<Verifier>,
 }
 
@@ -236,8 +237,12 @@ impl Replication {
     }
 
     fn end_running(&self) {
-        let Some(Running { link, census, verifier, .. }) = self.running().take() else { return };
+        let Some(running) = self.running().take() else { return };
+        let Running { link, census, loading, verifier, .. } = running;
         verifier.stop();
+        if loading.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the loading of what the index knows panicked");
+        }
         if let Some((thread, stop)) = census {
             stop.store(true, Ordering::Release);
             if thread.join().is_err() {
@@ -272,13 +277,14 @@ impl Replication {
         let (places, rescan_interval) = (Arc::<Places>::default(), options.rescan_interval);
         let settings = watcher::Settings { rescan_interval, places: places.clone() };
         let (watcher, carried) = open_watcher(&root, &configuration, &settings, left)?;
-        if root.is_file_system_root() || watcher.report().kind != WatcherKind::Fanotify {
+        let loading = if root.is_file_system_root() || watcher.report().kind != WatcherKind::Fanotify {
             members.everything();
+            None
         } else {
-            load_members(&root, &store, &members)?;
             let linked = carried.iter().flat_map(|carried| &carried.linked);
             members.take_over_linked(linked.copied());
-        }
+            Some(load_members(&root, &store, &members)?)
+        };
         let recent = carried.as_ref().map_or(&[][..], |carried| &carried.recent);
         let (clock, marks) = (self.shared.clock(), members.clone());
         let meters = self.shared.meters().clone();
@@ -345,7 +351,7 @@ impl Replication {
         let verifier = Verifier::start(parts, &self.directory).map_err(failed("the verifier"))?;
         self.shared.started();
         *self.running() =
-            Some(Running { post: inbox.0, link, census, verifier: Arc::new(verifier) });
+            Some(Running { post: inbox.0, link, census, loading, verifier: Arc::new(verifier) });
         Ok(engine)
     }
 
@@ -457,22 +463,39 @@ fn open_watcher(
 /// tells of the whole file system, and the source is a part of that; a watch on
 /// each directory tells of what is or was ours, also of files that are open
 /// under names in directories that are gone.
-fn load_members(root: &Root, store: &Store, members: &Members) -> Result<(), ServiceError> {
+///
+/// A million of them take most of a second, so a thread of its own adds them, and
+/// until it is through whatever happens on the file system counts as ours.
+fn load_members(
+    root: &Root,
+    store: &Store,
+    members: &Arc<Members>,
+) -> Result<JoinHandle<()>, ServiceError> {
     members.add_directory(root.id.clone());
-    let add = |object: ObjectId, known: &Known| {
-        if known.state.kind == Kind::Directory {
-            members.add_directory(object);
-        } else if known.nlink > known.links {
-            members.add_linked(&object);
+    members.loading(true);
+    let (snapshot, pending) = (store.snapshot()?, store.pending()?);
+    let members = members.clone();
+    let load = move || {
+        let add = |object: ObjectId, known: &Known| {
+            if known.state.kind == Kind::Directory {
+                members.add_directory(object);
+            } else if known.nlink > known.links {
+                members.add_linked(&object);
+            }
+        };
+        if let Err(error) = snapshot.each_object(|object, known| add(object, &known)) {
+            tracing::warn!(%error, "what the index knows is not known to the watcher");
+            members.everything();
         }
+        // What was sent and not acknowledged may turn out to be in the replica; then
+        // it is not listed any more.
+        for (object, known) in pending.into_iter().flat_map(|delta| delta.objects) {
+            known.iter().for_each(|known| add(object.clone(), known));
+        }
+        members.loading(false);
     };
-    store.snapshot()?.each_object(|object, known| add(object, &known))?;
-    // What was sent and not acknowledged may turn out to be in the replica; then
-    // it is not listed any more.
-    for (object, known) in store.pending()?.into_iter().flat_map(|delta| delta.objects) {
-        known.iter().for_each(|known| add(object.clone(), known));
-    }
-    Ok(())
+    let named = std::thread::Builder::new().name("members".to_owned());
+    named.spawn(load).map_err(failed("the loading of members"))
 }
 
 /// For looking at directories that others watch.

@@ -77,8 +77,13 @@ pub(crate) struct Parts {
     pub(crate) shared: Arc<Shared>,
 }
 
-/// A pass that somebody asks for, and where its number goes.
-type Request = (PassOptions, Sender<u64>);
+/// What the thread is told.
+enum Request {
+    /// Somebody asks for a pass; its number goes there.
+    Begin(PassOptions, Sender<u64>),
+    /// It is to end: this wakes it where it waits for a request.
+    Stop,
+}
 
 /// The verifier of one replication, running.
 pub(crate) struct Verifier {
@@ -125,7 +130,7 @@ impl Verifier {
         let _one = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
         let (reply, begun) = bounded(1);
         let failed = |_| "the verifier has ended".to_owned();
-        self.requests.send((options, reply)).map_err(failed)?;
+        self.requests.send(Request::Begin(options, reply)).map_err(failed)?;
         match begun.recv_timeout(BEGIN) {
             Ok(pass) => Ok(pass),
             Err(crossbeam_channel::RecvTimeoutError::Disconnected) => {
@@ -145,8 +150,12 @@ impl Verifier {
     /// Ends the thread; a pass under way goes on with the next start.
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
+        // Where it has ended already, there is nobody to tell.
+        let _ = self.requests.send(Request::Stop);
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if thread.is_some_and(|thread| thread.join().is_err()) {
+        let Some(thread) = thread else { return };
+        thread.thread().unpark();
+        if thread.join().is_err() {
             tracing::error!("the verifier panicked");
         }
     }

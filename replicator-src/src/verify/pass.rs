@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use replicator_common::id::ObjectId;
 use replicator_common::object::Kind;
 use replicator_common::time::Timestamp;
@@ -36,8 +36,16 @@ const SAVE: Duration = Duration::from_secs(5);
 const PULSE: Duration = Duration::from_millis(20);
 /// While there is no session.
 const PATIENCE: Duration = Duration::from_millis(200);
+/// Between two looks at whether a pass begins by itself.
+const IDLE: Duration = Duration::from_secs(1);
 /// The slowest that a pass goes that began by itself, bytes a second.
 const SLOWEST: u64 = 1 << 20;
+
+/// Lets time pass, or less of it when the thread is to end (see
+/// [`Verifier::stop`](super::Verifier::stop)).
+fn pause(time: Duration) {
+    std::thread::park_timeout(time);
+}
 
 /// Why work on a pass ended before its end.
 struct Stopped;
@@ -117,14 +125,15 @@ impl Thread {
 
     /// Waits a little for a reason to begin a pass; whether there is one.
     fn next_begins(&mut self) -> bool {
-        match self.requests.recv_timeout(PATIENCE) {
-            Ok(request) => {
-                self.begin_asked(request);
+        match self.requests.recv_timeout(IDLE) {
+            Ok(Request::Begin(options, reply)) => {
+                self.begin_asked(options, &reply);
                 return true;
             }
+            Ok(Request::Stop) => return false,
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
-                std::thread::sleep(PATIENCE);
+                pause(PATIENCE);
                 return false;
             }
         }
@@ -137,7 +146,7 @@ impl Thread {
         false
     }
 
-    fn begin_asked(&mut self, (options, reply): Request) {
+    fn begin_asked(&mut self, options: PassOptions, reply: &Sender<u64>) {
         self.begin(options, true);
         // Whoever asked may have given up waiting.
         let _ = reply.send(self.board.verification().pass);
@@ -235,19 +244,19 @@ impl Thread {
             let Some((last, _)) = chunk.last() else { break };
             let next = last.clone();
             while !self.examine(&chunk)? {
-                std::thread::sleep(PATIENCE);
+                pause(PATIENCE);
                 self.wait_until_ready()?;
                 self.turn()?;
             }
             self.cursor = Some(next);
             while self.queue.len() > DOUBTS {
                 self.turn()?;
-                std::thread::sleep(PULSE);
+                pause(PULSE);
             }
         }
         while self.queue.len() > 0 {
             self.turn()?;
-            std::thread::sleep(PULSE);
+            pause(PULSE);
         }
         Ok(())
     }
@@ -269,7 +278,7 @@ impl Thread {
             if why.is_none() {
                 return Ok(());
             }
-            std::thread::sleep(PATIENCE);
+            pause(PATIENCE);
             self.listen()?;
         }
     }
@@ -313,8 +322,8 @@ impl Thread {
                 self.save();
             }
             self.pace.add(std::mem::take(&mut self.checker.read));
-            let Some(pause) = self.pace.pause() else { break };
-            std::thread::sleep(pause.min(PULSE));
+            let Some(rest) = self.pace.pause() else { break };
+            pause(rest.min(PULSE));
         }
         if self.queue.len() == 0 {
             self.checker.ticks.settle(self.checker.ticks.now());
@@ -328,11 +337,12 @@ impl Thread {
             return Err(Stopped);
         }
         let Ok(request) = self.requests.try_recv() else { return Ok(()) };
+        let Request::Begin(options, reply) = request else { return Err(Stopped) };
         if self.record.running.as_ref().is_some_and(|running| running.asked) {
             // Dropped: that says no.
             return Ok(());
         }
-        self.begin_asked(request);
+        self.begin_asked(options, &reply);
         Err(Stopped)
     }
 
@@ -344,7 +354,7 @@ impl Thread {
                 .snapshot()
                 .and_then(|snapshot| snapshot.objects_after(self.cursor.as_ref(), OBJECTS).ok());
             let Some(mut found) = found else {
-                std::thread::sleep(PATIENCE);
+                pause(PATIENCE);
                 self.listen()?;
                 continue;
             };
