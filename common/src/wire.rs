@@ -50,8 +50,8 @@ use crate::time::Timestamp;
 /// back; what was staged when a session ended is used by the next ([`kept`]);
 /// verification; the destination says what names its file system takes. 3:
 /// greetings name batches by [`Edition`]; the bytes of a frame's pieces stand
-/// together behind them. 4: [`Op::Leave`].
-pub const ALPN: &[u8] = b"replicator/4";
+/// together behind them. 4: [`Op::Leave`]. 5: [`Describe::Blocks`](crate::describe::Describe::Blocks).
+pub const ALPN: &[u8] = b"replicator/5";
 /// ALPN of an enrolment connection.
 pub const ALPN_ENROL: &[u8] = b"replicator-enrol/1";
 /// The most bytes of one frame's body, compressed or not.

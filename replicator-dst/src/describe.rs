@@ -14,7 +14,7 @@ use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 
 use replicator_common::describe::{
     ASKED_MAX, Describe, Described, Description, EXTRA_MAX, EntriesSeen, EntrySeen, Expected,
-    ExtraSeen, QUESTIONS_MAX, RANGE_MAX, RangeSeen,
+    ExtraSeen, QUESTIONS_MAX, RANGE_MAX, RangeSeen, block_hash, blocks,
 };
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::name::Name;
@@ -87,6 +87,13 @@ fn check(question: &Describe) -> Result<(), String> {
             return Err(format!("{length} bytes asked for, the limit is {RANGE_MAX}"));
         }
         Describe::Range { .. } => 0,
+        Describe::Blocks { runs, .. } => {
+            let bytes = runs.iter().map(|(_, length)| u64::from(*length)).sum::<u64>();
+            if bytes > RANGE_MAX {
+                return Err(format!("{bytes} bytes asked for, the limit is {RANGE_MAX}"));
+            }
+            runs.len()
+        }
     };
     if count > ASKED_MAX {
         return Err(format!("{count} objects asked for, the limit is {ASKED_MAX}"));
@@ -126,6 +133,9 @@ impl Look {
             Describe::Objects(objects) => self.objects(objects),
             Describe::Range { object, offset, length } => {
                 Ok(Description::Range(self.range(object, *offset, *length)))
+            }
+            Describe::Blocks { object, version, runs } => {
+                Ok(Description::Blocks(self.blocks(object, *version, runs)))
             }
             Describe::Entries { directory, after, until, expected, list } => {
                 let span = list.then_some((after.as_ref(), until.as_ref()));
@@ -244,6 +254,41 @@ impl Look {
             }
         }
         Ok((done, Hash(*hasher.finalize().as_bytes())))
+    }
+
+    /// Hashes of the blocks of a file, if its content is of that `version`.
+    ///
+    /// INVARIANT (trap 5): the map runs ahead of the replica while a batch is being
+    /// applied, so a version counts once its batch is applied. It stays until the
+    /// source sends another, which it does not while it waits for this.
+    fn blocks(
+        &mut self,
+        object: &ObjectId,
+        version: BatchId,
+        runs: &[(u64, u32)],
+    ) -> Option<ByteBuf> {
+        let applied = self.replica.applied.load(Ordering::Acquire);
+        let known = self.replica.store.snapshot().ok()?.get(object).ok()??;
+        if known.content != version || version.0 > applied {
+            return None;
+        }
+        let fd = self.open(object, OFlags::PATH).ok()??;
+        if stat::of_fd(&fd).ok()?.kind != Kind::File {
+            return None;
+        }
+        let file = open_content(fd.as_fd()).ok()?;
+        let mut hashes = Vec::new();
+        for (from, length) in runs {
+            for block in blocks(*from, u64::from(*length)) {
+                let want = usize::try_from(block.end - block.start).ok()?;
+                let bytes = self.buffer.get_mut(..want)?;
+                if quiet::read_at(&file, bytes, block.start).ok()? < want {
+                    return None;
+                }
+                hashes.extend(block_hash(bytes));
+            }
+        }
+        Some(ByteBuf::from(hashes))
     }
 
     /// An object of the map; the error in words.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use common::{Batch, FakeSource, ROOT, World, data, id, name, pieces, plain, state};
 use replicator_common::control::{Control, DeletionMode};
 use replicator_common::describe::{
-    ASKED_MAX, Describe, Description, EntriesSeen, RANGE_MAX, RangeSeen,
+    ASKED_MAX, BLOCK_HASH, Describe, Description, EntriesSeen, RANGE_MAX, RangeSeen,
 };
 use replicator_common::id::{BatchId, FileSystemId, ObjectId, TransferId};
 use replicator_common::name::Name;
@@ -226,6 +226,29 @@ async fn a_question_that_asks_too_much_is_refused() {
     let many = vec![(id(2), true); ASKED_MAX + 1];
     source.writer.write(&ask(Describe::Objects(many))).await.unwrap();
     refused(source, "the limit is").await;
+
+    let blocks = |object, version, runs| {
+        ask(Describe::Blocks { object: id(object), version: BatchId(version), runs })
+    };
+    let most = RANGE_MAX as u32;
+    for runs in [vec![(0, most), (0, 1)], vec![(0, 0); ASKED_MAX + 1]] {
+        let mut source = stage.session().await;
+        source.writer.write(&blocks(2, 1, runs)).await.unwrap();
+        refused(source, "the limit is").await;
+    }
+    // Of another version, of what is no file, beyond the end: nothing is said.
+    let mut source = stage.session().await;
+    for (object, version, run) in
+        [(2, 2, (0, 1)), (2, 0, (0, 1)), (3, 1, (0, 1)), (9, 1, (0, 1)), (2, 1, (u64::MAX - 5, 9))]
+    {
+        source.writer.write(&blocks(object, version, vec![run])).await.unwrap();
+        assert_eq!(described(&mut source).await, Description::Blocks(None), "{object} {version}");
+    }
+    source.writer.write(&blocks(2, 1, vec![(0, 1), (0, 0)])).await.unwrap();
+    let Description::Blocks(Some(hashes)) = described(&mut source).await else {
+        panic!("the file can be read")
+    };
+    assert_eq!(hashes.len(), BLOCK_HASH);
 
     // The replica's own objects by its own map: no handle, and no link, leads on.
     let mut source = stage.session().await;

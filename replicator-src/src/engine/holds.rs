@@ -17,6 +17,7 @@ use crate::index::{Content, Known, View};
 use crate::journal::Record;
 use crate::plan::waits::is_touched;
 use crate::plan::{Hold, HoldReason, Listing, Lookup, Resolve, Tree};
+use crate::read::blocks::Asker;
 use crate::read::lane::{Done, Job, LaneError};
 use crate::read::sink::APPENDED;
 use crate::watcher::What;
@@ -238,6 +239,7 @@ impl Engine {
             list,
             whole,
             kept,
+            asker: Asker(self.post.clone()),
             clock: self.clock.clone(),
             took: Duration::ZERO,
         };

@@ -21,6 +21,7 @@ use replicator_common::wire::{Extent, Hash, Layout, Piece, TransferBegin};
 use rustix::buffer::spare_capacity;
 use rustix::io::Errno;
 
+use super::blocks::{Asker, Blocks};
 use super::extents;
 use super::kept::{Dealer, KeptList};
 use super::out::Out;
@@ -54,6 +55,8 @@ pub struct Job {
     pub whole: bool,
     /// What staging has of it, or had: of a transfer that was broken off.
     pub kept: Option<Arc<KeptList>>,
+    /// Asks the destination what it has.
+    pub asker: Asker,
     /// Tells when reading began.
     pub clock: Arc<Clock>,
     /// How long reading and sending took, without waiting for the lane; set when
@@ -224,6 +227,11 @@ struct Basis {
 }
 
 impl Basis {
+    /// Bytes that the chunks are.
+    fn size(&self) -> u64 {
+        self.chunks.iter().map(|chunk| u64::from(chunk.length)).sum()
+    }
+
     fn choose(store: &Store, job: &Job, size: u64) -> Result<Option<Self>, IndexError> {
         if job.whole { Ok(None) } else { Self::resembling(store, job, size) }
     }
@@ -241,10 +249,10 @@ impl Basis {
                     appended.complete(&mut chunks);
                 }
                 // What was appended since may be known to nobody any more.
-                let length = chunks.iter().map(|chunk| u64::from(chunk.length)).sum::<u64>();
-                let complete = length == known.state.size;
-                let (object, version) = (object.clone(), known.version);
-                return Ok(Some(Self { object, version, average, chunks, own, complete }));
+                let (object, version, complete) = (object.clone(), known.version, false);
+                let basis = Self { object, version, average, chunks, own, complete };
+                let complete = basis.size() == known.state.size;
+                return Ok(Some(Self { complete, ..basis }));
             }
         }
         Ok(None)
@@ -343,7 +351,15 @@ fn delta(
         out.reuse(in_place)?;
     }
     let dealer = Dealer::new(kept, in_place);
-    send_runs(fd, &runs, &mut chunks, (dealer, layout), out)?;
+    let blocks = match basis {
+        // What is copied must stay where it is; and what was kept is known already.
+        Some(basis) if layout == Layout::Patch && kept.is_none() => {
+            let of = (&basis.object, basis.version, basis.size());
+            Blocks::ask(&job.asker, of, (&runs, &chunks), stop)
+        }
+        _ => Blocks::default(),
+    };
+    send_runs(fd, &runs, &mut chunks, (dealer, layout, &blocks), out)?;
     Ok(Some(chunks))
 }
 
@@ -353,7 +369,7 @@ fn send_runs(
     fd: BorrowedFd<'_>,
     runs: &[Run],
     chunks: &mut [Chunk],
-    (mut dealer, layout): (Dealer<'_>, Layout),
+    (mut dealer, layout, blocks): (Dealer<'_>, Layout, &Blocks),
     out: &mut Out<'_>,
 ) -> Result<(), LaneError> {
     let (mut at, mut literal) = (0, 0);
@@ -368,7 +384,7 @@ fn send_runs(
                 at += length;
             }
             Run::Data { first, count, .. } => {
-                for chunk in &mut chunks[first..first + count] {
+                for (number, chunk) in chunks.iter_mut().enumerate().skip(first).take(count) {
                     // Where the destination writes it.
                     let to = if layout == Layout::Patch { literal } else { at };
                     literal += u64::from(chunk.length);
@@ -383,8 +399,11 @@ fn send_runs(
                     // the truncation makes the object dirty again.
                     read_full(fd, &mut bytes, at)?;
                     chunk.hash = Hash::of(&bytes);
+                    let bytes = Bytes::from(bytes);
+                    if !blocks.send(number, at, &bytes, out)? {
+                        out.data(chunk.hash, &bytes, 0..chunk.length as usize)?;
+                    }
                     at += u64::from(chunk.length);
-                    out.data(chunk.hash, &bytes.into(), 0..chunk.length as usize)?;
                 }
             }
         }

@@ -5,11 +5,13 @@
 //! - [`extents`]: where a file's data lies.
 //! - [`lane`]: large files, in transfers of their own, as deltas; [`runs`]: what
 //!   such a delta consists of.
+//! - [`blocks`]: what of a changed chunk the replica has all the same.
 //! - [`tail`]: what was appended to a large file, ahead of the rest.
 //! - [`kept`]: what the destination still has of a session before.
 //! - `same`: whether a large file only looks different.
 //! - [`pool`]: the threads that do it.
 
+pub mod blocks;
 pub mod extents;
 pub mod kept;
 pub mod lane;

@@ -277,14 +277,15 @@ impl Replication {
         let (places, rescan_interval) = (Arc::<Places>::default(), options.rescan_interval);
         let settings = watcher::Settings { rescan_interval, places: places.clone() };
         let (watcher, carried) = open_watcher(&root, &configuration, &settings, left)?;
-        let loading = if root.is_file_system_root() || watcher.report().kind != WatcherKind::Fanotify {
-            members.everything();
-            None
-        } else {
-            let linked = carried.iter().flat_map(|carried| &carried.linked);
-            members.take_over_linked(linked.copied());
-            Some(load_members(&root, &store, &members)?)
-        };
+        let loading =
+            if root.is_file_system_root() || watcher.report().kind != WatcherKind::Fanotify {
+                members.everything();
+                None
+            } else {
+                let linked = carried.iter().flat_map(|carried| &carried.linked);
+                members.take_over_linked(linked.copied());
+                Some(load_members(&root, &store, &members)?)
+            };
         let recent = carried.as_ref().map_or(&[][..], |carried| &carried.recent);
         let (clock, marks) = (self.shared.clock(), members.clone());
         let meters = self.shared.meters().clone();

@@ -5,6 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use replicator_common::status::{Counters, Skipped};
 use replicator_tests::hosts::{Hosts, Side};
 use replicator_tests::mounts::FileSystem::Ext4;
@@ -57,6 +59,49 @@ fn bytes_changed_are_the_users_and_bytes_shipped_the_networks() {
     fs::rename(root.join("text.new"), root.join("text")).unwrap();
     let (changed, _) = since(&before, &daemon);
     assert_eq!(changed, 105_000, "a rename changes nothing, a new small file is new");
+}
+
+/// Blocks of a large file are overwritten, as a database does it: they travel, and not
+/// the chunks around them. What was written elsewhere, at any place and of any length, is
+/// right all the same.
+#[test]
+fn blocks_that_are_overwritten_travel_alone() {
+    let seed: u64 = std::env::var("REPLICATOR_SEED")
+        .map_or_else(|_| rand::random(), |text| text.parse().expect("REPLICATOR_SEED: a number"));
+    eprintln!("REPLICATOR_SEED={seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let pair = Pair::alone(Layout::Two(Ext4, Ext4));
+    let size = 64u64 << 20;
+    fs::write(pair.source().join("base"), content::incompressible(seed, size as usize)).unwrap();
+    let daemon = pair.start_enabled("fanotify");
+    daemon.wait(patience());
+    let file = fs::File::options().write(true).open(pair.source().join("base")).unwrap();
+
+    // Chunks of 16 KiB would be some 2.9 MiB. More than that, and blocks beside blocks.
+    for blocks in [100, 400] {
+        let before = daemon.counters();
+        for number in 0..blocks {
+            let at = random.random_range(0..size / 4096) * 4096;
+            file.write_all_at(&content::incompressible(seed + number + blocks, 4096), at).unwrap();
+        }
+        let (_, shipped) = since(&before, &daemon);
+        pair.settle(&daemon, &format!("{blocks} blocks, REPLICATOR_SEED={seed}"));
+        assert!(shipped < blocks * 4096 * 3 / 2, "{shipped} for {blocks} blocks, seed {seed}");
+    }
+    for round in 0..8 {
+        for _ in 0..random.random_range(20..60) {
+            let length = random.random_range(1..20_000);
+            let at = random.random_range(0..size - length as u64);
+            file.write_all_at(&content::incompressible(random.random(), length), at).unwrap();
+        }
+        match round % 4 {
+            1 => file.set_len(size + random.random_range(0..100_000)).unwrap(),
+            2 => file.set_len(size - random.random_range(0..100_000)).unwrap(),
+            3 => file.set_len(size).unwrap(),
+            _ => {}
+        }
+        pair.settle(&daemon, &format!("round {round}, REPLICATOR_SEED={seed}"));
+    }
 }
 
 #[test]
