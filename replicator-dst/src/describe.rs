@@ -1,5 +1,6 @@
-//! Tells a source what the replica holds, so that it can verify it: what the
-//! file system shows, not what the objects map believes.
+//! Tells a source what the replica holds, so that it can verify it, or send it no more
+//! of a changed file than it lacks: what the file system shows, not what the objects map
+//! believes.
 //!
 //! A thread of its own looks, of low priority, so that applying does not wait
 //! for it. It may look while a batch is applied; which answers that spoils, the

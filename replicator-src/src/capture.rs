@@ -76,10 +76,12 @@ impl Members {
 
     /// Whether the object may be known as ours.
     pub fn knows(&self, id: &ObjectId) -> bool {
-        self.all.load(Ordering::Acquire)
-            || self.loading.load(Ordering::Acquire)
-            || self.has_directory(id)
-            || self.has_linked(id)
+        self.is_anything() || self.has_directory(id) || self.has_linked(id)
+    }
+
+    /// Whether all counts as ours, for good or for now.
+    fn is_anything(&self) -> bool {
+        self.all.load(Ordering::Acquire) || self.loading.load(Ordering::Acquire)
     }
 
     /// An object is no longer part of the source.
@@ -125,7 +127,7 @@ impl Members {
         if let Change::Object { object, via: Some(via), what } = change
             && what.content
             && recent.contains(object)
-            && self.has_directory(via)
+            && (self.is_anything() || self.has_directory(via))
         {
             self.add_linked(object);
         }
@@ -160,7 +162,7 @@ impl Members {
     /// to have names outside; a change of attributes is always let through
     /// when nothing says where (that is how a new hard link shows).
     fn concerns(&self, change: &Change, recent: &Recent) -> bool {
-        if self.all.load(Ordering::Acquire) {
+        if self.is_anything() {
             return true;
         }
         match change {
@@ -633,6 +635,29 @@ mod tests {
         assert_eq!(sieve.members.record(from(Some(FOREIGN))), all);
         assert_eq!(sieve.members.record(from(None)), all);
         assert_eq!(sieve.members.record(from(Some(OURS))), None);
+    }
+
+    /// A queue that a process left to this one is read at once: what the index knows may
+    /// be known here only later.
+    #[test]
+    fn nothing_is_lost_while_members_are_loading() {
+        let mut sieve = Sieve::new();
+        let entry = |directory| {
+            let name = replicator_common::name::Name::new(b"f").unwrap();
+            Change::Entry { directory: id(directory), name }
+        };
+        const LATER: u64 = 3;
+        sieve.members.loading(true);
+        assert!(sieve.passes(&entry(LATER)) && sieve.passes(&change(10, Some(LATER), true)));
+        // Opened elsewhere, and linked into a directory that is not loaded yet.
+        assert!(
+            sieve.passes(&change(11, None, false)) && sieve.passes(&change(11, Some(LATER), true))
+        );
+        sieve.members.add_directory(id(LATER));
+        sieve.members.loading(false);
+        sieve.churn();
+        assert!(sieve.passes(&entry(LATER)) && !sieve.passes(&entry(FOREIGN)));
+        assert!(sieve.passes(&change(11, Some(FOREIGN), true)), "written where it was opened");
     }
 
     #[test]

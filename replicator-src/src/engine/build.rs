@@ -414,8 +414,8 @@ impl Engine {
     }
 
     /// A walk that has seen everything closes its gap, unless events were lost
-    /// again meanwhile, or might have gone unseen for want of a watch. Only the batch after the walk's end does: its barrier
-    /// covers what moved from the unwalked to the walked part at the last
+    /// again meanwhile, or may have gone unseen for want of a watch. Only the batch
+    /// after the walk's end does: its barrier covers what moved from the unwalked to the walked part at the last
     /// moment (trap 11).
     fn close_gap(&mut self, walked: bool) -> Result<Option<Gap>, EngineError> {
         let through = walked && self.dirty.is_empty() && self.astray.is_empty();

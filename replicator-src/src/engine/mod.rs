@@ -642,7 +642,8 @@ impl Engine {
         self.last_walk = Instant::now();
         self.shared.count(|counters| counters.rescans += 1);
         self.shared.begin_progress();
-        self.capture.directories().begin_walk();
+        let again = self.gap.as_ref().is_some_and(|gap| gap.twice);
+        self.capture.directories().begin_walk(again);
         let root = self.opener.root().id.clone();
         self.dirty.walk(root, self.orphans()?);
         Ok(())

@@ -2,8 +2,8 @@
 //!
 //! A chunk is some 16 KiB, and what a database or a virtual machine writes is 4 KiB: the
 //! rest of the chunk need not travel. The index knows chunks only, so the replica is
-//! asked for the hashes of its blocks, once a transfer, where that saves more than it
-//! costs: a round trip, and a 256th of the bytes asked for.
+//! asked for the hashes of its blocks, before a transfer of 128 KiB to 64 MiB of changed
+//! chunks. That costs a round trip for each 8 MiB of them, and a 256th of the bytes.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,6 +18,7 @@ use replicator_common::describe::{
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::wire::{Hash, Piece};
 
+use super::kept::Dealer;
 use super::lane::LaneError;
 use super::out::Out;
 use super::runs::Run;
@@ -28,8 +29,9 @@ use crate::engine::verify::Query;
 const WORTH: u64 = 128 << 10;
 /// Changed bytes up to which it is: a file of which more changed is another file.
 const MOST: u64 = 64 << 20;
-/// How long an answer is waited for; without one the chunks travel whole.
-const ANSWER: Duration = Duration::from_secs(2);
+/// How long an answer is waited for; without one the chunks travel whole. The thread that
+/// answers has no priority: where its cores are taken, a change should not wait for it.
+const ANSWER: Duration = Duration::from_millis(500);
 /// Between two looks at whether the transfer is to end.
 const POLL: Duration = Duration::from_millis(100);
 
@@ -77,7 +79,7 @@ impl Blocks {
         if !(WORTH..=MOST).contains(&bytes) {
             return found;
         }
-        let mut rest = &changed[..];
+        let (start, mut rest) = (Instant::now(), &changed[..]);
         while !rest.is_empty() {
             let (part, after) = rest.split_at(fits(rest));
             let runs = part.iter().map(|(_, at, length)| (*at, *length)).collect();
@@ -90,7 +92,14 @@ impl Blocks {
             }
             rest = after;
         }
+        let known = changed.len() - rest.len();
+        tracing::debug!(%object, bytes, chunks = changed.len(), known, took = ?start.elapsed(), "blocks");
         found
+    }
+
+    /// Whether nothing is known of any chunk.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// Takes in an answer; whether it is one to these chunks.
@@ -109,12 +118,15 @@ impl Blocks {
     /// Sends a chunk that stands `at` this place and has these `bytes`: what the replica
     /// has of it is copied. Says whether anything was known of it; else it is still to be
     /// sent.
+    ///
+    /// INVARIANT (nothing is sent twice): what differs is one piece for each run of blocks,
+    /// and a transfer that was broken off after it is met again by the hash of that piece.
     pub(super) fn send(
         &self,
         number: usize,
         at: u64,
         bytes: &Bytes,
-        out: &mut Out<'_>,
+        (dealer, out): (&mut Dealer<'_>, &mut Out<'_>),
     ) -> Result<bool, LaneError> {
         let Some(hashes) = self.0.get(&number) else { return Ok(false) };
         let mut parts: Vec<(bool, std::ops::Range<usize>)> = Vec::new();
@@ -131,11 +143,17 @@ impl Blocks {
             }
         }
         for (same, range) in parts {
+            let from = at + range.start as u64;
             if same {
-                let (from, length) = (at + range.start as u64, range.len() as u64);
-                out.piece(Piece::Copy { from, length })?;
-            } else {
-                out.data(Hash::of(&bytes[range.clone()]), bytes, range)?;
+                out.piece(Piece::Copy { from, length: range.len() as u64 })?;
+                continue;
+            }
+            let hash = Hash::of(&bytes[range.clone()]);
+            // A chunk is far below 4 GiB.
+            let length = u32::try_from(range.len()).unwrap_or(u32::MAX);
+            match dealer.deal(&hash, length, from) {
+                Some(from) => out.piece(Piece::Kept { from, length, hash })?,
+                None => out.data(hash, bytes, range)?,
             }
         }
         Ok(true)

@@ -345,20 +345,21 @@ fn delta(
         basis: basis.map(|basis| basis.object.clone()),
         basis_version: basis.map_or(BatchId(0), |basis| basis.version),
     })?;
-    let kept = job.kept.as_deref();
-    let in_place = fits_in_place(&runs, &chunks, kept, layout);
-    if kept.is_some() {
-        out.reuse(in_place)?;
-    }
-    let dealer = Dealer::new(kept, in_place);
     let blocks = match basis {
-        // What is copied must stay where it is; and what was kept is known already.
-        Some(basis) if layout == Layout::Patch && kept.is_none() => {
+        // Of another file, nothing tells which blocks might be alike.
+        Some(basis) if basis.own => {
             let of = (&basis.object, basis.version, basis.size());
             Blocks::ask(&job.asker, of, (&runs, &chunks), stop)
         }
         _ => Blocks::default(),
     };
+    let kept = job.kept.as_deref();
+    // Of blocks nobody knows yet where they will stand in what travels.
+    let in_place = blocks.is_empty() && fits_in_place(&runs, &chunks, kept, layout);
+    if kept.is_some() {
+        out.reuse(in_place)?;
+    }
+    let dealer = Dealer::new(kept, in_place);
     send_runs(fd, &runs, &mut chunks, (dealer, layout, &blocks), out)?;
     Ok(Some(chunks))
 }
@@ -388,6 +389,7 @@ fn send_runs(
                     // Where the destination writes it.
                     let to = if layout == Layout::Patch { literal } else { at };
                     literal += u64::from(chunk.length);
+                    // Kept as a whole, also where the replica's blocks are known.
                     if let Some(from) = dealer.deal(&chunk.hash, chunk.length, to) {
                         let (length, hash) = (chunk.length, chunk.hash);
                         at += u64::from(length);
@@ -400,7 +402,7 @@ fn send_runs(
                     read_full(fd, &mut bytes, at)?;
                     chunk.hash = Hash::of(&bytes);
                     let bytes = Bytes::from(bytes);
-                    if !blocks.send(number, at, &bytes, out)? {
+                    if !blocks.send(number, at, &bytes, (&mut dealer, &mut *out))? {
                         out.data(chunk.hash, &bytes, 0..chunk.length as usize)?;
                     }
                     at += u64::from(chunk.length);

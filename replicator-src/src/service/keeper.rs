@@ -66,7 +66,8 @@ pub(super) struct Running {
     pub(super) post: Sender<Event>,
     link: tokio::task::JoinHandle<()>,
     census: Option<(JoinHandle<()>, Arc<AtomicBool>)>,
-    loading: Option<JoinHandle<()>>,
+    /// Ends before what it reads is opened again.
+    _loading: Option<Loading>,
     pub(super) verifier: Arc<Verifier>,
 }
 
@@ -238,11 +239,8 @@ impl Replication {
 
     fn end_running(&self) {
         let Some(running) = self.running().take() else { return };
-        let Running { link, census, loading, verifier, .. } = running;
+        let Running { link, census, verifier, .. } = running;
         verifier.stop();
-        if loading.is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the loading of what the index knows panicked");
-        }
         if let Some((thread, stop)) = census {
             stop.store(true, Ordering::Release);
             if thread.join().is_err() {
@@ -277,7 +275,7 @@ impl Replication {
         let (places, rescan_interval) = (Arc::<Places>::default(), options.rescan_interval);
         let settings = watcher::Settings { rescan_interval, places: places.clone() };
         let (watcher, carried) = open_watcher(&root, &configuration, &settings, left)?;
-        let loading =
+        let _loading =
             if root.is_file_system_root() || watcher.report().kind != WatcherKind::Fanotify {
                 members.everything();
                 None
@@ -352,7 +350,7 @@ impl Replication {
         let verifier = Verifier::start(parts, &self.directory).map_err(failed("the verifier"))?;
         self.shared.started();
         *self.running() =
-            Some(Running { post: inbox.0, link, census, loading, verifier: Arc::new(verifier) });
+            Some(Running { post: inbox.0, link, census, _loading, verifier: Arc::new(verifier) });
         Ok(engine)
     }
 
@@ -471,7 +469,7 @@ fn load_members(
     root: &Root,
     store: &Store,
     members: &Arc<Members>,
-) -> Result<JoinHandle<()>, ServiceError> {
+) -> Result<Loading, ServiceError> {
     members.add_directory(root.id.clone());
     members.loading(true);
     let (snapshot, pending) = (store.snapshot()?, store.pending()?);
@@ -496,7 +494,19 @@ fn load_members(
         members.loading(false);
     };
     let named = std::thread::Builder::new().name("members".to_owned());
-    named.spawn(load).map_err(failed("the loading of members"))
+    let thread = named.spawn(load).map_err(failed("the loading of members"))?;
+    Ok(Loading(Some(thread)))
+}
+
+/// The thread that loads members; dropping this waits for its end.
+struct Loading(Option<JoinHandle<()>>);
+
+impl Drop for Loading {
+    fn drop(&mut self) {
+        if self.0.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the loading of what the index knows panicked");
+        }
+    }
 }
 
 /// For looking at directories that others watch.
@@ -518,8 +528,8 @@ impl DirectoryWatch for Joining {
         self.inner.before_listing(directory, id);
     }
 
-    fn begin_walk(&self) {
-        self.inner.begin_walk();
+    fn begin_walk(&self, again: bool) {
+        self.inner.begin_walk(again);
     }
 
     fn found_unwatched(&self) -> bool {

@@ -433,6 +433,9 @@ impl Control for SourceService {
         };
         // Not to be started again in between.
         let mut removed = replication.hold_still();
+        if *removed {
+            return Err(ControlError::FileSystemNotFound(source.clone()));
+        }
         replication.stop(&Supervisor::nobody());
         let id = replication.configuration().source;
         replication.remove().map_err(|error| ControlError::Internal(error.to_string()))?;

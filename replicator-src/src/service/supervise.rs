@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 use replicator_common::id::FileSystemId;
@@ -38,7 +38,7 @@ impl SourceService {
     /// Starts it again on a thread of its own: a file system that hangs holds up no
     /// other replication. An attempt that still hangs is enough.
     fn restart_beside(self: &Arc<Self>, replication: &Arc<Replication>) {
-        if replication.removed.try_lock().is_err() {
+        if matches!(replication.removed.try_lock(), Err(TryLockError::WouldBlock)) {
             return;
         }
         let (service, replication) = (self.clone(), replication.clone());

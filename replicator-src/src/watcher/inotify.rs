@@ -254,7 +254,7 @@ impl DirectoryWatch for Directories {
     }
 
     /// It comes to every directory, so what cannot be watched is counted anew.
-    fn begin_walk(&self) {
+    fn begin_walk(&self, _again: bool) {
         let mut state = self.state();
         state.unwatched.clear();
         state.last_error = None;

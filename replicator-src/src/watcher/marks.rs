@@ -294,15 +294,15 @@ impl DirectoryWatch for Directories {
     /// anew. It also compares every object after marking the directory that holds
     /// it, so that all marks may be taken away now where that is the only way to
     /// get rid of strays: what goes unseen until then, the walk finds, or the
-    /// second one that follows it for that reason.
-    fn begin_walk(&self) {
+    /// second one that follows it for that reason. That one takes nothing away.
+    fn begin_walk(&self, again: bool) {
         let mut state = self.state();
         state.unmarked.clear();
         state.crowded.clear();
         state.last_error = None;
         state.found_unmarked = false;
-        // What was marked early and not listed by a whole walk has left unnoticed,
-        // or leaves a mark for the walk to find where it belongs.
+        // What was marked early, and not listed by a whole walk since, has left unnoticed.
+        // (If it has not, the walk to come lists it, and marks it again.)
         let passed = std::mem::take(&mut state.passed);
         for id in passed {
             if state.early.remove(&id) {
@@ -310,8 +310,9 @@ impl DirectoryWatch for Directories {
                 state.strays |= self.unmark(&id, MASK).is_err();
             }
         }
+        // Strays that come about during the first of two walks stay until the next gap.
         state.passed = state.early.iter().cloned().collect();
-        if state.strays && self.group.unmark_all(self.root.fd()).is_ok() {
+        if state.strays && !again && self.group.unmark_all(self.root.fd()).is_ok() {
             state.marked.clear();
             state.early.clear();
             state.passed.clear();

@@ -191,9 +191,11 @@ pub trait DirectoryWatch: Send + Sync {
     fn before_listing(&self, directory: BorrowedFd<'_>, id: &ObjectId);
 
     /// A complete walk begins, which comes to every directory and compares every
-    /// object. Called when no batch is looking at anything: a directory that a
-    /// batch has listed is not listed by it again. Watchers need not care.
-    fn begin_walk(&self) {}
+    /// object; `again` when it is the second that [`DirectoryWatch::found_unwatched`]
+    /// asked for, which proves something only if no watch is taken away. Called when no
+    /// batch is looking at anything: a directory that a batch has listed is not listed
+    /// by it again. Watchers need not care.
+    fn begin_walk(&self, _again: bool) {}
 
     /// Whether the walk has come to directories that had no watch when it did.
     /// Then what was changed through a hard link in one of them, and lost that

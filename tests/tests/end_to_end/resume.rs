@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::{Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use rand::rngs::SmallRng;
@@ -117,6 +118,39 @@ fn a_large_file_arrives_however_often_it_is_cut() {
     }
     hosts.settle(&format!("{cuts:?}"));
     assert_shipped(&hosts, before, SIZE, 3, &cuts);
+}
+
+/// Every other block of a part of a file is overwritten: blocks travel, not the chunks
+/// around them, and those that have arrived when a session ends do not travel again.
+#[test]
+fn blocks_of_a_patch_travel_once_however_it_is_cut() {
+    blocks_travel_once(160 * MIB);
+}
+
+/// So much of the file changes that it is put together anew.
+#[test]
+fn blocks_of_a_new_file_travel_once_however_it_is_cut() {
+    blocks_travel_once(96 * MIB);
+}
+
+fn blocks_travel_once(size: u64) {
+    const PART: u64 = 56 * MIB;
+    let (mut hosts, mut random) = (Hosts::enrolled(), random());
+    let path = hosts.source().join("base");
+    fs::write(&path, content::incompressible(1, size as usize)).unwrap();
+    hosts.settle(&"the file as it was");
+    hosts.slow_cable("200mbit");
+    let before = hosts.shipped();
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    let new = content::incompressible(2, PART as usize / 2);
+    for (number, block) in new.chunks(4096).enumerate() {
+        file.write_all_at(block, 8 * MIB + number as u64 * 8192).unwrap();
+    }
+    hosts.await_shipped_up_to(22 * MIB, before + PART / 2);
+    let cut = cuts(&mut random)[0];
+    cut.make(&mut hosts, |_| {});
+    hosts.settle(&format!("{cut:?}"));
+    assert_shipped(&hosts, before, PART / 2, 1, &cut);
 }
 
 /// The same file with other content.

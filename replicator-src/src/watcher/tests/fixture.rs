@@ -131,8 +131,13 @@ impl Watched {
     /// Tells the watcher of every directory, as the walk would.
     pub(super) fn walk(&self) {
         let directories = self.watcher.directories();
-        directories.begin_walk();
+        directories.begin_walk(false);
         walk(&directories, &self.path);
+    }
+
+    /// The same within a walk that has begun.
+    pub(super) fn walk_on(&self) {
+        walk(&self.watcher.directories(), &self.path);
     }
 
     pub(super) fn drain(&mut self) -> Seen {

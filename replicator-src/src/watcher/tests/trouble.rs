@@ -227,6 +227,13 @@ fn trap_3_marks_of_directories_that_left_go_with_the_next_walk() {
         watched.drain();
         let seen = watched.during(|_| fs::write(outside.join("f"), "").unwrap());
         assert!(!seen.0.is_empty(), "this test is of a mark that stayed");
+        // Not with one that is to prove that each directory had a mark all the time.
+        let below = source.join("e");
+        fs::create_dir(&below).unwrap();
+        watched.walk_on();
+        watched.watcher.directories().begin_walk(true);
+        let file = below.join("f");
+        watched.during(|_| fs::write(&file, "x").unwrap()).content(&know(&file));
         watched.walk();
         watched.during(|_| fs::write(outside.join("f"), "x").unwrap()).nothing();
         let file = source.join("f");
@@ -339,7 +346,7 @@ fn a_walk_that_begins_takes_no_watch_of_a_new_directory_away() {
             let listed = path.join("listed");
             let (fd, id) = (open_directory(&listed), know(&listed).id);
             watched.watcher.directories().before_listing(fd.as_fd(), &id);
-            watched.watcher.directories().begin_walk();
+            watched.watcher.directories().begin_walk(false);
             let file = listed.join("f");
             watched.during(|_| fs::write(&file, "x").unwrap()).entry(&know(&file));
             fs::remove_dir_all(&listed).unwrap();
@@ -349,10 +356,10 @@ fn a_walk_that_begins_takes_no_watch_of_a_new_directory_away() {
         watched.walk();
         let (early, file) = (path.join("early"), path.join("early/f"));
         watched.during(|_| fs::create_dir(&early).unwrap());
-        watched.watcher.directories().begin_walk();
+        watched.watcher.directories().begin_walk(false);
         watched.during(|_| fs::write(&file, "x").unwrap()).content(&know(&file));
         // A whole walk passed, and nobody came to it: it is not in the source.
-        watched.watcher.directories().begin_walk();
+        watched.watcher.directories().begin_walk(false);
         watched.during(|_| fs::write(&file, "y").unwrap()).nothing();
         fs::remove_dir_all(&early).unwrap();
     });
