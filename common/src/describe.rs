@@ -41,18 +41,6 @@ pub enum Describe {
         /// Bytes.
         length: u64,
     },
-    /// Runs of a file's content, block by block: at most [`ASKED_MAX`], and
-    /// [`RANGE_MAX`] bytes together. Only of one version of the content, that which
-    /// the source means to change.
-    Blocks {
-        /// The file.
-        object: ObjectId,
-        /// The batch that placed its content.
-        version: BatchId,
-        /// First byte and bytes of each run, cut as [`blocks`] cuts it.
-        #[serde(deserialize_with = "crate::codec::list")]
-        runs: Vec<(u64, u32)>,
-    },
     /// The names of a directory after one name and up to another.
     Entries {
         /// The directory.
@@ -66,6 +54,18 @@ pub enum Describe {
         expected: Vec<(Name, Expected)>,
         /// Names that are not expected are wanted too.
         list: bool,
+    },
+    /// Runs of a file's content, block by block: at most [`ASKED_MAX`], and
+    /// [`RANGE_MAX`] bytes together. Only of one version of the content, that which
+    /// the source means to change.
+    Blocks {
+        /// The file.
+        object: ObjectId,
+        /// The batch that placed its content.
+        version: BatchId,
+        /// First byte and bytes of each run, cut as [`blocks`] cuts it.
+        #[serde(deserialize_with = "crate::codec::list")]
+        runs: Vec<(u64, u32)>,
     },
 }
 
@@ -89,13 +89,13 @@ pub enum Description {
     Objects(#[serde(deserialize_with = "crate::codec::list")] Vec<Described>),
     /// To [`Describe::Range`].
     Range(RangeSeen),
-    /// To [`Describe::Blocks`]: the hashes ([`block_hash`]) of all blocks, side by
-    /// side. `None` when the content is not of that version, or cannot be read.
-    Blocks(Option<ByteBuf>),
     /// To [`Describe::Entries`].
     Entries(EntriesSeen),
     /// The replica cannot be looked at now; to be asked again.
     Busy,
+    /// To [`Describe::Blocks`]: the hashes ([`block_hash`]) of all blocks, side by
+    /// side. `None` when the content is not of that version, or cannot be read.
+    Blocks(Option<ByteBuf>),
 }
 
 /// Cuts a run of a file where a block of the file begins: its first and last part may

@@ -8,7 +8,7 @@ mod supervise;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use replicator_common::ancestry;
@@ -127,6 +127,11 @@ pub enum ServiceError {
     Refused(String),
 }
 
+/// How long opening the service waits for sources to be opened.
+const START: Duration = Duration::from_secs(5);
+/// How long a shutdown waits for what hangs while it is started.
+const HANGING: Duration = Duration::from_secs(5);
+
 /// A running source.
 pub struct SourceService {
     options: SourceOptions,
@@ -193,7 +198,7 @@ impl SourceService {
         Ok(service)
     }
 
-    fn load(&self) -> Result<(), ServiceError> {
+    fn load(self: &Arc<Self>) -> Result<(), ServiceError> {
         let directory = self.replications_dir();
         crashsafe::create_directory(&directory)?;
         let entries =
@@ -209,11 +214,54 @@ impl SourceService {
             let id = configuration.source.clone();
             self.enter(&configuration);
             let replication = Replication::open(path, configuration, &self.options)?;
-            self.start_first(&replication);
             self.all().insert(id, replication);
         }
-        handover::discard_others(&self.supervisor);
-        Ok(())
+        self.start_all()
+    }
+
+    /// Starts each on a thread of its own: one whose file system hangs holds up none but
+    /// itself. Returns when all have started, or some hang.
+    fn start_all(self: &Arc<Self>) -> Result<(), ServiceError> {
+        let mut starting: Vec<_> = self.all().values().cloned().collect();
+        let (started, each) = crossbeam_channel::unbounded();
+        for replication in starting.iter().cloned() {
+            let (service, started) = (self.clone(), started.clone());
+            let start = move || {
+                service.start_first(&replication);
+                let id = replication.configuration().source;
+                // Dropped before that is known: whoever waits may end with the service.
+                drop((service, replication));
+                let _ = started.send(id);
+            };
+            let named = std::thread::Builder::new().name("start".to_owned());
+            let failed = |source| ServiceError::Start { what: "a replication's start", source };
+            named.spawn(start).map_err(failed)?;
+        }
+        drop(started);
+        let until = Instant::now() + START;
+        while !starting.is_empty() {
+            let Ok(id) = each.recv_deadline(until) else { break };
+            starting.retain(|one| one.configuration().source != id);
+        }
+        for replication in &starting {
+            let configuration = replication.configuration();
+            let (source, path) = (configuration.source, configuration.path.display());
+            tracing::error!(%source, %path, "the source does not answer");
+            replication.failed(format!("the file system of {path} does not answer yet"));
+        }
+        let supervisor = self.supervisor.clone();
+        // Each takes what was kept for it first.
+        let rest = move || {
+            each.iter().for_each(drop);
+            handover::discard_others(&supervisor);
+        };
+        if starting.is_empty() {
+            rest();
+            return Ok(());
+        }
+        let named = std::thread::Builder::new().name("starts".to_owned());
+        let failed = |source| ServiceError::Start { what: "the wait for starts", source };
+        named.spawn(rest).map(drop).map_err(failed)
     }
 
     /// One that cannot start says why in its status, and is tried again.
@@ -258,8 +306,17 @@ impl SourceService {
             }
             Err(_) => true,
         });
+        let until = Instant::now() + HANGING;
         for replication in all {
-            let _still = replication.hold_still();
+            let hangs = || matches!(replication.removed.try_lock(), Err(TryLockError::WouldBlock));
+            while hangs() && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            if hangs() {
+                let source = replication.configuration().source;
+                tracing::error!(%source, "it hangs while it is started, and is left");
+                continue;
+            }
             replication.stop(&self.supervisor);
         }
     }

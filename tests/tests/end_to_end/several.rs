@@ -118,11 +118,11 @@ fn a_source_that_hangs_while_it_is_started_holds_up_no_other() {
     fs::remove_file(&boot).unwrap();
     fs::create_dir(&boot).unwrap();
     hosts.start(Side::Source);
-    let status = |id: &str| {
-        let all = described(&hosts, Side::Source);
+    let status = |hosts: &Hosts, id: &str| {
+        let all = described(hosts, Side::Source);
         all.into_iter().find(|one| one["SourceFileSystemId"] == id).unwrap()
     };
-    assert_eq!(status(&other.id)["Destinations"][0]["Status"], "ERROR");
+    assert_eq!(status(&hosts, &other.id)["Destinations"][0]["Status"], "ERROR");
 
     let hanging = Hanging::over(other.source.path());
     // It is tried after a second, and after two more, and so on.
@@ -132,13 +132,20 @@ fn a_source_that_hangs_while_it_is_started_holds_up_no_other() {
     hosts.on(Side::Source, &["failover", "--source-file-system-id", &first]).success();
     fs::write(hosts.replica().join("x"), "").expect("writable after failover");
 
+    // Nor does a start of the daemon, or its end.
+    for end in [Hosts::kill, Hosts::terminate] {
+        end(&mut hosts, Side::Source);
+        hosts.start(Side::Source);
+        assert_eq!(status(&hosts, &other.id)["Destinations"][0]["Status"], "ERROR");
+    }
+
     // What stood in its way is gone: it goes on by itself.
     drop(hanging);
     fs::remove_dir(&boot).unwrap();
     fs::write(other.source.path().join("other"), "afterwards").unwrap();
     let end = Instant::now() + patience();
-    while status(&other.id)["Destinations"][0]["Status"] != "ENABLED" {
-        assert!(Instant::now() < end, "{}", status(&other.id));
+    while status(&hosts, &other.id)["Destinations"][0]["Status"] != "ENABLED" {
+        assert!(Instant::now() < end, "{}", status(&hosts, &other.id));
         std::thread::sleep(Duration::from_millis(200));
     }
     settle(&hosts, &other.id, other.source.path(), other.replica.path());
