@@ -82,7 +82,8 @@ pub struct Gap {
     pub walk_started: Timestamp,
     /// Events were lost again while the walk ran: another walk must follow.
     pub again: Option<String>,
-    /// A walk was already repeated for want of watches (see [`Gap::walk_twice`]).
+    /// A walk was already repeated for want of watches (see [`Gap::walk_twice`]), and no
+    /// event was lost since.
     pub twice: bool,
 }
 
@@ -108,6 +109,8 @@ impl Gap {
     ) -> bool {
         if let Some(gap) = gap {
             gap.again = Some(reason);
+            // Which watches are missing after that, only the walk to come can tell.
+            gap.twice = false;
             return false;
         }
         let (floor, since, walk_started) = (covered, now, now);

@@ -24,6 +24,8 @@ pub(super) struct Held {
     pub(super) touched: bool,
     /// The destination refused to build it from a basis: it is sent whole.
     pub(super) whole: bool,
+    /// Its transfer uses what the destination kept of one before.
+    pub(super) reuses: bool,
     /// Of a file that may just have grown.
     pub(super) tail: Option<Tail>,
 }

@@ -140,7 +140,9 @@ impl Engine {
                     // What is not known has not grown.
                     let may_have_grown = large && !walking && known().is_some_and(cut);
                     let tail = may_have_grown.then(|| Tail::new(now));
-                    let held = Held { hold, floor, since, due, transfer, touched, whole, tail };
+                    let reuses = false;
+                    let held =
+                        Held { hold, floor, since, due, transfer, touched, whole, reuses, tail };
                     self.holds.insert(object, held);
                 }
             }
@@ -229,6 +231,7 @@ impl Engine {
         let tail = self.holds.get(&object).and_then(|held| held.tail.as_ref());
         let appended = tail.zip(known.as_ref()).and_then(|(tail, known)| appended_to(tail, known));
         let kept = self.kept.begin(&object);
+        let reuses = kept.is_some();
         let job = Job {
             transfer: number,
             object: object.clone(),
@@ -247,7 +250,7 @@ impl Engine {
             return Ok(());
         };
         held.touched = false;
-        held.whole = whole;
+        (held.whole, held.reuses) = (whole, reuses);
         held.transfer = Transfer::Running { number, basis };
         self.running.insert(number, object);
         let post = self.post.clone();
@@ -580,6 +583,7 @@ impl Engine {
             transfer: Transfer::Waiting,
             touched: false,
             whole: false,
+            reuses: false,
             tail,
         };
         self.holds.insert(object, held);
@@ -615,7 +619,9 @@ impl Engine {
             if this == number {
                 void.push(std::mem::replace(&mut held.transfer, Transfer::Waiting));
                 held.due = Instant::now() + Duration::from_millis(100);
-                held.whole = number.0 & APPENDED == 0;
+                // What was kept is offered once: without it, it may be built all the same.
+                let reused = std::mem::take(&mut held.reuses);
+                held.whole = number.0 & APPENDED == 0 && !reused;
                 held.tail = None;
             }
         }

@@ -54,6 +54,8 @@ struct Inner {
     reached: Timestamp,
     complete: bool,
     failure: Option<String>,
+    /// The first start has come to an end, whatever that was.
+    opened: bool,
     refusal: Option<String>,
     /// Why nothing is shipped until the operator says so, and what to say.
     halted: Option<String>,
@@ -127,6 +129,7 @@ impl Shared {
             reached: Timestamp::NEVER,
             complete: mark.watermark.is_some(),
             failure: None,
+            opened: false,
             refusal: None,
             halted: None,
             vanished: None,
@@ -400,6 +403,8 @@ impl Shared {
         let now = Timestamp::now();
         inner.report.last_error = Some(TimedError { time: now, error: reason.to_owned() });
         let since = inner.vanished.get_or_insert(now).to_owned();
+        // What had ended an engine before is over: nothing runs, and waits for the source.
+        (inner.failure, inner.opened) = (None, true);
         inner.halted = Some(format!("halted since {since}: {reason}; {RETURN_HINT}"));
         (inner.report.status, inner.report.message) = judge(&inner, false);
         let reason = format!("halted: {reason}");
@@ -434,13 +439,30 @@ impl Shared {
         inner.report.last_error = Some(TimedError { time: now, error: error.clone() });
         inner.report.status = ReplicationStatus::Error;
         inner.report.message = Some(error.clone());
-        inner.failure = Some(error);
+        (inner.failure, inner.opened) = (Some(error), true);
         self.moved.notify_all();
+    }
+
+    /// Its first start goes on for long: that is an error for as long as it does. Says
+    /// whether it does.
+    pub fn starts_slowly(&self, reason: String) -> bool {
+        let mut inner = self.lock();
+        if inner.opened {
+            return false;
+        }
+        inner.report.last_error =
+            Some(TimedError { time: Timestamp::now(), error: reason.clone() });
+        inner.report.status = ReplicationStatus::Error;
+        inner.report.message = Some(reason.clone());
+        inner.failure = Some(reason);
+        self.moved.notify_all();
+        true
     }
 
     /// An engine runs, again perhaps: what ended the last one is over.
     pub fn started(&self) {
-        self.lock().failure = None;
+        let mut inner = self.lock();
+        (inner.failure, inner.opened) = (None, true);
     }
 
     // --------------------------------------------------------- for the service

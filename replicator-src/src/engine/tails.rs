@@ -176,6 +176,7 @@ impl Engine {
                 transfer: Transfer::Waiting,
                 touched: false,
                 whole: false,
+                reuses: false,
                 tail: Some(Tail::new(now)),
             };
             self.holds.insert(object, held);

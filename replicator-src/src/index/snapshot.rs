@@ -102,12 +102,17 @@ impl Snapshot {
         std::thread::scope(|scope| {
             let mut shares = wanted.chunks(share);
             let own = shares.next().unwrap_or_default();
-            let others: Vec<_> =
-                shares.map(|share| scope.spawn(move || self.some_objects(share))).collect();
+            let others: Vec<_> = shares
+                .map(|share| {
+                    let thread = std::thread::Builder::new().name("lookup".to_owned());
+                    (share, thread.spawn_scoped(scope, move || self.some_objects(share)))
+                })
+                .collect();
             let mut found = self.some_objects(own)?;
-            for (other, share) in others.into_iter().zip(wanted.chunks(share).skip(1)) {
-                // What a thread that panicked had is looked up here.
-                found.extend(other.join().unwrap_or_else(|_| self.some_objects(share))?);
+            for (share, other) in others {
+                // What there was no thread for, or one that panicked had, is looked up here.
+                let theirs = other.ok().and_then(|other| other.join().ok());
+                found.extend(theirs.unwrap_or_else(|| self.some_objects(share))?);
             }
             Ok(found)
         })

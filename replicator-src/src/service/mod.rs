@@ -8,9 +8,10 @@ mod supervise;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::RecvTimeoutError;
 use replicator_common::ancestry;
 use replicator_common::config::is_region;
 use replicator_common::control::{
@@ -129,8 +130,9 @@ pub enum ServiceError {
 
 /// How long opening the service waits for sources to be opened.
 const START: Duration = Duration::from_secs(5);
-/// How long a shutdown waits for what hangs while it is started.
-const HANGING: Duration = Duration::from_secs(5);
+/// How long a shutdown waits for replications to end: longer than one takes that sends its
+/// last frame to a slow destination, and writes its state to a slow disk.
+const STOP: Duration = Duration::from_secs(15);
 
 /// A running source.
 pub struct SourceService {
@@ -246,8 +248,10 @@ impl SourceService {
         for replication in &starting {
             let configuration = replication.configuration();
             let (source, path) = (configuration.source, configuration.path.display());
-            tracing::error!(%source, %path, "the source does not answer");
-            replication.failed(format!("the file system of {path} does not answer yet"));
+            let reason = format!("{path} is still being opened: its file system may hang");
+            if replication.shared().starts_slowly(reason) {
+                tracing::error!(%source, %path, "the source, or its state, does not open");
+            }
         }
         let supervisor = self.supervisor.clone();
         // Each takes what was kept for it first.
@@ -275,6 +279,14 @@ impl SourceService {
             tracing::error!(%source, %error, "cannot start the replication");
             replication.failed(error.to_string());
         }
+        self.stop_if_closed(replication);
+    }
+
+    /// Something that was started while the service was shut down.
+    fn stop_if_closed(&self, replication: &Replication) {
+        if self.closed.load(Ordering::SeqCst) {
+            replication.stop(&Supervisor::nobody());
+        }
     }
 
     fn start(&self, replication: &Arc<Replication>) -> Result<(), ServiceError> {
@@ -294,30 +306,29 @@ impl SourceService {
         }
     }
 
-    /// Ends all replications cleanly. Blocks until their threads have ended.
+    /// Ends all replications cleanly, side by side. Blocks until their threads have ended;
+    /// one that hangs is left, as by a crash.
     pub fn shutdown(&self) {
         self.closed.store(true, Ordering::SeqCst);
-        let mut all: Vec<_> = self.all().values().cloned().collect();
-        // One whose file system hangs while it is started holds up none but itself.
-        all.retain(|replication| match replication.removed.try_lock() {
-            Ok(_still) => {
-                replication.stop(&self.supervisor);
-                false
-            }
-            Err(_) => true,
-        });
-        let until = Instant::now() + HANGING;
+        let all: Vec<_> = self.all().values().cloned().collect();
+        let (stopped, each) = crossbeam_channel::unbounded::<()>();
         for replication in all {
-            let hangs = || matches!(replication.removed.try_lock(), Err(TryLockError::WouldBlock));
-            while hangs() && Instant::now() < until {
-                std::thread::sleep(Duration::from_millis(20));
+            let (supervisor, stopped) = (self.supervisor.clone(), stopped.clone());
+            let stop = move || {
+                let _still = replication.hold_still();
+                replication.stop(&supervisor);
+                drop(stopped);
+            };
+            let named = std::thread::Builder::new().name("stop".to_owned());
+            if let Err(error) = named.spawn(stop) {
+                // The next start walks, as after a crash.
+                tracing::error!(%error, "no thread to end a replication");
             }
-            if hangs() {
-                let source = replication.configuration().source;
-                tracing::error!(%source, "it hangs while it is started, and is left");
-                continue;
-            }
-            replication.stop(&self.supervisor);
+        }
+        drop(stopped);
+        // Nothing is ever sent: it is disconnected when all have ended.
+        if let Err(RecvTimeoutError::Timeout) = each.recv_timeout(STOP) {
+            tracing::error!("some replications do not end, and are left: their file systems hang");
         }
     }
 
@@ -347,7 +358,9 @@ impl SourceService {
             .map_err(|error| ControlError::Validation(error.to_string()))?;
         let root = Root::open(&path).map_err(|error| refuse(error.into()))?;
         check_state_outside(&self.options.state_dir, &path).map_err(refuse)?;
-        for other in self.all().values() {
+        // Not under the lock: another's file system may hang.
+        let others: Vec<_> = self.all().values().cloned().collect();
+        for other in others {
             let configuration = other.configuration();
             // Root directories of two file systems may have equal handles.
             let same = configuration.root == root.id

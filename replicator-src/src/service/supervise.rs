@@ -62,6 +62,7 @@ impl SourceService {
                 replication.failed(error.to_string());
             }
         }
+        self.stop_if_closed(replication);
     }
 }
 

@@ -46,9 +46,14 @@ export function byId(id) {
   return document.getElementById(id);
 }
 
+/** Lines that stay: what is said right after another must not take its place unheard. */
+const LINES = 5;
+
 /** Says something to those who hear the page, also when it was said before. */
 export function announce(text) {
-  byId("announcer").replaceChildren(text);
+  const lines = byId("announcer");
+  lines.append(make("p", {}, text));
+  while (lines.childElementCount > LINES) lines.firstElementChild.remove();
 }
 
 // A number for ids within the page.

@@ -5,7 +5,17 @@ use super::*;
 fn held(due: Instant, reason: HoldReason, transfer: Transfer) -> Held {
     let hold = Hold { reason, entries: BTreeSet::new() };
     let (floor, since) = (Timestamp::NEVER, Timestamp::NEVER);
-    Held { hold, floor, since, due, transfer, touched: false, whole: false, tail: None }
+    Held {
+        hold,
+        floor,
+        since,
+        due,
+        transfer,
+        touched: false,
+        whole: false,
+        reuses: false,
+        tail: None,
+    }
 }
 
 /// More files than can be sent, all of which change all the time: each has its

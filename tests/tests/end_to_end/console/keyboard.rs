@@ -78,7 +78,14 @@ fn pause_and_resume(pair: &Pair, daemon: &Daemon, browser: &Browser) {
     await_state(browser, "PAUSED");
     assert_eq!(daemon.status().status, ReplicationStatus::Paused);
     browser.until(LIMIT, "document.title.startsWith('PAUSED')");
-    browser.until(LIMIT, "document.getElementById('announcer').textContent.endsWith('PAUSED')");
+    // Whichever comes first, the answer to the click or the new state: both are said.
+    let said = |end: &str| {
+        let lines = "[...document.getElementById('announcer').children]";
+        browser
+            .until(LIMIT, &format!("{lines}.some((line) => line.textContent.endsWith('{end}'))"));
+    };
+    said("PAUSED");
+    said("not shipped.");
     fs::write(pair.source().join("later"), "while paused").unwrap();
     let backlog = "[...document.querySelectorAll('.figure')].find((node) => node.innerText.startsWith('Backlog')).innerText";
     browser.until(LIMIT, &format!("/[1-9][0-9]* records?/.test({backlog})"));
