@@ -312,6 +312,7 @@ impl SourceService {
         self.closed.store(true, Ordering::SeqCst);
         let all: Vec<_> = self.all().values().cloned().collect();
         let (stopped, each) = crossbeam_channel::unbounded::<()>();
+        let mut threads = Vec::new();
         for replication in all {
             let (supervisor, stopped) = (self.supervisor.clone(), stopped.clone());
             let stop = move || {
@@ -320,15 +321,21 @@ impl SourceService {
                 drop(stopped);
             };
             let named = std::thread::Builder::new().name("stop".to_owned());
-            if let Err(error) = named.spawn(stop) {
+            match named.spawn(stop) {
+                Ok(thread) => threads.push(thread),
                 // The next start walks, as after a crash.
-                tracing::error!(%error, "no thread to end a replication");
+                Err(error) => tracing::error!(%error, "no thread to end a replication"),
             }
         }
         drop(stopped);
         // Nothing is ever sent: it is disconnected when all have ended.
         if let Err(RecvTimeoutError::Timeout) = each.recv_timeout(STOP) {
             tracing::error!("some replications do not end, and are left: their file systems hang");
+            return;
+        }
+        // None of them is to run on while the process ends.
+        if threads.into_iter().any(|thread| thread.join().is_err()) {
+            tracing::error!("the end of a replication panicked");
         }
     }
 

@@ -31,7 +31,8 @@ fn continuous(layout: Layout, watcher: &str) {
     pair.settle(&daemon, &format!("continuous, {workload}"));
     assert!(report.done() > 500, "too little was done: {report:#?}");
     check_status(&daemon, watcher);
-    assert!(daemon.interrupt().success(), "a clean stop is no failure");
+    let status = daemon.interrupt();
+    assert!(status.success(), "a clean stop is no failure: {status}");
 }
 
 fn next(workload: Workload) -> Workload {
