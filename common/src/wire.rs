@@ -51,7 +51,8 @@ use crate::time::Timestamp;
 /// verification; the destination says what names its file system takes. 3:
 /// greetings name batches by [`Edition`]; the bytes of a frame's pieces stand
 /// together behind them. 4: [`Op::Leave`]. 5: [`Describe::Blocks`](crate::describe::Describe::Blocks).
-pub const ALPN: &[u8] = b"replicator/5";
+/// 6: [`DataFrame::PackPlaced`].
+pub const ALPN: &[u8] = b"replicator/6";
 /// ALPN of an enrolment connection.
 pub const ALPN_ENROL: &[u8] = b"replicator-enrol/1";
 /// The most bytes of one frame's body, compressed or not.
@@ -465,6 +466,31 @@ pub enum DataFrame<'a> {
         /// [`Piece::Kept`] is from before the place that it goes to.
         in_place: bool,
     },
+    /// Small objects of a batch as in [`DataFrame::Pack`], and for the first of them
+    /// the names that the batch will most likely give them, in directories that it
+    /// will most likely make. So they can be staged side by side in what becomes
+    /// their directory. Only a hint: what counts is the plan.
+    PackPlaced {
+        /// The batch they belong to.
+        batch: BatchId,
+        /// Names for the first objects, in the order of these.
+        #[serde(deserialize_with = "crate::codec::list")]
+        runs: Vec<PackRun>,
+        /// The objects.
+        #[serde(borrow, deserialize_with = "crate::codec::list")]
+        objects: Vec<PackedObject<'a>>,
+    },
+}
+
+/// Names of packed objects that follow one another in a frame and belong in one
+/// directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PackRun {
+    /// The directory.
+    pub directory: ObjectId,
+    /// A name for each of the next objects.
+    #[serde(deserialize_with = "crate::codec::list")]
+    pub names: Vec<Name>,
 }
 
 /// A small regular file: content and attributes, staged as one.

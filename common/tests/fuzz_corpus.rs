@@ -19,8 +19,8 @@ use replicator_common::sys::counting::Counting;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
     BatchHeader, ContentSource, DataFrame, DestinationMessage, Extent, Hash, InventoryContent,
-    InventoryItem, KeptChunk, KeptObject, Layout, Op, PackedAgain, PackedObject, Piece, Refusal,
-    SourceHello, SourceMessage, TransferBegin,
+    InventoryItem, KeptChunk, KeptObject, Layout, Op, PackRun, PackedAgain, PackedObject, Piece,
+    Refusal, SourceHello, SourceMessage, TransferBegin,
 };
 
 #[global_allocator]
@@ -135,9 +135,11 @@ fn data() -> Vec<(&'static str, DataFrame<'static>)> {
         Piece::Kept { from: 7, length: 3, hash: Hash::of(b"abc") },
     ];
     let hash = Hash::of(b"abc");
+    let runs = vec![PackRun { directory: id(2), names: vec![Name::new(b"f").unwrap()] }];
     let again = PackedAgain { object: id(1), version: 1, state: state(), hash };
     vec![
-        ("pack", DataFrame::Pack { batch: BatchId(3), objects: vec![packed] }),
+        ("pack", DataFrame::Pack { batch: BatchId(3), objects: vec![packed.clone()] }),
+        ("pack-placed", DataFrame::PackPlaced { batch: BatchId(3), runs, objects: vec![packed] }),
         ("pack-again", DataFrame::PackAgain { batch: BatchId(3), objects: vec![again] }),
         ("begin", DataFrame::TransferBegin(begin)),
         ("reuse", DataFrame::TransferReuse { transfer, in_place: true }),

@@ -386,6 +386,7 @@ impl Applier {
         } else {
             replica.kept.collect()?;
         }
+        replica.nests.clear();
         self.spoilt = false;
         replica.shared().staged_bytes = 0;
         replica.shared().arriving.clear();
@@ -511,6 +512,7 @@ impl Applier {
         while let Err(error) = self.applied() {
             self.wait_after(&error)?;
         }
+        self.replica.nests.end(id);
         {
             let mut shared = self.replica.shared();
             shared.stalled = None;
@@ -586,6 +588,7 @@ impl Applier {
         Stager::discard(area, &places);
         Stager::discard(area, &batch.superseded);
         self.discard_rest(batch);
+        self.replica.nests.end(batch.batch);
         let bytes: u64 = batch.content.values().map(staged_bytes).sum();
         let mut shared = self.replica.shared();
         shared.staged_bytes = shared.staged_bytes.saturating_sub(bytes);

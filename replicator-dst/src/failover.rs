@@ -19,6 +19,7 @@ use replicator_common::codec;
 use replicator_common::crashsafe::{self, Format, StateFileError};
 use replicator_common::id::{FileSystemId, ObjectId, ReplicaHandle};
 use replicator_common::name::Name;
+use replicator_common::object::Kind;
 use replicator_common::status::FailoverReport;
 use replicator_common::sys::{place, stat};
 use replicator_common::time::Timestamp;
@@ -30,6 +31,7 @@ use crate::apply::execute;
 use crate::apply::{Outcome, Place, ReplicaTree, Within};
 use crate::area::{Area, AreaError, MANIFEST, SHARDS, hidden_name, remove_tree};
 use crate::hints::place_chain;
+use crate::nest;
 use crate::objects::{Entry, Objects, Position, path_of};
 use crate::readonly::{self, ReadOnlyError};
 use crate::replica::{
@@ -80,7 +82,7 @@ pub struct Item {
     pub file: String,
     /// The source's object, hexadecimal.
     pub object: String,
-    /// `file`, `partial file`, `patch`, `patch list`, `orphan`, `foreign`.
+    /// `file`, `partial file`, `patch list`, `directory`, `orphan`, `foreign`.
     pub kind: String,
     /// Bytes of a file.
     pub size: Option<u64>,
@@ -140,6 +142,7 @@ pub fn run(replica: &Replica, tree: &mut Tree) -> Result<FailoverReport, Failove
         None => {
             let warnings = redo(replica, tree)?;
             die(replica, 1)?;
+            nest::dissolve(&replica.area)?;
             let mut record = decide(replica)?;
             record.report.warnings = warnings;
             crashsafe::write(&path, &RECORD, &record)?;
@@ -224,7 +227,7 @@ fn decide(replica: &Replica) -> Result<Record, FailoverError> {
         let directory = replica.area.staging(shard);
         let names = place::list(directory).map_err(AreaError::system("list", "staging"))?;
         for (name, _) in names {
-            let size = stat::of_entry(directory, &name).ok().map(|stat| stat.size);
+            let size = stat::of_entry(directory, &name).ok().filter(is_file).map(|stat| stat.size);
             if let Some(item) = describe(&name, size, &plans, replica)? {
                 moves.push((Place { within: Within::Staging(shard), name }, item));
             }
@@ -288,6 +291,11 @@ fn decide(replica: &Replica) -> Result<Record, FailoverError> {
     record.report.set_aside = (record.moves.len() + record.already.len()) as u64;
     record.report.put_back = record.put_back.len() as u64;
     Ok(record)
+}
+
+/// Whether bytes can be counted of it.
+fn is_file(stat: &stat::Stat) -> bool {
+    stat.kind == Kind::File
 }
 
 /// Adds what is in lost+found and was not noted: a crash came in between.
@@ -377,6 +385,9 @@ fn describe(
             "a large file, or the bytes of a patch of one, whose batch had not arrived as a whole",
         ),
         Some(b'l') => ("patch list", "says where the bytes of the transfer of that number go"),
+        Some(b'n') => {
+            ("directory", "files of a new directory whose batch had not arrived as a whole")
+        }
         _ => return Ok(None),
     };
     let object = text.rsplit('.').next().unwrap_or_default().to_owned();

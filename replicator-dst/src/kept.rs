@@ -32,6 +32,7 @@ use rustix::io::Errno;
 use crate::apply::{Place, Within};
 use crate::area::{Area, AreaError, SHARDS, remove_tree};
 use crate::failover::decode_hex;
+use crate::nest;
 use crate::record;
 use crate::stage::Stager;
 
@@ -141,6 +142,7 @@ impl Kept {
     /// removes what cannot be used. Only when no logged step needs any of it,
     /// and nobody stages.
     pub fn collect(&self) -> Result<(), AreaError> {
+        nest::dissolve(&self.area)?;
         let mut found = Sorted::default();
         let mut highest = 0;
         for shard in 0..SHARDS {

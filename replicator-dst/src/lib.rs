@@ -22,6 +22,7 @@ mod looked;
 mod making;
 pub mod mark;
 pub mod meters;
+pub mod nest;
 pub mod objects;
 pub mod patch;
 pub mod protect;

@@ -39,8 +39,10 @@ use crate::stage::Stager;
 use crate::store::Standing;
 use crate::streams::{Event, spawn_stager};
 
-/// Between reports of the destination.
+/// Between reports of the destination while something arrives.
 const REPORT: Duration = Duration::from_millis(500);
+/// How long what is not urgent waits for something to go with.
+const HELD: Duration = Duration::from_millis(4);
 /// How long a source may take to say hello, and the applier to be ready.
 const HELLO: Duration = Duration::from_secs(10);
 /// How long the applier may take to settle a session before the source is told
@@ -138,6 +140,12 @@ struct Shell {
     kept: (mpsc::Sender<DestinationMessage>, mpsc::Receiver<DestinationMessage>),
     /// How often the source asked for it.
     asked: usize,
+    /// Something waits to be said with what is said next, until then.
+    holding: bool,
+    held_until: Instant,
+    /// A report was sent the last time; something was staged since the last one.
+    told: bool,
+    staging: bool,
 }
 
 /// A connection whose source has said who it is.
@@ -248,6 +256,10 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
         described,
         kept: mpsc::channel(1),
         asked: 0,
+        holding: false,
+        held_until: Instant::now(),
+        told: false,
+        staging: false,
     };
     let result = shell.serve(reader, progressed, descriptions).await;
     if let Err(SessionError::Refused(refusal)) = &result {
@@ -389,7 +401,17 @@ impl Shell {
                 Some(message) = self.context.last_word.recv() => {
                     return self.last_word(message).await;
                 }
+                () = tokio::time::sleep_until(self.held_until.into()), if self.holding => {
+                    self.holding = false;
+                    self.writer.flush().await?;
+                }
                 _ = report.tick() => {
+                    // Where nothing arrives, every second time.
+                    let idle = !std::mem::take(&mut self.staging);
+                    self.told = !(idle && self.told);
+                    if !self.told {
+                        continue;
+                    }
                     let report = Box::new(self.context.replica.report(Timestamp::now()));
                     self.writer.write(&DestinationMessage::Report(report)).await?;
                 }
@@ -519,6 +541,7 @@ impl Shell {
     }
 
     async fn event(&mut self, event: Event) -> Result<(), SessionError> {
+        self.staging = true;
         match event {
             Event::Packed { batch, object, version, file } => {
                 let late = self.session.packed(batch, object, version, *file)?;
@@ -536,7 +559,7 @@ impl Shell {
             }
             Event::Transferred { transfer, object, staged } => {
                 self.session.transferred(transfer, object, *staged)?;
-                self.writer.write(&DestinationMessage::Transferred { transfer }).await?;
+                self.say_soon(&DestinationMessage::Transferred { transfer })?;
                 self.hand_on_whole().await
             }
             Event::Aborted { transfer } => {
@@ -559,7 +582,9 @@ impl Shell {
                 // The commit record says it all now.
                 let places = self.kept_plans.remove(&batch).unwrap_or_default();
                 self.discard(&places);
-                DestinationMessage::Durable { batch }
+                // A small batch is applied by then.
+                self.say_soon(&DestinationMessage::Durable { batch })?;
+                return self.hand_on_whole().await;
             }
             Progress::Applied(batch) => {
                 self.applied = batch;
@@ -579,6 +604,15 @@ impl Shell {
         };
         self.writer.write(&message).await?;
         self.hand_on_whole().await
+    }
+
+    /// Says something together with what is said next, if that is soon.
+    fn say_soon(&mut self, message: &DestinationMessage) -> Result<(), SessionError> {
+        self.writer.queue(message)?;
+        if !self.holding {
+            (self.holding, self.held_until) = (true, Instant::now() + HELD);
+        }
+        Ok(())
     }
 
     /// Gives the next batch back when some of it found no place, and the rest is

@@ -27,6 +27,7 @@ use crate::locate::Locator;
 use crate::looked::Looked;
 use crate::mark::{self, Remembered};
 use crate::meters::Meters;
+use crate::nest::{self, Nests};
 use crate::readonly::{Protection, ReadOnlyError};
 use crate::reserve::{self, Slack};
 use crate::store::{SetAsideItem, Standing, Store, StoreError};
@@ -164,6 +165,8 @@ pub struct Replica {
     pub store: Arc<Store>,
     /// What staging has of the session before.
     pub kept: Arc<Kept>,
+    /// Directories that are staged with their files in them.
+    pub nests: Arc<Nests>,
     /// What is counted and timed beside status.
     pub meters: Meters,
     /// Space for the steps of a logged batch on a full disk.
@@ -242,6 +245,7 @@ impl Replica {
         Ok(Arc::new(Self {
             directory: directory.to_owned(),
             kept: Arc::new(Kept::new(area.clone())),
+            nests: Arc::new(Nests::new(area.clone())),
             area,
             store: Arc::new(store),
             meters: Meters::new(&config.source, &config.destination),
@@ -465,7 +469,10 @@ pub fn renounce(
     reason: &str,
 ) -> Result<(), ReplicaError> {
     set_aside_orphans(area, store, reason)?;
-    set_aside_half_built(area, store, reason)?;
+    nest::dissolve(area)?;
+    for shard in 0..crate::area::SHARDS {
+        set_aside_half_built(area, shard, store, reason)?;
+    }
     let mut next = Standing::new(Incarnation::random(), true);
     next.watermark = standing.watermark;
     next.last_consistent = standing.last_consistent;
@@ -506,8 +513,13 @@ fn set_aside_orphans(area: &Area, store: &Store, reason: &str) -> Result<(), Rep
 /// before the directory itself has left staging. Steps that are given up will
 /// not finish that, and staging is wiped next: such a directory may hold what
 /// stands nowhere else any more.
-fn set_aside_half_built(area: &Area, store: &Store, reason: &str) -> Result<(), ReplicaError> {
-    let staging = area.staging(APPLIER_SHARD);
+fn set_aside_half_built(
+    area: &Area,
+    shard: u8,
+    store: &Store,
+    reason: &str,
+) -> Result<(), ReplicaError> {
+    let staging = area.staging(shard);
     let names = place::list(staging).map_err(AreaError::system("list", "staging"))?;
     let mut items = Vec::new();
     for (name, _) in names {

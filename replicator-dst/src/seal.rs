@@ -15,7 +15,7 @@ use rustix::io::Errno;
 
 use crate::applier::Applier;
 use crate::apply::plan::{self, Arrival, PlanError, Planned, Staged};
-use crate::apply::{Place, Step};
+use crate::apply::{Place, Step, Within};
 use crate::area::AreaError;
 use crate::attributes::{self, Origin};
 use crate::hints;
@@ -100,12 +100,16 @@ impl Applier {
 
     /// Stages what needs no content from a data stream.
     pub(crate) fn stage_rest(&mut self, batch: &WholeBatch) -> Result<Staged, SealError> {
-        let mut staged = Staged::new();
+        let mut staged = stage_arrived(batch)?;
+        let adopted = self.replica.nests.adopt(batch, &staged)?;
         let mut unplaceable = Vec::new();
         for (number, op) in batch.ops.iter().enumerate() {
             let Op::Put { object, state, content, new, .. } = op else { continue };
-            if let Some(arrived) = batch.content.get(object) {
-                staged.insert(object.clone(), arrival(arrived, *new)?);
+            if batch.content.contains_key(object) {
+                continue;
+            }
+            if let Some(nest) = adopted.get(object) {
+                staged.insert(object.clone(), self.nest_arrival(nest)?);
                 continue;
             }
             let made = match content {
@@ -128,6 +132,17 @@ impl Applier {
             }
         }
         if unplaceable.is_empty() { Ok(staged) } else { Err(SealError::Unplaceable(unplaceable)) }
+    }
+
+    /// A directory whose files stand in it already.
+    fn nest_arrival(&self, nest: &Place) -> Result<Arrival, SealError> {
+        let Within::Staging(shard) = nest.within else {
+            return Err(AreaError::system("open", &nest.name)(Errno::INVAL).into());
+        };
+        let found = handle::identify_entry(self.replica.area.staging(shard), &nest.name)
+            .map_err(AreaError::system("identify", &nest.name))?;
+        // It gets its attributes last: names are still put into it.
+        Ok(Arrival::Whole { place: nest.clone(), handle: found, state: None })
     }
 
     /// Removes what [`Self::stage_rest`] made. What stays is removed when the
@@ -202,6 +217,18 @@ fn made_name(batch: &WholeBatch, number: usize) -> Result<Name, SealError> {
 
 fn valid_target(target: &[u8]) -> bool {
     (1..=4095).contains(&target.len()) && !target.contains(&0)
+}
+
+/// What came by data streams.
+fn stage_arrived(batch: &WholeBatch) -> Result<Staged, SealError> {
+    let mut staged = Staged::with_capacity(batch.content.len());
+    for op in &batch.ops {
+        let Op::Put { object, new, .. } = op else { continue };
+        if let Some(arrived) = batch.content.get(object) {
+            staged.insert(object.clone(), arrival(arrived, *new)?);
+        }
+    }
+    Ok(staged)
 }
 
 fn arrival(staged: &StagedTransfer, new: bool) -> Result<Arrival, SealError> {

@@ -6,9 +6,11 @@
 //! before this one left there is used where the source says so (see
 //! [`crate::kept`]).
 
+mod direct;
+mod early;
 mod reuse;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io::BufWriter;
 use std::os::fd::{AsFd, OwnedFd};
@@ -31,15 +33,20 @@ use crate::area::{Area, AreaError};
 use crate::attributes::{self, Origin};
 use crate::kept::{self, Kept};
 use crate::locate::Locator;
+use crate::nest::{Nesting, Nests};
 use crate::objects::Objects;
 use crate::patch::{PatchPiece, PatchWriter};
 use crate::record::RecordWriter;
 use crate::session::{StagedFile, StagedTransfer};
 use crate::store::{Store, StoreError};
+use direct::{DIRECT_MIN, Direct};
+use early::{EARLY, Early};
 use reuse::Reuse;
 
 /// The most transfers that one stream may have open.
 const OPEN_MAX: usize = 256;
+/// How many of them may be written past the page cache: each has a mebibyte of its own.
+const DIRECT_MAX: usize = 4;
 /// Mode of what is not the replica's yet.
 const PRIVATE: u32 = 0o600;
 
@@ -81,6 +88,13 @@ struct Open {
     record: RecordWriter,
     /// What was kept of a transfer before this one.
     reuse: Option<Reuse>,
+    /// How literal bytes are written, and which chunks wait for that.
+    direct: Option<Direct>,
+    waiting: VecDeque<(u64, u32, Hash)>,
+    /// Whether they may go past the page cache.
+    may_bypass: bool,
+    /// Bytes written since the file was last brought to disk.
+    unsynced: u64,
     /// Bytes of the object that the pieces covered so far.
     offset: u64,
     /// Bytes written to the literals of a patch.
@@ -96,6 +110,8 @@ pub struct Stager {
     applied: Arc<AtomicU64>,
     shard: u8,
     kept: Arc<Kept>,
+    nesting: Nesting,
+    early: Early,
     open: HashMap<TransferId, Open>,
     /// What could not be held, since last taken.
     pub shortfalls: Shortfalls,
@@ -111,10 +127,13 @@ impl Stager {
         store: Arc<Store>,
         locator: Locator,
         applied: Arc<AtomicU64>,
-        kept: Arc<Kept>,
+        (kept, nests): (Arc<Kept>, Arc<Nests>),
         shard: u8,
     ) -> Self {
+        let nesting = Nesting::new(nests, kept.clone(), shard);
         Self {
+            nesting,
+            early: Early::default(),
             area,
             store,
             locator,
@@ -153,35 +172,60 @@ impl Stager {
     /// Removes staged files that are not needed.
     pub fn discard(area: &Area, places: &[Place]) {
         for place in places {
-            if let Within::Staging(shard) = place.within {
-                // What stays is removed when the next session begins.
-                let _ = place::unlink(area.staging(shard), &place.name);
+            // What stays is removed when the next session begins.
+            match &place.within {
+                Within::Staging(shard) => {
+                    let _ = place::unlink(area.staging(*shard), &place.name);
+                }
+                Within::Nest(shard, nest) => {
+                    let nest = place::open_directory(area.staging(*shard), nest);
+                    let _ = nest.map(|nest| place::unlink(nest.as_fd(), &place.name));
+                }
+                Within::Replica(_) | Within::Orphans | Within::LostAndFound => {}
             }
         }
     }
 
-    /// Stages a packed object.
+    /// Stages a packed object, with what will be its neighbours where it is said
+    /// what those are.
     pub fn pack(
         &mut self,
         batch: BatchId,
         packed: &PackedObject<'_>,
+        spot: Option<(&ObjectId, &Name)>,
     ) -> Result<StagedFile, StageError> {
         check_packed(packed)?;
-        let name = self.name('p', batch, &packed.object);
-        let file = self.create(&name, packed.state.attributes.mode)?;
-        let written = self.fill(&file, &name, packed);
+        let mode = packed.state.attributes.mode;
+        let nested = spot.and_then(|(directory, name)| {
+            let create = |nest: &OwnedFd| place::create_file_with(nest.as_fd(), name, mode);
+            self.nesting.create(batch, directory, name, &packed.object, create)
+        });
+        let (file, place) = match nested {
+            Some(nested) => nested,
+            None => {
+                let name = self.name('p', batch, &packed.object);
+                (self.create(&name, mode)?, self.place(&name))
+            }
+        };
+        let written = self.fill(&file, &place, packed);
         if written.is_err() {
-            let _ = place::unlink(self.area.staging(self.shard), &name);
+            Self::discard(&self.area, &[place]);
         }
         written
+    }
+
+    /// A frame was staged.
+    pub fn frame_done(&mut self) {
+        self.nesting.list();
     }
 
     fn fill(
         &mut self,
         file: &OwnedFd,
-        name: &Name,
+        place: &Place,
         packed: &PackedObject<'_>,
     ) -> Result<StagedFile, StageError> {
+        let name = &place.name;
         let failed = |action| AreaError::system(action, name);
         let mut from = 0;
         for extent in &packed.extents {
@@ -194,7 +238,7 @@ impl Stager {
         if end != packed.state.size {
             place::set_size(file, packed.state.size).map_err(failed("set size of"))?;
         }
-        let staged = self.finish(file, name, &packed.object, &packed.state, Origin::Ours)?;
+        let staged = self.finish(file, place, &packed.object, &packed.state, Origin::Ours)?;
         Ok(StagedFile { bytes: packed.bytes.len() as u64, ..staged })
     }
 
@@ -202,17 +246,18 @@ impl Stager {
     fn finish(
         &mut self,
         file: &OwnedFd,
-        name: &Name,
+        place: &Place,
         object: &ObjectId,
         state: &ObjectState,
         origin: Origin,
     ) -> Result<StagedFile, StageError> {
+        let name = &place.name;
         attributes::apply(file.as_fd(), state, origin, &mut self.shortfalls, &|| {
             object.to_string()
         })
         .map_err(AreaError::system("set attributes of", name))?;
         let handle = handle::identify(file.as_fd()).map_err(AreaError::system("identify", name))?;
-        let (place, bytes) = (self.place(name), state.size);
+        let (place, bytes) = (place.clone(), state.size);
         Ok(StagedFile { place, handle, state: state.clone(), bytes })
     }
 
@@ -236,7 +281,13 @@ impl Stager {
             let all: Vec<_> = twins.into_iter().flatten().chain([place.clone()]).collect();
             Self::discard(&self.area, &all);
         })?;
+        let bypassing = self.open.values().filter(|open| open.may_bypass).count();
+        let may_bypass = list.is_none() && begin.state.size >= DIRECT_MIN && bypassing < DIRECT_MAX;
         let open = Open {
+            direct: None,
+            waiting: VecDeque::new(),
+            may_bypass,
+            unsynced: 0,
             object: begin.object,
             state: begin.state,
             layout: begin.layout,
@@ -324,6 +375,9 @@ impl Stager {
             _ => pieces.iter().try_for_each(|piece| open.add(transfer, piece)),
         };
         let result = open.without_room(transfer, result);
+        if open.unsynced >= EARLY && self.early.sync(&open.file) {
+            open.unsynced = 0;
+        }
         if matches!(result, Err(StageError::Refused { .. })) {
             self.abort(transfer);
         }
@@ -343,16 +397,17 @@ impl Stager {
             return Err(StageError::Refused { transfer, reason });
         }
         let list = open.list.take();
+        let settled = open.settle();
         let places = [Some(&open.name), list.as_ref().map(|(name, _)| name)];
         let mut places: Vec<_> =
             places.into_iter().flatten().map(|name| self.place(name)).collect();
         places.extend(kept::record_of(&self.place(&open.name)));
-        match self.complete(&open, list, &state) {
+        match settled.map_err(StageError::from).and_then(|()| self.complete(&open, list, &state)) {
             Ok(staged) => {
                 // What it needed of that is in the new file.
                 let used = open.reuse.as_ref().map(Reuse::places).unwrap_or_default();
                 Self::discard(&self.area, &used);
-                Ok(Some((open.object, staged)))
+                Ok(Some((open.object.clone(), staged)))
             }
             Err(error) => {
                 Self::discard(&self.area, &places);
@@ -378,7 +433,8 @@ impl Stager {
         place::set_size(&open.file, state.size)
             .map_err(AreaError::system("set size of", &open.name))?;
         let (file, origin) = (&open.file, open.origin());
-        let whole = self.finish(file, &open.name, &open.object, state, origin)?;
+        let place = self.place(&open.name);
+        let whole = self.finish(file, &place, &open.object, state, origin)?;
         Ok(StagedTransfer::Whole(whole))
     }
 
@@ -414,6 +470,8 @@ impl Open {
         if self.offset.checked_add(length).is_none_or(|end| end > i64::MAX as u64) {
             return Err(StageError::Breach(format!("transfer {transfer} has no end")));
         }
+        // What follows looks at the file, or is noted in order.
+        self.settle()?;
         let failed = |action| AreaError::system(action, &self.name);
         let target = Extent { offset: self.offset, length };
         match piece {
@@ -479,23 +537,58 @@ impl Open {
         pieces: &[Piece],
         data: &[u8],
     ) -> Result<(), StageError> {
-        let failed = |action| AreaError::system(action, &self.name);
         if self.offset.checked_add(data.len() as u64).is_none_or(|end| end > i64::MAX as u64) {
             return Err(StageError::Breach(format!("transfer {transfer} has no end")));
         }
         check_data(transfer, pieces, data)?;
         let mut at = self.literal_at();
-        place::write_at(&self.file, data, at).map_err(failed("write"))?;
+        self.write(data, at)?;
+        self.unsynced += data.len() as u64;
         for piece in pieces {
             if let Piece::Data { hash, length } = piece {
-                self.record.push(at, *length, hash).map_err(failed("write"))?;
+                self.waiting.push_back((at, *length, *hash));
                 at += u64::from(*length);
             }
         }
+        self.note_written()?;
         // One entry of a patch's list, as one write will do it.
         self.literal(data.len() as u64)?;
         self.offset += data.len() as u64;
         Ok(())
+    }
+
+    /// Writes literal bytes, or has them wait to be written with more.
+    fn write(&mut self, bytes: &[u8], at: u64) -> Result<(), AreaError> {
+        if self.may_bypass && self.direct.is_none() {
+            self.direct = Direct::open(&self.file);
+            self.may_bypass = self.direct.is_some();
+        }
+        let written = match &mut self.direct {
+            Some(direct) => direct.write(&self.file, bytes, at),
+            None => place::write_at(&self.file, bytes, at),
+        };
+        written.map_err(AreaError::system("write", &self.name))
+    }
+
+    /// INVARIANT: the record names no chunk that is not in the file yet.
+    fn note_written(&mut self) -> Result<(), AreaError> {
+        let done = self.direct.as_ref().map_or(u64::MAX, Direct::done);
+        while let Some((at, length, hash)) = self.waiting.front()
+            && at + u64::from(*length) <= done
+        {
+            let pushed = self.record.push(*at, *length, hash);
+            pushed.map_err(AreaError::system("write", &self.name))?;
+            self.waiting.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Writes all that waits.
+    fn settle(&mut self) -> Result<(), AreaError> {
+        if let Some(direct) = &mut self.direct {
+            direct.flush(&self.file).map_err(AreaError::system("write", &self.name))?;
+        }
+        self.note_written()
     }
 
     /// Where the next literal bytes are written.
@@ -512,6 +605,13 @@ impl Open {
             self.literal += length;
         }
         Ok(())
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        // For the next session. What is not written has not arrived.
+        let _ = self.settle();
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use quinn::RecvStream;
 use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::net::frame::{FrameReader, decode_body, open_frame};
-use replicator_common::wire::{DataFrame, Piece, Refusal};
+use replicator_common::wire::{DataFrame, PackRun, PackedObject, Piece, Refusal};
 use tokio::sync::mpsc;
 
 use crate::area::AreaError;
@@ -154,8 +154,9 @@ fn stage_all(
     events: &mpsc::Sender<Event>,
 ) {
     let (area, store) = (replica.area.clone(), replica.store.clone());
-    let (applied, kept) = (replica.applied.clone(), replica.kept.clone());
-    let mut stager = Stager::new(area, store, replica.locator(), applied, kept, shard);
+    let applied = replica.applied.clone();
+    let shared = (replica.kept.clone(), replica.nests.clone());
+    let mut stager = Stager::new(area, store, replica.locator(), applied, shared, shard);
     for frame in queue {
         let _busy = Busy::new(replica);
         // Looked at after the count is raised: failover sets it, then waits
@@ -186,21 +187,10 @@ fn stage_one(
     let tell = |event| events.blocking_send(event).map_err(|_| SessionError::Closed);
     match frame {
         DataFrame::Pack { batch, objects } => {
-            for packed in objects {
-                let (object, version) = (packed.object.clone(), packed.version);
-                match patiently(replica, events, || stager.pack(batch, &packed))? {
-                    Staged::Done(file) => {
-                        replica.shared().staged_bytes += file.bytes;
-                        replica.meters.staged.increment(1);
-                        tell(Event::Packed { batch, object, version, file: Box::new(file) })?;
-                    }
-                    Staged::Unplaced(reason) => {
-                        tell(Event::Failed { batch, object, version, reason })?;
-                    }
-                    Staged::Refused => {}
-                }
-            }
-            Ok(())
+            stage_packs(replica, stager, (batch, &[], &objects), events)
+        }
+        DataFrame::PackPlaced { batch, runs, objects } => {
+            stage_packs(replica, stager, (batch, &runs, &objects), events)
         }
         DataFrame::PackAgain { batch, objects } => {
             for again in objects {
@@ -290,6 +280,39 @@ fn stage_one(
             tell(Event::Aborted { transfer })
         }
     }
+}
+
+/// Stages small files, the first of them beside those that will be their neighbours.
+fn stage_packs(
+    replica: &Replica,
+    stager: &mut Stager,
+    (batch, runs, objects): (BatchId, &[PackRun], &[PackedObject<'_>]),
+    events: &mpsc::Sender<Event>,
+) -> Result<(), SessionError> {
+    let tell = |event| events.blocking_send(event).map_err(|_| SessionError::Closed);
+    let mut spots =
+        runs.iter().flat_map(|run| run.names.iter().map(move |name| (&run.directory, name)));
+    for packed in objects {
+        let (object, version) = (packed.object.clone(), packed.version);
+        let spot = spots.next();
+        match patiently(replica, events, || stager.pack(batch, packed, spot))? {
+            Staged::Done(file) => {
+                replica.shared().staged_bytes += file.bytes;
+                replica.meters.staged.increment(1);
+                tell(Event::Packed { batch, object, version, file: Box::new(file) })?;
+            }
+            Staged::Unplaced(reason) => {
+                tell(Event::Failed { batch, object, version, reason })?;
+            }
+            Staged::Refused => {}
+        }
+    }
+    stager.frame_done();
+    if spots.next().is_some() {
+        let what = "a pack with more names than objects".to_owned();
+        return Err(SessionError::Refused(Refusal::Protocol(what)));
+    }
+    Ok(())
 }
 
 /// Pieces that are staged at once, with the bytes of those that are data.

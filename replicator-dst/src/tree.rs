@@ -51,7 +51,7 @@ pub fn abilities(area: &Area) -> Abilities {
 pub struct Tree {
     area: Arc<Area>,
     by_handle: bool,
-    cache: HashMap<ReplicaHandle, Rc<OwnedFd>>,
+    cache: HashMap<Within, Rc<OwnedFd>>,
     hints: HashMap<ReplicaHandle, Vec<Place>>,
     /// What could not be held, since last taken.
     pub shortfalls: Shortfalls,
@@ -195,7 +195,7 @@ impl Tree {
                 let found = search.object.clone();
                 trail.remove(&found);
                 if nested {
-                    self.keep(found, &fd);
+                    self.keep(Within::Replica(found), &fd);
                 }
                 searches.pop();
                 above = Some(Some(fd));
@@ -215,19 +215,22 @@ impl Tree {
                 .map(|fd| Some(Rc::new(fd)))
                 .map_err(|_| AreaError::system("open", "own directory")(Errno::MFILE))
         };
-        if let Some(fd) = self.cache.get(&area_key(within)) {
+        if let Some(fd) = self.cache.get(within) {
             return Ok(Some(fd.clone()));
         }
         match within {
             Within::Staging(shard) => own(self.area.staging(*shard)),
             Within::Orphans => own(self.area.orphans()),
             Within::LostAndFound => own(self.area.lost_and_found()?.1.as_fd()),
+            Within::Nest(shard, name) => gone(place::open_path(self.area.staging(*shard), name))
+                .map(|opened| opened.map(Rc::new))
+                .map_err(AreaError::system("open", name)),
             Within::Replica(object) if object == self.area.root_handle() => own(self.area.root()),
             Within::Replica(_) => Ok(None),
         }
     }
 
-    fn keep(&mut self, key: ReplicaHandle, fd: &Rc<OwnedFd>) {
+    fn keep(&mut self, key: Within, fd: &Rc<OwnedFd>) {
         if self.cache.len() >= CACHE_MAX {
             self.cache.clear();
         }
@@ -246,7 +249,7 @@ impl Tree {
             (opened, _) => opened,
         };
         if let Some(fd) = &opened {
-            self.keep(area_key(within), fd);
+            self.keep(within.clone(), fd);
         }
         Ok(opened)
     }
@@ -277,21 +280,6 @@ struct Search {
     places: std::vec::IntoIter<Place>,
     /// The name of the place that is being looked at.
     name: Option<Name>,
-}
-
-/// What the cache knows a directory by. Our own areas get ids that no kernel
-/// handle has.
-fn area_key(within: &Within) -> ReplicaHandle {
-    let own = |n: u8| {
-        ReplicaHandle::new(ReplicaHandle::TAG_FOREIGN, &[n])
-            .unwrap_or_else(|| unreachable!("two bytes fit"))
-    };
-    match within {
-        Within::Replica(object) => object.clone(),
-        Within::Staging(shard) => own(*shard),
-        Within::Orphans => own(254),
-        Within::LostAndFound => own(255),
-    }
 }
 
 /// That a thing is not there is an answer, not an error.

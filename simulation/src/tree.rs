@@ -202,7 +202,7 @@ impl Model {
     fn area_handle(&self, within: &Within) -> Option<ReplicaHandle> {
         Some(match within {
             Within::Replica(handle) => handle.clone(),
-            Within::Staging(_) => handle(STAGING),
+            Within::Staging(_) | Within::Nest(..) => handle(STAGING),
             Within::Orphans => handle(ORPHANS),
             Within::LostAndFound => handle(LOST),
         })

@@ -26,8 +26,8 @@ use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
 use quinn::rustls::pki_types::CertificateDer;
 use quinn::udp::{UdpSockRef, UdpSocketState};
 use quinn::{
-    ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig, Incoming,
-    MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
+    AckFrequencyConfig, ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig,
+    Incoming, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
 };
 use tokio::time::Instant;
 
@@ -88,6 +88,15 @@ impl Path {
     }
 }
 
+/// Asks the peer to acknowledge every tenth packet at once in place of every second:
+/// what it has to say itself, a batch that is applied mostly, carries the
+/// acknowledgement of small ones.
+fn acknowledgements() -> AckFrequencyConfig {
+    let mut config = AckFrequencyConfig::default();
+    config.ack_eliciting_threshold(VarInt::from_u32(9));
+    config
+}
+
 fn transport(path: Path) -> Arc<TransportConfig> {
     let mut config = TransportConfig::default();
     config
@@ -98,7 +107,8 @@ fn transport(path: Path) -> Arc<TransportConfig> {
         .keep_alive_interval(Some(KEEP_ALIVE))
         // On loopback too: a receiver that is not scheduled for a while overflows its
         // socket, and cubic takes a third of the window back for it.
-        .congestion_controller_factory(Arc::new(MeasuredConfig));
+        .congestion_controller_factory(Arc::new(MeasuredConfig))
+        .ack_frequency_config(Some(acknowledgements()));
     match path {
         Path::Loopback => {
             let mut discovery = MtuDiscoveryConfig::default();

@@ -5,6 +5,10 @@
 //! and its inode with no other operation. Its whole plan is one rename, so it
 //! is kept out of the planner's maps, which cost more than the rename does.
 //!
+//! One that stands in a nest already, under its name, beside nothing else but the
+//! like of it, needs no step at all when the nest becomes its directory
+//! ([`crate::nest`]).
+//!
 //! INVARIANT: an arrival depends on no other step but the existence of its
 //! directory, which is staged or in the replica before the first step is run;
 //! and no other step depends on an arrival. So it may stand anywhere among the
@@ -72,6 +76,23 @@ pub(super) fn split(ops: Vec<Op>, staged: &Staged) -> (Vec<Arrived>, Vec<Op>) {
         }
     }
     (arrivals, rest)
+}
+
+/// Calls `each` with every arrival's directory and name, and with where it was staged.
+pub(crate) fn each<'a>(
+    ops: &'a [Op],
+    staged: &'a Staged,
+    mut each: impl FnMut((&'a ObjectId, &'a Name), &'a Place),
+) {
+    let simple = simple(ops, staged);
+    for op in ops {
+        if let Op::Entry { directory, name, old: None, new: Some(object) } = op
+            && simple.contains(object)
+            && let Some(Arrival::Whole { place, .. }) = staged.get(object)
+        {
+            each((directory, name), place);
+        }
+    }
 }
 
 fn simple(ops: &[Op], staged: &Staged) -> HashSet<ObjectId> {
@@ -154,6 +175,14 @@ impl<O: Objects> Parts<'_, O> {
         }
     }
 
+    /// Where an object was staged, if it is new and stands there.
+    fn staged_at(&self, object: &ObjectId) -> Option<&Place> {
+        match self.staged.get(object) {
+            Some(Arrival::Whole { place, .. }) => Some(place),
+            _ => None,
+        }
+    }
+
     fn is_root(&mut self, directory: &ObjectId) -> Result<bool, PlanError<O::Error>> {
         Ok(self.known(directory)?.is_some_and(|known| known.position == Position::Root))
     }
@@ -165,23 +194,29 @@ impl<O: Objects> Planner<'_, O> {
         let arrivals = std::mem::take(&mut self.parts.arrivals);
         self.out.steps.reserve(arrivals.len());
         self.out.rows.reserve(arrivals.len());
-        let mut holder: Option<(ObjectId, ReplicaHandle)> = None;
+        let mut holder: Option<(ObjectId, ReplicaHandle, Option<Place>)> = None;
         for Arrived { object, kind, entry, handle, place } in arrivals {
-            let within = match &holder {
-                Some((directory, within)) if *directory == entry.directory => within.clone(),
+            let (within, staged) = match &holder {
+                Some((directory, within, staged)) if *directory == entry.directory => {
+                    (within.clone(), staged)
+                }
                 _ => {
                     let directory = entry.directory.clone();
                     let Some(within) = self.parts.handle_after(&directory)? else {
                         return Err(Violation::Unknown { object: directory }.into());
                     };
                     self.parts.touched.insert(directory.clone());
-                    holder = Some((directory, within.clone()));
-                    within
+                    let staged = self.parts.staged_at(&directory).cloned();
+                    let (_, _, staged) = holder.insert((directory, within.clone(), staged));
+                    (within, &*staged)
                 }
             };
-            let to = Place { within: Within::Replica(within), name: entry.name.clone() };
-            let step = Step::Move { object: handle.clone(), from: place, to, over: None };
-            self.out.steps.push(step);
+            let nested = staged.as_ref().is_some_and(|nest| place.is_in(nest));
+            if !(nested && place.name == entry.name) {
+                let to = Place { within: Within::Replica(within), name: entry.name.clone() };
+                let step = Step::Move { object: handle.clone(), from: place, to, over: None };
+                self.out.steps.push(step);
+            }
             let (position, content) = (Position::Entry(entry), self.parts.batch);
             let row = Known { handle: Some(handle), kind, position, links: 1, content };
             self.out.rows.push((object, Some(row)));

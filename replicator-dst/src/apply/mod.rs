@@ -11,7 +11,7 @@
 //! are never reused, so a name that came later is never mistaken for one that
 //! was to go.
 
-mod arrivals;
+pub(crate) mod arrivals;
 mod departures;
 pub mod execute;
 #[cfg(test)]
@@ -41,6 +41,8 @@ pub enum Within {
     Orphans,
     /// The visible lost+found directory in the replica's root.
     LostAndFound,
+    /// A directory of this name in `staging/N`, see [`crate::nest`].
+    Nest(u8, Name),
 }
 
 /// A name in a directory.
@@ -66,6 +68,16 @@ impl Place {
     /// A place in lost+found.
     pub fn lost(object: &ObjectId) -> Self {
         Self { within: Within::LostAndFound, name: area_name(object, "") }
+    }
+
+    /// Whether the place is in the directory that stands at `nest`.
+    pub fn is_in(&self, nest: &Self) -> bool {
+        match (&self.within, &nest.within) {
+            (Within::Nest(shard, name), Within::Staging(staging)) => {
+                (shard, name) == (staging, &nest.name)
+            }
+            _ => false,
+        }
     }
 
     /// Whether the place is in one of our own areas, where nobody else puts things.

@@ -93,10 +93,18 @@ impl Model {
         let handle = match &place.within {
             Within::Replica(handle) => handle,
             Within::Staging(_) => &self.staging,
+            Within::Nest(_, name) => self.nest(name)?,
             Within::Orphans => &self.orphans,
             Within::LostAndFound => &self.lost,
         };
         matches!(self.nodes.get(handle), Some(Node::Directory(_))).then(|| handle.clone())
+    }
+
+    fn nest(&self, name: &Name) -> Option<&ReplicaHandle> {
+        match &self.nodes[&self.staging] {
+            Node::Directory(names) => names.get(name),
+            Node::File(_) => None,
+        }
     }
 
     fn names(&mut self, directory: &ReplicaHandle) -> Option<&mut BTreeMap<Name, ReplicaHandle>> {

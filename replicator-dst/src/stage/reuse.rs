@@ -62,8 +62,7 @@ impl Stager {
         let Within::Staging(shard) = packed.place.within else { return Err(unnamed(name).into()) };
         let file = place::open_path(self.area.staging(shard), name)
             .map_err(AreaError::system("open", name))?;
-        let staged = self.finish(&file, name, &again.object, &again.state, Origin::Any)?;
-        Ok(StagedFile { place: packed.place.clone(), ..staged })
+        self.finish(&file, &packed.place, &again.object, &again.state, Origin::Any)
     }
 
     pub(super) fn begin_record(

@@ -23,7 +23,7 @@ use replicator_common::status::{ReplicationStatus, Status};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
     ALPN, BatchHeader, ContentSource, DataFrame, DestinationHello, DestinationMessage, Extent,
-    Hash, KeptObject, Op, PackedObject, Piece, Refusal, SourceHello, SourceMessage,
+    Hash, KeptObject, Op, PackRun, PackedObject, Piece, Refusal, SourceHello, SourceMessage,
 };
 use replicator_dst::replica::{Hook, ReplicaOptions};
 use replicator_dst::service::{DestinationOptions, DestinationService};
@@ -138,6 +138,32 @@ impl Batch {
             hash: Hash::of(content),
         });
         self
+    }
+
+    /// Its packs, with places for those that are new in directories that are.
+    pub fn frame(&self, batch: BatchId) -> DataFrame<'static> {
+        let new = |of: &ObjectId| {
+            let puts = |op: &Op| matches!(op, Op::Put { object, new: true, .. } if object == of);
+            self.ops.iter().any(puts)
+        };
+        let spot = |of: &ObjectId| {
+            self.ops.iter().find_map(|op| match op {
+                Op::Entry { directory, name, new: Some(object), .. }
+                    if object == of && new(of) && new(directory) =>
+                {
+                    Some(PackRun { directory: directory.clone(), names: vec![name.clone()] })
+                }
+                _ => None,
+            })
+        };
+        let (placed, others): (Vec<_>, Vec<_>) =
+            self.packs.iter().cloned().partition(|pack| spot(&pack.object).is_some());
+        let runs: Vec<_> = placed.iter().filter_map(|pack| spot(&pack.object)).collect();
+        let objects = placed.into_iter().chain(others).collect();
+        match runs.is_empty() {
+            true => DataFrame::Pack { batch, objects },
+            false => DataFrame::PackPlaced { batch, runs, objects },
+        }
     }
 
     /// The same content, read once more: under new version numbers.
@@ -449,8 +475,7 @@ impl FakeSource {
     pub async fn try_send(&mut self, number: u64, batch: &Batch) -> Option<()> {
         let (number, header) = (BatchId(number), self.header(number, batch));
         if !batch.packs.is_empty() {
-            let objects = batch.packs.clone();
-            self.data.write(&DataFrame::Pack { batch: number, objects }).await.ok()?;
+            self.data.write(&batch.frame(number)).await.ok()?;
         }
         let plan = SourceMessage::Plan { batch: number, ops: batch.ops.clone() };
         self.writer.write(&plan).await.ok()?;

@@ -336,7 +336,8 @@ impl Engine {
                 true => None,
                 false => self.disbelieve(&object, self.index.object(&object)?),
             };
-            items.push(Item { object, need, known });
+            let nested = is_nested(draft, &need);
+            items.push(Item { object, need, known, nested });
         }
         // On a disk that is not in the cache, this halves the time of reading.
         items.sort_by_key(|item| item.object.locality());
@@ -463,6 +464,12 @@ fn subject(record: &Record) -> Option<&ObjectId> {
         Record::Object { object, .. } => Some(object),
         Record::Entry { directory, .. } | Record::Named { directory, .. } => Some(directory),
     }
+}
+
+/// Whether an object is new in a directory that is new too.
+fn is_nested(draft: &Draft, need: &Need) -> bool {
+    let directory = need.hint.as_ref().and_then(|(at, _)| draft.resolve.read.get(at));
+    need.new && need.content && directory.is_some_and(|directory| directory.new)
 }
 
 /// Why none of a new object's names fits, if so: then it is not read, since it

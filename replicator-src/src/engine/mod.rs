@@ -77,8 +77,10 @@ use halt::Halt;
 use held::Held;
 use state::Shared;
 
-/// How often the destination gets our report.
+/// How often the destination gets our report, while changes wait and otherwise. The
+/// protocol wants one a second.
 const REPORT: Duration = Duration::from_millis(500);
+const IDLE_REPORT: Duration = Duration::from_millis(990);
 
 /// How long the destination is given to hear that the source is not there.
 const GOODBYE: Duration = Duration::from_secs(1);

@@ -11,7 +11,7 @@ use replicator_common::wire::SourceMessage;
 use super::held::Transfer;
 use super::pace::REFRESH;
 use super::state::Facts;
-use super::{Engine, REPORT};
+use super::{Engine, IDLE_REPORT, REPORT};
 use crate::index::View;
 use crate::plan::{HoldReason, Skip};
 
@@ -30,7 +30,9 @@ fn refused(cause: &str) -> String {
 impl Engine {
     /// Until the destination is to be told how things are.
     pub(super) fn report_due(&self) -> Duration {
-        REPORT.saturating_sub(self.last_report.elapsed())
+        let idle = self.in_flight.is_empty() && self.journal.changes() == 0;
+        let every = if idle { IDLE_REPORT } else { REPORT };
+        every.saturating_sub(self.last_report.elapsed())
     }
 
     /// Refreshes status, and tells the destination, when it is time to.
@@ -80,7 +82,7 @@ impl Engine {
             watcher: self.capture.report(),
             positions,
             lag: self.lag(),
-            backlog: self.journal.last().0.saturating_sub(applied.0),
+            backlog: self.journal.changes(),
             store_bytes: self.journal.size() + self.index.store().size(),
             skipped: self.skipped_report(),
             blocked_by: self.blockers(),

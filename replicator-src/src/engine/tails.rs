@@ -26,8 +26,9 @@ use crate::read::tail::{Appended, Compared, Comparison, Done, Job};
 
 /// Transfers of what was appended that are under way at a time.
 const TAILS: usize = 16;
-/// A file's next tail begins no sooner than this after the last was placed.
-const REST: Duration = Duration::from_millis(20);
+/// A file's next tail begins no sooner than this after the last was placed: each costs
+/// a batch, half a kilobyte of headers and acknowledgements.
+const REST: Duration = Duration::from_millis(80);
 /// A file that is written to all the time is compared no sooner than this many
 /// times as long as the last comparison took: that is a twenty-fifth of a core.
 const BUSY_PATIENCE: u32 = 24;

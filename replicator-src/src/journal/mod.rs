@@ -28,6 +28,7 @@
 mod store;
 mod tail;
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -130,6 +131,9 @@ pub struct Journal {
     trimmed: AtomicU64,
     /// Records are flushed up to and including this.
     flushed: AtomicU64,
+    /// Those of this process' records that are barriers and not trimmed: they tell
+    /// of no change.
+    barriers: Mutex<VecDeque<u64>>,
 }
 
 impl Journal {
@@ -161,6 +165,7 @@ impl Journal {
             unflushed: AtomicBool::new(false),
             trimmed: AtomicU64::new(held.before),
             flushed: AtomicU64::new(held.last),
+            barriers: Mutex::default(),
         })
     }
 
@@ -178,6 +183,9 @@ impl Journal {
             let mut tail = self.tail();
             (tail.append(new), tail.is_full())
         };
+        let numbers = last + 1 - new.len() as u64..=last;
+        let barriers = numbers.zip(new).filter(|(_, new)| matches!(new, Record::Barrier { .. }));
+        self.barriers().extend(barriers.map(|(number, _)| number));
         if full {
             self.write_out()?;
         }
@@ -240,6 +248,10 @@ impl Journal {
         if self.trimmed.fetch_max(through.0, Ordering::AcqRel) >= through.0 {
             return Ok(());
         }
+        {
+            let mut barriers = self.barriers();
+            while barriers.pop_front_if(|number| *number <= through.0).is_some() {}
+        }
         let _alone = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
         let written = {
             let mut tail = self.tail();
@@ -265,6 +277,19 @@ impl Journal {
         Seq(self.trimmed.load(Ordering::Acquire))
     }
 
+    /// Records of changes that are not trimmed: all but barriers. (Those of a process
+    /// before this one count as changes.)
+    pub fn changes(&self) -> u64 {
+        let barriers = self.barriers();
+        let (last, trimmed) = (self.last(), self.trimmed());
+        let after = barriers.iter().filter(|number| **number > trimmed.0).count();
+        last.0.saturating_sub(trimmed.0).saturating_sub(after as u64)
+    }
+
+    fn barriers(&self) -> MutexGuard<'_, VecDeque<u64>> {
+        self.barriers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Bytes on disk.
     pub fn size(&self) -> u64 {
         self.store.size()
@@ -284,6 +309,21 @@ mod tests {
             directory: ObjectId::new(1, &[1]).unwrap(),
             name: Name::new(format!("name-{n}").as_bytes()).unwrap(),
         }
+    }
+
+    /// What an idle source's heartbeats leave is no change that waits.
+    #[test]
+    fn barriers_are_no_changes() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&directory.path().join("journal"), Seq(0)).unwrap();
+        let barrier = || Record::Barrier { time: Timestamp(1) };
+        journal.append(&[entry(1), barrier(), entry(2), barrier()]).unwrap();
+        assert_eq!(journal.changes(), 2);
+        journal.trim(Seq(2)).unwrap();
+        assert_eq!(journal.changes(), 1);
+        journal.trim(Seq(4)).unwrap();
+        journal.append(&[barrier()]).unwrap();
+        assert_eq!(journal.changes(), 0);
     }
 
     #[test]

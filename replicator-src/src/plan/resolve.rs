@@ -470,9 +470,22 @@ impl<V: View, T: Tree> Work<'_, V, T> {
                 dirty.listings.push_front(Listing { rest, ..listing.clone() });
                 break;
             }
+            let before = dirty.listings.len();
             self.listed_entry(listing, name, &mut dirty.listings)?;
+            let below = dirty.listings.len() - before;
+            let rest = rest.after(done + 1);
+            if below > 0 && !rest.names().is_empty() && self.is_fresh(dirty.listings.front()) {
+                // What is in a new directory belongs in the batch that makes it, see
+                // `DataFrame::PackPlaced`. So it is listed before its next neighbour.
+                dirty.listings.insert(below, Listing { rest: Some(rest), ..listing.clone() });
+                break;
+            }
         }
         Ok(())
+    }
+
+    fn is_fresh(&self, listing: Option<&Listing>) -> bool {
+        listing.is_some_and(|listing| self.state.fresh.contains(&listing.directory))
     }
 
     /// Every name of a directory, in the replica or on the source.

@@ -1,7 +1,7 @@
 //! The threads that read: some for small objects, one for large files, one for what
 //! was appended to such, one that compares them.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use replicator_common::id::{BatchId, ObjectId};
+use replicator_common::name::Name;
 use replicator_common::pulse;
 use replicator_common::sys::quiet;
-use replicator_common::wire::{DataFrame, PACK_MAX};
+use replicator_common::wire::{DataFrame, PACK_MAX, PackRun, PackedObject};
 use rustix::io::Errno;
 
 use super::kept::KeptObjects;
@@ -25,6 +26,9 @@ use crate::source::{Opened, Opener};
 
 /// Objects in one job: enough to fill a frame, few enough to share the work.
 const JOB_ITEMS: usize = 128;
+/// Objects in one job at most when they are of one new directory: what goes by one
+/// stream is staged as neighbours.
+const NEST_ITEMS: usize = 1024;
 /// Content bytes after which a pack is sent. Half a mebibyte: far below the
 /// frame limit with one more file of the largest packed size.
 const PACK_BYTES: u64 = 512 << 10;
@@ -66,9 +70,7 @@ impl Reading<'_> {
     /// Hands objects to the readers; waits only while their queue is full.
     /// `version` must grow whenever an object may be among them again.
     pub fn add(&mut self, items: Vec<Item>, version: u32) -> Result<(), SinkError> {
-        let mut items = items.into_iter().peekable();
-        while items.peek().is_some() {
-            let part: Vec<Item> = items.by_ref().take(JOB_ITEMS).collect();
+        for part in jobs(items) {
             let (sink, reply) = (self.sink.clone(), self.reply.clone());
             let (number, batch, kept) = (self.jobs, self.batch, self.kept.clone());
             let job = SmallJob { number, items: part, batch, version, sink, kept, reply };
@@ -100,6 +102,50 @@ impl Reading<'_> {
         }
         Ok(all)
     }
+}
+
+/// Shares objects out. Those of one new directory stay together, up to a limit.
+fn jobs(items: Vec<Item>) -> Vec<Vec<Item>> {
+    let mut places: HashMap<ObjectId, usize> = HashMap::new();
+    let mut nests: Vec<Vec<Item>> = Vec::new();
+    let mut others = Vec::new();
+    for item in items {
+        let Some((directory, _)) = item.spot() else {
+            others.push(item);
+            continue;
+        };
+        let place = *places.entry(directory.clone()).or_insert_with(|| {
+            nests.push(Vec::new());
+            nests.len() - 1
+        });
+        nests[place].push(item);
+    }
+    let mut jobs = Vec::new();
+    let mut job: Vec<Item> = Vec::new();
+    for nest in nests {
+        for part in split(nest, NEST_ITEMS) {
+            if job.len() + part.len() > NEST_ITEMS {
+                jobs.push(std::mem::take(&mut job));
+            }
+            job.extend(part);
+            if job.len() >= JOB_ITEMS {
+                jobs.push(std::mem::take(&mut job));
+            }
+        }
+    }
+    jobs.push(job);
+    jobs.extend(split(others, JOB_ITEMS));
+    jobs.retain(|job| !job.is_empty());
+    jobs
+}
+
+/// Parts of at most so many.
+fn split(items: Vec<Item>, most: usize) -> impl Iterator<Item = Vec<Item>> {
+    let mut items = items.into_iter();
+    std::iter::from_fn(move || {
+        let part: Vec<Item> = items.by_ref().take(most).collect();
+        (!part.is_empty()).then_some(part)
+    })
 }
 
 struct LargeJob {
@@ -247,11 +293,9 @@ fn read_small(jobs: &Receiver<SmallJob>, opener: &Opener) {
 
 fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
     let mut report = Report { outcomes: Vec::new(), packed: 0 };
-    let (mut pack, mut filled, mut again) = (Vec::new(), 0, Vec::new());
-    let flush = |pack: &mut Vec<_>| {
-        let objects = std::mem::take(pack);
-        job.sink.pack(&DataFrame::Pack { batch: job.batch, objects })
-    };
+    let (mut pack, mut filled, mut again) = (Pack::default(), 0, Vec::new());
+    let stream = job.sink.pack_stream();
+    let flush = |pack: &mut Pack| job.sink.send(stream, &std::mem::take(pack).frame(job.batch));
     let (mut ahead, mut count) = (VecDeque::new(), AHEAD);
     for (at, item) in job.items.iter().enumerate() {
         if ahead.is_empty() {
@@ -267,7 +311,7 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
             Some(Packed::Whole(packed)) => {
                 // 512: an object's attributes and frame overhead, roughly.
                 filled += reading.bytes + 512;
-                pack.push(packed);
+                pack.push(item.spot(), packed);
             }
             Some(Packed::Again(object)) => again.push(object),
             None => {}
@@ -280,14 +324,48 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
             filled = 0;
         }
     }
-    if !pack.is_empty() {
+    if !pack.objects.is_empty() {
         flush(&mut pack)?;
     }
     // At most [`JOB_ITEMS`], whose attributes fit a frame as those of a pack do.
     if !again.is_empty() {
-        job.sink.pack(&DataFrame::PackAgain { batch: job.batch, objects: again })?;
+        job.sink.send(stream, &DataFrame::PackAgain { batch: job.batch, objects: again })?;
     }
     Ok(report)
+}
+
+/// Small objects that are to be sent together.
+#[derive(Default)]
+struct Pack {
+    /// Places of the first objects, and of no others.
+    runs: Vec<PackRun>,
+    placed: usize,
+    objects: Vec<PackedObject<'static>>,
+}
+
+impl Pack {
+    fn push(&mut self, spot: Option<&(ObjectId, Name)>, packed: PackedObject<'static>) {
+        if let Some((directory, name)) = spot.filter(|_| self.placed == self.objects.len()) {
+            self.placed += 1;
+            match self.runs.last_mut().filter(|run| run.directory == *directory) {
+                Some(run) => run.names.push(name.clone()),
+                None => {
+                    let (directory, names) = (directory.clone(), vec![name.clone()]);
+                    self.runs.push(PackRun { directory, names });
+                }
+            }
+        }
+        self.objects.push(packed);
+    }
+
+    fn frame(self, batch: BatchId) -> DataFrame<'static> {
+        let Self { runs, objects, .. } = self;
+        if runs.is_empty() {
+            DataFrame::Pack { batch, objects }
+        } else {
+            DataFrame::PackPlaced { batch, runs, objects }
+        }
+    }
 }
 
 /// Opens objects that are read one after the other, up to one that is known to be
@@ -324,5 +402,54 @@ fn compare(jobs: &Receiver<CompareJob>, opener: &Opener, store: &Store, stop: &A
         let start = Instant::now();
         let compared = tail::compare(opener, store, &job, stop);
         reply(job, (compared, start.elapsed()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use replicator_common::object::Kind;
+
+    use super::*;
+    use crate::plan::Need;
+
+    fn item(number: u32, directory: Option<u8>) -> Item {
+        let name = Name::new(format!("f{number}").as_bytes()).unwrap();
+        let object = ObjectId::new(1, &number.to_be_bytes()).unwrap();
+        let hint = directory.map(|n| (ObjectId::new(2, &[n]).unwrap(), name));
+        let need = Need { kind: Kind::File, new: true, content: true, hint };
+        Item { object, need, known: None, nested: directory.is_some() }
+    }
+
+    /// Nothing is lost or doubled, and what is of one directory is in one job.
+    #[test]
+    fn files_of_a_new_directory_stay_together() {
+        let items: Vec<Item> = (0..5000)
+            .map(|n| match n {
+                // One directory that is too large for that, 30 that are not, and others.
+                0..1500 => item(n, Some(0)),
+                1500..4500 => item(n, Some(1 + (n % 30) as u8)),
+                _ => item(n, None),
+            })
+            .collect();
+        let shared = jobs(items.clone());
+        let mut all: Vec<_> = shared.iter().flatten().map(|item| item.object.clone()).collect();
+        all.sort();
+        let mut wanted: Vec<_> = items.into_iter().map(|item| item.object).collect();
+        wanted.sort();
+        assert_eq!(all, wanted);
+        assert!(shared.iter().all(|job| (1..=NEST_ITEMS).contains(&job.len())));
+        let mut places: HashMap<ObjectId, Vec<usize>> = HashMap::new();
+        for (number, item) in
+            shared.iter().enumerate().flat_map(|(n, job)| job.iter().map(move |i| (n, i)))
+        {
+            if let Some((directory, _)) = item.spot() {
+                places.entry(directory.clone()).or_default().push(number);
+            }
+        }
+        for (directory, mut jobs) in places {
+            jobs.dedup();
+            let parts = if directory == ObjectId::new(2, &[0]).unwrap() { 2 } else { 1 };
+            assert_eq!(jobs.len(), parts, "{directory}");
+        }
     }
 }

@@ -55,7 +55,7 @@ impl Wired {
 /// Content bytes in a frame, before compression.
 fn content_of(frame: &DataFrame<'_>) -> u64 {
     match frame {
-        DataFrame::Pack { objects, .. } => {
+        DataFrame::Pack { objects, .. } | DataFrame::PackPlaced { objects, .. } => {
             objects.iter().map(|object| object.bytes.len() as u64).sum()
         }
         DataFrame::TransferPieces { data, .. } => data.len() as u64,
@@ -103,11 +103,10 @@ impl Sink {
         }
     }
 
-    /// Sends a pack on one of the streams for packs.
-    pub fn pack(&self, frame: &DataFrame<'_>) -> Result<(), SinkError> {
+    /// One of the streams for packs, each in its turn.
+    pub fn pack_stream(&self) -> usize {
         let half = (self.streams.len() / 2).max(1);
-        let stream = self.next.fetch_add(1, Ordering::Relaxed) % half;
-        self.send(stream, frame)
+        self.next.fetch_add(1, Ordering::Relaxed) % half
     }
 
     /// The stream that carries a transfer: what was appended to a file goes with

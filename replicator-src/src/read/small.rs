@@ -4,6 +4,7 @@ use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use replicator_common::id::{BatchId, ObjectId};
+use replicator_common::name::Name;
 use replicator_common::object::{Attributes, Kind, ObjectState};
 use replicator_common::sys::stat::{self, Stat};
 use replicator_common::sys::xattr;
@@ -31,6 +32,16 @@ pub struct Item {
     pub need: Need,
     /// As the replica holds it.
     pub known: Option<Known>,
+    /// It is new, and so is the directory that its need's hint names: the destination
+    /// is told, see [`DataFrame::PackPlaced`](replicator_common::wire::DataFrame::PackPlaced).
+    pub nested: bool,
+}
+
+impl Item {
+    /// The place that the destination is told of.
+    pub fn spot(&self) -> Option<&(ObjectId, Name)> {
+        self.need.hint.as_ref().filter(|_| self.nested)
+    }
 }
 
 /// What reading gave, and what must travel for it.
