@@ -220,7 +220,7 @@ fn the_corpus_of_frames_and_what_is_near_it() {
     let read = |name| std::fs::read(corpus().join(name)).unwrap();
     decode_frame::<SourceMessage>(&read("plan")).unwrap();
     decode_frame::<DestinationMessage>(&read("inventory")).unwrap();
-    for name in ["pack", "pieces"] {
+    for name in ["pack", "pack-placed", "pieces"] {
         decode_body::<DataFrame>(&open_frame(&read(name)).unwrap()).unwrap();
     }
     assert_eq!(read("compressed")[4], 1, "compressed");
