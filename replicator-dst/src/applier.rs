@@ -467,7 +467,9 @@ impl Applier {
         let result = place::sync_file_system(self.replica.protection.root());
         tracing::debug!(took = ?start.elapsed(), "synced");
         self.replica.meters.sync.record(start.elapsed());
-        let result = if self.replica.dies_at(Point::Sync) { Err(Errno::IO) } else { result };
+        let failed = self.replica.sync_failed.swap(false, Ordering::AcqRel);
+        let failed = failed || self.replica.dies_at(Point::Sync);
+        let result = if failed { Err(Errno::IO) } else { result };
         result.map_err(|error| {
             self.replica.meters.error(ErrorKind::Sync);
             self.doubt = true;

@@ -15,7 +15,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use replicator_common::id::ObjectId;
@@ -75,8 +75,12 @@ pub fn list_of(content: &Place) -> Option<Place> {
     twin(content, 'l')
 }
 
-/// The file beside a transfer's content that belongs to it.
+/// The file beside a transfer's content that belongs to it. Only staging has such:
+/// in a nest stand names of the user's.
 fn twin(content: &Place, kind: char) -> Option<Place> {
+    if !matches!(content.within, Within::Staging(_)) {
+        return None;
+    }
     let text = content.name.to_string();
     let rest = text.strip_prefix('t')?;
     let name = Name::new(format!("{kind}{rest}").as_bytes()).ok()?;
@@ -93,6 +97,8 @@ pub struct Kept {
     state: Mutex<State>,
     /// Held by who reads what was kept: one at a time, for the memory of it.
     reading: Mutex<()>,
+    /// See [`crate::replica::Replica::sync_failed`].
+    sync_failed: Arc<AtomicBool>,
 }
 
 #[derive(Debug, Default)]
@@ -116,8 +122,9 @@ struct Found {
 
 impl Kept {
     /// Of a replica whose directories these are.
-    pub fn new(area: Arc<Area>) -> Self {
-        Self { area, next: AtomicU64::new(1), state: Mutex::default(), reading: Mutex::default() }
+    pub fn new(area: Arc<Area>, sync_failed: Arc<AtomicBool>) -> Self {
+        let (state, reading) = (Mutex::default(), Mutex::default());
+        Self { area, next: AtomicU64::new(1), state, reading, sync_failed }
     }
 
     /// A number for a staged name: unique in staging.
@@ -186,6 +193,10 @@ impl Kept {
         // What is not on disk yet cannot be dropped from memory either.
         let doubted = unread.iter().any(|(number, ..)| *number < ours);
         let synced = !doubted || place::sync_file_system(self.area.root()).is_ok();
+        if !synced {
+            // It is told once, and was told here.
+            self.sync_failed.store(true, Ordering::Release);
+        }
         let mut part = Vec::new();
         for (number, object, place) in unread {
             let doubted = number < ours;

@@ -9,20 +9,21 @@
 //! failover that comes after this one: [`dissolve`].
 //!
 //! INVARIANT (a batch is all or nothing): nothing is put into a nest once its
-//! batch is being sealed ([`Nests::close`]); it is then a directory of the
+//! batch is being sealed (`Nests::close`); it is then a directory of the
 //! replica, or about to be.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use replicator_common::codec;
-use replicator_common::id::{BatchId, ObjectId};
+use replicator_common::id::{BatchId, ObjectId, ReplicaHandle};
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
-use replicator_common::sys::place;
+use replicator_common::sys::{handle, place};
 use replicator_common::wire::Op;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -32,13 +33,17 @@ use crate::apply::plan::Staged;
 use crate::apply::{Place, Within, arrivals};
 use crate::area::{Area, AreaError, SHARDS};
 use crate::kept::Kept;
-use crate::session::WholeBatch;
+use crate::session::{BATCHES_AHEAD_MAX, StagedFile, WholeBatch};
 use crate::stage::Stager;
 
-/// The most nests of one batch; files of further directories are staged without.
+/// The most nests of all batches on their way, some 250 bytes of memory each; files of
+/// further directories are staged without.
 const NESTS_MAX: usize = 1 << 16;
-/// The most bytes of one entry of a list: two names and an object's id.
-const ENTRY_MAX: usize = 1 << 10;
+/// The most bytes of one entry of a list: two names, an object's id and a handle.
+const ENTRY_MAX: usize = 2 << 10;
+/// The most entries of a list, and lists of a batch; what is more stays unlisted.
+const LIST_MAX: usize = 1 << 16;
+const LISTS_MAX: usize = 64;
 
 /// One nest.
 #[derive(Debug)]
@@ -72,19 +77,29 @@ impl Nest {
 struct OfBatch {
     nests: Vec<Arc<Nest>>,
     lists: Vec<Place>,
+    /// Whoever remembers any of it asks whether it is still of this.
+    alive: Arc<()>,
 }
 
 /// The nests of a replica.
 #[derive(Debug)]
 pub struct Nests {
     area: Arc<Area>,
+    /// The last batch applied.
+    applied: Arc<AtomicU64>,
     batches: Mutex<BTreeMap<BatchId, OfBatch>>,
 }
 
 impl Nests {
     /// Of a replica whose directories these are.
-    pub fn new(area: Arc<Area>) -> Self {
-        Self { area, batches: Mutex::default() }
+    pub fn new(area: Arc<Area>, applied: Arc<AtomicU64>) -> Self {
+        Self { area, applied, batches: Mutex::default() }
+    }
+
+    /// Whether an honest source may be sending that batch.
+    fn is_near(&self, batch: BatchId) -> bool {
+        let ahead = batch.0.checked_sub(self.applied.load(Ordering::Acquire));
+        ahead.is_some_and(|ahead| (1..=BATCHES_AHEAD_MAX).contains(&ahead))
     }
 
     fn batches(&self) -> MutexGuard<'_, BTreeMap<BatchId, OfBatch>> {
@@ -111,7 +126,7 @@ impl Nests {
             let later = batches.split_off(&batch.next());
             std::mem::replace(&mut *batches, later)
         };
-        for OfBatch { nests, lists } in ended.into_values() {
+        for OfBatch { nests, lists, .. } in ended.into_values() {
             for nest in nests {
                 let _ = place::remove_directory(self.area.staging(nest.shard), &nest.name);
             }
@@ -127,17 +142,19 @@ impl Nests {
     /// The nests that become directories: of each new directory of the batch the
     /// fullest that holds nothing but what it is to hold, each under its name and
     /// in need of nothing else.
-    pub fn adopt(
-        &self,
-        batch: &WholeBatch,
-        staged: &Staged,
-    ) -> Result<HashMap<ObjectId, Place>, AreaError> {
+    pub fn adopt(&self, batch: &WholeBatch, staged: &Staged) -> HashMap<ObjectId, Place> {
         let nests = self.close(batch.batch);
         let mut adopted = HashMap::new();
         if nests.is_empty() {
-            return Ok(adopted);
+            return adopted;
         }
-        let made: HashSet<&ObjectId> = batch.ops.iter().filter_map(made).collect();
+        let mut made: HashSet<&ObjectId> = batch.ops.iter().filter_map(made).collect();
+        for op in &batch.ops {
+            // A contradiction, which the plan will tell of.
+            if let Op::Adopt { object, .. } | Op::Root { object } = op {
+                made.remove(object);
+            }
+        }
         let mut fitting: HashMap<(&Within, &ObjectId), usize> = HashMap::new();
         arrivals::each(&batch.ops, staged, |(directory, name), place| {
             if place.name == *name && matches!(place.within, Within::Nest(..)) {
@@ -151,18 +168,17 @@ impl Nests {
             .collect();
         full.sort_by_key(|(count, _)| std::cmp::Reverse(*count));
         for (count, nest) in full {
-            if !adopted.contains_key(&nest.directory) && self.names(nest)? == count {
+            if !adopted.contains_key(&nest.directory) && self.names(nest) == Some(count) {
                 adopted.insert(nest.directory.clone(), nest.place());
             }
         }
-        Ok(adopted)
+        adopted
     }
 
-    fn names(&self, nest: &Nest) -> Result<usize, AreaError> {
-        let failed = |action| AreaError::system(action, &nest.name);
-        let directory = place::open_directory(self.area.staging(nest.shard), &nest.name)
-            .map_err(failed("open"))?;
-        Ok(place::list(directory.as_fd()).map_err(failed("list"))?.len())
+    /// How many names a nest has; one that cannot be looked at is not used.
+    fn names(&self, nest: &Nest) -> Option<usize> {
+        let directory = place::open_directory(self.area.staging(nest.shard), &nest.name).ok()?;
+        Some(place::list(directory.as_fd()).ok()?.len())
     }
 }
 
@@ -183,6 +199,10 @@ struct Listed {
     name: Name,
     /// What stands there.
     object: ObjectId,
+    /// The file. INVARIANT: what stands there and is another one is no such object: a
+    /// batch that was being applied may have moved what is the replica's into a nest
+    /// that becomes its directory.
+    handle: ReplicaHandle,
 }
 
 /// One stager's nests: those of the batch that it stages for at present.
@@ -191,12 +211,15 @@ pub struct Nesting {
     kept: Arc<Kept>,
     shard: u8,
     batch: BatchId,
-    /// By directory; `None` where there shall be none.
-    known: HashMap<ObjectId, Option<Arc<Nest>>>,
+    /// What is remembered is of this.
+    of: Weak<()>,
+    /// By directory.
+    known: HashMap<ObjectId, Arc<Nest>>,
     /// The last one, open.
     open: Option<(Arc<Nest>, Arc<OwnedFd>)>,
     /// With its length.
     list: Option<(OwnedFd, u64)>,
+    listed: usize,
     unlisted: Vec<Listed>,
 }
 
@@ -208,9 +231,11 @@ impl Nesting {
             kept,
             shard,
             batch: BatchId(0),
+            of: Weak::new(),
             known: HashMap::new(),
             open: None,
             list: None,
+            listed: 0,
             unlisted: Vec::new(),
         }
     }
@@ -222,7 +247,6 @@ impl Nesting {
         batch: BatchId,
         directory: &ObjectId,
         name: &Name,
-        object: &ObjectId,
         create: impl FnOnce(&OwnedFd) -> Result<OwnedFd, Errno>,
     ) -> Option<(OwnedFd, Place)> {
         let (nest, fd) = self.nest(batch, directory)?;
@@ -232,34 +256,53 @@ impl Nesting {
         }
         let file = create(&fd).ok()?;
         drop(gate);
-        let (nest_name, name) = (nest.name.clone(), name.clone());
-        self.unlisted.push(Listed { nest: nest_name, name: name.clone(), object: object.clone() });
-        Some((file, Place { within: nest.within(), name }))
+        Some((file, Place { within: nest.within(), name: name.clone() }))
+    }
+
+    /// An object was staged, in a nest or not.
+    pub fn note(&mut self, object: &ObjectId, staged: &StagedFile) {
+        if let Within::Nest(_, nest) = &staged.place.within {
+            let (nest, name) = (nest.clone(), staged.place.name.clone());
+            let (object, handle) = (object.clone(), staged.handle.clone());
+            self.unlisted.push(Listed { nest, name, object, handle });
+        }
     }
 
     fn nest(&mut self, batch: BatchId, directory: &ObjectId) -> Option<(Arc<Nest>, Arc<OwnedFd>)> {
-        if batch != self.batch {
-            self.batch = batch;
-            self.known.clear();
-            (self.open, self.list) = (None, None);
-        }
+        self.remember(batch)?;
         if let Some((nest, fd)) = &self.open
             && nest.directory == *directory
         {
             return Some((nest.clone(), fd.clone()));
         }
         let nest = match self.known.get(directory) {
-            Some(known) => known.clone()?,
+            Some(known) => known.clone(),
             None => {
-                let made = self.make(batch, directory);
+                let made = self.make(batch, directory)?;
                 self.known.insert(directory.clone(), made.clone());
-                made?
+                made
             }
         };
         let staging = self.nests.area.staging(self.shard);
         let fd = Arc::new(place::open_directory(staging, &nest.name).ok()?);
         self.open = Some((nest.clone(), fd.clone()));
         Some((nest, fd))
+    }
+
+    /// Forgets what is of another batch, or of an attempt at this one before.
+    fn remember(&mut self, batch: BatchId) -> Option<()> {
+        if batch == self.batch && self.of.strong_count() > 0 {
+            return Some(());
+        }
+        self.list();
+        self.known.clear();
+        (self.open, self.list, self.listed) = (None, None, 0);
+        if !self.nests.is_near(batch) {
+            return None;
+        }
+        self.batch = batch;
+        self.of = Arc::downgrade(&self.nests.batches().entry(batch).or_default().alive);
+        Some(())
     }
 
     /// What keeps a nest from being made (a full disk, too many links) will be told
@@ -270,10 +313,10 @@ impl Nesting {
         let text = format!("n{batch}.{}.{digits}", self.kept.number());
         let name = Name::new(text.as_bytes()).ok()?;
         let mut batches = self.nests.batches();
-        let of = batches.entry(batch).or_default();
-        if of.nests.len() >= NESTS_MAX {
+        if batches.values().map(|of| of.nests.len()).sum::<usize>() >= NESTS_MAX {
             return None;
         }
+        let of = batches.entry(batch).or_default();
         place::make_directory(self.nests.area.staging(self.shard), &name).ok()?;
         let (shard, directory) = (self.shard, directory.clone());
         let nest = Arc::new(Nest { shard, name, directory, closed: Mutex::new(false) });
@@ -293,6 +336,10 @@ impl Nesting {
     }
 
     fn try_list(&mut self, entries: &[Listed]) -> Option<()> {
+        self.listed += entries.len();
+        if self.listed > LIST_MAX {
+            return None;
+        }
         let mut bytes = Vec::new();
         for entry in entries {
             let entry = codec::encode(entry).ok()?;
@@ -300,6 +347,10 @@ impl Nesting {
             bytes.extend_from_slice(&entry);
         }
         if self.list.is_none() {
+            let lists = |of: &OfBatch| of.lists.len();
+            if self.nests.batches().get(&self.batch).map_or(0, lists) >= LISTS_MAX {
+                return None;
+            }
             let text = format!("i{}.{}", self.batch, self.kept.number());
             let name = Name::new(text.as_bytes()).ok()?;
             let file = place::create_file(self.nests.area.staging(self.shard), &name).ok()?;
@@ -314,31 +365,51 @@ impl Nesting {
     }
 }
 
+impl Drop for Nesting {
+    fn drop(&mut self) {
+        self.list();
+    }
+}
+
 /// Takes all nests apart: what is listed gets the name that it would have had in
 /// staging without. Only when nobody stages, and no logged step needs any of it.
 ///
-/// What was not listed stays in its nest.
+/// What was not listed, or finds no place beside, stays in its nest.
 pub fn dissolve(area: &Area) -> Result<(), AreaError> {
     for shard in 0..SHARDS {
         let staging = area.staging(shard);
         let failed = |action| AreaError::system(action, format!("staging/{shard}"));
         let names = place::list(staging).map_err(failed("list"))?;
         for (list, _) in names.iter().filter(|(name, _)| name.as_bytes().starts_with(b"i")) {
-            for entry in read_list(area, shard, list) {
-                let Ok(nest) = place::open_directory(staging, &entry.nest) else { continue };
-                let Some(name) = staged_name(&entry) else { continue };
-                match place::rename(nest.as_fd(), &entry.name, staging, &name) {
-                    Ok(()) | Err(Errno::NOENT) => {}
-                    Err(error) => return Err(AreaError::system("rename", &entry.name)(error)),
-                }
+            // The last first: a name whose object failed, or was given up, may have
+            // been used again.
+            for entry in read_list(area, shard, list)?.into_iter().rev() {
+                take_out(staging, &entry)?;
             }
-            // After a crash before this, the entries lead to nothing any more.
-            place::unlink(staging, list).map_err(failed("remove a list in"))?;
+            // What stays leads to nothing any more.
+            let _ = place::unlink(staging, list);
         }
         for (nest, _) in names.iter().filter(|(name, _)| is_nest(name)) {
             // One that still holds something stays.
             let _ = place::remove_directory(staging, nest);
         }
+    }
+    Ok(())
+}
+
+/// Gives a file in a nest a name of its own in staging.
+fn take_out(staging: BorrowedFd<'_>, entry: &Listed) -> Result<(), AreaError> {
+    let nest = match place::open_directory(staging, &entry.nest) {
+        Ok(nest) => nest,
+        // It became a directory, or was removed.
+        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
+        Err(error) => return Err(AreaError::system("open", &entry.nest)(error)),
+    };
+    let found = handle::identify_entry(nest.as_fd(), &entry.name);
+    if found.is_ok_and(|found| found == entry.handle)
+        && let Some(name) = staged_name(entry)
+    {
+        let _ = place::rename_no_replace(nest.as_fd(), &entry.name, staging, &name);
     }
     Ok(())
 }
@@ -358,25 +429,24 @@ fn staged_name(entry: &Listed) -> Option<Name> {
 }
 
 /// The entries of a list, as far as it can be read.
-fn read_list(area: &Area, shard: u8, list: &Name) -> Vec<Listed> {
+fn read_list(area: &Area, shard: u8, list: &Name) -> Result<Vec<Listed>, AreaError> {
     let mut entries = Vec::new();
-    let Ok(file) = place::open_file(area.staging(shard), list, OFlags::RDONLY) else {
-        return entries;
-    };
+    let file = place::open_file(area.staging(shard), list, OFlags::RDONLY)
+        .map_err(AreaError::system("open", list))?;
     let mut file = std::io::BufReader::new(File::from(file));
     loop {
         let mut length = [0; 4];
-        if file.read_exact(&mut length).is_err() {
-            return entries;
+        if entries.len() >= LIST_MAX || file.read_exact(&mut length).is_err() {
+            return Ok(entries);
         }
         let length = u32::from_le_bytes(length) as usize;
         let mut bytes = vec![0; length.min(ENTRY_MAX)];
         if length > ENTRY_MAX || file.read_exact(&mut bytes).is_err() {
-            return entries;
+            return Ok(entries);
         }
         match codec::decode(&bytes) {
             Ok(entry) => entries.push(entry),
-            Err(_) => return entries,
+            Err(_) => return Ok(entries),
         }
     }
 }

@@ -167,6 +167,9 @@ pub struct Replica {
     pub kept: Arc<Kept>,
     /// Directories that are staged with their files in them.
     pub nests: Arc<Nests>,
+    /// A sync beside the applier's failed: an error is told once (trap 16), so the
+    /// applier's own next one counts as failed.
+    pub sync_failed: Arc<AtomicBool>,
     /// What is counted and timed beside status.
     pub meters: Meters,
     /// Space for the steps of a logged batch on a full disk.
@@ -242,17 +245,20 @@ impl Replica {
             desired: config.desired,
             standing: told,
         };
+        let sync_failed = Arc::<AtomicBool>::default();
+        let applied = Arc::new(AtomicU64::new(standing.applied.0));
         Ok(Arc::new(Self {
             directory: directory.to_owned(),
-            kept: Arc::new(Kept::new(area.clone())),
-            nests: Arc::new(Nests::new(area.clone())),
+            kept: Arc::new(Kept::new(area.clone(), sync_failed.clone())),
+            nests: Arc::new(Nests::new(area.clone(), applied.clone())),
+            sync_failed,
             area,
             store: Arc::new(store),
             meters: Meters::new(&config.source, &config.destination),
             slack,
             abilities,
             protection,
-            applied: Arc::new(AtomicU64::new(standing.applied.0)),
+            applied,
             stopping: AtomicBool::new(false),
             failing_over: AtomicBool::new(false),
             stagers: AtomicUsize::new(0),

@@ -101,7 +101,7 @@ impl Applier {
     /// Stages what needs no content from a data stream.
     pub(crate) fn stage_rest(&mut self, batch: &WholeBatch) -> Result<Staged, SealError> {
         let mut staged = stage_arrived(batch)?;
-        let adopted = self.replica.nests.adopt(batch, &staged)?;
+        let adopted = self.replica.nests.adopt(batch, &staged);
         let mut unplaceable = Vec::new();
         for (number, op) in batch.ops.iter().enumerate() {
             let Op::Put { object, state, content, new, .. } = op else { continue };

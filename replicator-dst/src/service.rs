@@ -94,7 +94,7 @@ impl From<StateFileError> for ServiceError {
     }
 }
 
-/// How long a source may be silent and still be asked: it reports every 500 ms.
+/// How long a source may be silent and still be asked: it reports once a second.
 const SILENCE: Duration = Duration::from_secs(2);
 
 /// Whether the source speaks after this call began.
@@ -115,9 +115,9 @@ fn heard_from(replica: &Replica) -> bool {
 }
 
 /// How long a session that looks open may be silent before another source takes
-/// its place. A living one answers our reports, two a second, within a round
+/// its place. A living one answers our reports, one a second, within a round
 /// trip.
-const ALIVE: Duration = Duration::from_millis(1500);
+const ALIVE: Duration = Duration::from_millis(2500);
 
 /// A session that is or was open.
 struct Open {

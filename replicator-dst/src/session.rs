@@ -78,7 +78,7 @@ pub struct StagedFile {
 impl StagedFile {
     /// Bytes of memory, about.
     fn weight(&self) -> usize {
-        size_of::<Self>() + self.state.weight()
+        size_of::<Self>() + self.state.weight() + self.place.weight()
     }
 }
 

@@ -15,7 +15,7 @@ use std::fs::File;
 use std::io::BufWriter;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::name::Name;
@@ -47,6 +47,8 @@ use reuse::Reuse;
 const OPEN_MAX: usize = 256;
 /// How many of them may be written past the page cache: each has a mebibyte of its own.
 const DIRECT_MAX: usize = 4;
+/// Chunks of a transfer that wait to be written at most; some 64 fill what is written at once.
+const WAITING_MAX: usize = 1024;
 /// Mode of what is not the replica's yet.
 const PRIVATE: u32 = 0o600;
 
@@ -127,13 +129,13 @@ impl Stager {
         store: Arc<Store>,
         locator: Locator,
         applied: Arc<AtomicU64>,
-        (kept, nests): (Arc<Kept>, Arc<Nests>),
+        (kept, nests, sync_failed): (Arc<Kept>, Arc<Nests>, Arc<AtomicBool>),
         shard: u8,
     ) -> Self {
         let nesting = Nesting::new(nests, kept.clone(), shard);
         Self {
             nesting,
-            early: Early::default(),
+            early: Early::new(sync_failed),
             area,
             store,
             locator,
@@ -198,7 +200,7 @@ impl Stager {
         let mode = packed.state.attributes.mode;
         let nested = spot.and_then(|(directory, name)| {
             let create = |nest: &OwnedFd| place::create_file_with(nest.as_fd(), name, mode);
-            self.nesting.create(batch, directory, name, &packed.object, create)
+            self.nesting.create(batch, directory, name, create)
         });
         let (file, place) = match nested {
             Some(nested) => nested,
@@ -208,8 +210,9 @@ impl Stager {
             }
         };
         let written = self.fill(&file, &place, packed);
-        if written.is_err() {
-            Self::discard(&self.area, &[place]);
+        match &written {
+            Ok(staged) => self.nesting.note(&packed.object, staged),
+            Err(_) => Self::discard(&self.area, &[place]),
         }
         written
     }
@@ -217,6 +220,14 @@ impl Stager {
     /// A frame was staged.
     pub fn frame_done(&mut self) {
         self.nesting.list();
+    }
+
+    /// Nothing more is there for now: writes all that waits to be written with what
+    /// follows. What cannot be written now will be, or is told of, later.
+    pub fn settle(&mut self) {
+        for open in self.open.values_mut() {
+            let _ = open.settle();
+        }
     }
 
     fn fill(
@@ -549,6 +560,10 @@ impl Open {
                 self.waiting.push_back((at, *length, *hash));
                 at += u64::from(*length);
             }
+        }
+        // Of honest pieces, so many are more than wait to be written.
+        if self.waiting.len() > WAITING_MAX {
+            self.settle()?;
         }
         self.note_written()?;
         // One entry of a patch's list, as one write will do it.

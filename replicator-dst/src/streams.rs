@@ -155,10 +155,13 @@ fn stage_all(
 ) {
     let (area, store) = (replica.area.clone(), replica.store.clone());
     let applied = replica.applied.clone();
-    let shared = (replica.kept.clone(), replica.nests.clone());
+    let shared = (replica.kept.clone(), replica.nests.clone(), replica.sync_failed.clone());
+    // INVARIANT (nothing that arrived is thrown away): held while anything waits to be
+    // written, also by the stager's end. So a failover finds all of it in staging.
+    let mut busy: Option<Busy<'_>> = None;
     let mut stager = Stager::new(area, store, replica.locator(), applied, shared, shard);
     for frame in queue {
-        let _busy = Busy::new(replica);
+        busy.get_or_insert_with(|| Busy::new(replica));
         // Looked at after the count is raised: failover sets it, then waits
         // for the count.
         if replica.failing_over.load(Ordering::Acquire) {
@@ -174,6 +177,10 @@ fn stage_all(
         if let Err(error) = result {
             let _ = events.blocking_send(Event::Ended(error));
             return;
+        }
+        if queue.is_empty() {
+            stager.settle();
+            busy = None;
         }
     }
 }

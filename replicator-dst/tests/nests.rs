@@ -132,6 +132,30 @@ async fn a_nest_becomes_the_directory() {
     }
 }
 
+/// Names that mean something in staging mean nothing in a nest.
+#[tokio::test(flavor = "multi_thread")]
+async fn users_may_call_files_as_staging_does() {
+    let names = ["t1", "r1", "l1", "plan.2.1", "p2.1.00", "n2.1.00", "i2.1"];
+    for adopted in [true, false] {
+        let mut stage = Stage::set(false).await;
+        let mut batch = Batch::new().mkdir(D, ROOT, "d");
+        for (n, name) in (20..).zip(names) {
+            batch = batch.file(n, D, name, name.as_bytes());
+        }
+        stage.source.data.write(&batch.frame(BatchId(2))).await.unwrap();
+        if !adopted {
+            let other = Batch::new().content(13, b"other", true, 1);
+            stage.source.data.write(&placed(&other, &["other"])).await.unwrap();
+            stage.staged(names.len() + 1).await;
+        }
+        stage.finish(&batch).await;
+        let mut wanted: Vec<_> = names.map(str::to_owned).to_vec();
+        wanted.sort();
+        assert_eq!(stage.names("d"), wanted, "adopted {adopted}");
+        assert!(names.iter().all(|name| stage.read(&format!("d/{name}")) == *name));
+    }
+}
+
 /// What is said of places is a hint: the plan counts.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_nest_with_anything_else_in_it_is_not_used() {

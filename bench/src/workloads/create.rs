@@ -1,5 +1,5 @@
-//! Files are made as fast as one thread can: how much of it can be replicated, and
-//! how long it takes to catch up.
+//! Files are made as fast as one thread can, or at a pace: how much of it can be
+//! replicated, and how long it takes to catch up.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,11 +18,16 @@ use crate::site::Site;
 
 /// Files of one directory.
 const PER_DIRECTORY: u64 = 1000;
+/// The shortest pause of one who keeps a pace.
+const PAUSE: Duration = Duration::from_millis(1);
 /// Between two looks at the replica.
 const POLL: Duration = Duration::from_millis(20);
 
 /// The flood.
-pub struct Create;
+pub struct Create {
+    /// Files a second; as fast as can be without.
+    pub pace: Option<u64>,
+}
 
 fn time(bench: &Bench) -> Duration {
     Duration::from_secs(bench.pick(20, 3))
@@ -35,11 +40,12 @@ fn patience(bench: &Bench) -> Duration {
 
 impl Workload for Create {
     fn name(&self) -> &'static str {
-        "create"
+        if self.pace.is_some() { "create-paced" } else { "create" }
     }
 
     fn title(&self, bench: &Bench) -> String {
-        format!("files of 4 KiB created flat out for {} s", time(bench).as_secs())
+        let pace = self.pace.map_or("flat out".to_owned(), |pace| format!("at {pace} a second"));
+        format!("files of 4 KiB created {pace} for {} s", time(bench).as_secs())
     }
 
     fn about(&self) -> &'static str {
@@ -59,7 +65,7 @@ impl Workload for Create {
         session.follow()?;
         let meter = Meter::start(&site)?;
         let begun = Instant::now();
-        let made = create(&site.source, time(bench))?;
+        let made = create(&site.source, time(bench), self.pace)?;
         let (made_in, ended) = (begun.elapsed(), Instant::now());
         let mut there = 0;
         while there < made && ended.elapsed() < patience(bench) {
@@ -88,10 +94,18 @@ fn path(number: u64) -> PathBuf {
 }
 
 /// Makes files until the time is over; gives how many.
-fn create(tree: &Path, time: Duration) -> Result<u64> {
+fn create(tree: &Path, time: Duration, pace: Option<u64>) -> Result<u64> {
     let start = Instant::now();
     let mut number: u64 = 0;
     while start.elapsed() < time {
+        if let Some(pace) = pace {
+            // A pause for each file would be longer than the time for one.
+            let due = Duration::from_secs_f64(number as f64 / pace as f64);
+            let early = due.saturating_sub(start.elapsed());
+            if early > PAUSE {
+                thread::sleep(early);
+            }
+        }
         let path = tree.join(path(number));
         if number.is_multiple_of(PER_DIRECTORY) {
             let directory = path.parent().context("a file is in a directory")?;

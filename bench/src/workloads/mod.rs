@@ -139,7 +139,9 @@ pub fn all() -> Vec<Box<dyn Workload>> {
         Box::new(lag::Lag { name: "lag-50", rate: 50 }),
         Box::new(lag::Lag { name: "lag-500", rate: 500 }),
         Box::new(lag::Lag { name: "lag-2000", rate: 2000 }),
-        Box::new(create::Create),
+        Box::new(create::Create { pace: None }),
+        // What the goal has for one second of catching up.
+        Box::new(create::Create { pace: Some(12_000) }),
         Box::new(rename::Rename),
         Box::new(overwrite::Overwrite),
         Box::new(append::Append),

@@ -70,6 +70,15 @@ impl Place {
         Self { within: Within::LostAndFound, name: area_name(object, "") }
     }
 
+    /// Bytes of memory beside itself, about.
+    pub fn weight(&self) -> usize {
+        let within = match &self.within {
+            Within::Nest(_, name) => name.as_bytes().len(),
+            _ => 0,
+        };
+        within + self.name.as_bytes().len()
+    }
+
     /// Whether the place is in the directory that stands at `nest`.
     pub fn is_in(&self, nest: &Self) -> bool {
         match (&self.within, &nest.within) {

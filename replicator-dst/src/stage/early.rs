@@ -3,6 +3,8 @@
 //! and each small batch's sync meanwhile would have to wait for what is there of it.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, bounded};
@@ -11,23 +13,32 @@ use crossbeam_channel::{Sender, bounded};
 pub(super) const EARLY: u64 = 64 << 20;
 
 /// A thread that syncs what one stager writes.
-#[derive(Default)]
 pub(super) struct Early {
     thread: Option<(Sender<OwnedFd>, JoinHandle<()>)>,
+    /// See [`crate::replica::Replica::sync_failed`].
+    failed: Arc<AtomicBool>,
 }
 
 impl Early {
+    /// Whose failures are told there.
+    pub(super) fn new(failed: Arc<AtomicBool>) -> Self {
+        Self { thread: None, failed }
+    }
+
     /// Begins to bring a file to disk; `false` when the thread is still at the one
     /// before.
     pub(super) fn sync(&mut self, file: &OwnedFd) -> bool {
         if self.thread.is_none() {
             let (files, queue) = bounded::<OwnedFd>(0);
             let thread = std::thread::Builder::new().name("sync-early".to_owned());
+            let failed = self.failed.clone();
             let thread = thread.spawn(move || {
                 for file in queue {
-                    // INVARIANT (trap 16): an error of this says nothing. Errors count
-                    // where `syncfs` tells them, to a descriptor that is not this one.
-                    let _ = rustix::fs::fdatasync(&file);
+                    // INVARIANT (trap 16): what a disk says of its own cache is told
+                    // here, and not again to `syncfs`.
+                    if rustix::fs::fdatasync(&file).is_err() {
+                        failed.store(true, Ordering::Release);
+                    }
                 }
             });
             self.thread = thread.ok().map(|thread| (files, thread));

@@ -466,10 +466,11 @@ fn subject(record: &Record) -> Option<&ObjectId> {
     }
 }
 
-/// Whether an object is new in a directory that is new too.
+/// Whether an object is new in a directory that is new too. (The root, which has no
+/// name, was there before.)
 fn is_nested(draft: &Draft, need: &Need) -> bool {
     let directory = need.hint.as_ref().and_then(|(at, _)| draft.resolve.read.get(at));
-    need.new && need.content && directory.is_some_and(|directory| directory.new)
+    need.new && need.content && directory.is_some_and(|it| it.new && it.hint.is_some())
 }
 
 /// Why none of a new object's names fits, if so: then it is not read, since it

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::name::Name;
+use replicator_common::object::ObjectState;
 use replicator_common::pulse;
 use replicator_common::sys::quiet;
 use replicator_common::wire::{DataFrame, PACK_MAX, PackRun, PackedObject};
@@ -293,7 +294,8 @@ fn read_small(jobs: &Receiver<SmallJob>, opener: &Opener) {
 
 fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
     let mut report = Report { outcomes: Vec::new(), packed: 0 };
-    let (mut pack, mut filled, mut again) = (Pack::default(), 0, Vec::new());
+    let (mut pack, mut filled) = (Pack::default(), 0);
+    let (mut again, mut again_filled) = (Vec::new(), 0);
     let stream = job.sink.pack_stream();
     let flush = |pack: &mut Pack| job.sink.send(stream, &std::mem::take(pack).frame(job.batch));
     let (mut ahead, mut count) = (VecDeque::new(), AHEAD);
@@ -309,11 +311,13 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
         report.packed += u64::from(reading.packed.is_some());
         match reading.packed {
             Some(Packed::Whole(packed)) => {
-                // 512: an object's attributes and frame overhead, roughly.
-                filled += reading.bytes + 512;
+                filled += reading.bytes + apart(&packed.state);
                 pack.push(item.spot(), packed);
             }
-            Some(Packed::Again(object)) => again.push(object),
+            Some(Packed::Again(object)) => {
+                again_filled += apart(&object.state);
+                again.push(object);
+            }
             None => {}
         }
         if filled >= PACK_BYTES {
@@ -323,15 +327,24 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
             flush(&mut pack)?;
             filled = 0;
         }
+        if again_filled >= PACK_BYTES {
+            let objects = std::mem::take(&mut again);
+            job.sink.send(stream, &DataFrame::PackAgain { batch: job.batch, objects })?;
+            again_filled = 0;
+        }
     }
     if !pack.objects.is_empty() {
         flush(&mut pack)?;
     }
-    // At most [`JOB_ITEMS`], whose attributes fit a frame as those of a pack do.
     if !again.is_empty() {
         job.sink.send(stream, &DataFrame::PackAgain { batch: job.batch, objects: again })?;
     }
     Ok(report)
+}
+
+/// Bytes that an object takes in a frame beside its content, about.
+fn apart(state: &ObjectState) -> u64 {
+    512 + state.weight() as u64
 }
 
 /// Small objects that are to be sent together.

@@ -137,7 +137,9 @@ impl Sink {
 
     /// Sends a frame on a stream.
     pub fn send(&self, stream: usize, frame: &DataFrame<'_>) -> Result<(), SinkError> {
-        let bytes = encode_frame(frame, self.compression)?;
+        let bytes = encode_frame(frame, self.compression).inspect_err(|error| {
+            tracing::error!(%error, "a frame that cannot be sent");
+        })?;
         self.queue(stream, vec![bytes.into()], content_of(frame))
     }
 
