@@ -21,6 +21,9 @@ pub(super) const DIRECT_MIN: u64 = 4 << 20;
 const ALIGNED: usize = 4096;
 /// Bytes of one write.
 const ROOM: usize = 1 << 20;
+/// Fewer go through the page cache: each write past it waits for the disk, and what is
+/// made of blocks here and there would wait for each.
+const LEAST: usize = 256 << 10;
 /// `EXT4_SUPER_MAGIC`, which ext2 and ext3 have too, and `XFS_SUPER_MAGIC`.
 const FILE_SYSTEMS: [u64; 2] = [0xef53, 0x5846_5342];
 
@@ -99,7 +102,7 @@ impl Direct {
         let whole = self.filled / ALIGNED * ALIGNED;
         let (whole, rest) = waiting.split_at(whole);
         let written = match &self.file {
-            Some(direct) if !whole.is_empty() => place::write_at(direct, whole, self.at),
+            Some(direct) if whole.len() >= LEAST => place::write_at(direct, whole, self.at),
             _ => place::write_at(file, whole, self.at),
         };
         match written {
