@@ -72,12 +72,43 @@ impl Replica {
                 within: Within::Staging(0),
                 name: super::area_name(object, &format!(".{}", self.batch)),
             };
-            self.tree.place(&place, &handle);
             self.tree.modes.insert(handle.clone(), state.attributes.mode);
             let state = (state.kind == Kind::File).then(|| state.clone());
             staged.insert(object.clone(), Arrival::Whole { place, handle, state });
         }
+        self.nest(ops, &mut staged);
+        let places = staged.values().filter_map(|arrival| match arrival {
+            Arrival::Whole { place, handle, .. } => Some((place.clone(), handle.clone())),
+            _ => None,
+        });
+        // Nests before what is in them.
+        let mut places: Vec<_> = places.collect();
+        places.sort_by_key(|(place, _)| matches!(place.within, Within::Nest(..)));
+        for (place, handle) in places {
+            self.tree.place(&place, &handle);
+        }
         staged
+    }
+
+    /// Puts what arrives in a new directory into the nest that becomes it, but for
+    /// some, which come by a step as ever.
+    fn nest(&self, ops: &[Op], staged: &mut Staged) {
+        let mut nested = Vec::new();
+        super::arrivals::each(ops, staged, |(directory, name), from| {
+            if let Some(Arrival::Whole { place: nest, .. }) = staged.get(directory)
+                && !from.name.as_bytes().ends_with(b"3")
+            {
+                let within = Within::Nest(0, nest.name.clone());
+                nested.push((from.clone(), Place { within, name: name.clone() }));
+            }
+        });
+        for arrival in staged.values_mut() {
+            if let Arrival::Whole { place, .. } = arrival
+                && let Some((_, nest)) = nested.iter().find(|(from, _)| from == place)
+            {
+                *place = nest.clone();
+            }
+        }
     }
 
     fn plan(&mut self, ops: Vec<Op>, source: &Source) -> Planned {
