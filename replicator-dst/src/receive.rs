@@ -37,7 +37,7 @@ use crate::replica::{APPLIER_SHARD, Replica, applier_staging};
 use crate::session::{Breach, Returned, Session};
 use crate::stage::Stager;
 use crate::store::Standing;
-use crate::streams::{Event, spawn_stager};
+use crate::streams::{Event, PackedFile, spawn_stager};
 
 /// Between reports of the destination while something arrives.
 const REPORT: Duration = Duration::from_millis(500);
@@ -48,8 +48,8 @@ const HELLO: Duration = Duration::from_secs(10);
 /// How long the applier may take to settle a session before the source is told
 /// to come back.
 const BEGIN: Duration = Duration::from_secs(60);
-/// Staging results that wait for the session.
-const EVENTS_WAITING: usize = 256;
+/// Staging results that wait for the session, of up to 128 files each.
+const EVENTS_WAITING: usize = 16;
 /// Objects of one message that gives a batch back.
 const RETURNED_MAX: usize = 4096;
 /// How often what was kept may be asked for in a session.
@@ -543,9 +543,11 @@ impl Shell {
     async fn event(&mut self, event: Event) -> Result<(), SessionError> {
         self.staging = true;
         match event {
-            Event::Packed { batch, object, version, file } => {
-                let late = self.session.packed(batch, object, version, *file)?;
-                self.discard(late.as_slice());
+            Event::Packed { batch, files } => {
+                for PackedFile { object, version, file } in files {
+                    let late = self.session.packed(batch, object, version, file)?;
+                    self.discard(late.as_slice());
+                }
                 self.hand_on_whole().await
             }
             Event::Failed { batch, object, version, reason } => {

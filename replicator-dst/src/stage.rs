@@ -6,6 +6,7 @@
 //! before this one left there is used where the source says so (see
 //! [`crate::kept`]).
 
+mod behind;
 mod direct;
 mod early;
 mod open;
@@ -44,7 +45,8 @@ use reuse::Reuse;
 
 /// The most transfers that one stream may have open.
 const OPEN_MAX: usize = 256;
-/// How many of them may be written past the page cache: each has a mebibyte of its own.
+/// How many of them may be written past the page cache: each has a thread and three mebibytes
+/// of its own.
 const DIRECT_MAX: usize = 4;
 /// Mode of what is not the replica's yet.
 const PRIVATE: u32 = 0o600;
@@ -217,6 +219,11 @@ impl Stager {
     /// A frame was staged.
     pub fn frame_done(&mut self) {
         self.nesting.list();
+    }
+
+    /// Whether anything waits to be written with what follows.
+    pub fn is_waiting(&self) -> bool {
+        self.open.values().any(Open::is_waiting)
     }
 
     /// Nothing more is there for now: writes all that waits to be written with what

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use crossbeam_channel::RecvTimeoutError;
 use quinn::RecvStream;
 use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::net::frame::{FrameReader, decode_body, open_frame};
@@ -22,16 +23,26 @@ use crate::stage::{StageError, Stager};
 
 /// Encoded frames (of at most 4 MiB) that wait for a stager.
 const FRAMES_WAITING: usize = 2;
+/// Files that the session is told of at once, at most.
+const FILES_TOLD: usize = 128;
+/// How long a stager waits for more before it writes what it has of the last frame.
+const LINGER: Duration = Duration::from_millis(20);
 /// First and longest pause between attempts to stage while the replica's file system takes nothing.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
+/// An object's content, as it was packed, in staging.
+pub(crate) struct PackedFile {
+    pub(crate) object: ObjectId,
+    pub(crate) version: u32,
+    pub(crate) file: StagedFile,
+}
+
 /// What the stagers tell the session.
 pub(crate) enum Event {
+    /// Those of a frame together: a message for each would wake the session for each.
     Packed {
         batch: BatchId,
-        object: ObjectId,
-        version: u32,
-        file: Box<StagedFile>,
+        files: Vec<PackedFile>,
     },
     Transferred {
         transfer: TransferId,
@@ -160,7 +171,7 @@ fn stage_all(
     // written, also by the stager's end. So a failover finds all of it in staging.
     let mut busy: Option<Busy<'_>> = None;
     let mut stager = Stager::new(area, store, replica.locator(), applied, shared, shard);
-    for frame in queue {
+    while let Some(frame) = next_frame(queue, &mut stager, &mut busy) {
         busy.get_or_insert_with(|| Busy::new(replica));
         // Looked at after the count is raised: failover sets it, then waits
         // for the count.
@@ -178,9 +189,24 @@ fn stage_all(
             let _ = events.blocking_send(Event::Ended(error));
             return;
         }
-        if queue.is_empty() {
+    }
+}
+
+/// The next frame; `None` when there will be none. All is written before that is waited
+/// for without end.
+fn next_frame(
+    queue: &crossbeam_channel::Receiver<Vec<u8>>,
+    stager: &mut Stager,
+    busy: &mut Option<Busy<'_>>,
+) -> Option<Vec<u8>> {
+    let soon = if stager.is_waiting() { LINGER } else { Duration::ZERO };
+    match queue.recv_timeout(soon) {
+        Ok(frame) => Some(frame),
+        Err(RecvTimeoutError::Disconnected) => None,
+        Err(RecvTimeoutError::Timeout) => {
             stager.settle();
-            busy = None;
+            *busy = None;
+            queue.recv().ok()
         }
     }
 }
@@ -200,26 +226,27 @@ fn stage_one(
             stage_packs(replica, stager, (batch, &runs, &objects), events)
         }
         DataFrame::PackAgain { batch, objects } => {
-            for again in objects {
-                let (object, version) = (again.object.clone(), again.version);
-                match patiently(replica, events, || stager.again(batch, &again))? {
-                    Staged::Done(Some(file)) => {
-                        replica.shared().staged_bytes += file.bytes;
-                        replica.meters.reused.increment(1);
-                        tell(Event::Packed { batch, object, version, file: Box::new(file) })?;
+            telling(replica, events, batch, |telling| {
+                for again in objects {
+                    let (object, version) = (again.object.clone(), again.version);
+                    match patiently(replica, events, || stager.again(batch, &again))? {
+                        Staged::Done(Some(file)) => {
+                            replica.meters.reused.increment(1);
+                            telling.staged(PackedFile { object, version, file })?;
+                        }
+                        Staged::Done(None) => {
+                            // A new session tells the source anew what there is.
+                            let what = format!("the content of {object} was not kept");
+                            return Err(SessionError::Refused(Refusal::Unable(what)));
+                        }
+                        Staged::Unplaced(reason) => {
+                            tell(Event::Failed { batch, object, version, reason })?;
+                        }
+                        Staged::Refused => {}
                     }
-                    Staged::Done(None) => {
-                        // A new session tells the source anew what there is.
-                        let what = format!("the content of {object} was not kept");
-                        return Err(SessionError::Refused(Refusal::Unable(what)));
-                    }
-                    Staged::Unplaced(reason) => {
-                        tell(Event::Failed { batch, object, version, reason })?;
-                    }
-                    Staged::Refused => {}
                 }
-            }
-            Ok(())
+                Ok(())
+            })
         }
         DataFrame::TransferBegin(begin) => {
             match patiently(replica, events, || stager.begin(begin.clone()))? {
@@ -289,6 +316,44 @@ fn stage_one(
     }
 }
 
+/// Tells the session of files that were staged, many at a time.
+struct Telling<'a> {
+    replica: &'a Replica,
+    events: &'a mpsc::Sender<Event>,
+    batch: BatchId,
+    files: Vec<PackedFile>,
+}
+
+impl Telling<'_> {
+    fn staged(&mut self, file: PackedFile) -> Result<(), SessionError> {
+        self.files.push(file);
+        if self.files.len() < FILES_TOLD { Ok(()) } else { self.tell() }
+    }
+
+    fn tell(&mut self) -> Result<(), SessionError> {
+        let files = std::mem::take(&mut self.files);
+        if files.is_empty() {
+            return Ok(());
+        }
+        self.replica.shared().staged_bytes += files.iter().map(|one| one.file.bytes).sum::<u64>();
+        let event = Event::Packed { batch: self.batch, files };
+        self.events.blocking_send(event).map_err(|_| SessionError::Closed)
+    }
+}
+
+/// Stages the files of a frame. Those that were staged before an error are told of, too.
+fn telling<'a>(
+    replica: &'a Replica,
+    events: &'a mpsc::Sender<Event>,
+    batch: BatchId,
+    stage: impl FnOnce(&mut Telling<'a>) -> Result<(), SessionError>,
+) -> Result<(), SessionError> {
+    let mut telling = Telling { replica, events, batch, files: Vec::new() };
+    let staged = stage(&mut telling);
+    let told = telling.tell();
+    staged.and(told)
+}
+
 /// Stages small files, the first of them beside those that will be their neighbours.
 fn stage_packs(
     replica: &Replica,
@@ -299,21 +364,23 @@ fn stage_packs(
     let tell = |event| events.blocking_send(event).map_err(|_| SessionError::Closed);
     let mut spots =
         runs.iter().flat_map(|run| run.names.iter().map(move |name| (&run.directory, name)));
-    for packed in objects {
-        let (object, version) = (packed.object.clone(), packed.version);
-        let spot = spots.next();
-        match patiently(replica, events, || stager.pack(batch, packed, spot))? {
-            Staged::Done(file) => {
-                replica.shared().staged_bytes += file.bytes;
-                replica.meters.staged.increment(1);
-                tell(Event::Packed { batch, object, version, file: Box::new(file) })?;
+    telling(replica, events, batch, |telling| {
+        for packed in objects {
+            let (object, version) = (packed.object.clone(), packed.version);
+            let spot = spots.next();
+            match patiently(replica, events, || stager.pack(batch, packed, spot))? {
+                Staged::Done(file) => {
+                    replica.meters.staged.increment(1);
+                    telling.staged(PackedFile { object, version, file })?;
+                }
+                Staged::Unplaced(reason) => {
+                    tell(Event::Failed { batch, object, version, reason })?;
+                }
+                Staged::Refused => {}
             }
-            Staged::Unplaced(reason) => {
-                tell(Event::Failed { batch, object, version, reason })?;
-            }
-            Staged::Refused => {}
         }
-    }
+        Ok(())
+    })?;
     stager.frame_done();
     if spots.next().is_some() {
         let what = "a pack with more names than objects".to_owned();

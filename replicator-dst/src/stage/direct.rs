@@ -5,14 +5,21 @@
 //! by page into memory that has to be found first, was a third of what receiving a
 //! large file cost (`bench/NOTES.md`).
 //!
+//! Each such write waits for the disk, so a thread does it ([`super::behind`]), while
+//! more is received.
+//!
 //! Only on file systems of which it is known that this writes the same file that a
 //! write through the cache would (btrfs, for one, would not compress it).
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use replicator_common::sys::place;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
+
+use super::behind::Behind;
 
 /// Files from this size on are written so.
 pub(super) const DIRECT_MIN: u64 = 4 << 20;
@@ -21,101 +28,237 @@ pub(super) const DIRECT_MIN: u64 = 4 << 20;
 const ALIGNED: usize = 4096;
 /// Bytes of one write.
 const ROOM: usize = 1 << 20;
+/// Such writes that a file may have waiting, one of them being filled.
+pub(super) const ROOMS: usize = 3;
 /// Fewer go through the page cache: each write past it waits for the disk, and what is
 /// made of blocks here and there would wait for each.
 const LEAST: usize = 256 << 10;
 /// `EXT4_SUPER_MAGIC`, which ext2 and ext3 have too, and `XFS_SUPER_MAGIC`.
 const FILE_SYSTEMS: [u64; 2] = [0xef53, 0x5846_5342];
 
-/// A file's bytes on their way past the page cache.
-pub(super) struct Direct {
-    /// The file, opened for that; `None` when it has turned out not to go.
-    file: Option<OwnedFd>,
-    /// Room for [`ROOM`] bytes from `from` on, which is aligned.
-    room: Vec<u8>,
+/// A file, open in both ways.
+pub(super) struct Files {
+    plain: OwnedFd,
+    direct: OwnedFd,
+    /// It has turned out not to go.
+    refused: AtomicBool,
+}
+
+impl Files {
+    fn open(file: &OwnedFd) -> Option<Self> {
+        let magic = place::file_system_magic(file).ok()?;
+        if !FILE_SYSTEMS.contains(&magic) {
+            return None;
+        }
+        let direct = place::reopen(file.as_fd(), OFlags::WRONLY | OFlags::DIRECT).ok()?;
+        Some(Self { plain: file.try_clone().ok()?, direct, refused: AtomicBool::new(false) })
+    }
+
+    /// Writes what a room holds.
+    pub(super) fn write(&self, room: &Room) -> Result<(), Errno> {
+        let bytes = room.bytes();
+        let (whole, rest) = bytes.split_at(bytes.len() / ALIGNED * ALIGNED);
+        if whole.len() < LEAST || self.refused.load(Ordering::Relaxed) {
+            return place::write_at(&self.plain, bytes, room.at);
+        }
+        match place::write_at(&self.direct, whole, room.at) {
+            // Whatever it is that this file system wants aligned otherwise.
+            Err(Errno::INVAL | Errno::NOTSUP) => {
+                self.refused.store(true, Ordering::Relaxed);
+                place::write_at(&self.plain, whole, room.at)?;
+            }
+            result => result?,
+        }
+        place::write_at(&self.plain, rest, room.at + whole.len() as u64)
+    }
+}
+
+/// Bytes that belong side by side in a file.
+pub(super) struct Room {
+    /// INVARIANT: never grows above its first capacity, for its address is aligned.
+    memory: Vec<u8>,
+    /// Where in it the bytes begin.
     from: usize,
-    filled: usize,
     /// Where in the file the first of them belongs: aligned.
     at: u64,
+}
+
+impl Room {
+    fn new() -> Option<Self> {
+        let mut memory = Vec::<u8>::with_capacity(ROOM + ALIGNED);
+        let from = memory.as_ptr().align_offset(ALIGNED);
+        // (The standard library may decline to say.)
+        (from < ALIGNED).then_some(())?;
+        memory.resize(from, 0);
+        Some(Self { memory, from, at: 0 })
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.memory[self.from..]
+    }
+
+    fn is_empty(&self) -> bool {
+        self.bytes().is_empty()
+    }
+
+    fn is_full(&self) -> bool {
+        self.bytes().len() == ROOM
+    }
+
+    /// Where in the file it begins.
+    pub(super) fn at(&self) -> u64 {
+        self.at
+    }
+
+    fn end(&self) -> u64 {
+        self.at + self.bytes().len() as u64
+    }
+
+    /// Takes as many of the bytes as fit, and says how many those are.
+    fn take(&mut self, bytes: &[u8]) -> usize {
+        let part = bytes.len().min(ROOM - self.bytes().len());
+        self.memory.extend_from_slice(&bytes[..part]);
+        part
+    }
+
+    /// Forgets its bytes; those to come belong there.
+    fn begin(&mut self, at: u64) {
+        self.memory.truncate(self.from);
+        self.at = at;
+    }
+}
+
+/// A file's bytes on their way past the page cache.
+pub(super) struct Direct {
+    files: Arc<Files>,
+    behind: Behind,
+    /// What came last.
+    room: Room,
+    /// Rooms with nothing in them, and how many more may be made.
+    spare: Vec<Room>,
+    unmade: usize,
+    /// What could not be written.
+    failed: Vec<Room>,
 }
 
 impl Direct {
     /// For a file that is staged; `None` where it is written as any other.
     pub(super) fn open(file: &OwnedFd) -> Option<Self> {
-        let magic = place::file_system_magic(file).ok()?;
-        let direct = OFlags::WRONLY | OFlags::DIRECT;
-        let opened = FILE_SYSTEMS.contains(&magic).then(|| place::reopen(file.as_fd(), direct));
-        let room = vec![0; ROOM + ALIGNED];
-        let from = room.as_ptr().align_offset(ALIGNED);
-        // (The standard library may decline to say.)
-        (from < ALIGNED).then_some(())?;
-        Some(Self { file: Some(opened?.ok()?), room, from, filled: 0, at: 0 })
+        let files = Arc::new(Files::open(file)?);
+        let behind = Behind::start(files.clone()).ok()?;
+        let (spare, failed) = (Vec::new(), Vec::new());
+        Some(Self { files, behind, room: Room::new()?, spare, unmade: ROOMS - 1, failed })
     }
 
-    /// Up to this offset, what was written last is in the file.
+    /// Whether anything that was taken may not be in the file yet.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.done() < u64::MAX
+    }
+
+    /// Up to this offset, what was taken is in the file.
     pub(super) fn done(&self) -> u64 {
-        if self.filled == 0 { u64::MAX } else { self.at }
+        let taken = (!self.room.is_empty()).then_some(self.room.at);
+        let failed = self.failed.iter().map(Room::at);
+        self.behind.first().into_iter().chain(failed).chain(taken).min().unwrap_or(u64::MAX)
     }
 
     /// Takes bytes for `at`, which is where the last ones ended, or behind that. After
-    /// an error the same may be tried again, and no less: what waits of it is given up.
-    pub(super) fn write(
-        &mut self,
-        file: &OwnedFd,
-        mut bytes: &[u8],
-        mut at: u64,
-    ) -> Result<(), Errno> {
-        if at < self.at {
-            // Again: all that waits is of that attempt.
-            self.filled = 0;
-        } else if at < self.end() {
-            self.filled = usize::try_from(at - self.at).unwrap_or(0);
-        } else if at > self.end() {
-            self.flush(file)?;
+    /// an error the same may be tried again, and no less; what was taken of it the
+    /// first time is not taken again.
+    pub(super) fn write(&mut self, mut bytes: &[u8], mut at: u64) -> Result<(), Errno> {
+        self.collect()?;
+        let end = self.room.end();
+        if at < end {
+            let taken = (end - at).min(bytes.len() as u64);
+            (bytes, at) = (&bytes[taken as usize..], at + taken);
+        } else if at > end {
+            self.hand_over()?;
+            self.room.begin(at);
         }
         while !bytes.is_empty() {
-            if self.filled == 0 {
+            if self.room.is_full() {
+                self.hand_over()?;
+            }
+            if self.room.is_empty() {
                 let head = (at.next_multiple_of(ALIGNED as u64) - at).min(bytes.len() as u64);
                 let (head, rest) = bytes.split_at(head as usize);
-                place::write_at(file, head, at)?;
+                place::write_at(&self.files.plain, head, at)?;
                 (bytes, at) = (rest, at + head.len() as u64);
-                self.at = at;
+                self.room.begin(at);
             }
-            let part = bytes.len().min(ROOM - self.filled);
-            let to = self.from + self.filled;
-            self.room[to..to + part].copy_from_slice(&bytes[..part]);
-            self.filled += part;
+            let part = self.room.take(bytes);
             (bytes, at) = (&bytes[part..], at + part as u64);
-            if self.filled == ROOM {
-                self.flush(file)?;
-            }
+        }
+        if self.room.is_full() {
+            self.hand_over()?;
         }
         Ok(())
     }
 
-    fn end(&self) -> u64 {
-        self.at + self.filled as u64
+    /// Writes all that waits. After an error it still waits.
+    pub(super) fn flush(&mut self) -> Result<(), Errno> {
+        while self.behind.is_busy() {
+            self.wait()?;
+        }
+        self.retry()?;
+        self.files.write(&self.room)?;
+        self.room.begin(self.room.end());
+        Ok(())
     }
 
-    /// Writes all that waits. After an error it still waits.
-    pub(super) fn flush(&mut self, file: &OwnedFd) -> Result<(), Errno> {
-        let waiting = &self.room[self.from..self.from + self.filled];
-        let whole = self.filled / ALIGNED * ALIGNED;
-        let (whole, rest) = waiting.split_at(whole);
-        let written = match &self.file {
-            Some(direct) if whole.len() >= LEAST => place::write_at(direct, whole, self.at),
-            _ => place::write_at(file, whole, self.at),
-        };
-        match written {
-            // Whatever it is that this file system wants aligned otherwise.
-            Err(Errno::INVAL | Errno::NOTSUP) if self.file.take().is_some() => {
-                place::write_at(file, whole, self.at)?;
-            }
-            result => result?,
+    /// Has the room written that is being filled, and begins another.
+    fn hand_over(&mut self) -> Result<(), Errno> {
+        if self.room.is_empty() {
+            return Ok(());
         }
-        place::write_at(file, rest, self.at + whole.len() as u64)?;
-        self.at = self.end();
-        self.filled = 0;
+        let mut next = loop {
+            if let Some(room) = self.spare.pop() {
+                break room;
+            }
+            if self.unmade > 0
+                && let Some(room) = Room::new()
+            {
+                self.unmade -= 1;
+                break room;
+            }
+            if !self.behind.is_busy() {
+                return Err(Errno::NOMEM);
+            }
+            self.wait()?;
+            self.retry()?;
+        };
+        next.begin(self.room.end());
+        let full = std::mem::replace(&mut self.room, next);
+        self.failed.extend(self.behind.write(full));
+        Ok(())
+    }
+
+    /// Sees what has been written.
+    fn collect(&mut self) -> Result<(), Errno> {
+        while let Some((room, written)) = self.behind.written() {
+            self.returned(room, written);
+        }
+        self.retry()
+    }
+
+    /// Waits for a write.
+    fn wait(&mut self) -> Result<(), Errno> {
+        let (room, written) = self.behind.wait()?;
+        self.returned(room, written);
+        Ok(())
+    }
+
+    fn returned(&mut self, room: Room, written: Result<(), Errno>) {
+        let rooms = if written.is_ok() { &mut self.spare } else { &mut self.failed };
+        rooms.push(room);
+    }
+
+    /// Writes what could not be written.
+    fn retry(&mut self) -> Result<(), Errno> {
+        while let Some(room) = self.failed.last() {
+            self.files.write(room)?;
+            self.spare.extend(self.failed.pop());
+        }
         Ok(())
     }
 }
@@ -152,10 +295,10 @@ mod tests {
                 let bytes: Vec<u8> = (0..length).map(|_| random.random()).collect();
                 // As after an error: the same once more.
                 if let Some(direct) = direct.as_mut().filter(|_| random.random_ratio(1, 6)) {
-                    direct.write(&file, &bytes, at as u64).unwrap();
+                    direct.write(&bytes, at as u64).unwrap();
                 }
                 match &mut direct {
-                    Some(direct) => direct.write(&file, &bytes, at as u64).unwrap(),
+                    Some(direct) => direct.write(&bytes, at as u64).unwrap(),
                     None => place::write_at(&file, &bytes, at as u64).unwrap(),
                 }
                 wanted.resize(wanted.len().max(at + length), 0);
@@ -163,7 +306,7 @@ mod tests {
                 at += length;
             }
             if let Some(direct) = &mut direct {
-                direct.flush(&file).unwrap();
+                direct.flush().unwrap();
             }
             let mut found = vec![0; wanted.len()];
             assert_eq!(place::read_at(&file, &mut found, 0).unwrap(), wanted.len());

@@ -116,7 +116,7 @@ impl Open {
             self.may_bypass = self.direct.is_some();
         }
         let written = match &mut self.direct {
-            Some(direct) => direct.write(&self.file, bytes, at),
+            Some(direct) => direct.write(bytes, at),
             None => place::write_at(&self.file, bytes, at),
         };
         written.map_err(AreaError::system("write", &self.name))
@@ -135,10 +135,15 @@ impl Open {
         Ok(())
     }
 
+    /// Whether anything waits to be written.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.direct.as_ref().is_some_and(Direct::is_waiting)
+    }
+
     /// Writes all that waits.
     pub(super) fn settle(&mut self) -> Result<(), AreaError> {
         if let Some(direct) = &mut self.direct {
-            direct.flush(&self.file).map_err(AreaError::system("write", &self.name))?;
+            direct.flush().map_err(AreaError::system("write", &self.name))?;
         }
         self.note_written()
     }
