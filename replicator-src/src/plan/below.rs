@@ -77,8 +77,16 @@ impl<'a, V: View> Below<'a, V> {
 
     /// The next step; `None` at the end.
     pub fn step(&mut self) -> Result<Option<Step>, V::Error> {
+        self.step_among(&|_, _| true)
+    }
+
+    /// The next step, as if there were no entries but those `of` which that is true.
+    fn step_among(
+        &mut self,
+        of: &impl Fn(&ObjectId, &Name) -> bool,
+    ) -> Result<Option<Step>, V::Error> {
         let Some(level) = self.way.last_mut() else { return Ok(None) };
-        self.kept += level.fill(self.view)?;
+        self.kept += level.fill(self.view, of)?;
         let Some((name, object, known)) = level.page.pop() else {
             let level = self.way.pop();
             return Ok(level.map(|Level { directory, .. }| Step::Through { directory }));
@@ -89,10 +97,15 @@ impl<'a, V: View> Below<'a, V> {
         Ok(Some(Step::Entry { directory, name, object, known: known.map(Box::new) }))
     }
 
-    /// How many entries there are, but not above `most`.
-    pub fn count(mut self, most: usize) -> Result<usize, V::Error> {
+    /// How many entries there are `of` which that is true, in directories that are
+    /// reached by such, but not above `most`.
+    pub fn count(
+        mut self,
+        most: usize,
+        of: impl Fn(&ObjectId, &Name) -> bool,
+    ) -> Result<usize, V::Error> {
         let mut count = 0;
-        while let Some(step) = self.step()? {
+        while let Some(step) = self.step_among(&of)? {
             let Step::Entry { object, known, .. } = step else { continue };
             count += 1;
             if count == most {
@@ -108,11 +121,16 @@ impl<'a, V: View> Below<'a, V> {
 
 impl Level {
     /// Reads the next entries if none are left; says how many it read.
-    fn fill<V: View>(&mut self, view: &V) -> Result<usize, V::Error> {
+    fn fill<V: View>(
+        &mut self,
+        view: &V,
+        of: &impl Fn(&ObjectId, &Name) -> bool,
+    ) -> Result<usize, V::Error> {
         let mut from = self.seen.clone();
         let mut read = 0;
         while self.page.is_empty() && self.more {
-            let page = view.page(&self.directory, from.as_ref())?;
+            let mut page = view.page(&self.directory, from.as_ref())?;
+            page.entries.retain(|(name, _)| of(&self.directory, name));
             self.more = page.through.is_some();
             self.page = with_objects(view, page.entries)?;
             read = self.page.len();
@@ -263,8 +281,22 @@ mod tests {
             }
             prop_assert!(inside.is_empty());
             prop_assert_eq!(&seen, &expected);
-            let count = Below::new(&pages, id(0)).count(7).unwrap();
+            let count = Below::new(&pages, id(0)).count(7, |_, _| true).unwrap();
             prop_assert_eq!(count, expected.len().min(7));
+            // Without some, and what only those lead to.
+            let of = |_: &ObjectId, name: &Name| !name.as_bytes()[0].is_multiple_of(3);
+            let (mut reached, mut wanted, mut grown) = (BTreeSet::from([id(0)]), 0, true);
+            while grown {
+                let kept = expected.iter().filter(|(above, name, _)| {
+                    reached.contains(above) && of(above, name)
+                });
+                let next: BTreeSet<_> = kept.clone().map(|(_, _, one)| one.clone()).collect();
+                wanted = kept.count();
+                grown = !next.is_subset(&reached);
+                reached.extend(next);
+            }
+            let count = Below::new(&pages, id(0)).count(usize::MAX, of).unwrap();
+            prop_assert_eq!(count, wanted);
         }
     }
 }

@@ -14,6 +14,7 @@
 use std::collections::VecDeque;
 
 use replicator_common::id::ObjectId;
+use replicator_common::name::Name;
 use replicator_common::object::Kind;
 use replicator_common::wire::Op;
 
@@ -35,8 +36,12 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         let directory = self.view.kind(object).map_err(PlanError::Index)? == Some(Kind::Directory);
         // What is foreign is moved aside as a whole; what is in it is not followed.
         if directory && !object.is_foreign() {
+            // What the batch takes away from there anyway costs no more for that.
+            let others = |directory: &ObjectId, name: &Name| {
+                !self.changed.contains_key(&(directory.clone(), name.clone()))
+            };
             let below = Below::new(self.view, object.clone());
-            let count = below.count(room + 1).map_err(PlanError::Index)?;
+            let count = below.count(room + 1, others).map_err(PlanError::Index)?;
             if count > room {
                 self.leave(object);
                 return Ok(());
