@@ -2,6 +2,7 @@
 
 mod btrfs;
 mod cp;
+mod floor;
 mod fpsync;
 mod lsyncd;
 mod passes;
@@ -91,6 +92,7 @@ pub fn all() -> Vec<Box<dyn Peer>> {
         Box::new(lsyncd::Lsyncd { delay: 0 }),
         Box::new(lsyncd::Lsyncd { delay: 1 }),
         Box::new(syncthing::Syncthing),
+        Box::new(floor::Floor),
     ]
 }
 

@@ -1,7 +1,7 @@
 //! Work that must not be felt by others: of low priority for processor and
 //! disk, and without a trace in the page cache.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::Advice;
@@ -12,6 +12,9 @@ const NICE: i32 = 10;
 /// `RWF_DONTCACHE` (Linux 6.14): what the read itself brought into the page
 /// cache goes again, what was there before stays.
 const DONT_CACHE: u32 = 0x80;
+
+/// Whether the kernel, or a file system, has said that it does not know that.
+static REFUSED: AtomicBool = AtomicBool::new(false);
 
 /// Makes the calling thread one that others do not feel. What the kernel does
 /// not grant is left as it is: this is a courtesy.
@@ -31,7 +34,6 @@ pub fn no_reuse(fd: impl AsFd) {
 /// # Errors
 /// What the system says: `EIO` of a bad disk, for one.
 pub fn read_at(fd: impl AsFd, buffer: &mut [u8], offset: u64) -> Result<usize, Errno> {
-    static REFUSED: AtomicBool = AtomicBool::new(false);
     let mut filled = 0;
     while filled < buffer.len() {
         let at = offset + filled as u64;
@@ -60,6 +62,45 @@ pub fn read_at(fd: impl AsFd, buffer: &mut [u8], offset: u64) -> Result<usize, E
     Ok(filled)
 }
 
+/// Reads once at `offset`, behind what is in `bytes`: as much as there is spare capacity
+/// for, and no more than `most` bytes. Leaves the page cache as [`read_at`] does, if it is
+/// to; returns the bytes read, 0 at the end of the file.
+///
+/// # Errors
+/// What the system says.
+pub fn read_more(
+    fd: impl AsFd,
+    bytes: &mut Vec<u8>,
+    (offset, most): (u64, u64),
+    quietly: bool,
+) -> Result<usize, Errno> {
+    let at = i64::try_from(offset).map_err(|_| Errno::OVERFLOW)?;
+    let before = bytes.len();
+    let spare = bytes.spare_capacity_mut();
+    let room = usize::try_from(most).map_or(spare.len(), |most| most.min(spare.len()));
+    let part = libc::iovec { iov_base: spare.as_mut_ptr().cast(), iov_len: room };
+    let quietly = quietly && !REFUSED.load(Ordering::Relaxed);
+    let flags = if quietly { DONT_CACHE.cast_signed() } else { 0 };
+    let read = |flags| {
+        // SAFETY: the one part is `room` bytes of spare capacity, which nobody else
+        // has, and which need not be initialised to be written.
+        let read = unsafe { libc::preadv2(fd.as_fd().as_raw_fd(), &part, 1, at, flags) };
+        usize::try_from(read).map_err(|_| super::last_errno())
+    };
+    let read = match read(flags) {
+        Err(Errno::NOTSUP | Errno::INVAL) if flags != 0 => {
+            let result = read(0);
+            REFUSED.store(result.is_ok(), Ordering::Relaxed);
+            result?
+        }
+        result => result?,
+    };
+    // SAFETY: the kernel has written so many bytes behind the ones that were there, and
+    // no more than there was room for.
+    unsafe { bytes.set_len(before + read) };
+    Ok(read)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -74,5 +115,14 @@ mod tests {
         assert_eq!(read_at(&file, &mut buffer, 4000), Ok(6000));
         assert_eq!(&buffer[..6000], &[7; 6000]);
         assert_eq!(read_at(&file, &mut buffer, 10_000), Ok(0));
+        let mut bytes = Vec::with_capacity(6000);
+        bytes.extend([1, 2]);
+        let room = bytes.capacity() - 2;
+        assert_eq!(read_more(&file, &mut bytes, (4000, 3000), true), Ok(3000));
+        assert_eq!(read_more(&file, &mut bytes, (4000, u64::MAX), false), Ok(room - 3000));
+        assert_eq!((bytes[..2].to_vec(), bytes.len()), (vec![1, 2], room + 2));
+        assert_eq!(&bytes[2..], &vec![7; room]);
+        assert_eq!(read_more(&file, &mut bytes, (4000, u64::MAX), false), Ok(0));
+        assert_eq!(read_more(&file, &mut Vec::with_capacity(10), (10_000, 5), true), Ok(0));
     }
 }

@@ -22,7 +22,7 @@ use rustix::io::Errno;
 use super::behind::Behind;
 
 /// Files from this size on are written so.
-pub(super) const DIRECT_MIN: u64 = 4 << 20;
+pub(super) const DIRECT_MIN: u64 = 512 << 10;
 /// What offsets, lengths and addresses are multiples of: enough for any block size
 /// of these file systems up to that of a page.
 const ALIGNED: usize = 4096;

@@ -15,10 +15,10 @@ use bytes::Bytes;
 use replicator_common::chunk::{self, Chunk, Chunker, Expected};
 use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::name::Name;
+use replicator_common::sys::quiet;
 use replicator_common::sys::stat::{self, Stat};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{Extent, Hash, Layout, Piece, TransferBegin};
-use rustix::buffer::spare_capacity;
 use rustix::io::Errno;
 
 use super::blocks::{Asker, Blocks};
@@ -297,7 +297,7 @@ fn stream_whole(
     }
     let mut dealer = Dealer::new(job.kept.as_deref(), true);
     let (mut chunks, mut at) = (Vec::new(), 0);
-    each_chunk(fd, stat, average, None, |chunk, bytes| {
+    each_chunk((fd, stat), average, None, true, |chunk, bytes| {
         chunks.push(chunk);
         let (length, hash) = (chunk.length, chunk.hash);
         let kept = bytes.as_ref().and_then(|_| dealer.deal(&hash, length, at));
@@ -322,7 +322,8 @@ fn delta(
 ) -> Result<Option<Vec<Chunk>>, LaneError> {
     let mut chunks = Vec::new();
     let expected = basis.map(|basis| Expected::new(&basis.chunks));
-    each_chunk(fd, stat, average, expected.as_ref(), |chunk, _| {
+    // What differs is read again.
+    each_chunk((fd, stat), average, expected.as_ref(), false, |chunk, _| {
         chunks.push(chunk);
         // Nothing is sent meanwhile that would tell that the session has ended.
         if stop.load(Ordering::Relaxed) { Err(SinkError::Closed.into()) } else { Ok(()) }
@@ -414,12 +415,13 @@ fn send_runs(
 }
 
 /// Calls `each` with every chunk of a file in order, and with where its bytes
-/// stand; holes come without.
+/// stand; holes come without. Where it is read but `once`, it leaves no trace in the
+/// page cache.
 fn each_chunk(
-    fd: BorrowedFd<'_>,
-    stat: &Stat,
+    (fd, stat): (BorrowedFd<'_>, &Stat),
     average: u32,
     expected: Option<&Expected<'_>>,
+    once: bool,
     mut each: impl FnMut(Chunk, Option<(&Bytes, Range<usize>)>) -> Result<(), LaneError>,
 ) -> Result<(), LaneError> {
     let mut at = 0;
@@ -434,7 +436,7 @@ fn each_chunk(
         if extent.length == 0 {
             continue;
         }
-        let mut windows = Chunker::new(reader(fd, extent), average);
+        let mut windows = Chunker::new(reader(fd, extent, once), average);
         if let Some(expected) = expected {
             windows = windows.expecting(expected, extent.offset);
         }
@@ -459,24 +461,17 @@ fn each_chunk(
     Ok(())
 }
 
-/// Reads a part of a file as [`Chunker`] wants it.
+/// Reads a part of a file as [`Chunker`] wants it, and no byte behind the part: there
+/// another begins, or a hole. Where `once` is true, none of it will be read again, and
+/// what it brought into the page cache goes again.
 fn reader(
     fd: BorrowedFd<'_>,
     part: Extent,
+    once: bool,
 ) -> impl FnMut(&mut Vec<u8>) -> std::io::Result<usize> + '_ {
     let (mut at, end) = (part.offset, part.offset + part.length);
     move |bytes| {
-        let before = bytes.len();
-        let read = if end - at >= (bytes.capacity() - before) as u64 {
-            rustix::io::pread(fd, spare_capacity(bytes), at)?
-        } else {
-            // No byte behind the part: there another begins, or a hole.
-            let rest = (end - at) as usize;
-            bytes.resize(before + rest, 0);
-            let read = rustix::io::pread(fd, &mut bytes[before..], at);
-            bytes.truncate(before + *read.as_ref().unwrap_or(&0));
-            read?
-        };
+        let read = quiet::read_more(fd, bytes, (at, end - at), once)?;
         at += read as u64;
         Ok(read)
     }
