@@ -93,13 +93,13 @@ bench-install:
 # Side by side with its peers; rewrites bench/RESULTS.md and results.json (as root; hours, unless ONLY, as in
 # small,lag, names workloads; `just bench-list` names them).
 bench ONLY="" ROUNDS="5":
-    cargo build --release --locked -p replicator -p replicator-src -p replicator-dst
+    cargo build --release --locked -p replicator -p replicator-src -p replicator-dst -p replicator-bench
     cargo run --release --locked -p replicator-bench -- --rounds {{ ROUNDS }} --output bench \
         {{ if ONLY == "" { "" } else { "--only " + ONLY } }}
 
 # The same, small and in one round, to standard output alone (as root; some 10 minutes).
 bench-quick ONLY="":
-    cargo build --release --locked -p replicator -p replicator-src -p replicator-dst
+    cargo build --release --locked -p replicator -p replicator-src -p replicator-dst -p replicator-bench
     cargo run --release --locked -p replicator-bench -- --quick {{ if ONLY == "" { "" } else { "--only " + ONLY } }}
 
 # The names of workloads and peers, and which of them are installed.

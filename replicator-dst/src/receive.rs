@@ -49,7 +49,7 @@ const HELLO: Duration = Duration::from_secs(10);
 /// to come back.
 const BEGIN: Duration = Duration::from_secs(60);
 /// Staging results that wait for the session, of up to 128 files each.
-const EVENTS_WAITING: usize = 16;
+const EVENTS_WAITING: usize = 64;
 /// Objects of one message that gives a batch back.
 const RETURNED_MAX: usize = 4096;
 /// How often what was kept may be asked for in a session.

@@ -2,9 +2,9 @@
 //! directory, so that applying is a rename.
 //!
 //! One [`Stager`] serves one data stream, on a thread of its own and in a
-//! staging directory of its own. Memory is bounded by one frame. What a session
-//! before this one left there is used where the source says so (see
-//! [`crate::kept`]).
+//! staging directory of its own. Memory is bounded by one frame, and what waits to be
+//! written of large files: three mebibytes for each of up to four. What a session before
+//! this one left there is used where the source says so (see [`crate::kept`]).
 
 mod behind;
 mod direct;
@@ -399,7 +399,21 @@ impl Stager {
         result
     }
 
-    /// All pieces have arrived; `None` for a transfer that was refused.
+    /// Writes all that waits of a transfer: what the disk has to say of it is said now.
+    ///
+    /// After an error that is the file system's, the same may be tried again.
+    pub fn flush(&mut self, transfer: TransferId) -> Result<(), StageError> {
+        let Some(open) = self.open.get_mut(&transfer) else { return Ok(()) };
+        let flushed = open.flush().map_err(StageError::from);
+        let result = open.without_room(transfer, flushed);
+        if matches!(result, Err(StageError::Refused { .. })) {
+            self.abort(transfer);
+        }
+        result
+    }
+
+    /// All pieces have arrived, and are [written](Self::flush); `None` for a transfer
+    /// that was refused.
     pub fn end(
         &mut self,
         transfer: TransferId,
@@ -407,17 +421,20 @@ impl Stager {
     ) -> Result<Option<(ObjectId, StagedTransfer)>, StageError> {
         let Some(mut open) = self.open.remove(&transfer) else { return Ok(None) };
         if open.offset != state.size || state.kind != open.state.kind {
+            open.forget();
             self.discard_open(&open);
             let reason = format!("{} bytes arrived of a file of {}", open.offset, state.size);
             return Err(StageError::Refused { transfer, reason });
         }
         let list = open.list.take();
-        let settled = open.settle();
+        let flushed = open.flush();
+        // The record has nothing more to tell.
+        open.waiting.clear();
         let places = [Some(&open.name), list.as_ref().map(|(name, _)| name)];
         let mut places: Vec<_> =
             places.into_iter().flatten().map(|name| self.place(name)).collect();
         places.extend(kept::record_of(&self.place(&open.name)));
-        match settled.map_err(StageError::from).and_then(|()| self.complete(&open, list, &state)) {
+        match flushed.map_err(StageError::from).and_then(|()| self.complete(&open, list, &state)) {
             Ok(staged) => {
                 // What it needed of that is in the new file.
                 let used = open.reuse.as_ref().map(Reuse::places).unwrap_or_default();
@@ -425,6 +442,8 @@ impl Stager {
                 Ok(Some((open.object.clone(), staged)))
             }
             Err(error) => {
+                open.forget();
+                places.extend(open.reuse.iter().flat_map(Reuse::places));
                 Self::discard(&self.area, &places);
                 Err(error)
             }
@@ -461,7 +480,8 @@ impl Stager {
     /// A transfer is given up; `false` when it is not open here.
     pub fn abort(&mut self, transfer: TransferId) -> bool {
         match self.open.remove(&transfer) {
-            Some(open) => {
+            Some(mut open) => {
+                open.forget();
                 self.discard_open(&open);
                 true
             }

@@ -171,7 +171,7 @@ fn stage_all(
     // written, also by the stager's end. So a failover finds all of it in staging.
     let mut busy: Option<Busy<'_>> = None;
     let mut stager = Stager::new(area, store, replica.locator(), applied, shared, shard);
-    while let Some(frame) = next_frame(queue, &mut stager, &mut busy) {
+    while let Some(frame) = next_frame(replica, queue, &mut stager, &mut busy) {
         busy.get_or_insert_with(|| Busy::new(replica));
         // Looked at after the count is raised: failover sets it, then waits
         // for the count.
@@ -195,19 +195,27 @@ fn stage_all(
 /// The next frame; `None` when there will be none. All is written before that is waited
 /// for without end.
 fn next_frame(
+    replica: &Replica,
     queue: &crossbeam_channel::Receiver<Vec<u8>>,
     stager: &mut Stager,
     busy: &mut Option<Busy<'_>>,
 ) -> Option<Vec<u8>> {
-    let soon = if stager.is_waiting() { LINGER } else { Duration::ZERO };
-    match queue.recv_timeout(soon) {
-        Ok(frame) => Some(frame),
-        Err(RecvTimeoutError::Disconnected) => None,
-        Err(RecvTimeoutError::Timeout) => {
-            stager.settle();
-            *busy = None;
-            queue.recv().ok()
+    let mut pause = if stager.is_waiting() { LINGER } else { Duration::ZERO };
+    loop {
+        match queue.recv_timeout(pause) {
+            Ok(frame) => return Some(frame),
+            Err(RecvTimeoutError::Disconnected) => return None,
+            Err(RecvTimeoutError::Timeout) => stager.settle(),
         }
+        if !stager.is_waiting() {
+            *busy = None;
+            return queue.recv().ok();
+        }
+        // The disk takes nothing now. Whoever fails over does not wait for that.
+        if replica.failing_over.load(Ordering::Acquire) {
+            return None;
+        }
+        pause = RETRY.0;
     }
 }
 
@@ -287,6 +295,11 @@ fn stage_one(
         }
         DataFrame::TransferEnd { transfer, state } => {
             replica.shared().arriving.remove(&transfer);
+            if let Staged::Unplaced(reason) = patiently(replica, events, || stager.flush(transfer))?
+            {
+                stager.abort(transfer);
+                return tell(Event::Unplaced { transfer, reason });
+            }
             // Not repeated: the end of a transfer takes it apart.
             match stager.end(transfer, state) {
                 Ok(Some((object, staged))) => {

@@ -11,13 +11,15 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Batch, FakeSource, ROOT, World, id, state};
+use common::{Batch, FakeSource, ROOT, World, data, id, pieces, state};
 use replicator_common::control::{Control, DeletionMode};
-use replicator_common::id::BatchId;
+use replicator_common::id::{BatchId, TransferId};
 use replicator_common::object::{Kind, Xattr};
 use replicator_common::status::DestinationReport;
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{ContentSource, DestinationMessage, Extent, Op, SourceMessage};
+use replicator_common::wire::{
+    ContentSource, DataFrame, DestinationMessage, Extent, Layout, Op, SourceMessage, TransferBegin,
+};
 use replicator_dst::service::DestinationService;
 
 /// The points that every round of batches passes.
@@ -291,6 +293,60 @@ async fn every_call_may_fail() {
     while staged() > 0 {
         assert!(start.elapsed() < PATIENCE, "{} files are left in staging", staged());
         tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    drop(source);
+    scenario.teardown();
+    service.delete(&world.source, DeletionMode::LocalConfigurationOnly).unwrap();
+}
+
+/// What is written behind a stager fails at any of its turns: also what is found out
+/// only at the transfer's end is waited for, and no byte of it is lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_file_waits_for_its_disk() {
+    let scenario = fail::FailScenario::setup();
+    let mut world = World::new();
+    let service = world.open(None).await;
+    world.enrol(&service, false).await;
+    let mut source = world.connect(&service, 0).await;
+    let content: Vec<u8> =
+        (0..3_300_123u32).flat_map(|n| n.to_le_bytes()).take(3_300_123).collect();
+    let size = content.len() as u64;
+    let mut root = Batch::new().root();
+    for turn in 0..12u8 {
+        let (object, transfer) = (id(10 + turn), TransferId(u64::from(turn) + 1));
+        let state = state(Kind::File, 0o600, size);
+        fail::cfg("write", &format!("{turn}*off->2*return(EROFS)->off")).unwrap();
+        let begin = TransferBegin {
+            transfer,
+            object: object.clone(),
+            state: state.clone(),
+            layout: Layout::Replace,
+            basis: None,
+            basis_version: BatchId(0),
+        };
+        source.data.write(&DataFrame::TransferBegin(begin)).await.unwrap();
+        for part in content.chunks(400_000) {
+            let (one, other) = part.split_at(part.len() / 3);
+            let parts = vec![data(one), data(other)];
+            source.data.write(&pieces(transfer, parts)).await.unwrap();
+        }
+        let end = DataFrame::TransferEnd { transfer, state: state.clone() };
+        source.data.write(&end).await.unwrap();
+        let put = Op::Put {
+            object,
+            state,
+            content: ContentSource::Transferred { transfer },
+            new: true,
+            links: 1,
+        };
+        let name = format!("large-{turn}");
+        let batch = root.op(put).entry(ROOT, &name, None, Some(10 + turn));
+        // Any other answer than that all is well would be a panic.
+        source.apply(u64::from(turn) + 1, &batch).await;
+        fail::cfg("write", "off").unwrap();
+        let found = std::fs::read(world.replica.join(&name)).unwrap();
+        assert!(found == content, "turn {turn}");
+        root = Batch::new().directory(ROOT);
     }
     drop(source);
     scenario.teardown();

@@ -6,7 +6,7 @@
 //! A connection buffers at most its receive window of data that the
 //! application has not read, and its send window of data that the peer has not
 //! acknowledged: 128 MiB each across a network (10 Gbit/s × 100 ms =
-//! 125 MB), 16 MiB each on loopback. Only a slow reader, or a sender that
+//! 125 MB), 20 MiB and 16 MiB on loopback. Only a slow reader, or a sender that
 //! is faster than the path, reaches them. An endpoint's receive buffer adds
 //! 13 MiB.
 //!
@@ -53,6 +53,9 @@ pub const LOOPBACK_MTU: u16 = 6500;
 /// above that, a slow disk cost half of the receiver's time in copies. And what waits for
 /// long is no longer in the processor's cache.
 const LOOPBACK_STREAM_WINDOW: u32 = 4 << 20;
+/// The same of all streams: what is said of the session finds room beside full data
+/// streams.
+const LOOPBACK_WINDOW: u32 = (wire::DATA_STREAMS as u32 + 1) * LOOPBACK_STREAM_WINDOW;
 /// Socket buffers asked for, bytes. The kernel silently grants less when its
 /// limit is lower.
 pub const SOCKET_BUFFER: usize = 8 << 20;
@@ -122,7 +125,7 @@ fn transport(path: Path) -> Arc<TransportConfig> {
                 .initial_mtu(LOOPBACK_MTU)
                 .mtu_discovery_config(Some(discovery))
                 .stream_receive_window(VarInt::from_u32(LOOPBACK_STREAM_WINDOW))
-                .receive_window(VarInt::from_u32(4 * LOOPBACK_STREAM_WINDOW))
+                .receive_window(VarInt::from_u32(LOOPBACK_WINDOW))
                 .send_window(16 << 20);
         }
         Path::Network => {

@@ -87,6 +87,7 @@ pub fn read_more(
         let read = unsafe { libc::preadv2(fd.as_fd().as_raw_fd(), &part, 1, at, flags) };
         usize::try_from(read).map_err(|_| super::last_errno())
     };
+    let read = |flags| rustix::io::retry_on_intr(|| read(flags));
     let read = match read(flags) {
         Err(Errno::NOTSUP | Errno::INVAL) if flags != 0 => {
             let result = read(0);

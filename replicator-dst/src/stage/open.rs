@@ -91,21 +91,25 @@ impl Open {
         check_data(transfer, pieces, data)?;
         let mut at = self.literal_at();
         self.write(data, at)?;
+        // One entry of a patch's list, as one write will do it.
+        self.literal(data.len() as u64)?;
+        // From here on it is taken: the same does not come again.
         self.unsynced += data.len() as u64;
+        self.offset += data.len() as u64;
         for piece in pieces {
             if let Piece::Data { hash, length } = piece {
                 self.waiting.push_back((at, *length, *hash));
                 at += u64::from(*length);
             }
         }
+        // What cannot be noted now is noted later, or is sent again to a session that
+        // needs it.
+        let _ = self.note_written();
         // Of honest pieces, so many are more than wait to be written.
         if self.waiting.len() > WAITING_MAX {
-            self.settle()?;
+            let _ = self.settle();
+            self.waiting.truncate(WAITING_MAX);
         }
-        self.note_written()?;
-        // One entry of a patch's list, as one write will do it.
-        self.literal(data.len() as u64)?;
-        self.offset += data.len() as u64;
         Ok(())
     }
 
@@ -140,12 +144,23 @@ impl Open {
         self.direct.as_ref().is_some_and(Direct::is_waiting)
     }
 
-    /// Writes all that waits.
+    /// Writes all that waits, and notes it.
     pub(super) fn settle(&mut self) -> Result<(), AreaError> {
-        if let Some(direct) = &mut self.direct {
-            direct.flush().map_err(AreaError::system("write", &self.name))?;
-        }
-        self.note_written()
+        let flushed = self.flush();
+        let noted = self.note_written();
+        flushed.and(noted)
+    }
+
+    /// Writes all that waits.
+    pub(super) fn flush(&mut self) -> Result<(), AreaError> {
+        let flushed = self.direct.as_mut().map_or(Ok(()), Direct::flush);
+        flushed.map_err(AreaError::system("write", &self.name))
+    }
+
+    /// Nobody needs what waits.
+    pub(super) fn forget(&mut self) {
+        self.direct = None;
+        self.waiting.clear();
     }
 
     /// Where the next literal bytes are written.

@@ -135,6 +135,8 @@ impl Stager {
         let resumed = RecordWriter::resume(file, &header);
         open.record = resumed.map_err(AreaError::system("write", &record))?;
         open.file = content;
+        // (A piece of no bytes may have come before.)
+        open.forget();
         open.reuse = Some(Reuse::InPlace);
         Ok(())
     }

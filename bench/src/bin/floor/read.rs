@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use replicator_common::wire::Hash;
 use rustix::fs::{Dir, FileType, Mode, OFlags};
 
@@ -16,6 +16,8 @@ use crate::packet::{Header, Item, Key, Packet, State, What};
 
 /// Bytes of a packet of files, about.
 const PACK: usize = 256 << 10;
+/// Files of a packet at most.
+const ITEMS: usize = 1024;
 /// Bytes of a part of a file.
 pub const PART: usize = 1 << 20;
 
@@ -91,9 +93,10 @@ impl Sender {
                 FileType::Directory => below.push(path.join(OsStr::from_bytes(name))),
                 FileType::RegularFile => self.file(&directory, name, &mut header)?,
                 FileType::Symlink => self.symlink(&directory, name, &mut header)?,
+                FileType::Unknown => bail!("a file system that does not tell kinds"),
                 _ => {}
             }
-            if self.body.len() >= PACK {
+            if self.body.len() >= PACK || header.items.len() == ITEMS {
                 self.flush(&mut header)?;
             }
         }
