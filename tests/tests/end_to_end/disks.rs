@@ -210,8 +210,8 @@ fn a_file_of_the_source_that_cannot_be_read() {
     let port = free_port();
     let inner = disks.command(port);
     let mut command = Command::new("strace");
-    command.args(["-D", "-f", "-qq", "-e", "trace=pread64,read"]);
-    command.args(["-e", "inject=pread64,read:error=EIO"]);
+    command.args(["-D", "-f", "-qq", "-e", "trace=pread64,preadv2,read"]);
+    command.args(["-e", "inject=pread64,preadv2,read:error=EIO"]);
     for path in &bad {
         command.arg("-P").arg(path);
     }
