@@ -146,6 +146,8 @@ struct Shell {
     /// A report was sent the last time; something was staged since the last one.
     told: bool,
     staging: bool,
+    /// The source was told that the replica has a watermark.
+    claimed: bool,
 }
 
 /// A connection whose source has said who it is.
@@ -259,6 +261,7 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
         holding: false,
         held_until: Instant::now(),
         told: false,
+        claimed: false,
         staging: false,
     };
     let result = shell.serve(reader, progressed, descriptions).await;
@@ -605,7 +608,22 @@ impl Shell {
             }
         };
         self.writer.write(&message).await?;
+        self.report_first_watermark().await?;
         self.hand_on_whole().await
+    }
+
+    /// Reports at once when the initial sync is through: whoever waits for that need not
+    /// wait for the next report.
+    async fn report_first_watermark(&mut self) -> Result<(), SessionError> {
+        if self.claimed {
+            return Ok(());
+        }
+        let report = self.context.replica.report(Timestamp::now());
+        self.claimed = report.last_replicated.is_some();
+        if self.claimed {
+            self.writer.write(&DestinationMessage::Report(Box::new(report))).await?;
+        }
+        Ok(())
     }
 
     /// Says something together with what is said next, if that is soon.
