@@ -5,6 +5,8 @@
 //! holds back QUIC's windows and not our memory. What is whole goes to the
 //! applier.
 
+mod greeting;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,14 +19,11 @@ use replicator_common::id::{BatchId, SessionId};
 use replicator_common::name::Name;
 use replicator_common::net::frame::{FrameError, FrameReader, FrameWriter};
 use replicator_common::net::quic;
-use replicator_common::status::DesiredState;
 use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::kept::KEPT_TRANSFERS_MAX;
-use replicator_common::wire::{
-    BatchHeader, DestinationHello, DestinationMessage, Op, Refusal, SourceHello, SourceMessage,
-};
-use tokio::sync::{mpsc, oneshot};
+use replicator_common::wire::{BatchHeader, DestinationMessage, Op, Refusal, SourceMessage};
+use tokio::sync::mpsc;
 
 use crate::applier::{Job, Progress};
 use crate::apply::Place;
@@ -36,26 +35,22 @@ use crate::reconcile;
 use crate::replica::{APPLIER_SHARD, Replica, applier_staging};
 use crate::session::{Breach, Returned, Session};
 use crate::stage::Stager;
-use crate::store::Standing;
 use crate::streams::{Event, PackedFile, spawn_stager};
+pub use greeting::{Greeting, hear};
+use greeting::{begin, greet, refuse};
 
 /// Between reports of the destination while something arrives.
 const REPORT: Duration = Duration::from_millis(500);
 /// How long what is not urgent waits for something to go with.
 const HELD: Duration = Duration::from_millis(4);
-/// How long a source may take to say hello, and the applier to be ready.
-const HELLO: Duration = Duration::from_secs(10);
-/// How long the applier may take to settle a session before the source is told
-/// to come back.
-const BEGIN: Duration = Duration::from_secs(60);
+/// How long a source may take to hear the last word of a failover.
+const LAST_WORD: Duration = Duration::from_secs(10);
 /// Staging results that wait for the session, of up to 128 files each.
 const EVENTS_WAITING: usize = 64;
 /// Objects of one message that gives a batch back.
 const RETURNED_MAX: usize = 4096;
 /// How often what was kept may be asked for in a session.
 const ASKED_MAX: usize = 16 * KEPT_TRANSFERS_MAX;
-/// Between attempts to stage while the disk is full.
-const RETRY: Duration = Duration::from_millis(500);
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -150,51 +145,6 @@ struct Shell {
     claimed: bool,
 }
 
-/// A connection whose source has said who it is.
-pub struct Greeting {
-    /// What it said.
-    pub hello: SourceHello,
-    /// When that arrived.
-    received: Timestamp,
-    connection: Connection,
-    reader: FrameReader<RecvStream>,
-    writer: FrameWriter<SendStream>,
-}
-
-/// Waits for the source's first words.
-pub async fn hear(connection: Connection) -> Result<Greeting, SessionError> {
-    let (send, receive) = tokio::time::timeout(HELLO, connection.accept_bi())
-        .await
-        .map_err(|_| SessionError::Silent)??;
-    let mut reader = FrameReader::new(receive);
-    let mut writer = FrameWriter::new(send);
-    let first =
-        tokio::time::timeout(HELLO, reader.read()).await.map_err(|_| SessionError::Silent)?;
-    let received = Timestamp::now();
-    let first = match first.map_err(SessionError::unread) {
-        Ok(first) => first,
-        Err(SessionError::Refused(refusal)) => return Err(refuse(&mut writer, refusal).await),
-        Err(error) => return Err(error),
-    };
-    match first {
-        Some(SourceMessage::Hello(hello)) => {
-            Ok(Greeting { hello, received, connection, reader, writer })
-        }
-        Some(_) => {
-            let refusal = Refusal::Protocol("the first message is not a hello".to_owned());
-            Err(refuse(&mut writer, refusal).await)
-        }
-        None => Err(SessionError::Closed),
-    }
-}
-
-impl Greeting {
-    /// Says why there will be no session.
-    pub async fn refuse(mut self, refusal: Refusal) -> SessionError {
-        refuse(&mut self.writer, refusal).await
-    }
-}
-
 /// Runs a session to its end. The connection is closed by then.
 pub async fn run(greeting: Greeting, context: SessionContext) -> SessionError {
     let replica = context.replica.clone();
@@ -267,53 +217,9 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
     let result = shell.serve(reader, progressed, descriptions).await;
     if let Err(SessionError::Refused(refusal)) = &result {
         // A courtesy: the session ends either way.
-        let message = DestinationMessage::Refused(refusal.clone());
-        let _ = shell.writer.write(&message).await;
-        let _ = shell.writer.get_mut().finish();
-        let _ = tokio::time::timeout(RETRY, shell.writer.get_mut().stopped()).await;
+        let _ = refuse(&mut shell.writer, refusal.clone()).await;
     }
     result
-}
-
-async fn refuse(writer: &mut FrameWriter<SendStream>, refusal: Refusal) -> SessionError {
-    if let Err(error) = writer.write(&DestinationMessage::Refused(refusal.clone())).await {
-        return error.into();
-    }
-    let _ = writer.get_mut().finish();
-    let _ = tokio::time::timeout(RETRY, writer.get_mut().stopped()).await;
-    SessionError::Refused(refusal)
-}
-
-async fn begin(
-    context: &SessionContext,
-    hello: &SourceHello,
-) -> Result<Result<Standing, Refusal>, SessionError> {
-    let replica = &context.replica;
-    if replica.shared().desired == DesiredState::Paused {
-        return Ok(Err(Refusal::Unable("paused at the destination".to_owned())));
-    }
-    // Of the session before: they end with its connection.
-    let until = tokio::time::Instant::now() + HELLO;
-    while replica.stagers.load(Ordering::Acquire) > 0 {
-        if tokio::time::Instant::now() > until {
-            let reason = "the session before this one is still being staged".to_owned();
-            return Ok(Err(Refusal::Unable(reason)));
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    let (reply, answer) = oneshot::channel();
-    hand_on(&context.jobs, Job::Begin { hello: Box::new(hello.clone()), reply }).await?;
-    match tokio::time::timeout(BEGIN, answer).await {
-        Ok(Ok(Ok(standing))) => Ok(Ok(standing)),
-        Ok(Ok(Err(reason))) => Ok(Err(Refusal::Unable(reason))),
-        Ok(Err(_)) => Err(SessionError::NoApplier),
-        Err(_) => {
-            let reason = replica.shared().stalled.clone();
-            let reason =
-                reason.unwrap_or_else(|| "the last batch is still being applied".to_owned());
-            Ok(Err(Refusal::Unable(reason)))
-        }
-    }
 }
 
 /// Gives a job to the applier without blocking the runtime.
@@ -323,37 +229,6 @@ async fn hand_on(jobs: &Sender<Job>, job: Job) -> Result<(), SessionError> {
         Ok(Ok(())) => Ok(()),
         _ => Err(SessionError::NoApplier),
     }
-}
-
-async fn greet(
-    writer: &mut FrameWriter<SendStream>,
-    context: &SessionContext,
-    connection: &Connection,
-    (echo, received): (Timestamp, Timestamp),
-    standing: &Standing,
-) -> Result<(), SessionError> {
-    let replica = &context.replica;
-    {
-        let mut shared = replica.shared();
-        shared.link.connected = true;
-        shared.link.since = Timestamp::now();
-        shared.link.peer = connection.remote_address().to_string();
-        shared.link.last_error = None;
-    }
-    let message = DestinationMessage::Hello(DestinationHello {
-        destination: replica.config.destination.clone(),
-        session: context.session,
-        incarnation: standing.incarnation,
-        committed: standing.edition(),
-        watermark: standing.watermark,
-        reconcile: standing.reconcile,
-        time: Timestamp::now(),
-        echo,
-        received,
-        abilities: replica.abilities.clone(),
-    });
-    writer.write(&message).await?;
-    Ok(())
 }
 
 /// Keeps what the source says of our clock: by how much it is ahead of its own;
@@ -494,7 +369,7 @@ impl Shell {
     async fn last_word(&mut self, message: DestinationMessage) -> Result<(), SessionError> {
         self.writer.write(&message).await?;
         let _ = self.writer.get_mut().finish();
-        let _ = tokio::time::timeout(HELLO, self.writer.get_mut().stopped()).await;
+        let _ = tokio::time::timeout(LAST_WORD, self.writer.get_mut().stopped()).await;
         Err(SessionError::Closed)
     }
 

@@ -13,9 +13,6 @@ const NICE: i32 = 10;
 /// cache goes again, what was there before stays.
 const DONT_CACHE: u32 = 0x80;
 
-/// Whether the kernel, or a file system, has said that it does not know that.
-static REFUSED: AtomicBool = AtomicBool::new(false);
-
 /// Makes the calling thread one that others do not feel. What the kernel does
 /// not grant is left as it is: this is a courtesy.
 pub fn background_thread() {
@@ -36,35 +33,22 @@ pub fn no_reuse(fd: impl AsFd) {
 pub fn read_at(fd: impl AsFd, buffer: &mut [u8], offset: u64) -> Result<usize, Errno> {
     let mut filled = 0;
     while filled < buffer.len() {
-        let at = offset + filled as u64;
         let rest = &mut buffer[filled..];
-        let result = if REFUSED.load(Ordering::Relaxed) {
-            rustix::io::pread(&fd, rest, at)
-        } else {
-            let flags = ReadWriteFlags::from_bits_retain(DONT_CACHE);
-            match rustix::io::preadv2(&fd, &mut [IoSliceMut::new(&mut *rest)], at, flags) {
-                // Not this kernel, or not this file system.
-                Err(Errno::NOTSUP | Errno::INVAL) => {
-                    let result = rustix::io::pread(&fd, rest, at);
-                    REFUSED.store(result.is_ok(), Ordering::Relaxed);
-                    result
-                }
-                result => result,
-            }
-        };
-        match result {
-            Ok(0) => break,
-            Ok(read) => filled += read,
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error),
+        let read = leaving_no_trace(|flags| {
+            let part = &mut [IoSliceMut::new(&mut *rest)];
+            rustix::io::preadv2(&fd, part, offset + filled as u64, flags)
+        })?;
+        if read == 0 {
+            break;
         }
+        filled += read;
     }
     Ok(filled)
 }
 
 /// Reads once at `offset`, behind what is in `bytes`: as much as there is spare capacity
 /// for, and no more than `most` bytes. Leaves the page cache as [`read_at`] does, if it is
-/// to; returns the bytes read, 0 at the end of the file.
+/// `quietly`; returns the bytes read, 0 at the end of the file.
 ///
 /// # Errors
 /// What the system says.
@@ -79,27 +63,42 @@ pub fn read_more(
     let spare = bytes.spare_capacity_mut();
     let room = usize::try_from(most).map_or(spare.len(), |most| most.min(spare.len()));
     let part = libc::iovec { iov_base: spare.as_mut_ptr().cast(), iov_len: room };
-    let quietly = quietly && !REFUSED.load(Ordering::Relaxed);
-    let flags = if quietly { DONT_CACHE.cast_signed() } else { 0 };
-    let read = |flags| {
+    let read = |flags: ReadWriteFlags| {
+        let (fd, flags) = (fd.as_fd().as_raw_fd(), flags.bits().cast_signed());
         // SAFETY: the one part is `room` bytes of spare capacity, which nobody else
         // has, and which need not be initialised to be written.
-        let read = unsafe { libc::preadv2(fd.as_fd().as_raw_fd(), &part, 1, at, flags) };
+        let read = unsafe { libc::preadv2(fd, &part, 1, at, flags) };
         usize::try_from(read).map_err(|_| super::last_errno())
     };
-    let read = |flags| rustix::io::retry_on_intr(|| read(flags));
-    let read = match read(flags) {
-        Err(Errno::NOTSUP | Errno::INVAL) if flags != 0 => {
-            let result = read(0);
-            REFUSED.store(result.is_ok(), Ordering::Relaxed);
-            result?
-        }
-        result => result?,
+    let read = if quietly {
+        leaving_no_trace(read)?
+    } else {
+        rustix::io::retry_on_intr(|| read(ReadWriteFlags::empty()))?
     };
     // SAFETY: the kernel has written so many bytes behind the ones that were there, and
     // no more than there was room for.
     unsafe { bytes.set_len(before + read) };
     Ok(read)
+}
+
+/// Makes a read that leaves no trace, or a plain one where the kernel or the file system
+/// does not know that.
+fn leaving_no_trace(
+    mut read: impl FnMut(ReadWriteFlags) -> Result<usize, Errno>,
+) -> Result<usize, Errno> {
+    static REFUSED: AtomicBool = AtomicBool::new(false);
+    let mut read = |flags| rustix::io::retry_on_intr(|| read(flags));
+    if REFUSED.load(Ordering::Relaxed) {
+        return read(ReadWriteFlags::empty());
+    }
+    match read(ReadWriteFlags::from_bits_retain(DONT_CACHE)) {
+        Err(Errno::NOTSUP | Errno::INVAL) => {
+            let result = read(ReadWriteFlags::empty());
+            REFUSED.store(result.is_ok(), Ordering::Relaxed);
+            result
+        }
+        result => result,
+    }
 }
 
 #[cfg(test)]
