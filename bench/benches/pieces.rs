@@ -1,16 +1,20 @@
 //! The hot pieces, one by one: reading events, the journal, merging what is dirty,
-//! chunking, and frames. Without root, network or loop devices:
+//! chunking, frames, and staging. Without root, network or loop devices:
 //! `just bench-pieces`.
 
 #![allow(missing_docs, clippy::unwrap_used, reason = "a benchmark fails by panicking")]
 
 use std::hint::black_box;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use replicator_common::chunk::{AVERAGE_MIN, Chunker};
 use replicator_common::codec;
-use replicator_common::id::{BatchId, ObjectId, Seq};
+use replicator_common::id::{BatchId, FileSystemId, Incarnation, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
 use replicator_common::net::frame::{
     Compression, decode_body, encode_frame, encode_frame_around, open_frame,
@@ -18,7 +22,16 @@ use replicator_common::net::frame::{
 use replicator_common::object::{Attributes, Kind, ObjectState};
 use replicator_common::sys::fanotify::{self, bits};
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{DataFrame, Extent, Hash, PackedObject};
+use replicator_common::wire::{
+    DataFrame, Extent, Hash, Layout, PackedObject, Piece, TransferBegin,
+};
+use replicator_dst::area::Area;
+use replicator_dst::kept::Kept;
+use replicator_dst::locate::Locator;
+use replicator_dst::nest::Nests;
+use replicator_dst::session::StagedTransfer;
+use replicator_dst::stage::Stager;
+use replicator_dst::store::{Standing, Store};
 use replicator_src::journal::{Journal, Record};
 use replicator_src::plan::Dirty;
 use replicator_src::watcher::What;
@@ -195,5 +208,96 @@ fn frames(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(pieces, events, journal, plan, chunks, frames);
+/// A stager in a directory of its own, on whatever file system that is.
+struct Staging {
+    area: Arc<Area>,
+    stager: Stager,
+    _directory: tempfile::TempDir,
+}
+
+impl Staging {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let root = std::fs::File::open(directory.path()).unwrap();
+        let area = Area::open(root.as_fd(), &FileSystemId::random()).unwrap();
+        let area = Arc::new(area);
+        let standing = || Standing::new(Incarnation::random(), false);
+        let store = Store::open(&directory.path().join("store"), standing).unwrap();
+        let (applied, failed) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let kept = Arc::new(Kept::new(area.clone(), failed.clone()));
+        let nests = Arc::new(Nests::new(area.clone(), applied.clone()));
+        let locator = Locator::new(area.clone(), true);
+        let shared = (kept, nests, failed);
+        let stager = Stager::new(area.clone(), Arc::new(store), locator, applied, shared, 0);
+        Self { area, stager, _directory: directory }
+    }
+
+    /// Stages one large file, 256 KiB a frame.
+    fn large(&mut self, number: u64, content: &[u8]) -> StagedTransfer {
+        const FRAME: usize = 256 << 10;
+        let (transfer, object) = (TransferId(number), object(number));
+        let state = ObjectState { size: content.len() as u64, ..packed(0, &[]).state };
+        let (basis, basis_version) = (None, BatchId(0));
+        let (layout, begun) = (Layout::Replace, state.clone());
+        let begin = TransferBegin { transfer, object, state: begun, layout, basis, basis_version };
+        self.stager.begin(begin).unwrap();
+        for bytes in content.chunks(FRAME) {
+            let each = bytes.chunks(AVERAGE_MIN as usize);
+            let pieces: Vec<_> = each
+                .map(|bytes| Piece::Data { hash: Hash::of(bytes), length: bytes.len() as u32 })
+                .collect();
+            self.stager.pieces(transfer, &pieces, bytes).unwrap();
+        }
+        self.stager.flush(transfer).unwrap();
+        self.stager.end(transfer, state).unwrap().unwrap().1
+    }
+}
+
+/// Until the files are complete in staging, without the deletion that follows and
+/// without a sync.
+fn staging(criterion: &mut Criterion) {
+    const COUNT: u64 = 256;
+    const LARGE: usize = 8 << 20;
+    let bytes = content::incompressible(3, LARGE);
+    let mut staging = Staging::new();
+    let mut group = criterion.benchmark_group("staging");
+    group.sample_size(20);
+    group.throughput(Throughput::Elements(COUNT));
+    group.bench_function("small files", |bencher| {
+        bencher.iter_custom(|rounds| {
+            let mut time = Duration::ZERO;
+            for _ in 0..rounds {
+                let begun = Instant::now();
+                let staged: Vec<_> = (0..)
+                    .zip(bytes[..COUNT as usize * 4096].chunks(4096))
+                    .map(|(number, bytes)| {
+                        let packed = packed(number, bytes);
+                        staging.stager.pack(BatchId(1), &packed, None).unwrap().place
+                    })
+                    .collect();
+                time += begun.elapsed();
+                Stager::discard(&staging.area, &staged);
+            }
+            time
+        });
+    });
+    group.throughput(Throughput::Bytes(LARGE as u64));
+    group.bench_function("a large file", |bencher| {
+        let mut number = 0;
+        bencher.iter_custom(|rounds| {
+            let mut time = Duration::ZERO;
+            for _ in 0..rounds {
+                number += 1;
+                let begun = Instant::now();
+                let staged = staging.large(number, &bytes);
+                time += begun.elapsed();
+                Stager::discard(&staging.area, &staged.places());
+            }
+            time
+        });
+    });
+    group.finish();
+}
+
+criterion_group!(pieces, events, journal, plan, chunks, frames, staging);
 criterion_main!(pieces);

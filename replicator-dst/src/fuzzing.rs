@@ -11,7 +11,7 @@ use replicator_common::wire::{BatchHeader, ContentSource, Op};
 
 use crate::apply::{Place, Step, Within};
 use crate::objects::Known;
-use crate::session::{Breach, Returned, Session, StagedFile, StagedTransfer, WholeBatch};
+use crate::session::{Arrival, Breach, Returned, Session, StagedFile, StagedTransfer, WholeBatch};
 use crate::store::{SetAsideItem, Standing};
 
 /// Arbitrary bytes as a row of the commit log, as one of the store's other
@@ -115,12 +115,13 @@ impl World<'_> {
     }
 
     fn event(&mut self, event: u8) -> Result<(), Breach> {
-        match event % 12 {
+        match event % 13 {
             0 | 1 => {
                 let batch = self.batch();
                 let count = self.small(4);
                 let ops = (0..count).map(|_| self.op()).collect();
-                self.session.plan(batch, ops)?;
+                let back = self.session.plan(batch, ops)?;
+                self.given_back(&back);
             }
             2 => {
                 let batch = self.batch();
@@ -141,7 +142,9 @@ impl World<'_> {
             5 => {
                 let (transfer, object) = (TransferId(self.small(4).into()), self.object());
                 let file = StagedTransfer::Whole(self.file());
-                self.session.transferred(transfer, object, file)?;
+                if let Arrival::Unwanted(back) = self.session.transferred(transfer, object, file)? {
+                    self.given_back(&back);
+                }
             }
             6 => {
                 let transfer = TransferId(self.small(4).into());
@@ -166,6 +169,10 @@ impl World<'_> {
             11 if self.applied + 1 < self.next => {
                 let returned = self.session.give_back(BatchId(self.applied + 1), Vec::new());
                 self.returned(&returned);
+            }
+            12 => {
+                let transfer = TransferId(self.small(4).into());
+                self.session.transfer_failed(transfer, "the disk is full".to_owned());
             }
             _ => {}
         }

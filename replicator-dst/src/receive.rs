@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Sender, TrySendError};
 use quinn::{Connection, RecvStream, SendStream};
 use replicator_common::describe::{Describe, Description};
 use replicator_common::id::{BatchId, SessionId};
@@ -33,7 +33,7 @@ use crate::kept::Kept;
 use crate::meters::ErrorKind;
 use crate::reconcile;
 use crate::replica::{APPLIER_SHARD, Replica, applier_staging};
-use crate::session::{Breach, Returned, Session};
+use crate::session::{Arrival, Breach, Returned, Session};
 use crate::stage::Stager;
 use crate::streams::{Event, PackedFile, spawn_stager};
 pub use greeting::{Greeting, hear};
@@ -42,7 +42,7 @@ use greeting::{begin, greet, refuse};
 /// Between reports of the destination while something arrives.
 const REPORT: Duration = Duration::from_millis(500);
 /// How long what is not urgent waits for something to go with.
-const HELD: Duration = Duration::from_millis(4);
+const HELD: Duration = Duration::from_millis(10);
 /// How long a source may take to hear the last word of a failover.
 const LAST_WORD: Duration = Duration::from_secs(10);
 /// Staging results that wait for the session, of up to 128 files each.
@@ -224,6 +224,11 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
 
 /// Gives a job to the applier without blocking the runtime.
 async fn hand_on(jobs: &Sender<Job>, job: Job) -> Result<(), SessionError> {
+    let job = match jobs.try_send(job) {
+        Ok(()) => return Ok(()),
+        Err(TrySendError::Disconnected(_)) => return Err(SessionError::NoApplier),
+        Err(TrySendError::Full(job)) => job,
+    };
     let jobs = jobs.clone();
     match tokio::task::spawn_blocking(move || jobs.send(job)).await {
         Ok(Ok(())) => Ok(()),
@@ -307,7 +312,9 @@ impl Shell {
                 if self.session.awaits(batch) {
                     self.keep_plan(batch, &ops).await;
                 }
-                Ok(self.session.plan(batch, ops)?)
+                let places = self.session.plan(batch, ops)?;
+                self.discard(&places);
+                Ok(())
             }
             SourceMessage::Commit { batch, header } => self.commit(batch, header).await,
             SourceMessage::Abandon { batch } => {
@@ -433,13 +440,20 @@ impl Shell {
                 self.return_hopeless().await
             }
             Event::Unplaced { transfer, reason } => {
+                self.session.transfer_failed(transfer, reason.clone());
                 let message = DestinationMessage::TransferUnplaced { transfer, reason };
                 self.writer.write(&message).await?;
-                Ok(())
+                self.return_hopeless().await
             }
             Event::Transferred { transfer, object, staged } => {
-                self.session.transferred(transfer, object, *staged)?;
-                self.say_soon(&DestinationMessage::Transferred { transfer })?;
+                match self.session.transferred(transfer, object, *staged)? {
+                    Arrival::Early => {
+                        self.say_soon(&DestinationMessage::Transferred { transfer })?;
+                    }
+                    // That the batch is applied says it all.
+                    Arrival::Awaited => {}
+                    Arrival::Unwanted(places) => self.discard(&places),
+                }
                 self.hand_on_whole().await
             }
             Event::Aborted { transfer } => {
@@ -448,9 +462,10 @@ impl Shell {
                 Ok(())
             }
             Event::Refused { transfer, reason } => {
+                self.session.transfer_failed(transfer, reason.clone());
                 let message = DestinationMessage::TransferRefused { transfer, reason };
                 self.writer.write(&message).await?;
-                Ok(())
+                self.return_hopeless().await
             }
             Event::Ended(error) => Err(error),
         }

@@ -6,7 +6,7 @@
 //! nothing that its plan names is missing; batches are handed on strictly in
 //! order.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use replicator_common::id::{BatchId, ObjectId, ReplicaHandle, TransferId};
 use replicator_common::object::ObjectState;
@@ -23,6 +23,10 @@ pub const PACKED_MAX: usize = 1 << 21;
 pub const BATCHES_AHEAD_MAX: u64 = 64;
 /// The most transfers that are open or wait for their batch.
 pub const TRANSFERS_MAX: usize = 1 << 16;
+
+/// How many transfers that failed are remembered: of those that a batch names before
+/// they have arrived, an honest source has 16 under way at most.
+const FAILED_MAX: usize = 256;
 
 /// The most bytes of memory that plans, and what is known of staged objects, may
 /// take until their batches are handed on. An honest source has three batches
@@ -165,6 +169,10 @@ pub struct Session {
     batches: BTreeMap<BatchId, Gathering>,
     packed: usize,
     transfers: HashMap<TransferId, (ObjectId, StagedTransfer)>,
+    /// Transfers that could not be staged, with the reason; the oldest are forgotten.
+    failed_transfers: VecDeque<(TransferId, String)>,
+    /// Transfers that are still to come, and of which the batch was given back.
+    unwanted: HashSet<TransferId>,
     /// Bytes of memory that all this takes.
     ///
     /// INVARIANT (bounded resources): at most [`HELD_BYTES_MAX`], and what one
@@ -173,6 +181,17 @@ pub struct Session {
     /// This batch and all that follow were given back: what comes of their
     /// plans is passed over until the source says that it begins anew.
     returning: Option<BatchId>,
+}
+
+/// What becomes of a transfer that is staged as a whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// No batch names it yet.
+    Early,
+    /// A batch waits for it.
+    Awaited,
+    /// Its batch was given back: this is to be deleted.
+    Unwanted(Vec<Place>),
 }
 
 /// A batch that is given back to the source.
@@ -195,6 +214,8 @@ impl Session {
             batches: BTreeMap::new(),
             packed: 0,
             transfers: HashMap::new(),
+            failed_transfers: VecDeque::new(),
+            unwanted: HashSet::new(),
             held: 0,
             returning: None,
         }
@@ -233,10 +254,11 @@ impl Session {
         batch == self.current && !self.is_returned(batch)
     }
 
-    /// Part of a plan arrived.
-    pub fn plan(&mut self, batch: BatchId, ops: Vec<Op>) -> Result<(), Breach> {
+    /// Part of a plan arrived. Returns what to delete: transfers that it names, if it
+    /// is of a batch that was given back.
+    pub fn plan(&mut self, batch: BatchId, ops: Vec<Op>) -> Result<Vec<Place>, Breach> {
         if self.is_returned(batch) {
-            return Ok(());
+            return Ok(self.pass_over(&ops));
         }
         self.expect(batch)?;
         if ops.len() > PLAN_OPS_MAX {
@@ -249,7 +271,26 @@ impl Session {
         let weight = ops.iter().map(Op::weight).sum();
         gathering.ops.extend(ops);
         gathering.weight += weight;
-        self.hold(weight)
+        self.hold(weight)?;
+        Ok(Vec::new())
+    }
+
+    /// What the plan of a batch that was given back names is wanted no more, whether it
+    /// is there or still comes. Returns what is there.
+    fn pass_over(&mut self, ops: &[Op]) -> Vec<Place> {
+        let mut places = Vec::new();
+        for op in ops {
+            let Op::Put { content: ContentSource::Transferred { transfer }, .. } = op else {
+                continue;
+            };
+            let is_there = self.transfers.contains_key(transfer);
+            places.extend(self.aborted(*transfer));
+            let comes = !is_there && self.failure_of(*transfer).is_none();
+            if comes && self.unwanted.len() < TRANSFERS_MAX {
+                self.unwanted.insert(*transfer);
+            }
+        }
+        places
     }
 
     /// The plan is whole.
@@ -381,13 +422,27 @@ impl Session {
     pub fn next_returned(&mut self, applied: BatchId) -> Option<Returned> {
         let next = self.sealed.next();
         let gathering = self.batches.get(&next).filter(|_| applied == self.sealed)?;
-        let missing = &gathering.missing_packed;
-        let hopeless = |key| gathering.failed.contains_key(key);
-        if gathering.header.is_none() || missing.is_empty() || !missing.iter().all(hopeless) {
+        let (packed, transfers) = (&gathering.missing_packed, &gathering.missing_transfers);
+        let nothing_missing = packed.is_empty() && transfers.is_empty();
+        if gathering.header.is_none()
+            || nothing_missing
+            || !packed.iter().all(|key| gathering.failed.contains_key(key))
+            || !transfers.iter().all(|transfer| self.failure_of(*transfer).is_some())
+        {
             return None;
         }
         let reason = |key: &(ObjectId, u32)| gathering.failed.get(key).cloned().unwrap_or_default();
-        let objects = missing.iter().map(|key| (key.0.clone(), reason(key))).collect();
+        let packed = packed.iter().map(|key| (key.0.clone(), reason(key)));
+        let transferred = gathering.ops.iter().filter_map(|op| match op {
+            Op::Put { object, content: ContentSource::Transferred { transfer }, .. }
+                if transfers.contains(transfer) =>
+            {
+                let reason = self.failure_of(*transfer).unwrap_or_default();
+                Some((object.clone(), reason.to_owned()))
+            }
+            _ => None,
+        });
+        let objects = packed.chain(transferred).collect();
         Some(self.give_back(next, objects))
     }
 
@@ -398,16 +453,28 @@ impl Session {
             self.packed -= gathering.packed.len();
             self.held -= gathering.weight;
             places.extend(gathering.packed.into_values().map(|file| file.place));
-            for op in &gathering.ops {
-                let Op::Put { content: ContentSource::Transferred { transfer }, .. } = op else {
-                    continue;
-                };
-                places.extend(self.aborted(*transfer));
-            }
+            places.extend(self.pass_over(&gathering.ops));
         }
         self.sealed = BatchId(batch.0 - 1);
         self.returning = Some(batch);
         Returned { batch, objects, places }
+    }
+
+    /// A transfer could not be staged. A batch that names it, or has named it, is
+    /// given back.
+    pub fn transfer_failed(&mut self, transfer: TransferId, reason: String) {
+        if self.unwanted.remove(&transfer) {
+            return;
+        }
+        self.failed_transfers.push_back((transfer, reason));
+        if self.failed_transfers.len() > FAILED_MAX {
+            self.failed_transfers.pop_front();
+        }
+    }
+
+    fn failure_of(&self, transfer: TransferId) -> Option<&str> {
+        let failed = self.failed_transfers.iter().find(|(failed, _)| *failed == transfer);
+        failed.map(|(_, reason)| reason.as_str())
     }
 
     /// A transfer is staged as a whole.
@@ -416,7 +483,10 @@ impl Session {
         transfer: TransferId,
         object: ObjectId,
         staged: StagedTransfer,
-    ) -> Result<(), Breach> {
+    ) -> Result<Arrival, Breach> {
+        if self.unwanted.remove(&transfer) {
+            return Ok(Arrival::Unwanted(staged.places()));
+        }
         if self.transfers.len() >= TRANSFERS_MAX {
             return Err(Breach::TooManyTransfers);
         }
@@ -424,16 +494,21 @@ impl Session {
         if self.transfers.contains_key(&transfer) {
             return Err(Breach::EndedTwice { transfer });
         }
+        let mut arrival = Arrival::Early;
         for gathering in self.batches.values_mut() {
-            gathering.missing_transfers.remove(&transfer);
+            if gathering.missing_transfers.remove(&transfer) {
+                arrival = Arrival::Awaited;
+            }
         }
         let weight = staged.weight();
         self.transfers.insert(transfer, (object, staged));
-        self.hold(weight)
+        self.hold(weight)?;
+        Ok(arrival)
     }
 
     /// A transfer that had ended is given up. Returns what to delete.
     pub fn aborted(&mut self, transfer: TransferId) -> Vec<Place> {
+        self.unwanted.remove(&transfer);
         let Some((_, staged)) = self.transfers.remove(&transfer) else { return Vec::new() };
         self.held -= staged.weight();
         staged.places()

@@ -113,6 +113,8 @@ pub struct Stager {
     kept: Arc<Kept>,
     nesting: Nesting,
     early: Early,
+    /// A file of this size is not too large for the replica's file system, bytes.
+    holds: u64,
     open: HashMap<TransferId, Open>,
     /// What could not be held, since last taken.
     pub shortfalls: Shortfalls,
@@ -135,6 +137,7 @@ impl Stager {
         Self {
             nesting,
             early: Early::new(sync_failed),
+            holds: 0,
             area,
             store,
             locator,
@@ -321,19 +324,11 @@ impl Stager {
 
     /// The files of a transfer: its bytes, their record, the list of a patch.
     fn create_all(
-        &self,
+        &mut self,
         place: &Place,
         begin: &TransferBegin,
     ) -> Result<(OwnedFd, RecordWriter, Option<List>), AreaError> {
-        // A file larger than this file system can hold is found out now, not
-        // when all of it has come, nor when a patch is applied that is logged.
-        let probe = self.create(&place.name, PRIVATE)?;
-        let sized = place::set_size(&probe, begin.state.size);
-        sized.map_err(AreaError::system("set size of", &place.name))?;
-        // Another file in its place: ext4 writes all of one that was once cut to
-        // nothing when it is closed (auto_da_alloc), and holds up for as long what
-        // is staged next.
-        drop(probe);
+        self.probe_size(place, begin.state.size)?;
         let file = self.create(&place.name, PRIVATE)?;
         let record = self.begin_record(place, begin)?;
         let list = match begin.layout {
@@ -346,6 +341,26 @@ impl Stager {
             }
         };
         Ok((file, record, list))
+    }
+
+    /// A file larger than this file system can hold is found out now, not when all of
+    /// it has come, nor when a patch is applied that is logged.
+    ///
+    /// The file that is made for it is left to be replaced: ext4 writes all of one that
+    /// was once cut to nothing when it is closed (auto_da_alloc), and holds up for as
+    /// long what is staged next.
+    fn probe_size(&mut self, place: &Place, size: u64) -> Result<(), AreaError> {
+        if size <= self.holds {
+            return Ok(());
+        }
+        let probe = self.create(&place.name, PRIVATE)?;
+        // What grows bit by bit, or is one of many, is not probed each time.
+        let more = size.checked_next_power_of_two().unwrap_or(size);
+        if place::set_size(&probe, more).is_ok() {
+            self.holds = more;
+            return Ok(());
+        }
+        place::set_size(&probe, size).map_err(AreaError::system("set size of", &place.name))
     }
 
     /// The basis, if it is what the source believes (trap 5).

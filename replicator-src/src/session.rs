@@ -128,9 +128,18 @@ impl Session {
 
     /// Queues a control message; blocks while the network is slower than we are.
     pub fn send(&self, message: &SourceMessage) -> Result<(), SinkError> {
-        let frame = encode_frame(message, Compression::Auto)?;
-        self.wired.frame(frame.len());
-        let sent = pulse::waiting(|| self.control.blocking_send(vec![frame.into()]));
+        self.send_together(&[message])
+    }
+
+    /// Queues control messages that travel in one packet, if they fit into one.
+    pub fn send_together(&self, messages: &[&SourceMessage]) -> Result<(), SinkError> {
+        let mut frames = Vec::with_capacity(messages.len());
+        for message in messages {
+            let frame = encode_frame(message, Compression::Auto)?;
+            self.wired.frame(frame.len());
+            frames.push(frame.into());
+        }
+        let sent = pulse::waiting(|| self.control.blocking_send(frames));
         sent.map_err(|_| SinkError::Closed)
     }
 

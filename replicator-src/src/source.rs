@@ -297,6 +297,9 @@ pub struct SourceTree {
     filter: Filter,
     watch: Arc<dyn DirectoryWatch>,
     open: HashMap<ObjectId, Arc<OwnedFd>>,
+    /// The directory that was found gone last: its handle leads nowhere any more, and a
+    /// batch asks for each of the entries that it had.
+    gone: Option<ObjectId>,
     /// Directories that could not be listed since the last look, with the error.
     troubles: Vec<(ObjectId, String)>,
     /// Objects whose fate could not be told since the last look, with the error.
@@ -307,7 +310,7 @@ impl SourceTree {
     /// Over a source; `watch` is told of each directory before it is listed.
     pub fn new(opener: Opener, filter: Filter, watch: Arc<dyn DirectoryWatch>) -> Self {
         let (open, troubles, doubts) = (HashMap::new(), Vec::new(), Vec::new());
-        Self { opener, filter, watch, open, troubles, doubts }
+        Self { opener, filter, watch, open, gone: None, troubles, doubts }
     }
 
     /// Opens what it needs.
@@ -324,10 +327,16 @@ impl SourceTree {
         if !self.opener.root.by_handle {
             return self.opener.directory(id).map_err(failed);
         }
+        if self.gone.as_ref() == Some(id) {
+            return Ok(Opened::Gone);
+        }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = match self.opener.open(id, None, flags).map_err(failed)? {
             Opened::Here(fd) => Arc::new(fd),
-            Opened::Gone => return Ok(Opened::Gone),
+            Opened::Gone => {
+                self.gone = Some(id.clone());
+                return Ok(Opened::Gone);
+            }
             Opened::Away => return Ok(Opened::Away),
         };
         if self.open.len() >= OPEN_DIRECTORIES {

@@ -358,7 +358,7 @@ impl Destination {
             (wire.up.pop_front(), &mut process.session)
         {
             let result = match message {
-                Up::Plan(batch, ops) => session.plan(batch, ops),
+                Up::Plan(batch, ops) => session.plan(batch, ops).map(drop),
                 Up::Commit(batch, header) => session.commit(batch, header),
                 Up::Hello(_) => panic!("hello said twice"),
             };

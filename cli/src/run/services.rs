@@ -44,7 +44,7 @@ impl Services {
         let registry = Arc::new(Registry::open(state.path())?);
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, state.port()?));
         let runtime = Builder::new_multi_thread()
-            .worker_threads(2)
+            .worker_threads(1)
             .thread_name("destination-net")
             .enable_all()
             .build()

@@ -124,6 +124,58 @@ fn plans_are_awaited_in_order_and_not_of_what_was_given_back() {
     assert!(session.awaits(BatchId(1)));
 }
 
+fn place(transfer: u64, batch: u64, session: &mut Session) {
+    let content = ContentSource::Transferred { transfer: TransferId(transfer) };
+    session.plan(BatchId(batch), vec![put(2, content)]).unwrap();
+    session.commit(BatchId(batch), header(1, 0)).unwrap();
+}
+
+/// A short tail is named before it is known to have arrived: if it then cannot be
+/// staged, its batch would wait for ever.
+#[test]
+fn a_batch_is_given_back_when_what_it_names_fails() {
+    for fails_first in [true, false] {
+        let mut session = Session::new(BatchId(0));
+        let fail = |session: &mut Session| {
+            session.transfer_failed(TransferId(7), "no room".to_owned());
+        };
+        if fails_first {
+            fail(&mut session);
+        }
+        place(7, 1, &mut session);
+        if !fails_first {
+            assert!(session.next_returned(BatchId(0)).is_none(), "it may still come");
+            fail(&mut session);
+        }
+        assert!(session.next_whole().unwrap().is_none());
+        let returned = session.next_returned(BatchId(0)).unwrap();
+        assert_eq!(returned.objects, [(id(2), "no room".to_owned())]);
+    }
+}
+
+/// Else what arrives after its batch was given back would stay in staging.
+#[test]
+fn what_arrives_of_a_batch_that_was_given_back_is_deleted() {
+    let mut session = Session::new(BatchId(0));
+    let staged = |name: &[u8]| StagedTransfer::Whole(file(name));
+    place(7, 1, &mut session);
+    assert!(session.give_back(BatchId(1), Vec::new()).places.is_empty());
+    // Its successor was sent before the source heard of it; one is there, one is not.
+    assert_eq!(session.transferred(TransferId(8), id(2), staged(b"8")), Ok(Arrival::Early));
+    let named = [8, 9].map(|n| put(2, ContentSource::Transferred { transfer: TransferId(n) }));
+    let places = session.plan(BatchId(2), named.to_vec()).unwrap();
+    assert_eq!(places, staged(b"8").places());
+    for transfer in [7, 9] {
+        let late = session.transferred(TransferId(transfer), id(2), staged(b"late"));
+        assert_eq!(late, Ok(Arrival::Unwanted(staged(b"late").places())));
+    }
+    assert_eq!(session.staged(), 0);
+    session.abandon(BatchId(1)).unwrap();
+    place(10, 1, &mut session);
+    assert_eq!(session.transferred(TransferId(10), id(2), staged(b"10")), Ok(Arrival::Awaited));
+    assert!(session.next_whole().unwrap().is_some());
+}
+
 /// Of what is counted as held, nothing is left when all of it is gone.
 #[test]
 fn plans_are_bounded_by_their_bytes_too() {

@@ -284,7 +284,7 @@ impl Engine {
         }
         let looked = start.elapsed();
         // Something useful while the readers work.
-        self.index.merge().map_err(EngineError::from)?;
+        self.index.merge_many().map_err(EngineError::from)?;
         let report = reading.end()?;
         let waited = start.elapsed() - looked;
         tracing::debug!(batch = %draft.batch, ?looked, ?waited, read = report.outcomes.len(), "read");

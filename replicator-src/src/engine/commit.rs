@@ -204,12 +204,17 @@ fn send_plan(
     mut ops: Vec<Op>,
     header: BatchHeader,
 ) -> Result<(), SinkError> {
+    let commit = SourceMessage::Commit { batch, header };
     while !ops.is_empty() {
         let rest = ops.split_off(frame_of(&ops));
-        session.send(&SourceMessage::Plan { batch, ops })?;
+        let plan = SourceMessage::Plan { batch, ops };
+        if rest.is_empty() {
+            return session.send_together(&[&plan, &commit]);
+        }
+        session.send(&plan)?;
         ops = rest;
     }
-    session.send(&SourceMessage::Commit { batch, header })
+    session.send(&commit)
 }
 
 /// How many of the operations go into one frame: few enough, and short enough

@@ -38,7 +38,7 @@ pub(super) enum Transfer {
     Running { number: TransferId, basis: Option<ObjectId> },
     /// Was handed to the network; once it has arrived, the next batch places it.
     /// (A batch that places it sooner would wait for it, and all that is small
-    /// with the batch.)
+    /// with the batch; only a short tail counts as arrived when it is sent.)
     Ready {
         number: TransferId,
         arrived: bool,

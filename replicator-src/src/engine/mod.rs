@@ -594,7 +594,7 @@ impl Engine {
         self.continue_reconcile()?;
         self.release_kept();
         if self.in_flight.is_empty() && !self.may_build() {
-            self.index.merge()?;
+            self.index.merge_many()?;
         }
         Ok(())
     }

@@ -28,7 +28,12 @@ use crate::read::tail::{Appended, Compared, Comparison, Done, Job};
 const TAILS: usize = 16;
 /// A file's next tail begins no sooner than this after the last was placed: each costs
 /// a batch, half a kilobyte of headers and acknowledgements.
-const REST: Duration = Duration::from_millis(80);
+const REST: Duration = Duration::from_millis(86);
+/// A tail of so many bytes, at most, is placed by a batch that does not wait for the
+/// word that it has arrived, which is a round trip less, and two packets. The
+/// destination waits for it before it applies the batch: what is that short is
+/// there before the batch is, or just behind it.
+const AT_ONCE: u64 = 64 << 10;
 /// A file that is written to all the time is compared no sooner than this many
 /// times as long as the last comparison took: that is a twenty-fifth of a core.
 const BUSY_PATIENCE: u32 = 24;
@@ -390,6 +395,7 @@ impl Engine {
         };
         let (number, done, arrived) = match done {
             Done::Sent { known, appended, fresh, moving } => {
+                let arrived = arrived || fresh <= AT_ONCE;
                 (job.transfer, ready(known, appended, fresh, moving), arrived)
             }
             Done::Same { known, moving } => (TransferId(0), ready(known, None, 0, moving), true),

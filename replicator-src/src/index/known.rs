@@ -114,6 +114,11 @@ pub struct Delta {
 }
 
 impl Delta {
+    /// How many rows it changes, about.
+    pub fn size(&self) -> usize {
+        self.objects.len() + self.entries.len() + self.orphans.len() + self.dead_lists.len()
+    }
+
     /// Chunk lists that may have come with it: garbage when it is given up, unless the
     /// index names them. (One that a comparison wrote anew is of an older version.)
     pub fn lists(&self) -> Vec<u64> {

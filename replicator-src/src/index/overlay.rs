@@ -47,6 +47,9 @@ impl Layer {
 /// Objects that are remembered at most, some 300 bytes each.
 const REMEMBERED: usize = 16_384;
 
+/// Changes that wait in memory for the next batch, some 500 bytes each.
+const FEW: usize = 256;
+
 /// The index as planning sees it: the store, then each delta under way in order.
 ///
 /// Memory: the deltas under way, which a batch's bounds and the number of
@@ -100,6 +103,16 @@ impl<B: Base> Index<B> {
         self.store.merge_all(&merged)?;
         self.snapshot = self.store.snapshot()?;
         Ok(())
+    }
+
+    /// [`Index::merge`], if it is worth a transaction of its own: the next
+    /// [`Index::prepare`] merges few changes without one.
+    pub fn merge_many(&mut self) -> Result<(), B::Error> {
+        let acknowledged = self.layers.iter().filter(|layer| layer.acknowledged);
+        match acknowledged.map(|layer| layer.delta.size()).sum::<usize>() < FEW {
+            true => Ok(()),
+            false => self.merge(),
+        }
     }
 
     fn take_acknowledged(&mut self) -> Vec<Arc<Delta>> {

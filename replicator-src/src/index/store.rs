@@ -8,14 +8,14 @@
 //! - `objects`: object → [`Known`]
 //! - `entries`: `pair_key` of directory and name → object
 //! - `links`: `pair_key` of object and (`pair_key` of directory and name) →
-//!   nothing
+//!   nothing; of objects whose own row does not say it all (see `index::merge`)
 //! - `chunks`: list number and segment, big endian → chunks
 //! - `orphans`: object → [`Orphan`]
 //! - `pending`: batch and part, big endian → a part of a [`Delta`]
 //! - `young`: object → when it came, little endian nanoseconds
 //!
 //! Versions: 1, the first; 2, marks name their batch's nonce; 3, orphans may have
-//! left. An older one is upgraded when it is opened (see `index::upgrade`).
+//! left; 4, objects with one name have no row in `links`. An older one is upgraded when it is opened (see `index::upgrade`).
 //! (`deletions` and `young` came later: their absence is as if they were empty,
 //! and who does not know them may leave them.)
 //!
@@ -56,7 +56,7 @@ pub(super) const ORPHANS: TableDefinition<'static, Bytes, Bytes> = TableDefiniti
 pub(super) const PENDING: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("pending");
 pub(super) const YOUNG: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("young");
 
-pub(super) const VERSION: u32 = 3;
+pub(super) const VERSION: u32 = 4;
 /// Chunks of a list in one row: 36 bytes each, so some 150 KB.
 const SEGMENT_CHUNKS: usize = 4096;
 /// Objects or entries of a delta in one pending row, so that a row stays far
@@ -155,15 +155,7 @@ impl Store {
                 }
                 Some(VERSION) => {}
                 Some(found) => {
-                    let mut pending = write.open_table(PENDING).map_err(failed(&self.path))?;
-                    if found < 2 {
-                        self.upgrade_mark(&mut meta)?;
-                        self.upgrade_pending_v1(&mut pending)?;
-                    } else {
-                        self.upgrade_pending_v2(&mut pending)?;
-                    }
-                    let mut orphans = write.open_table(ORPHANS).map_err(failed(&self.path))?;
-                    self.upgrade_orphans(&mut orphans)?;
+                    self.upgrade(&write, &mut meta, found)?;
                     meta.insert("version", &VERSION.to_le_bytes()[..])
                         .map_err(failed(&self.path))?;
                 }

@@ -1,16 +1,17 @@
 //! What older versions of the store held, and what it becomes.
 //!
 //! Version 1: marks, in `meta` and at the end of each part of a pending delta,
-//! had no nonce. Versions 1 and 2: of no orphan was it known to have left.
+//! had no nonce. Versions 1 and 2: of no orphan was it known to have left. Versions
+//! 1 to 3: every entry had a row in `links`.
 
-use redb::ReadableTable;
+use redb::{ReadableTable, WriteTransaction};
 use replicator_common::id::{BatchId, BatchNonce, ObjectId, Seq};
 use replicator_common::time::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::known::{Delta, EntryChange, Known, Mark, Orphan};
-use super::store::{IndexError, Store, failed};
+use super::store::{IndexError, LINKS, OBJECTS, ORPHANS, PENDING, Store, failed, split_key};
 
 /// [`Mark`] in version 1.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -81,8 +82,51 @@ type Meta<'a> = redb::Table<'a, &'static str, &'static [u8]>;
 type Rows<'a> = redb::Table<'a, &'static [u8], &'static [u8]>;
 
 impl Store {
+    /// Makes of version `found`, an older one, the present one.
+    pub(super) fn upgrade(
+        &self,
+        write: &WriteTransaction,
+        meta: &mut Meta<'_>,
+        found: u32,
+    ) -> Result<(), IndexError> {
+        if found < 3 {
+            let mut pending = write.open_table(PENDING).map_err(failed(&self.path))?;
+            if found < 2 {
+                self.upgrade_mark(meta)?;
+                self.upgrade_pending_v1(&mut pending)?;
+            } else {
+                self.upgrade_pending_v2(&mut pending)?;
+            }
+            let mut orphans = write.open_table(ORPHANS).map_err(failed(&self.path))?;
+            self.upgrade_orphans(&mut orphans)?;
+        }
+        self.upgrade_links(write)
+    }
+
+    /// Objects whose own row says which entry they have need no row in `links`.
+    fn upgrade_links(&self, write: &WriteTransaction) -> Result<(), IndexError> {
+        let objects = write.open_table(OBJECTS).map_err(failed(&self.path))?;
+        let mut links = write.open_table(LINKS).map_err(failed(&self.path))?;
+        let is_needed = |key: &[u8]| {
+            let Some((object, _)) = split_key(key) else { return Ok(true) };
+            let row = objects.get(object.as_bytes()).map_err(failed(&self.path))?;
+            let known = row.map(|row| self.decode::<Known>("objects", row.value())).transpose()?;
+            Ok(known.as_ref().and_then(Known::only_entry).is_none())
+        };
+        let mut error = None;
+        links
+            .retain(|key, _| {
+                is_needed(key).unwrap_or_else(|found| {
+                    error = Some(found);
+                    true
+                })
+            })
+            .map_err(failed(&self.path))?;
+        error.map_or(Ok(()), Err)
+    }
+
     /// The mark of version 1.
-    pub(super) fn upgrade_mark(&self, meta: &mut Meta<'_>) -> Result<(), IndexError> {
+    fn upgrade_mark(&self, meta: &mut Meta<'_>) -> Result<(), IndexError> {
         let row = meta.get("mark").map_err(failed(&self.path))?;
         let old = row.map(|row| self.decode::<MarkV1>("meta", row.value())).transpose()?;
         let Some(old) = old else { return Ok(()) };
@@ -92,17 +136,17 @@ impl Store {
     }
 
     /// The pending deltas of version 1: as many as can be under way.
-    pub(super) fn upgrade_pending_v1(&self, pending: &mut Rows<'_>) -> Result<(), IndexError> {
+    fn upgrade_pending_v1(&self, pending: &mut Rows<'_>) -> Result<(), IndexError> {
         self.upgrade_rows::<DeltaV2<MarkV1>, Delta>("pending", pending)
     }
 
     /// The pending deltas of version 2.
-    pub(super) fn upgrade_pending_v2(&self, pending: &mut Rows<'_>) -> Result<(), IndexError> {
+    fn upgrade_pending_v2(&self, pending: &mut Rows<'_>) -> Result<(), IndexError> {
         self.upgrade_rows::<DeltaV2<Mark>, Delta>("pending", pending)
     }
 
     /// The orphans of versions 1 and 2: what is being moved at the moment.
-    pub(super) fn upgrade_orphans(&self, orphans: &mut Rows<'_>) -> Result<(), IndexError> {
+    fn upgrade_orphans(&self, orphans: &mut Rows<'_>) -> Result<(), IndexError> {
         self.upgrade_rows::<OrphanV2, Orphan>("orphans", orphans)
     }
 
@@ -134,9 +178,12 @@ mod tests {
     use crate::index::Noted;
     use std::path::Path;
 
-    use crate::index::store::{META, ORPHANS, PENDING, VERSION};
+    use crate::index::known::Content;
+    use crate::index::store::{META, VERSION, pair_key};
+    use redb::ReadableTableMetadata;
     use replicator_common::codec::encode_record;
     use replicator_common::name::Name;
+    use replicator_common::object::{Attributes, Kind, ObjectState};
 
     fn mark(batch: u64) -> MarkV1 {
         let watermark = Some(Timestamp(5));
@@ -216,6 +263,56 @@ mod tests {
             assert!(
                 matches!(Store::open(&path), Err(IndexError::Newer { found, .. }) if found == newer)
             );
+        }
+    }
+    /// Version 3 had a row in `links` for each entry. One of an object with one
+    /// name would stay when that name goes, and be taken for a name later.
+    #[test]
+    fn names_of_version_3_that_the_objects_tell_themselves_go() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("index.redb");
+        let place = |n: u8| (id(1), Name::new(&[b'a' + n]).unwrap());
+        let (alone, twice) = (known(1, place(0)), known(2, place(1)));
+        {
+            let store = Store::open(&path).unwrap();
+            let write = store.begin(redb::Durability::Immediate).unwrap();
+            {
+                let mut meta = write.open_table(META).unwrap();
+                meta.insert("version", &3_u32.to_le_bytes()[..]).unwrap();
+                let mut objects = write.open_table(OBJECTS).unwrap();
+                let mut links = write.open_table(LINKS).unwrap();
+                for (object, known, places) in
+                    [(id(2), &alone, vec![place(0)]), (id(3), &twice, vec![place(1), place(2)])]
+                {
+                    let row = encode_record(known).unwrap();
+                    objects.insert(object.as_bytes(), row.as_slice()).unwrap();
+                    for (directory, name) in places {
+                        let key = pair_key(&object, &pair_key(&directory, name.as_bytes()));
+                        links.insert(&key[..], &[][..]).unwrap();
+                    }
+                }
+            }
+            write.commit().unwrap();
+        }
+        let store = Store::open(&path).unwrap();
+        let snapshot = store.snapshot().unwrap();
+        assert_eq!(snapshot.links.len().unwrap(), 2, "of the one with two names");
+        assert_eq!(snapshot.links(&id(2)).unwrap(), [place(0)]);
+        assert_eq!(snapshot.links(&id(3)).unwrap(), [place(1), place(2)]);
+    }
+
+    fn known(links: u32, entry: (ObjectId, Name)) -> Known {
+        let attributes =
+            Attributes { mode: 0o600, uid: 0, gid: 0, mtime: Timestamp(0), xattrs: Vec::new() };
+        Known {
+            state: ObjectState { kind: Kind::File, attributes, size: 0, rdev: 0 },
+            ctime: Timestamp(0),
+            read_at: Timestamp(0),
+            version: BatchId(1),
+            content: Content::None,
+            entry: Some(entry),
+            links,
+            nlink: links,
         }
     }
 }

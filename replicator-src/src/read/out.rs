@@ -8,10 +8,13 @@ use replicator_common::id::TransferId;
 use replicator_common::wire::{DataFrame, Hash, Piece, TransferBegin};
 
 use super::lane::LaneError;
-use super::sink::{Sink, SinkError};
+use super::sink::{Frame, Sink, SinkError};
 
 /// Bytes of a frame of pieces, about: what is read at once makes one frame.
 const FRAME_DATA: usize = 448 << 10;
+
+/// Bytes of frames that wait for more, at most.
+const TOGETHER: usize = 16 << 10;
 
 /// The bytes of the pieces that wait for their frame.
 #[derive(Default)]
@@ -64,6 +67,8 @@ pub(super) struct Out<'a> {
     transfer: TransferId,
     pieces: Vec<Piece>,
     data: Gathered,
+    /// Frames that wait for those after them, to travel in one packet with them.
+    waiting: Frame,
     /// Bytes of data pieces so far.
     pub(super) literal: u64,
     /// Bytes that the destination had kept.
@@ -78,19 +83,32 @@ impl<'a> Out<'a> {
             transfer,
             pieces: Vec::new(),
             data: Gathered::Nothing,
+            waiting: Frame::new(),
             literal: 0,
             kept: 0,
         }
     }
 
     pub(super) fn begin(&mut self, begin: TransferBegin) -> Result<(), LaneError> {
-        Ok(self.sink.send(self.stream, &DataFrame::TransferBegin(begin))?)
+        let frame = self.sink.encode(&DataFrame::TransferBegin(begin))?;
+        self.say(frame, false)
+    }
+
+    /// Sends frames behind those that wait, unless all are few bytes and need not go `at_once`.
+    fn say(&mut self, frames: Frame, at_once: bool) -> Result<(), LaneError> {
+        self.waiting.extend(frames);
+        let bytes: usize = self.waiting.iter().map(Bytes::len).sum();
+        if at_once || bytes > TOGETHER {
+            self.sink.queue(self.stream, std::mem::take(&mut self.waiting))?;
+        }
+        Ok(())
     }
 
     /// Says that what was kept serves the transfer, which has just begun.
     pub(super) fn reuse(&mut self, in_place: bool) -> Result<(), LaneError> {
         let frame = DataFrame::TransferReuse { transfer: self.transfer, in_place };
-        Ok(self.sink.send(self.stream, &frame)?)
+        let frame = self.sink.encode(&frame)?;
+        self.say(frame, true)
     }
 
     /// A chunk that travels: the bytes in this range of what was read.
@@ -128,7 +146,8 @@ impl<'a> Out<'a> {
             let (pieces, data) = (std::mem::take(&mut self.pieces), self.data.take());
             let (transfer, bytes) = (self.transfer, Cow::Borrowed(&data[..]));
             let frame = DataFrame::TransferPieces { transfer, pieces, data: bytes };
-            self.sink.send_around(self.stream, &frame, &data)?;
+            let frame = self.sink.encode_around(&frame, &data)?;
+            self.say(frame, false)?;
         }
         Ok(())
     }
@@ -139,6 +158,7 @@ impl<'a> Out<'a> {
     ) -> Result<(), LaneError> {
         self.flush()?;
         let frame = DataFrame::TransferEnd { transfer: self.transfer, state: state.clone() };
-        Ok(self.sink.send(self.stream, &frame)?)
+        let frame = self.sink.encode(&frame)?;
+        self.say(frame, true)
     }
 }

@@ -137,10 +137,8 @@ impl Sink {
 
     /// Sends a frame on a stream.
     pub fn send(&self, stream: usize, frame: &DataFrame<'_>) -> Result<(), SinkError> {
-        let bytes = encode_frame(frame, self.compression).inspect_err(|error| {
-            tracing::error!(%error, "a frame that cannot be sent");
-        })?;
-        self.queue(stream, vec![bytes.into()], content_of(frame))
+        let frame = self.encode(frame)?;
+        self.queue(stream, frame)
     }
 
     /// Sends a frame whose content stands in `content`, which is not copied.
@@ -150,13 +148,35 @@ impl Sink {
         frame: &DataFrame<'_>,
         content: &Bytes,
     ) -> Result<(), SinkError> {
-        let parts = encode_frame_around(frame, content, self.compression)?;
-        self.queue(stream, parts, content_of(frame))
+        let frame = self.encode_around(frame, content)?;
+        self.queue(stream, frame)
     }
 
-    fn queue(&self, stream: usize, frame: Frame, content: u64) -> Result<(), SinkError> {
-        self.wired.data(frame.iter().map(Bytes::len).sum(), content);
+    /// Makes a frame ready for [`Self::queue`].
+    pub(super) fn encode(&self, frame: &DataFrame<'_>) -> Result<Frame, SinkError> {
+        let bytes = encode_frame(frame, self.compression).inspect_err(|error| {
+            tracing::error!(%error, "a frame that cannot be sent");
+        })?;
+        Ok(self.wire(vec![bytes.into()], frame))
+    }
+
+    /// The same of one whose content stands in `content`.
+    pub(super) fn encode_around(
+        &self,
+        frame: &DataFrame<'_>,
+        content: &Bytes,
+    ) -> Result<Frame, SinkError> {
+        Ok(self.wire(encode_frame_around(frame, content, self.compression)?, frame))
+    }
+
+    fn wire(&self, parts: Frame, frame: &DataFrame<'_>) -> Frame {
+        self.wired.data(parts.iter().map(Bytes::len).sum(), content_of(frame));
+        parts
+    }
+
+    /// Sends a frame, or several one after the other.
+    pub(super) fn queue(&self, stream: usize, frames: Frame) -> Result<(), SinkError> {
         let queue = self.streams.get(stream).ok_or(SinkError::Closed)?;
-        queue.blocking_send(frame).map_err(|_| SinkError::Closed)
+        queue.blocking_send(frames).map_err(|_| SinkError::Closed)
     }
 }

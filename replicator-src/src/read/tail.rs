@@ -210,8 +210,9 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     };
     let Some(end) = end_of(fd, &appended, job, &before)? else { return Ok(Done::Otherwise) };
     let appended = appended.with(appended.chunks.len() - 1, cut(&end, average)?);
+    let mut out = Out::new(sink, job.transfer);
     if grown > 0 {
-        put(sink, job, state_of(fd, &before)?, end.slice(end.len() - grown as usize..))?;
+        put(&mut out, job, state_of(fd, &before)?, end.slice(end.len() - grown as usize..))?;
     }
     let after = stat::of_fd(fd)?;
     let mut state = state_of(fd, &after)?;
@@ -229,7 +230,7 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     if grown == 0 {
         return Ok(Done::Same { known, moving });
     }
-    Out::new(sink, job.transfer).end(&known.state)?;
+    out.end(&known.state)?;
     Ok(Done::Sent { known, appended, fresh: grown, moving })
 }
 
@@ -305,12 +306,11 @@ fn errno_of(error: &io::Error) -> Errno {
 
 /// Sends a patch that leaves what is there and adds `fresh`.
 fn put(
-    sink: &Sink,
+    out: &mut Out<'_>,
     job: &Job,
     state: replicator_common::object::ObjectState,
     fresh: Bytes,
 ) -> Result<(), LaneError> {
-    let mut out = Out::new(sink, job.transfer);
     out.begin(TransferBegin {
         transfer: job.transfer,
         object: job.object.clone(),

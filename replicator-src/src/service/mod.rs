@@ -178,7 +178,7 @@ impl SourceService {
             None => Arc::new(Registry::open(&options.state_dir)?),
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
+            .worker_threads(1)
             .thread_name("source-net")
             .enable_all()
             .build()
