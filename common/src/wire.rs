@@ -51,8 +51,9 @@ use crate::time::Timestamp;
 /// verification; the destination says what names its file system takes. 3:
 /// greetings name batches by [`Edition`]; the bytes of a frame's pieces stand
 /// together behind them. 4: [`Op::Leave`]. 5: [`Describe::Blocks`](crate::describe::Describe::Blocks).
-/// 6: [`DataFrame::PackPlaced`].
-pub const ALPN: &[u8] = b"replicator/6";
+/// 6: [`DataFrame::PackPlaced`]. 7: a batch may name a transfer that has not arrived;
+/// it is given back if that fails.
+pub const ALPN: &[u8] = b"replicator/7";
 /// ALPN of an enrolment connection.
 pub const ALPN_ENROL: &[u8] = b"replicator-enrol/1";
 /// The most bytes of one frame's body, compressed or not.

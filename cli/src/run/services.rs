@@ -28,6 +28,8 @@ const SOURCE_DIRECTORY: &str = "source";
 /// How long a token can be used that goes from one side to the other within
 /// this process.
 const TOKEN_VALID: Duration = Duration::from_secs(600);
+/// Of each of the two services: there is one connection.
+const NETWORK_THREADS: usize = 1;
 
 /// Both services, running.
 pub struct Services {
@@ -44,7 +46,7 @@ impl Services {
         let registry = Arc::new(Registry::open(state.path())?);
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, state.port()?));
         let runtime = Builder::new_multi_thread()
-            .worker_threads(1)
+            .worker_threads(NETWORK_THREADS)
             .thread_name("destination-net")
             .enable_all()
             .build()
@@ -67,8 +69,8 @@ impl Services {
             bail!(reason);
         }
         let options = SourceOptions::new(state.path().join(SOURCE_DIRECTORY));
-        let registry = Some(registry);
-        match SourceService::open(SourceOptions { halt, registry, ..options }) {
+        let (registry, network_threads) = (Some(registry), NETWORK_THREADS);
+        match SourceService::open(SourceOptions { halt, registry, network_threads, ..options }) {
             Ok(source) => Ok(Self { source, destination, runtime }),
             Err(error) => {
                 runtime.block_on(destination.shutdown());

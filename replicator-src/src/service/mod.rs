@@ -67,6 +67,9 @@ pub struct SourceOptions {
     pub wall: Wall,
     /// The file systems that have an id; `None`: the state directory's own.
     pub registry: Option<Arc<Registry>>,
+    /// Threads of the network, at least one. One connection, which is one replication,
+    /// keeps no more than one of them busy; several wake each other.
+    pub network_threads: usize,
 }
 
 impl SourceOptions {
@@ -84,6 +87,7 @@ impl SourceOptions {
             verify: crate::verify::Settings::default(),
             wall: Wall::default(),
             registry: None,
+            network_threads: 2,
         }
     }
 }
@@ -178,7 +182,7 @@ impl SourceService {
             None => Arc::new(Registry::open(&options.state_dir)?),
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
+            .worker_threads(options.network_threads.max(1))
             .thread_name("source-net")
             .enable_all()
             .build()
