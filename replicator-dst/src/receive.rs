@@ -313,14 +313,14 @@ impl Shell {
                     self.keep_plan(batch, &ops).await;
                 }
                 let places = self.session.plan(batch, ops)?;
-                self.discard(&places);
+                self.discard(places).await;
                 Ok(())
             }
             SourceMessage::Commit { batch, header } => self.commit(batch, header).await,
             SourceMessage::Abandon { batch } => {
                 let mut places = self.session.abandon(batch)?;
                 places.extend(self.kept_plans.remove(&batch).unwrap_or_default());
-                self.discard(&places);
+                self.discard(places).await;
                 Ok(())
             }
             SourceMessage::Report(report) => {
@@ -421,8 +421,14 @@ impl Shell {
         .await;
     }
 
-    fn discard(&self, places: &[Place]) {
-        Stager::discard(&self.context.replica.area, places);
+    /// Deletes what is staged and not needed, on a thread that may wait for the disk.
+    async fn discard(&self, places: Vec<Place>) {
+        if places.is_empty() {
+            return;
+        }
+        let area = self.context.replica.area.clone();
+        // What stays is removed when the next session begins.
+        let _ = tokio::task::spawn_blocking(move || Stager::discard(&area, &places)).await;
     }
 
     async fn event(&mut self, event: Event) -> Result<(), SessionError> {
@@ -431,7 +437,7 @@ impl Shell {
             Event::Packed { batch, files } => {
                 for PackedFile { object, version, file } in files {
                     let late = self.session.packed(batch, object, version, file)?;
-                    self.discard(late.as_slice());
+                    self.discard(late.into_iter().collect()).await;
                 }
                 self.hand_on_whole().await
             }
@@ -452,13 +458,13 @@ impl Shell {
                     }
                     // That the batch is applied says it all.
                     Arrival::Awaited => {}
-                    Arrival::Unwanted(places) => self.discard(&places),
+                    Arrival::Unwanted(places) => self.discard(places).await,
                 }
                 self.hand_on_whole().await
             }
             Event::Aborted { transfer } => {
                 let places = self.session.aborted(transfer);
-                self.discard(&places);
+                self.discard(places).await;
                 Ok(())
             }
             Event::Refused { transfer, reason } => {
@@ -476,7 +482,7 @@ impl Shell {
             Progress::Durable(batch) => {
                 // The commit record says it all now.
                 let places = self.kept_plans.remove(&batch).unwrap_or_default();
-                self.discard(&places);
+                self.discard(places).await;
                 // A small batch is applied by then.
                 self.say_soon(&DestinationMessage::Durable { batch })?;
                 return self.hand_on_whole().await;
@@ -539,7 +545,7 @@ impl Shell {
         for parts in self.kept_plans.split_off(&batch).into_values() {
             places.extend(parts);
         }
-        self.discard(&places);
+        self.discard(places).await;
         if let Some((_, cause)) = objects.first() {
             self.context.replica.note_error(cause.as_str());
         }

@@ -24,8 +24,9 @@ pub const BATCHES_AHEAD_MAX: u64 = 64;
 /// The most transfers that are open or wait for their batch.
 pub const TRANSFERS_MAX: usize = 1 << 16;
 
-/// How many transfers that failed are remembered: of those that a batch names before
-/// they have arrived, an honest source has 16 under way at most.
+/// How many transfers that failed are remembered until a batch names them: that is on
+/// its way by then, and of those that are named before they have arrived, an honest
+/// source has 16 under way at most.
 const FAILED_MAX: usize = 256;
 
 /// The most bytes of memory that plans, and what is known of staged objects, may
@@ -155,6 +156,8 @@ struct Gathering {
     /// What the plan names and has not arrived; filled when `header` is.
     missing_packed: HashSet<(ObjectId, u32)>,
     missing_transfers: HashSet<TransferId>,
+    /// Those of them that could not be staged, with the reason.
+    failed_transfers: HashMap<TransferId, String>,
     /// Bytes of memory that it takes: goes with it from [`Session::held`].
     weight: usize,
 }
@@ -169,7 +172,8 @@ pub struct Session {
     batches: BTreeMap<BatchId, Gathering>,
     packed: usize,
     transfers: HashMap<TransferId, (ObjectId, StagedTransfer)>,
-    /// Transfers that could not be staged, with the reason; the oldest are forgotten.
+    /// Transfers that could not be staged, with the reason, which no batch has named yet;
+    /// the oldest are forgotten.
     failed_transfers: VecDeque<(TransferId, String)>,
     /// Transfers that are still to come, and of which the batch was given back.
     unwanted: HashSet<TransferId>,
@@ -258,7 +262,7 @@ impl Session {
     /// is of a batch that was given back.
     pub fn plan(&mut self, batch: BatchId, ops: Vec<Op>) -> Result<Vec<Place>, Breach> {
         if self.is_returned(batch) {
-            return Ok(self.pass_over(&ops));
+            return Ok(self.pass_over(&ops, &HashMap::new()));
         }
         self.expect(batch)?;
         if ops.len() > PLAN_OPS_MAX {
@@ -276,8 +280,8 @@ impl Session {
     }
 
     /// What the plan of a batch that was given back names is wanted no more, whether it
-    /// is there or still comes. Returns what is there.
-    fn pass_over(&mut self, ops: &[Op]) -> Vec<Place> {
+    /// is there or still comes, unless it `failed`. Returns what is there.
+    fn pass_over(&mut self, ops: &[Op], failed: &HashMap<TransferId, String>) -> Vec<Place> {
         let mut places = Vec::new();
         for op in ops {
             let Op::Put { content: ContentSource::Transferred { transfer }, .. } = op else {
@@ -285,7 +289,9 @@ impl Session {
             };
             let is_there = self.transfers.contains_key(transfer);
             places.extend(self.aborted(*transfer));
-            let comes = !is_there && self.failure_of(*transfer).is_none();
+            let has_failed = failed.contains_key(transfer)
+                || self.failed_transfers.iter().any(|(failed, _)| failed == transfer);
+            let comes = !is_there && !has_failed;
             if comes && self.unwanted.len() < TRANSFERS_MAX {
                 self.unwanted.insert(*transfer);
             }
@@ -301,6 +307,7 @@ impl Session {
         self.expect(batch)?;
         let ended: HashMap<_, _> =
             self.transfers.iter().map(|(id, (object, _))| (*id, object.clone())).collect();
+        let failed: HashMap<_, _> = self.failed_transfers.iter().cloned().collect();
         let gathering = self.gathering(batch)?;
         let found = gathering.ops.len() as u64;
         if header.ops != found {
@@ -322,7 +329,12 @@ impl Session {
                         return Err(Breach::WrongObject { transfer: *transfer });
                     }
                     Some(_) => {}
-                    None => drop(gathering.missing_transfers.insert(*transfer)),
+                    None => {
+                        gathering.missing_transfers.insert(*transfer);
+                        if let Some(reason) = failed.get(transfer) {
+                            gathering.failed_transfers.insert(*transfer, reason.clone());
+                        }
+                    }
                 },
                 ContentSource::Unchanged | ContentSource::Symlink { .. } => {}
             }
@@ -427,18 +439,16 @@ impl Session {
         if gathering.header.is_none()
             || nothing_missing
             || !packed.iter().all(|key| gathering.failed.contains_key(key))
-            || !transfers.iter().all(|transfer| self.failure_of(*transfer).is_some())
+            || !transfers.iter().all(|transfer| gathering.failed_transfers.contains_key(transfer))
         {
             return None;
         }
         let reason = |key: &(ObjectId, u32)| gathering.failed.get(key).cloned().unwrap_or_default();
         let packed = packed.iter().map(|key| (key.0.clone(), reason(key)));
         let transferred = gathering.ops.iter().filter_map(|op| match op {
-            Op::Put { object, content: ContentSource::Transferred { transfer }, .. }
-                if transfers.contains(transfer) =>
-            {
-                let reason = self.failure_of(*transfer).unwrap_or_default();
-                Some((object.clone(), reason.to_owned()))
+            Op::Put { object, content: ContentSource::Transferred { transfer }, .. } => {
+                let reason = gathering.failed_transfers.get(transfer)?;
+                Some((object.clone(), reason.clone()))
             }
             _ => None,
         });
@@ -453,7 +463,7 @@ impl Session {
             self.packed -= gathering.packed.len();
             self.held -= gathering.weight;
             places.extend(gathering.packed.into_values().map(|file| file.place));
-            places.extend(self.pass_over(&gathering.ops));
+            places.extend(self.pass_over(&gathering.ops, &gathering.failed_transfers));
         }
         self.sealed = BatchId(batch.0 - 1);
         self.returning = Some(batch);
@@ -466,15 +476,15 @@ impl Session {
         if self.unwanted.remove(&transfer) {
             return;
         }
+        let mut batches = self.batches.values_mut();
+        if let Some(batch) = batches.find(|batch| batch.missing_transfers.contains(&transfer)) {
+            batch.failed_transfers.insert(transfer, reason);
+            return;
+        }
         self.failed_transfers.push_back((transfer, reason));
         if self.failed_transfers.len() > FAILED_MAX {
             self.failed_transfers.pop_front();
         }
-    }
-
-    fn failure_of(&self, transfer: TransferId) -> Option<&str> {
-        let failed = self.failed_transfers.iter().find(|(failed, _)| *failed == transfer);
-        failed.map(|(_, reason)| reason.as_str())
     }
 
     /// A transfer is staged as a whole.

@@ -393,6 +393,7 @@ impl SourceTree {
     /// Closes the directories kept open, so that removed ones are let go.
     pub fn forget_open(&mut self) {
         self.open.clear();
+        self.gone = None;
     }
 
     /// See [`Tree::probe`]. Of files and symbolic links alone.
@@ -466,6 +467,8 @@ impl Tree for SourceTree {
             return Ok(Lookup::Skipped(skip));
         }
         if stat.kind == Kind::Directory {
+            // (A file system of another machine may have said so for a moment.)
+            self.gone.take_if(|gone| *gone == object);
             self.watch.found(&object);
             if !self.opener.root.by_handle {
                 self.opener.places.learn(&object, directory, name);

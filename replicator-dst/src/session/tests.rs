@@ -147,6 +147,10 @@ fn a_batch_is_given_back_when_what_it_names_fails() {
             assert!(session.next_returned(BatchId(0)).is_none(), "it may still come");
             fail(&mut session);
         }
+        // However many others fail until it is its turn.
+        for other in 1000..2000 {
+            session.transfer_failed(TransferId(other), "no room".to_owned());
+        }
         assert!(session.next_whole().unwrap().is_none());
         let returned = session.next_returned(BatchId(0)).unwrap();
         assert_eq!(returned.objects, [(id(2), "no room".to_owned())]);

@@ -473,6 +473,8 @@ impl Engine {
             self.session = None;
             return if vanished { Ok(Ended::Vanished) } else { Err(error) };
         }
+        // A start after a clean end finds nothing unsettled.
+        self.index.merge()?;
         if self.handing_over {
             return Ok(Ended::Stopped(self.leave()?.map(Box::new)));
         }
@@ -594,7 +596,11 @@ impl Engine {
         self.continue_reconcile()?;
         self.release_kept();
         if self.in_flight.is_empty() && !self.may_build() {
-            self.index.merge_many()?;
+            // A verifier reads the stored index, without the batches over it.
+            match self.touched.is_active() {
+                true => self.index.merge()?,
+                false => self.index.merge_many()?,
+            }
         }
         Ok(())
     }

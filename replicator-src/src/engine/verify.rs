@@ -84,6 +84,12 @@ pub enum Repair {
 
 /// What a verifier asks of the engine.
 pub enum Query {
+    /// A pass begins: what the destination has applied becomes part of the stored index,
+    /// and does so without delay until the pass has ended.
+    Begin {
+        /// Answered when it has.
+        reply: Sender<()>,
+    },
     /// Ask the destination. The answer is dropped with the session.
     Ask {
         /// What.
@@ -222,6 +228,10 @@ impl Engine {
     pub(super) fn verify(&mut self, query: Query) -> Result<(), EngineError> {
         // Whoever asks may have given up waiting: then the answer is for nobody.
         match query {
+            Query::Begin { reply } => {
+                self.index.merge()?;
+                let _ = reply.send(());
+            }
             Query::Ask { question, reply } => {
                 if let Some(session) = &self.session
                     && self.asked.len() < QUESTIONS_MAX

@@ -456,6 +456,14 @@ impl Checker {
         self.answer(&answer).flatten()
     }
 
+    /// Has the engine bring the stored index up to what the destination has applied: what
+    /// a pass looks at are its rows. Whether that was done.
+    pub(super) fn begin(&self) -> bool {
+        let (reply, answer) = bounded(1);
+        let sent = self.post.send(Event::Verify(Query::Begin { reply }));
+        sent.is_ok() && self.answer(&answer).is_some()
+    }
+
     /// Has something put right; whether it is under way.
     pub(super) fn repair(&self, repair: Repair) -> bool {
         let (reply, answer) = bounded(1);

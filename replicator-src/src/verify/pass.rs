@@ -235,6 +235,12 @@ impl Thread {
         let now = self.board.verification();
         self.stayed = now.found() > now.repaired;
         self.wait_until_ready()?;
+        // INVARIANT: a pass claims what the replica held when it began, so each object of
+        // that moment has a row before the first is looked at.
+        while !self.checker.begin() {
+            pause(PATIENCE);
+            self.listen()?;
+        }
         let (objects, cost) = self.measure();
         self.board.change(|now| now.objects_expected = objects);
         self.pace = Pace::new(self.rate(&running, cost));
