@@ -121,30 +121,33 @@ impl Store {
         moved: &[Moved<'_>],
     ) -> Result<(), IndexError> {
         let is_alone = after.and_then(Known::only_entry).is_some();
-        if let Some((directory, name)) = before.and_then(Known::only_entry) {
-            if is_alone || after.is_none() {
-                return Ok(());
+        let has_rows = !is_alone && (after.is_some() || before.is_none());
+        match before.and_then(Known::only_entry) {
+            Some(_) if !has_rows => return Ok(()),
+            Some((directory, name)) => {
+                // It has more now, or may have: this one too gets a row, which goes again
+                // below if it is among those that it lost.
+                let key = pair_key(object, &pair_key(directory, name.as_bytes()));
+                links.insert(key.as_slice(), &[][..]).map_err(failed(&self.path))?;
             }
-            // It has more now, or may have: this one too gets a row, which goes again
-            // below if it is among those that it lost.
-            let key = pair_key(object, &pair_key(directory, name.as_bytes()));
-            links.insert(key.as_slice(), &[][..]).map_err(failed(&self.path))?;
-        } else if is_alone || (before.is_some() && after.is_none()) {
-            return match before {
-                Some(_) => self.remove_links(links, object),
-                None => Ok(()),
-            };
+            None => {}
         }
         for Moved { key, gained, .. } in moved {
             let key = pair_key(object, key);
             match gained {
+                true if !has_rows => {}
                 true => drop(links.insert(key.as_slice(), &[][..]).map_err(failed(&self.path))?),
                 false => drop(links.remove(key.as_slice()).map_err(failed(&self.path))?),
             }
         }
-        Ok(())
+        match before {
+            Some(_) if !has_rows => self.remove_links(links, object),
+            _ => Ok(()),
+        }
     }
 
+    /// What is left of an object's rows. (Few: redb copies a page for each row that a range
+    /// loses, and keeps the old ones until the end of the transaction.)
     fn remove_links(&self, links: &mut Table<'_>, object: &ObjectId) -> Result<(), IndexError> {
         let from = pair_key(object, &[]);
         // Above every entry's key, which begins with the length of an id.

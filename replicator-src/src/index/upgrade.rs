@@ -4,14 +4,14 @@
 //! had no nonce. Versions 1 and 2: of no orphan was it known to have left. Versions
 //! 1 to 3: every entry had a row in `links`.
 
-use redb::{ReadableTable, WriteTransaction};
+use redb::{ReadableTable, TableDefinition, WriteTransaction};
 use replicator_common::id::{BatchId, BatchNonce, ObjectId, Seq};
 use replicator_common::time::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::known::{Delta, EntryChange, Known, Mark, Orphan};
-use super::store::{IndexError, LINKS, OBJECTS, ORPHANS, PENDING, Store, failed, split_key};
+use super::store::{Bytes, IndexError, LINKS, OBJECTS, ORPHANS, PENDING, Store, failed, split_key};
 
 /// [`Mark`] in version 1.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -103,26 +103,32 @@ impl Store {
         self.upgrade_links(write)
     }
 
-    /// Objects whose own row says which entry they have need no row in `links`.
+    /// Objects whose own row says which entry they have need no row in `links`: those that
+    /// are needed make a new table. (To remove the others one by one would make redb copy
+    /// some pages for each.)
     fn upgrade_links(&self, write: &WriteTransaction) -> Result<(), IndexError> {
-        let objects = write.open_table(OBJECTS).map_err(failed(&self.path))?;
-        let mut links = write.open_table(LINKS).map_err(failed(&self.path))?;
-        let is_needed = |key: &[u8]| {
-            let Some((object, _)) = split_key(key) else { return Ok(true) };
-            let row = objects.get(object.as_bytes()).map_err(failed(&self.path))?;
-            let known = row.map(|row| self.decode::<Known>("objects", row.value())).transpose()?;
-            Ok(known.as_ref().and_then(Known::only_entry).is_none())
-        };
-        let mut error = None;
-        links
-            .retain(|key, _| {
-                is_needed(key).unwrap_or_else(|found| {
-                    error = Some(found);
-                    true
-                })
-            })
-            .map_err(failed(&self.path))?;
-        error.map_or(Ok(()), Err)
+        const NEEDED: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("links_needed");
+        {
+            let objects = write.open_table(OBJECTS).map_err(failed(&self.path))?;
+            let links = write.open_table(LINKS).map_err(failed(&self.path))?;
+            let mut needed = write.open_table(NEEDED).map_err(failed(&self.path))?;
+            for row in links.iter().map_err(failed(&self.path))? {
+                let (key, value) = row.map_err(failed(&self.path))?;
+                if self.needs_links(&objects, key.value())? {
+                    needed.insert(key.value(), value.value()).map_err(failed(&self.path))?;
+                }
+            }
+        }
+        write.delete_table(LINKS).map_err(failed(&self.path))?;
+        write.rename_table(NEEDED, LINKS).map_err(failed(&self.path))
+    }
+
+    /// Whether the object of a row of `links` does not say itself which entry it has.
+    fn needs_links(&self, objects: &Rows<'_>, key: &[u8]) -> Result<bool, IndexError> {
+        let Some((object, _)) = split_key(key) else { return Ok(true) };
+        let row = objects.get(object.as_bytes()).map_err(failed(&self.path))?;
+        let known = row.map(|row| self.decode::<Known>("objects", row.value())).transpose()?;
+        Ok(known.as_ref().and_then(Known::only_entry).is_none())
     }
 
     /// The mark of version 1.
