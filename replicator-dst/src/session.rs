@@ -156,7 +156,8 @@ struct Gathering {
     /// What the plan names and has not arrived; filled when `header` is.
     missing_packed: HashSet<(ObjectId, u32)>,
     missing_transfers: HashSet<TransferId>,
-    /// Those of them that could not be staged, with the reason.
+    /// Those of them that could not be staged, with the reason, which is ours and short:
+    /// the operations that name them are what counts.
     failed_transfers: HashMap<TransferId, String>,
     /// Bytes of memory that it takes: goes with it from [`Session::held`].
     weight: usize,

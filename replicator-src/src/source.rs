@@ -362,6 +362,8 @@ impl SourceTree {
 
     /// Directories that could not be listed since the last call, with the error.
     pub fn take_troubles(&mut self) -> Vec<(ObjectId, String)> {
+        // A file system of another machine may have said so for a moment.
+        self.gone = None;
         std::mem::take(&mut self.troubles)
     }
 
@@ -467,8 +469,6 @@ impl Tree for SourceTree {
             return Ok(Lookup::Skipped(skip));
         }
         if stat.kind == Kind::Directory {
-            // (A file system of another machine may have said so for a moment.)
-            self.gone.take_if(|gone| *gone == object);
             self.watch.found(&object);
             if !self.opener.root.by_handle {
                 self.opener.places.learn(&object, directory, name);

@@ -1,10 +1,11 @@
 //! A delta becomes part of the tables, each in its own order: neighbours are on
 //! one page.
 //!
-//! INVARIANT (names of an object): `links` has a row for each entry of an object,
-//! unless the object's own row says which is its only one
-//! ([`Known::only_entry`]); then it has none. Most objects have one name, and each
-//! row that need not be is one less to write, and to take away again.
+//! INVARIANT (names of an object): `links` has a row for each entry of an object, and
+//! no other, unless the object's own row says which is its only one
+//! ([`Known::only_entry`]) or there is none; then rows of it do not count. They are not
+//! written: most objects have one name, and each row that need not be is one less to
+//! write, and to take away again. (But an index of version 3 has them still.)
 
 #[cfg(test)]
 mod tests;
@@ -122,15 +123,19 @@ impl Store {
     ) -> Result<(), IndexError> {
         let is_alone = after.and_then(Known::only_entry).is_some();
         let has_rows = !is_alone && (after.is_some() || before.is_none());
-        match before.and_then(Known::only_entry) {
-            Some(_) if !has_rows => return Ok(()),
-            Some((directory, name)) => {
-                // It has more now, or may have: this one too gets a row, which goes again
-                // below if it is among those that it lost.
-                let key = pair_key(object, &pair_key(directory, name.as_bytes()));
-                links.insert(key.as_slice(), &[][..]).map_err(failed(&self.path))?;
-            }
-            None => {}
+        let alone_before = before.and_then(Known::only_entry);
+        if alone_before.is_some() && !has_rows {
+            return Ok(());
+        }
+        if has_rows && after.is_some() && (alone_before.is_some() || before.is_none()) {
+            // Those that did not count until now.
+            self.remove_links(links, object)?;
+        }
+        if let Some((directory, name)) = alone_before {
+            // It has more now, or may have: this one too gets a row, which goes again
+            // below if it is among those that it lost.
+            let key = pair_key(object, &pair_key(directory, name.as_bytes()));
+            links.insert(key.as_slice(), &[][..]).map_err(failed(&self.path))?;
         }
         for Moved { key, gained, .. } in moved {
             let key = pair_key(object, key);

@@ -130,8 +130,9 @@ impl Snapshot {
 
     /// See [`super::View::links`].
     pub fn links(&self, object: &ObjectId) -> Result<Vec<(ObjectId, Name)>, IndexError> {
-        // See `index::merge`: of such an object there are no rows.
-        if let Some(place) = self.object(object)?.as_ref().and_then(Known::only_entry) {
+        // See `index::merge`: where rows do not count.
+        let Some(known) = self.object(object)? else { return Ok(Vec::new()) };
+        if let Some(place) = known.only_entry() {
             return Ok(vec![place.clone()]);
         }
         let mut found = Vec::new();

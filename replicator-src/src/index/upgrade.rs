@@ -4,14 +4,14 @@
 //! had no nonce. Versions 1 and 2: of no orphan was it known to have left. Versions
 //! 1 to 3: every entry had a row in `links`.
 
-use redb::{ReadableTable, TableDefinition, WriteTransaction};
+use redb::{ReadableTable, WriteTransaction};
 use replicator_common::id::{BatchId, BatchNonce, ObjectId, Seq};
 use replicator_common::time::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::known::{Delta, EntryChange, Known, Mark, Orphan};
-use super::store::{Bytes, IndexError, LINKS, OBJECTS, ORPHANS, PENDING, Store, failed, split_key};
+use super::store::{IndexError, ORPHANS, PENDING, Store, failed};
 
 /// [`Mark`] in version 1.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -100,35 +100,7 @@ impl Store {
             let mut orphans = write.open_table(ORPHANS).map_err(failed(&self.path))?;
             self.upgrade_orphans(&mut orphans)?;
         }
-        self.upgrade_links(write)
-    }
-
-    /// Objects whose own row says which entry they have need no row in `links`: those that
-    /// are needed make a new table. (To remove the others one by one would make redb copy
-    /// some pages for each.)
-    fn upgrade_links(&self, write: &WriteTransaction) -> Result<(), IndexError> {
-        const NEEDED: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("links_needed");
-        {
-            let objects = write.open_table(OBJECTS).map_err(failed(&self.path))?;
-            let links = write.open_table(LINKS).map_err(failed(&self.path))?;
-            let mut needed = write.open_table(NEEDED).map_err(failed(&self.path))?;
-            for row in links.iter().map_err(failed(&self.path))? {
-                let (key, value) = row.map_err(failed(&self.path))?;
-                if self.needs_links(&objects, key.value())? {
-                    needed.insert(key.value(), value.value()).map_err(failed(&self.path))?;
-                }
-            }
-        }
-        write.delete_table(LINKS).map_err(failed(&self.path))?;
-        write.rename_table(NEEDED, LINKS).map_err(failed(&self.path))
-    }
-
-    /// Whether the object of a row of `links` does not say itself which entry it has.
-    fn needs_links(&self, objects: &Rows<'_>, key: &[u8]) -> Result<bool, IndexError> {
-        let Some((object, _)) = split_key(key) else { return Ok(true) };
-        let row = objects.get(object.as_bytes()).map_err(failed(&self.path))?;
-        let known = row.map(|row| self.decode::<Known>("objects", row.value())).transpose()?;
-        Ok(known.as_ref().and_then(Known::only_entry).is_none())
+        Ok(())
     }
 
     /// The mark of version 1.
@@ -181,12 +153,12 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::index::Noted;
+    use crate::index::{Index, Noted};
     use std::path::Path;
+    use std::sync::Arc;
 
     use crate::index::known::Content;
-    use crate::index::store::{META, VERSION, pair_key};
-    use redb::ReadableTableMetadata;
+    use crate::index::store::{LINKS, META, OBJECTS, VERSION, pair_key};
     use replicator_common::codec::encode_record;
     use replicator_common::name::Name;
     use replicator_common::object::{Attributes, Kind, ObjectState};
@@ -271,10 +243,10 @@ mod tests {
             );
         }
     }
-    /// Version 3 had a row in `links` for each entry. One of an object with one
-    /// name would stay when that name goes, and be taken for a name later.
+    /// Version 3 had a row in `links` for each entry. One of an object with one name
+    /// stays when that name goes, and is not taken for a name later.
     #[test]
-    fn names_of_version_3_that_the_objects_tell_themselves_go() {
+    fn names_of_version_3_that_the_objects_tell_themselves_do_not_count() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("index.redb");
         let place = |n: u8| (id(1), Name::new(&[b'a' + n]).unwrap());
@@ -300,11 +272,61 @@ mod tests {
             }
             write.commit().unwrap();
         }
-        let store = Store::open(&path).unwrap();
-        let snapshot = store.snapshot().unwrap();
-        assert_eq!(snapshot.links.len().unwrap(), 2, "of the one with two names");
-        assert_eq!(snapshot.links(&id(2)).unwrap(), [place(0)]);
-        assert_eq!(snapshot.links(&id(3)).unwrap(), [place(1), place(2)]);
+        let store = Arc::new(Store::open(&path).unwrap());
+        let mut index = Index::new(store).unwrap();
+        let links = |index: &Index, object| index.store().snapshot().unwrap().links(&object);
+        assert_eq!(links(&index, id(2)).unwrap(), [place(0)]);
+        assert_eq!(links(&index, id(3)).unwrap(), [place(1), place(2)]);
+        // The first is renamed; it gets a second name; it goes, and comes back with two.
+        let mut after = |batch: u64, moves: &[(u8, bool)], known: Option<Known>| {
+            let entries = moves.iter().map(|(n, gained)| {
+                let ((directory, name), object) = (place(*n), Some(id(2)));
+                let (old, new) = if *gained { (None, object) } else { (object, None) };
+                EntryChange { directory, name, old, new }
+            });
+            let (entries, objects) = (entries.collect(), vec![(id(2), known)]);
+            let mark = Mark { batch: BatchId(batch), ..Mark::default() };
+            index
+                .prepare(Delta { objects, entries, mark, ..Delta::default() }, &Noted::default())
+                .unwrap();
+            index.acknowledge(BatchId(batch));
+            index.merge().unwrap();
+            links(&index, id(2)).unwrap()
+        };
+        assert_eq!(after(10, &[(0, false), (4, true)], Some(known(1, place(4)))), [place(4)]);
+        assert_eq!(after(11, &[(5, true)], Some(known(2, place(4)))), [place(4), place(5)]);
+        assert_eq!(after(12, &[(4, false)], Some(known(1, place(5)))), [place(5)]);
+        assert_eq!(after(13, &[(5, false)], None), []);
+        let two = [place(0), place(4)];
+        assert_eq!(after(14, &[(0, true), (4, true)], Some(known(2, place(0)))), two);
+    }
+
+    /// An object of version 3 that goes leaves its row, and may come back with others.
+    #[test]
+    fn names_of_version_3_do_not_come_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(&directory.path().join("index.redb")).unwrap();
+        let place = |n: u8| (id(1), Name::new(&[b'a' + n]).unwrap());
+        let write = store.begin(redb::Durability::Immediate).unwrap();
+        {
+            let mut links = write.open_table(LINKS).unwrap();
+            let (directory, name) = place(0);
+            let key = pair_key(&id(2), &pair_key(&directory, name.as_bytes()));
+            links.insert(&key[..], &[][..]).unwrap();
+        }
+        write.commit().unwrap();
+        assert_eq!(store.snapshot().unwrap().links(&id(2)).unwrap(), [], "it is not there");
+        let gained = |n| {
+            let ((directory, name), new) = (place(n), Some(id(2)));
+            EntryChange { directory, name, old: None, new }
+        };
+        let delta = Delta {
+            objects: vec![(id(2), Some(known(2, place(1))))],
+            entries: vec![gained(1), gained(2)],
+            ..Delta::default()
+        };
+        store.merge_all(&[&delta]).unwrap();
+        assert_eq!(store.snapshot().unwrap().links(&id(2)).unwrap(), [place(1), place(2)]);
     }
 
     fn known(links: u32, entry: (ObjectId, Name)) -> Known {

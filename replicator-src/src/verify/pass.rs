@@ -235,8 +235,8 @@ impl Thread {
         let now = self.board.verification();
         self.stayed = now.found() > now.repaired;
         self.wait_until_ready()?;
-        // INVARIANT: a pass claims what the replica held when it began, so each object of
-        // that moment has a row before the first is looked at.
+        // INVARIANT: a pass claims what the replica held when it began, so each object that
+        // was acknowledged by then has a row before the first is looked at.
         while !self.checker.begin() {
             pause(PATIENCE);
             self.listen()?;
