@@ -244,7 +244,7 @@ pub enum DestinationMessage {
         reason: String,
     },
     /// All of a transfer's content is staged: a batch that places it will not
-    /// wait for it.
+    /// wait for it. (Not said where a batch waits for it already.)
     Transferred {
         /// The transfer.
         transfer: TransferId,
@@ -268,7 +268,7 @@ pub enum DestinationMessage {
     },
     /// `batch` and all that follow are given back: these objects of it find no
     /// place in the replica (its disk is full, the file is larger than it can
-    /// hold, …). All before it are applied. The source says
+    /// hold, a transfer that the batch names was refused, …). All before it are applied. The source says
     /// [`SourceMessage::Abandon`] for `batch`, and plans it and what follows
     /// anew without these objects, which it tries again later.
     Returned {

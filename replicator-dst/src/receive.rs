@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, TrySendError};
+use crossbeam_channel::Sender;
 use quinn::{Connection, RecvStream, SendStream};
 use replicator_common::describe::{Describe, Description};
 use replicator_common::id::{BatchId, SessionId};
@@ -222,20 +222,6 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
     result
 }
 
-/// Gives a job to the applier without blocking the runtime.
-async fn hand_on(jobs: &Sender<Job>, job: Job) -> Result<(), SessionError> {
-    let job = match jobs.try_send(job) {
-        Ok(()) => return Ok(()),
-        Err(TrySendError::Disconnected(_)) => return Err(SessionError::NoApplier),
-        Err(TrySendError::Full(job)) => job,
-    };
-    let jobs = jobs.clone();
-    match tokio::task::spawn_blocking(move || jobs.send(job)).await {
-        Ok(Ok(())) => Ok(()),
-        _ => Err(SessionError::NoApplier),
-    }
-}
-
 /// Keeps what the source says of our clock: by how much it is ahead of its own;
 /// and from where it says it, which may change within a connection.
 fn note_clock(replica: &Replica, connection: &Connection, ahead: Option<i64>) {
@@ -391,8 +377,8 @@ impl Shell {
         // room that is seen is room that stays.
         while !self.context.jobs.is_full() {
             let Some(whole) = self.session.next_whole()? else { break };
-            let reply = self.progress.clone();
-            hand_on(&self.context.jobs, Job::Batch { batch: Box::new(whole), reply }).await?;
+            let job = Job::Batch { batch: Box::new(whole), reply: self.progress.clone() };
+            self.context.jobs.try_send(job).map_err(|_| SessionError::NoApplier)?;
         }
         self.return_hopeless().await
     }
@@ -435,10 +421,11 @@ impl Shell {
         self.staging = true;
         match event {
             Event::Packed { batch, files } => {
+                let mut late = Vec::new();
                 for PackedFile { object, version, file } in files {
-                    let late = self.session.packed(batch, object, version, file)?;
-                    self.discard(late.into_iter().collect()).await;
+                    late.extend(self.session.packed(batch, object, version, file)?);
                 }
+                self.discard(late).await;
                 self.hand_on_whole().await
             }
             Event::Failed { batch, object, version, reason } => {

@@ -13,7 +13,7 @@ use replicator_common::wire::{
 };
 use tokio::sync::oneshot;
 
-use super::{SessionContext, SessionError, hand_on};
+use super::{SessionContext, SessionError};
 use crate::applier::Job;
 use crate::store::Standing;
 
@@ -24,6 +24,7 @@ const HELLO: Duration = Duration::from_secs(10);
 const BEGIN: Duration = Duration::from_secs(60);
 /// How long a source may take to hear that it is refused.
 const REFUSED: Duration = Duration::from_millis(500);
+
 /// A connection whose source has said who it is.
 pub struct Greeting {
     /// What it said.
@@ -98,7 +99,12 @@ pub(super) async fn begin(
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let (reply, answer) = oneshot::channel();
-    hand_on(&context.jobs, Job::Begin { hello: Box::new(hello.clone()), reply }).await?;
+    // The queue may be full of what a session before this one left.
+    let (jobs, job) = (context.jobs.clone(), Job::Begin { hello: Box::new(hello.clone()), reply });
+    match tokio::task::spawn_blocking(move || jobs.send(job)).await {
+        Ok(Ok(())) => {}
+        _ => return Err(SessionError::NoApplier),
+    }
     match tokio::time::timeout(BEGIN, answer).await {
         Ok(Ok(Ok(standing))) => Ok(Ok(standing)),
         Ok(Ok(Err(reason))) => Ok(Err(Refusal::Unable(reason))),
