@@ -17,7 +17,9 @@ use crate::index::{Content, Known, View};
 use crate::journal::Record;
 use crate::ledger::{Closing, Gap, Span};
 use crate::plan::resolve::Budget;
-use crate::plan::{Dirty, Limits, Listing, Meanwhile, Need, Outcome, Resolve, Settings, assemble};
+use crate::plan::{
+    Dirty, HoldReason, Limits, Listing, Meanwhile, Need, Outcome, Resolve, Settings, assemble,
+};
 use crate::read::sink::SinkError;
 use crate::read::small::Item;
 use crate::session::Session;
@@ -116,6 +118,7 @@ impl Engine {
         draft.resolve.root = (leaves || !root.by_handle()).then(|| root.id.clone());
         self.take_records(&mut draft)?;
         draft.resolve.waiting = self.gap.is_some().then(|| self.waiting());
+        draft.resolve.under_way = self.names_under_way();
         draft.span.reach(barrier.seq, barrier.time);
         if !self.root_known()? {
             draft.resolve.begin_at(&self.opener.root().id);
@@ -129,6 +132,16 @@ impl Engine {
     fn waiting(&self) -> HashSet<(ObjectId, Name)> {
         let held = self.holds.values().flat_map(|held| &held.hold.entries);
         held.chain(self.owed.places()).cloned().collect()
+    }
+
+    /// Large files whose content has to come before a name does.
+    fn names_under_way(&self) -> HashMap<ObjectId, u64> {
+        let named = self.holds.iter().filter(|(_, held)| !held.hold.entries.is_empty());
+        let large = named.filter_map(|(object, held)| match held.hold.reason {
+            HoldReason::Large { size } => Some((object.clone(), size)),
+            HoldReason::Unreadable { .. } | HoldReason::Refused { .. } => None,
+        });
+        large.collect()
     }
 
     fn draft(&self) -> Draft {

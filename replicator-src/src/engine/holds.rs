@@ -217,16 +217,17 @@ impl Engine {
             .get(&object)
             .map(|held| held.hold.entries.iter().cloned().collect())
             .unwrap_or_default();
-        let resembles = if whole || known.is_some() { None } else { self.resembling(&entries)? };
+        // One that was small when the replica got it is as good as new.
+        let own = known.as_ref().filter(|it| matches!(it.content, Content::Chunks { .. }));
+        let names = entries.iter().chain(known.as_ref().and_then(|known| known.entry.as_ref()));
+        let resembles = if whole || own.is_some() { None } else { self.resembling(names)? };
         let number = self.next_transfer;
         self.next_transfer = number.next();
         let hint = self.leading_to(&object, &entries)?;
         let hint = hint.or_else(|| known.as_ref()?.entry.clone());
-        let basis = match &known {
-            Some(_) if whole => None,
-            Some(_) => Some(object.clone()),
-            None => resembles.as_ref().map(|(object, _)| object.clone()),
-        };
+        let other = resembles.as_ref().map(|(object, _)| object.clone());
+        let itself = || known.is_some().then(|| object.clone());
+        let basis = if whole { None } else { other.or_else(itself) };
         let list = self.next_list()?;
         let tail = self.holds.get(&object).and_then(|held| held.tail.as_ref());
         let appended = tail.zip(known.as_ref()).and_then(|(tail, known)| appended_to(tail, known));

@@ -14,18 +14,18 @@ impl Engine {
     /// A file of the replica that a new one probably was made from: the one
     /// that stands under its name, or a sibling with a similar name (editors
     /// and copiers write `.name.XXXX` or `name.tmp` and rename).
-    pub(super) fn resembling(
+    pub(super) fn resembling<'a>(
         &self,
-        entries: &[(ObjectId, Name)],
+        names: impl Iterator<Item = &'a (ObjectId, Name)> + Clone,
     ) -> Result<Option<(ObjectId, Known)>, EngineError> {
-        for (directory, name) in entries {
+        for (directory, name) in names.clone() {
             if let Some(object) = self.index.entry(directory, name)?
                 && let Some(known) = self.chunked(&object)?
             {
                 return Ok(Some((object, known)));
             }
         }
-        for (directory, name) in entries {
+        for (directory, name) in names {
             let mut best: Option<(usize, ObjectId, Known)> = None;
             for (other, object) in self.index.children(directory)?.into_iter().take(SIBLINGS) {
                 let score = likeness(name.as_bytes(), other.as_bytes());

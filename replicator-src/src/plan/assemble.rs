@@ -27,6 +27,7 @@ use crate::watcher::What;
 mod apart;
 mod detach;
 mod limits;
+mod over;
 
 /// What reading an object gave.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -270,6 +271,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     /// Decides each entry: as it is on the source, or held.
     fn bind(&mut self) -> Result<(), Failure<V, T>> {
         let bindings = &self.resolve.bindings;
+        let waiting = self.find_waiting()?;
         for (place, binding) in bindings {
             let (directory, _) = place;
             if self.resolve.fresh.contains(directory) && !self.admitted.contains(directory) {
@@ -278,6 +280,12 @@ impl<V: View, T: Tree> Work<'_, V, T> {
                 continue;
             }
             if binding.old == binding.new {
+                continue;
+            }
+            if let Some((object, reason)) = self.waits(binding, &waiting)?
+                && self.too_long(&place.1).is_none()
+            {
+                self.hold_entry(object, place, reason.clone());
                 continue;
             }
             let new = match &binding.new {

@@ -98,6 +98,8 @@ pub struct Resolve {
     /// (see [`super::survey`]), all but these entries, which somebody waits to
     /// hear of. `None` when each entry is to be looked at.
     pub waiting: Option<HashSet<Place>>,
+    /// Files with a name that waits for their content, and how large they were, bytes.
+    pub under_way: HashMap<ObjectId, u64>,
     /// Entries that were compared with the index, many at a time.
     pub looked: usize,
     /// Sizes counted into `bytes`, to count each object once.

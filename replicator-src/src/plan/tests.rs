@@ -488,6 +488,8 @@ impl Run {
         follow: bool,
     ) {
         self.batch += 1;
+        let held = self.held.iter().filter(|(_, hold)| !hold.entries.is_empty());
+        let under_way = held.map(|(object, _)| (object.clone(), 1)).collect();
         self.release();
         let quiet = self.dirty.listings.is_empty()
             && self.astray.is_empty()
@@ -496,6 +498,7 @@ impl Run {
         self.dirty.merge(recall(astray, &id(ROOT), &self.index, &mut self.world).unwrap());
         let mut resolve = Resolve::default();
         resolve.walking = self.walking;
+        resolve.under_way = under_way;
         resolve.waiting = self.walking.then(HashSet::new);
         let leaves = self.index.orphans.values().any(|orphan| orphan.left);
         resolve.root = (leaves || self.world.places.is_some()).then(|| id(ROOT));
@@ -535,6 +538,7 @@ impl Run {
         let out =
             assemble(&resolve, &outcomes, &root, settings, &self.index, &mut self.world).unwrap();
         self.dropped_within_bounds(&resolve, &out);
+        self.nothing_gives_way_to_half(&outcomes, &out);
         self.index.apply(&out.delta);
         self.replica.apply(&out.ops, &contents);
         assert_eq!(self.index.entries, self.replica.entries);
@@ -549,6 +553,33 @@ impl Run {
         self.astray.merge(out.astray);
         self.held = out.holds.into_iter().collect();
         self.walking &= !(quiet && self.dirty.is_empty() && self.astray.is_empty());
+    }
+
+    /// A file that has a name where it could wait for its content does not take
+    /// another's (trap 10).
+    fn nothing_gives_way_to_half(&self, outcomes: &HashMap<ObjectId, Outcome>, out: &Assembly) {
+        let after: BTreeMap<_, _> = out
+            .delta
+            .entries
+            .iter()
+            .map(|change| ((&change.directory, &change.name), &change.new))
+            .collect();
+        let moves =
+            |it: &ObjectId| out.delta.entries.iter().any(|change| change.old.as_ref() == Some(it));
+        for change in &out.delta.entries {
+            let (Some(old), Some(new)) = (&change.old, &change.new) else { continue };
+            let directory = self.index.objects[old].state.kind == Kind::Directory;
+            // Who has too many names does not take the one that was another's either.
+            let fits = self.limits.links.is_none();
+            if directory || !fits || !matches!(outcomes.get(new), Some(Outcome::Large { .. })) {
+                continue;
+            }
+            let had = self.index.entries.iter().filter(|(_, object)| *object == new);
+            for ((directory, name), _) in had {
+                let taken = after.get(&(directory, name)).is_some_and(|new| new.is_some());
+                assert!(taken || moves(directory), "{name:?} in {directory} was free for {new}");
+            }
+        }
     }
 
     /// What nobody looked at is dropped because what it is in ended.

@@ -28,10 +28,9 @@ pub fn is_through(
         {
             entries.is_empty() && resolve.listed.contains(object)
         }
-        // Attributes alone are not what it waits for.
-        Some(Outcome::Ship { content: ContentSource::Packed { .. }, .. }) => true,
-        Some(Outcome::Ship { .. } | Outcome::Same { .. }) => resolve.wants_content(object),
-        Some(Outcome::Gone) => true,
+        Some(Outcome::Ship { .. } | Outcome::Same { .. } | Outcome::Gone) => {
+            brings_content(object, resolve, outcomes)
+        }
         _ => resolve.listed.contains(object) && entries.is_empty(),
     };
     // A directory that went from the replica and comes back is listed by what is in
@@ -46,6 +45,22 @@ pub fn is_through(
     };
     let orphaned = !entries.is_empty() && entries.iter().all(elsewhere);
     shipped || orphaned
+}
+
+/// Whether a batch brings the content of a file that waits for it, or found that there is
+/// nothing to bring any more.
+pub fn brings_content(
+    object: &ObjectId,
+    resolve: &Resolve,
+    outcomes: &HashMap<ObjectId, Outcome>,
+) -> bool {
+    match outcomes.get(object) {
+        // Attributes alone are not what it waits for.
+        Some(Outcome::Ship { content: ContentSource::Packed { .. }, .. }) => true,
+        Some(Outcome::Ship { .. } | Outcome::Same { .. }) => resolve.wants_content(object),
+        Some(Outcome::Gone) => true,
+        _ => false,
+    }
 }
 
 /// Whether a record says that content of an object may have changed which waits

@@ -1,6 +1,7 @@
 //! Traps of the design that take the whole program to set.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
@@ -15,7 +16,43 @@ use replicator_tests::mounts::FileSystem::{Ext4, Xfs};
 use replicator_tests::mounts::{Scratch, run};
 use replicator_tests::process::{Daemon, free_port, replicator};
 use replicator_tests::scenario::{Layout, Pair, patience};
+use replicator_tests::workload::content;
 use replicator_tests::workload::raw::Mapping;
+
+/// A new version is written beside the old one and replicated while it is short, it
+/// grows, and is renamed over the old one: who reads the replica never sees a part of
+/// it, and what both versions have in common does not travel.
+#[test]
+fn trap_10_a_file_seen_short_and_grown_is_renamed_over() {
+    for (layout, watcher) in
+        [(Layout::Two(Ext4, Xfs), "fanotify"), (Layout::Two(Xfs, Ext4), "inotify")]
+    {
+        let pair = Pair::new(layout);
+        let old = content::incompressible(1, 8 << 20);
+        let new = [&old[..4 << 20], b"inserted", &old[4 << 20..]].concat();
+        let [beside, path] = [".file.new", "file"].map(|name| pair.source().join(name));
+        fs::write(&path, &old).unwrap();
+        fs::write(&beside, &new[..1000]).unwrap();
+        let daemon = pair.start_enabled(watcher);
+        pair.settle(&daemon, &"the old version, and the beginning of the new one");
+        let shipped = daemon.counters().bytes_shipped;
+        File::options().append(true).open(&beside).unwrap().write_all(&new[1000..]).unwrap();
+        fs::rename(&beside, &path).unwrap();
+        let start = Instant::now();
+        loop {
+            let found = fs::read(pair.replica().join("file")).unwrap();
+            if found == new {
+                break;
+            }
+            assert!(found == old, "{} bytes of neither version ({watcher})", found.len());
+            assert!(start.elapsed() < patience(), "the new version does not come");
+            thread::sleep(Duration::from_millis(2));
+        }
+        pair.settle(&daemon, &"the new version");
+        let shipped = daemon.counters().bytes_shipped - shipped;
+        assert!(shipped < 2 << 20, "{shipped} bytes shipped ({watcher})");
+    }
+}
 
 fn times(path: &Path) -> (i64, i64, i64, i64) {
     let stat = fs::metadata(path).unwrap();

@@ -160,6 +160,46 @@ fn trap_10_a_large_file_on_its_way_is_renamed_over_another() {
     run.finish();
 }
 
+/// The same of one that the replica has from when it was small: its beginning does not
+/// take the place of what is whole.
+#[test]
+fn trap_10_a_file_seen_small_and_grown_is_renamed_over_another() {
+    let mut world = World::new();
+    let d = make(&mut world, ROOT, "d", Kind::Directory);
+    let l = make(&mut world, d, "l", Kind::File);
+    let t = make(&mut world, d, "t", Kind::File);
+    let mut run = replicated(world);
+    write(&mut run.world, t, true);
+    rename(&mut run.world, (d, "t"), (d, "l"));
+    // Content and names, one after the other and together.
+    for absorbed in [1, 1, 10] {
+        run.step(absorbed, t, true);
+        assert_eq!((run.entry(d, "t"), run.entry(d, "l")), (Some(t), Some(l)));
+        assert!(run.has(l) && run.has(t));
+    }
+    run.step(0, 0, true);
+    assert_eq!((run.entry(d, "t"), run.entry(d, "l")), (None, Some(t)));
+    assert!(!run.has(l));
+    run.finish();
+}
+
+/// A log that is still written to is renamed over an older one, and another takes
+/// its name: it has nowhere to wait.
+#[test]
+fn trap_10_what_has_no_name_to_wait_under_is_renamed_at_once() {
+    let mut world = World::new();
+    let log = make(&mut world, ROOT, "log", Kind::File);
+    let old = make(&mut world, ROOT, "log.1", Kind::File);
+    let mut run = replicated(world);
+    write(&mut run.world, log, true);
+    rename(&mut run.world, (ROOT, "log"), (ROOT, "log.1"));
+    let new = make(&mut run.world, ROOT, "log", Kind::File);
+    run.step(100, log, true);
+    assert_eq!((run.entry(ROOT, "log"), run.entry(ROOT, "log.1")), (Some(new), Some(log)));
+    assert!(!run.has(old));
+    run.finish();
+}
+
 /// Its directory waits with it: one that is made meanwhile and takes the large
 /// file in comes without it.
 #[test]
