@@ -208,10 +208,10 @@ const MOST_LARGE: usize = 3;
 const LARGE: u64 = 8192;
 
 impl<T> Flights<T> {
-    /// Whether one more may be.
-    pub fn have_room(&self) -> bool {
+    /// Whether one more may be; behind the `last` of many nothing is to come.
+    pub fn have_room(&self, last: bool) -> bool {
         let large = self.queue.back().is_some_and(|last| last.ops >= LARGE);
-        self.queue.len() < if large { MOST_LARGE } else { MOST }
+        self.queue.len() < if large || last { MOST_LARGE } else { MOST }
     }
 
     /// One more is committed.
@@ -480,7 +480,7 @@ mod tests {
 
     #[test]
     fn a_third_is_under_way_behind_a_large_one_only() {
-        let rooms = |ops: &[u64]| {
+        let room = |ops: &[u64], last| {
             let mut flights = Flights::default();
             for &ops in ops {
                 flights.push(Flight {
@@ -495,12 +495,14 @@ mod tests {
                     note: (),
                 });
             }
-            flights.have_room()
+            flights.have_room(last)
         };
+        let rooms = |ops: &[u64]| room(ops, false);
         assert!(rooms(&[]) && rooms(&[1]) && rooms(&[LARGE]));
         assert!(!rooms(&[1, 1]) && !rooms(&[LARGE, LARGE - 1]));
         assert!(rooms(&[1, LARGE]) && rooms(&[LARGE, LARGE]));
         assert!(!rooms(&[LARGE, LARGE, LARGE]));
+        assert!(room(&[LARGE, 1], true) && !room(&[LARGE, 1, 1], true));
     }
 
     #[test]

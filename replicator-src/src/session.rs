@@ -246,29 +246,36 @@ impl Attempt<'_> {
 
     async fn open(&self, greeting: SourceHello) -> Result<(Session, Pump), Failure> {
         let plain = |error: &dyn std::fmt::Display| (error.to_string(), None);
-        let connection = self.dial().await.map_err(|error| match error {
+        let connection = self.dial().await.map_err(|error| plain(&error))?;
+        let broke = |error: &dyn std::fmt::Display| {
+            (quic::ending(&connection).unwrap_or_else(|| error.to_string()), None)
+        };
+        let source_id = greeting.source.clone();
+        // (What breaks before the server has taken our certificate is told by the answer.)
+        let exchange = async {
+            let (send, receive) = connection.open_bi().await.map_err(|error| broke(&error))?;
+            prefer(&send, 2);
+            let mut writer = FrameWriter::new(send);
+            let mut reader = FrameReader::new(receive);
+            let greeting = SourceHello { time: Timestamp::now(), ..greeting };
+            writer.write(&SourceMessage::Hello(greeting)).await.map_err(|error| broke(&error))?;
+            let answer = tokio::time::timeout(HELLO_TIMEOUT, reader.read::<DestinationMessage>())
+                .await
+                .map_err(|_| ("the destination does not answer".to_owned(), None))?;
+            let heard = Timestamp::now();
+            let answer = answer.map_err(|error| broke(&error))?;
+            Ok::<_, Failure>((writer, reader, answer, heard))
+        };
+        let answer = quic::answer_of(&connection, exchange).await.map_err(|error| match error {
             // It was pinned when the configuration was made: the destination
             // has none any more.
             NetError::Refused { .. } => {
-                let source_id = greeting.source.clone();
                 (error.to_string(), Some(Refusal::NoConfiguration { source_id }))
             }
             other => plain(&other),
         })?;
-        let broke = |error: &dyn std::fmt::Display| {
-            (quic::ending(&connection).unwrap_or_else(|| error.to_string()), None)
-        };
-        let (send, receive) = connection.open_bi().await.map_err(|error| broke(&error))?;
-        prefer(&send, 2);
-        let mut writer = FrameWriter::new(send);
-        let mut reader = FrameReader::new(receive);
-        let greeting = SourceHello { time: Timestamp::now(), ..greeting };
-        writer.write(&SourceMessage::Hello(greeting)).await.map_err(|error| broke(&error))?;
-        let answer = tokio::time::timeout(HELLO_TIMEOUT, reader.read::<DestinationMessage>())
-            .await
-            .map_err(|_| ("the destination does not answer".to_owned(), None))?;
-        let heard = Timestamp::now();
-        let hello = match answer.map_err(|error| broke(&error))? {
+        let (writer, reader, answer, heard) = answer?;
+        let hello = match answer {
             Some(DestinationMessage::Hello(hello)) => hello,
             Some(DestinationMessage::Refused(refusal)) => {
                 return Err((refusal.to_string(), Some(refusal)));

@@ -127,13 +127,15 @@ pub async fn enrol(
 ) -> Result<Enrolled, EnrolError> {
     let connection = quic::dial(identity, &token.address, token.fingerprint, wire::ALPN_ENROL)
         .await
-        .map_err(|error| match error {
-            NetError::Refused { .. } => EnrolError::NotOpen { address: token.address.clone() },
-            other => EnrolError::Net(other),
-        })?;
-    let answer = tokio::time::timeout(ANSWER_TIMEOUT, exchange(&connection, request))
+        .map_err(EnrolError::Net)?;
+    let answer = quic::answer_of(&connection, exchange(&connection, request));
+    let answer = tokio::time::timeout(ANSWER_TIMEOUT, answer)
         .await
-        .unwrap_or(Err(EnrolError::NoMessage("no answer from the destination")));
+        .unwrap_or(Ok(Err(EnrolError::NoMessage("no answer from the destination"))))
+        .unwrap_or_else(|error| match error {
+            NetError::Refused { .. } => Err(EnrolError::NotOpen { address: token.address.clone() }),
+            other => Err(EnrolError::Net(other)),
+        });
     connection.close(CLOSE_DONE, b"");
     match answer? {
         EnrolAnswer::Accepted(enrolled) => Ok(enrolled),

@@ -286,13 +286,13 @@ pub fn client_endpoint(server: SocketAddr) -> Result<Endpoint, NetError> {
     endpoint(SocketAddr::new(local, 0), None)
 }
 
-/// Connects to the server with that fingerprint, and returns when it has
-/// accepted our certificate too.
+/// Connects to the server with that fingerprint. Whether it takes our certificate is
+/// known a round trip later: what is sent until then arrives with the certificate, and
+/// its answer is to be awaited with [`answer_of`].
 ///
 /// # Errors
-/// [`NetError::TimedOut`] after [`CONNECT_TIMEOUT`]; [`NetError::WrongServer`]
-/// and [`NetError::Refused`] when one side does not know the other;
-/// [`NetError::Protocol`] when the server does not speak `alpn`.
+/// [`NetError::TimedOut`] after [`CONNECT_TIMEOUT`]; [`NetError::WrongServer`] when it is
+/// another; [`NetError::Protocol`] when it does not speak `alpn`.
 pub async fn connect(
     endpoint: &Endpoint,
     identity: &Identity,
@@ -318,13 +318,11 @@ pub(super) async fn connect_within(
     let mut config = ClientConfig::new(Arc::new(crypto));
     config.transport_config(transport(Path::to(address.ip())));
     let handshake = async {
-        let connection = endpoint
+        endpoint
             .connect_with(config, address, SERVER_NAME)
             .map_err(|error| NetError::Setup(error.to_string()))?
             .await
-            .map_err(|source| explain(address, source))?;
-        confirmed(&connection).await.map_err(|source| explain(address, source))?;
-        Ok(connection)
+            .map_err(|source| explain(address, source))
     };
     let result = tokio::time::timeout(patience, handshake)
         .await
@@ -337,12 +335,52 @@ pub(super) async fn connect_within(
     }
 }
 
+/// Awaits the answer to the first words on a connection that was just opened.
+///
+/// # Errors
+/// [`NetError::Refused`] when the server does not take our certificate;
+/// [`NetError::TimedOut`] when it has not said that it does after [`CONNECT_TIMEOUT`];
+/// [`NetError::Connection`] when the connection ended until then. What came of `answer` else
+/// is for the caller.
+pub async fn answer_of<T, E>(
+    connection: &Connection,
+    answer: impl Future<Output = Result<T, E>>,
+) -> Result<Result<T, E>, NetError> {
+    let address = connection.remote_address();
+    let mut answer = std::pin::pin!(answer);
+    tokio::select! {
+        biased;
+        answer = &mut answer => {
+            let ended = connection.close_reason().filter(|_| !is_confirmed(connection));
+            return match (answer, ended) {
+                (Err(_), Some(reason)) => Err(explain(address, reason)),
+                (answer, _) => Ok(answer),
+            };
+        }
+        accepted = accepted(connection) => accepted?,
+    }
+    Ok(answer.await)
+}
+
+/// Waits until the server has taken our certificate; errors as of [`answer_of`].
+pub(super) async fn accepted(connection: &Connection) -> Result<(), NetError> {
+    let address = connection.remote_address();
+    tokio::time::timeout(CONNECT_TIMEOUT, confirmed(connection))
+        .await
+        .map_err(|_| NetError::TimedOut { address, waited: CONNECT_TIMEOUT })?
+        .map_err(|source| explain(address, source))
+}
+
+fn is_confirmed(connection: &Connection) -> bool {
+    connection.stats().frame_rx.handshake_done > 0
+}
+
 /// Waits until the server has checked our certificate. A TLS 1.3 client is done
 /// before that; the server's HANDSHAKE_DONE frame tells (RFC 9001, 4.1.2).
 /// quinn has no event for it, only a count.
 async fn confirmed(connection: &Connection) -> Result<(), ConnectionError> {
     let mut pause = Duration::from_micros(200);
-    while connection.stats().frame_rx.handshake_done == 0 {
+    while !is_confirmed(connection) {
         tokio::select! {
             error = connection.closed() => return Err(error),
             () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_millis(20)),
@@ -424,6 +462,8 @@ pub fn check_host_port(text: &str) -> Result<(), NetError> {
 /// answers, on an endpoint of its own (kept alive by the connection). Further
 /// addresses are tried beside the first after a moment, so that a name with a
 /// dead IPv6 address does not cost the whole timeout.
+///
+/// Its first answer is to be awaited with [`answer_of`].
 ///
 /// # Errors
 /// As [`resolve`] and [`connect`]; when all addresses fail, the error that says

@@ -91,7 +91,8 @@ impl Server {
         alpn: &[u8],
     ) -> Result<Connection, NetError> {
         let endpoint = quic::client_endpoint(self.address)?;
-        quic::connect(&endpoint, client, self.address, server, alpn).await
+        let near = quic::connect(&endpoint, client, self.address, server, alpn).await?;
+        quic::accepted(&near).await.map(|()| near)
     }
 
     async fn next(&mut self) -> Accepted {
@@ -236,7 +237,10 @@ async fn a_removed_pin_closes_the_door_at_once() {
     server.guests.pin(&client);
     let endpoint = quic::client_endpoint(server.address).unwrap();
     let (address, fingerprint) = (server.address, server.identity.fingerprint());
-    let call = || quic::connect(&endpoint, &client, address, fingerprint, wire::ALPN);
+    let call = async || {
+        let near = quic::connect(&endpoint, &client, address, fingerprint, wire::ALPN).await?;
+        quic::accepted(&near).await
+    };
     for _ in 0..2 {
         call().await.unwrap();
         server.next().await.unwrap();
@@ -244,6 +248,26 @@ async fn a_removed_pin_closes_the_door_at_once() {
     server.guests.unpin(&client);
     let error = call().await.unwrap_err();
     assert!(matches!(error, NetError::Refused { .. }), "{error}");
+}
+
+/// The first words travel with the certificate; that it is not taken is their answer.
+#[tokio::test]
+async fn who_is_refused_learns_it_in_place_of_an_answer() {
+    let mut server = Server::start();
+    let stranger = stranger();
+    let endpoint = quic::client_endpoint(server.address).unwrap();
+    let expected = server.identity.fingerprint();
+    let near = quic::connect(&endpoint, &stranger, server.address, expected, wire::ALPN);
+    let near = near.await.unwrap();
+    let ask = async {
+        let (mut send, mut receive) = near.open_bi().await?;
+        let _ = send.write_all(b"let me in").await;
+        let mut answer = [0];
+        receive.read(&mut answer).await.map_err(|_| near.close_reason().unwrap())
+    };
+    let error = quic::answer_of(&near, ask).await.unwrap_err();
+    assert!(matches!(error, NetError::Refused { address } if address == server.address), "{error}");
+    assert!(server.next().await.is_err());
 }
 
 #[tokio::test]

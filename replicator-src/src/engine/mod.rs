@@ -618,7 +618,8 @@ impl Engine {
         self.session.is_some()
             && self.kept.is_told()
             && self.reconcile.as_ref().is_none_or(reconcile::Reconcile::is_complete)
-            && self.in_flight.have_room()
+            // What closes a gap is the word that all is there: it waits for nobody.
+            && self.in_flight.have_room(self.walk_ended() && self.dirty.is_empty())
             && self.failing.is_none()
             && !self.too_many_refused()
             && self.halt.halted().is_none()

@@ -105,7 +105,7 @@ impl Engine {
     /// for each it asks for one more.
     pub(super) fn continue_reconcile(&mut self) -> Result<(), EngineError> {
         let Some(mut state) = self.reconcile.take() else { return Ok(()) };
-        while self.in_flight.have_room()
+        while self.in_flight.have_room(false)
             && let Some((items, last)) = state.parts.take()
         {
             self.adopt_part(&mut state, items, last)?;

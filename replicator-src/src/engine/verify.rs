@@ -353,7 +353,7 @@ impl Engine {
     /// Puts something right, or has it put right by the next batches. `false`
     /// when it cannot be done now.
     fn repair(&mut self, repair: Repair) -> Result<bool, EngineError> {
-        if !self.is_settled() || !self.in_flight.have_room() {
+        if !self.is_settled() || !self.in_flight.have_room(false) {
             return Ok(false);
         }
         match repair {
