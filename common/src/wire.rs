@@ -28,7 +28,7 @@ pub mod kept;
 pub mod op;
 
 pub use kept::{KeptChunk, KeptObject, PackedAgain};
-pub use op::{ContentSource, Op};
+pub use op::{APPENDED_MAX, Appended, ContentSource, Op};
 
 use std::borrow::Cow;
 
@@ -52,8 +52,8 @@ use crate::time::Timestamp;
 /// greetings name batches by [`Edition`]; the bytes of a frame's pieces stand
 /// together behind them. 4: [`Op::Leave`]. 5: [`Describe::Blocks`](crate::describe::Describe::Blocks).
 /// 6: [`DataFrame::PackPlaced`]. 7: a batch may name a transfer that has not arrived;
-/// it is given back if that fails.
-pub const ALPN: &[u8] = b"replicator/7";
+/// it is given back if that fails. 8: [`ContentSource::Appended`].
+pub const ALPN: &[u8] = b"replicator/8";
 /// ALPN of an enrolment connection.
 pub const ALPN_ENROL: &[u8] = b"replicator-enrol/1";
 /// The most bytes of one frame's body, compressed or not.

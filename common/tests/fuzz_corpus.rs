@@ -18,9 +18,9 @@ use replicator_common::object::{Attributes, Kind, ObjectState, Xattr};
 use replicator_common::sys::counting::Counting;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{
-    BatchHeader, ContentSource, DataFrame, DestinationMessage, Extent, Hash, InventoryContent,
-    InventoryItem, KeptChunk, KeptObject, Layout, Op, PackRun, PackedAgain, PackedObject, Piece,
-    Refusal, SourceHello, SourceMessage, TransferBegin,
+    Appended, BatchHeader, ContentSource, DataFrame, DestinationMessage, Extent, Hash,
+    InventoryContent, InventoryItem, KeptChunk, KeptObject, Layout, Op, PackRun, PackedAgain,
+    PackedObject, Piece, Refusal, SourceHello, SourceMessage, TransferBegin,
 };
 
 #[global_allocator]
@@ -48,6 +48,11 @@ fn from_source() -> Vec<(&'static str, SourceMessage)> {
         put(ContentSource::Packed { version: 1 }),
         put(ContentSource::Transferred { transfer: TransferId(4) }),
         put(ContentSource::Symlink { target: b"target".to_vec() }),
+        put(ContentSource::Appended(Appended {
+            basis: BatchId(2),
+            hash: Hash::of(b"more"),
+            bytes: b"more".to_vec(),
+        })),
         Op::Entry { directory: id(0), name: name.clone(), old: Some(id(2)), new: Some(id(1)) },
         Op::Drop { object: id(2) },
         Op::Orphan { object: id(3) },

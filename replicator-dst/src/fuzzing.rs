@@ -7,7 +7,7 @@ use replicator_common::id::{BatchId, BatchNonce, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
 use replicator_common::object::{Attributes, Kind, ObjectState};
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{BatchHeader, ContentSource, Op};
+use replicator_common::wire::{Appended, BatchHeader, ContentSource, Hash, Op};
 
 use crate::apply::{Place, Step, Within};
 use crate::objects::Known;
@@ -105,9 +105,14 @@ impl World<'_> {
 
     fn op(&mut self) -> Op {
         let object = self.object();
-        let content = match self.small(5) {
+        let content = match self.small(6) {
             0 => return Op::Drop { object },
             1 => ContentSource::Unchanged,
+            5 => ContentSource::Appended(Appended {
+                basis: BatchId(1),
+                hash: Hash([0; 32]),
+                bytes: vec![0; self.small(9).into()],
+            }),
             2 | 3 => ContentSource::Packed { version: self.small(3).into() },
             _ => ContentSource::Transferred { transfer: TransferId(self.small(4).into()) },
         };
@@ -208,7 +213,8 @@ impl World<'_> {
         assert_eq!(whole.ops.len() as u64, whole.header.ops);
         for op in &whole.ops {
             let Op::Put { object, content, .. } = op else { continue };
-            let named = !matches!(content, ContentSource::Unchanged);
+            let here = matches!(content, ContentSource::Unchanged | ContentSource::Appended(_));
+            let named = !here;
             assert!(!named || whole.content.contains_key(object), "{object} has no content");
         }
         for staged in whole.content.values() {

@@ -9,7 +9,7 @@ use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::{Kind, ObjectState};
 use replicator_common::sys::{handle, place, stat};
-use replicator_common::wire::{ContentSource, Op};
+use replicator_common::wire::{APPENDED_MAX, Appended, ContentSource, Hash, Op};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
@@ -19,7 +19,7 @@ use crate::apply::{Place, Step, Within};
 use crate::area::AreaError;
 use crate::attributes::{self, Origin};
 use crate::hints;
-use crate::objects::path_of;
+use crate::objects::{Objects, path_of};
 use crate::replica::applier_staging;
 use crate::session::{StagedTransfer, WholeBatch};
 use crate::store::{SetAsideItem, StoreError};
@@ -112,6 +112,14 @@ impl Applier {
                 staged.insert(object.clone(), self.nest_arrival(nest)?);
                 continue;
             }
+            if let ContentSource::Appended(appended) = content {
+                check_appended(object, state, *new, appended)?;
+                match self.appended(object, state, appended)? {
+                    Ok(arrival) => drop(staged.insert(object.clone(), arrival)),
+                    Err(reason) => unplaceable.push((object.clone(), reason)),
+                }
+                continue;
+            }
             let made = match content {
                 ContentSource::Symlink { target } => Some(target.as_slice()),
                 ContentSource::Unchanged if *new => None,
@@ -132,6 +140,22 @@ impl Applier {
             }
         }
         if unplaceable.is_empty() { Ok(staged) } else { Err(SealError::Unplaceable(unplaceable)) }
+    }
+
+    /// What is to be appended to an object, or why it cannot be: what it follows is not
+    /// here (trap 5).
+    fn appended(
+        &self,
+        object: &ObjectId,
+        state: &ObjectState,
+        appended: &Appended,
+    ) -> Result<Result<Arrival, String>, SealError> {
+        let known = self.replica.store.get(object)?;
+        if known.is_none_or(|known| known.content != appended.basis) {
+            return Ok(Err("what it was appended to is not here".to_owned()));
+        }
+        let bytes = appended.bytes.clone();
+        Ok(Ok(Arrival::Append { at: state.size - bytes.len() as u64, bytes }))
     }
 
     /// A directory whose files stand in it already.
@@ -217,6 +241,22 @@ fn made_name(batch: &WholeBatch, number: usize) -> Result<Name, SealError> {
 
 fn valid_target(target: &[u8]) -> bool {
     (1..=4095).contains(&target.len()) && !target.contains(&0)
+}
+
+fn check_appended(
+    object: &ObjectId,
+    state: &ObjectState,
+    new: bool,
+    appended: &Appended,
+) -> Result<(), SealError> {
+    let length = appended.bytes.len() as u64;
+    let fits = !new && state.kind == Kind::File && length <= state.size.min(APPENDED_MAX);
+    let what = match fits {
+        false => "what is appended does not fit",
+        true if Hash::of(&appended.bytes) != appended.hash => "wrong hash",
+        true => return Ok(()),
+    };
+    Err(SealError::Breach(format!("object {object}: {what}")))
 }
 
 /// What came by data streams.

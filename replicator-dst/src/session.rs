@@ -24,9 +24,8 @@ pub const BATCHES_AHEAD_MAX: u64 = 64;
 /// The most transfers that are open or wait for their batch.
 pub const TRANSFERS_MAX: usize = 1 << 16;
 
-/// How many transfers that failed are remembered until a batch names them: that is on
-/// its way by then, and of those that are named before they have arrived, an honest
-/// source has 16 under way at most.
+/// How many transfers that failed are remembered until a batch names them: one that names
+/// them before it is known that they have arrived is on its way by then.
 const FAILED_MAX: usize = 256;
 
 /// The most bytes of memory that plans, and what is known of staged objects, may
@@ -337,7 +336,9 @@ impl Session {
                         }
                     }
                 },
-                ContentSource::Unchanged | ContentSource::Symlink { .. } => {}
+                ContentSource::Unchanged
+                | ContentSource::Symlink { .. }
+                | ContentSource::Appended(_) => {}
             }
         }
         // More may have been sent than the plan names: earlier readings.
@@ -560,7 +561,9 @@ impl Session {
                         staged
                     }),
                 },
-                ContentSource::Unchanged | ContentSource::Symlink { .. } => continue,
+                ContentSource::Unchanged
+                | ContentSource::Symlink { .. }
+                | ContentSource::Appended(_) => continue,
             };
             // A transfer may be given up, or named by two batches, while a batch
             // waits. Without this the batch would be acknowledged without it.

@@ -108,6 +108,7 @@ impl Tree {
                 Step::Unlink { .. }
                 | Step::Rewrite { .. }
                 | Step::Patch { .. }
+                | Step::Append { .. }
                 | Step::Attributes { .. }
                 | Step::Mtime { .. } => &[],
             };
@@ -419,6 +420,21 @@ impl ReplicaTree for Tree {
             .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
             .and_then(|()| place::set_size(&target, size));
         result.map_err(AreaError::system("patch", object))?;
+        Ok(Outcome::Done)
+    }
+
+    fn append(
+        &mut self,
+        object: &ReplicaHandle,
+        at: u64,
+        bytes: &[u8],
+    ) -> Result<Outcome, AreaError> {
+        let Some(target) = self.open_to_write(object)? else { return Ok(Outcome::Missing) };
+        self.distrust_pages(&target);
+        let size = at.saturating_add(bytes.len() as u64);
+        place::write_at(&target, bytes, at)
+            .and_then(|()| place::set_size(&target, size))
+            .map_err(AreaError::system("append to", object))?;
         Ok(Outcome::Done)
     }
 

@@ -53,7 +53,8 @@ fn steps() -> Vec<Step> {
         Step::Patch { object: object.clone(), literals: staged.clone(), list: staged, size: 9 },
         Step::Attributes { object: object.clone(), state },
         Step::Mtime { object: object.clone(), mtime: Timestamp(2) },
-        Step::Hint { object, at: here },
+        Step::Hint { object: object.clone(), at: here },
+        Step::Append { object, at: 3, bytes: b"more".to_vec() },
     ]
 }
 

@@ -42,8 +42,8 @@ async fn append(source: &mut common::FakeSource, number: u64, version: u64) {
     source.data.write(&end).await.unwrap();
 }
 
-/// A short tail is named by a batch that does not wait for the word that it has come. If
-/// it cannot be staged, the batch is given back, and nothing waits for ever.
+/// A batch may name what the destination has not said to have come. If that cannot be
+/// staged, the batch is given back, and nothing waits for ever.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_may_name_a_transfer_that_has_not_come() {
     let mut world = World::new();

@@ -24,10 +24,10 @@ use crate::watcher::{Change, DirectoryWatch, Queue, Waker, WatchError, Watcher, 
 const READ_WAIT: Duration = Duration::from_secs(1);
 
 /// The least time between two flushes of the journal, unless the process ends:
-/// each costs the same however little it writes. It bounds what a crash loses, and
-/// a walk then takes whatever changed within two seconds for doubtful
-/// ([`crate::index::known::DOUBT_NANOS`]).
-const FLUSH_PAUSE: Duration = Duration::from_millis(50);
+/// each costs the same however little it writes, and wakes all seven threads of sled's
+/// pool. It bounds what a crash loses, and a walk then takes whatever changed within two
+/// seconds for doubtful ([`crate::index::known::DOUBT_NANOS`]).
+const FLUSH_PAUSE: Duration = Duration::from_millis(250);
 
 /// Which directories and objects are ours. Written by the engine, read by the
 /// capture thread for each event.

@@ -372,6 +372,10 @@ impl ReplicaTree for Model {
         self.rewrite(object, literals)
     }
 
+    fn append(&mut self, _: &ReplicaHandle, _: u64, _: &[u8]) -> Result<Outcome, Stop> {
+        Err(Stop::Refused("what the simulated source never sends"))
+    }
+
     fn set_attributes(
         &mut self,
         object: &ReplicaHandle,

@@ -1,6 +1,8 @@
 //! A directory with many files is renamed.
 
+use std::cell::Cell;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::Result;
@@ -42,11 +44,20 @@ impl Workload for Rename {
         let files = files(bench);
         small_files(&source.tree().join("before"), files, false)?;
         let site = Site::new(&source.tree(), &replica.tree(), Net::local()?)?;
-        let mut next = 0;
+        let number = |at: &Path| fs::metadata(at).ok().map(|it| it.ino());
+        let (mut next, was) = (0, Cell::new(None));
         let change = Change {
-            make: |tree: &Path| Ok(fs::rename(tree.join("before"), tree.join("after"))?),
+            make: |tree: &Path| {
+                was.set(number(&site.replica.join("before")));
+                Ok(fs::rename(tree.join("before"), tree.join("after"))?)
+            },
             arrived: |tree: &Path| {
                 let after = tree.join("after");
+                // The same directory has the same files: looking at each takes 0.1 s.
+                let same = was.get().is_some() && number(&after) == was.get();
+                if same && !tree.join("before").exists() {
+                    return true;
+                }
                 // Goes on where the look before ended.
                 while next < files {
                     let file = fs::symlink_metadata(after.join(small_file(next)));

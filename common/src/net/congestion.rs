@@ -35,6 +35,9 @@ const INITIAL_WINDOW: u64 = 32 * 1200;
 /// a receiver gives a connection up whose stream has more than 1,024 gaps
 /// (`MAX_CHUNKS` in quinn-proto 0.11.19).
 const SEEK_PACKETS: u64 = 512;
+/// Up to so many packets under way, the beginning trebles the window with each round; from
+/// then on it doubles.
+const EAGER_PACKETS: u64 = 192;
 /// The least that may be under way, packets: enough for a loss to be noticed.
 const LEAST_PACKETS: u64 = 4;
 /// For how many rounds in which there was enough to send a rate counts: one
@@ -279,7 +282,11 @@ impl Controller for Measured {
         self.round.acked += bytes;
         self.round.idle |= app_limited;
         if matches!(self.phase, Phase::Beginning { .. }) && !app_limited {
-            let more = bytes.min((SEEK_PACKETS * self.mtu).saturating_sub(self.round.grown));
+            // As BBR does, whose startup has a gain of 2.77: where little is under way, little
+            // is in anybody's way.
+            let gain = if self.window < EAGER_PACKETS * self.mtu { 2 } else { 1 };
+            let most = (SEEK_PACKETS * self.mtu).saturating_sub(self.round.grown);
+            let more = (bytes * gain).min(most);
             self.round.grown += more;
             self.window = self.window.saturating_add(more);
         }

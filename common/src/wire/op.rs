@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{ObjectId, ReplicaHandle, TransferId};
+use super::Hash;
+use crate::id::{BatchId, ObjectId, ReplicaHandle, TransferId};
 use crate::name::Name;
 use crate::object::ObjectState;
 
@@ -98,7 +99,10 @@ impl Op {
                 Self::Put { object, state, content, .. } => {
                     let target = match content {
                         ContentSource::Symlink { target } => target.len(),
-                        _ => 0,
+                        ContentSource::Appended(appended) => appended.bytes.len(),
+                        ContentSource::Unchanged
+                        | ContentSource::Packed { .. }
+                        | ContentSource::Transferred { .. } => 0,
                     };
                     object.as_bytes().len() + state.weight() + target
                 }
@@ -143,4 +147,24 @@ pub enum ContentSource {
         #[serde(with = "serde_bytes")]
         target: Vec<u8>,
     },
+    /// What was appended to a file that the replica has; what it had stays as it is.
+    Appended(Appended),
 }
+
+/// The end of a file that grew.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Appended {
+    /// The batch that gave the replica's file its content: another one does not end where
+    /// these bytes begin.
+    pub basis: BatchId,
+    /// Of the bytes.
+    pub hash: Hash,
+    /// All of the file from there on, [`APPENDED_MAX`] at most; as many as the file is
+    /// longer than before.
+    #[serde(with = "serde_bytes")]
+    pub bytes: Vec<u8>,
+}
+
+/// The most bytes that [`Appended`] carries: what is longer travels as a transfer. They
+/// stand in the plan, and in the destination's log.
+pub const APPENDED_MAX: u64 = 64 << 10;

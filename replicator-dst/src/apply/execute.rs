@@ -90,6 +90,11 @@ fn one<T: ReplicaTree>(
             note_lost(outcome, object, literals, findings);
             Ok(())
         }
+        Step::Append { object, at, bytes } => {
+            let outcome = tree.append(object, *at, bytes)?;
+            note_lost(outcome, object, &Place::lost(object), findings);
+            Ok(())
+        }
         // An object that is gone by now needs no attributes: whatever lost it
         // has been found by the step that needed it in its place.
         Step::Attributes { object, state } => tree.set_attributes(object, state).map(drop),

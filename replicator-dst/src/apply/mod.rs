@@ -184,6 +184,16 @@ pub enum Step {
         /// Its place.
         at: Place,
     },
+    /// The file becomes what it was up to `at`, and then these bytes, with which it ends.
+    Append {
+        /// The replica's file.
+        object: ReplicaHandle,
+        /// Where in it they begin.
+        at: u64,
+        /// The bytes.
+        #[serde(with = "serde_bytes")]
+        bytes: Vec<u8>,
+    },
 }
 
 /// What came of a call that may meet another state than expected.
@@ -225,6 +235,13 @@ pub trait ReplicaTree {
         literals: &Place,
         list: &Place,
         size: u64,
+    ) -> Result<Outcome, Self::Error>;
+    /// [`Step::Append`].
+    fn append(
+        &mut self,
+        object: &ReplicaHandle,
+        at: u64,
+        bytes: &[u8],
     ) -> Result<Outcome, Self::Error>;
     /// [`Step::Attributes`]. What the file system cannot hold is counted, not an error.
     fn set_attributes(

@@ -289,6 +289,19 @@ impl ReplicaTree for Model {
         self.rewrite(object, literals)
     }
 
+    fn append(&mut self, object: &ReplicaHandle, at: u64, bytes: &[u8]) -> Result<Outcome, Stop> {
+        self.spark()?;
+        match self.nodes.get_mut(object) {
+            Some(Node::File(content)) => {
+                content.resize(at as usize, 0);
+                content.extend_from_slice(bytes);
+            }
+            _ => return Ok(Outcome::Missing),
+        }
+        self.mutated();
+        Ok(Outcome::Done)
+    }
+
     fn set_attributes(
         &mut self,
         object: &ReplicaHandle,

@@ -41,6 +41,13 @@ pub enum Arrival {
         /// The list.
         list: Place,
     },
+    /// Bytes that follow those that the replica has.
+    Append {
+        /// Where they begin.
+        at: u64,
+        /// The bytes.
+        bytes: Vec<u8>,
+    },
     /// The replica cannot make such an object.
     Absent,
 }
@@ -495,6 +502,10 @@ impl<'a, O: Objects> Planner<'a, O> {
                     list: list.clone(),
                     size: put.state.size,
                 }),
+                Some(Arrival::Append { at, bytes }) => {
+                    let (object, at, bytes) = (handle.clone(), *at, bytes.clone());
+                    self.out.steps.push(Step::Append { object, at, bytes });
+                }
                 Some(Arrival::Absent) | None => {}
             }
             let kind = put.state.kind;

@@ -130,8 +130,8 @@ fn place(transfer: u64, batch: u64, session: &mut Session) {
     session.commit(BatchId(batch), header(1, 0)).unwrap();
 }
 
-/// A short tail is named before it is known to have arrived: if it then cannot be
-/// staged, its batch would wait for ever.
+/// What is named before it is known to have arrived, and then cannot be staged, would
+/// keep its batch waiting for ever.
 #[test]
 fn a_batch_is_given_back_when_what_it_names_fails() {
     for fails_first in [true, false] {

@@ -8,6 +8,7 @@ use replicator_common::time::Timestamp;
 use super::tails::{Placing, Tail};
 use crate::index::Known;
 use crate::plan::Hold;
+use crate::read::tail::Carried;
 
 /// A hold with its history.
 pub(super) struct Held {
@@ -38,7 +39,7 @@ pub(super) enum Transfer {
     Running { number: TransferId, basis: Option<ObjectId> },
     /// Was handed to the network; once it has arrived, the next batch places it.
     /// (A batch that places it sooner would wait for it, and all that is small
-    /// with the batch; only a short tail counts as arrived when it is sent.)
+    /// with the batch; a short tail goes with the batch itself.)
     Ready {
         number: TransferId,
         arrived: bool,
@@ -89,4 +90,11 @@ pub(super) struct ReadyFile {
     pub(super) list: Option<u64>,
     /// Only what was appended is at the destination, beside what it had.
     pub(super) tail: Option<Placing>,
+}
+
+impl ReadyFile {
+    /// What was appended, where nothing was sent of it yet.
+    pub(super) fn carried(&self) -> Option<&Carried> {
+        self.tail.as_ref()?.carried.as_ref()
+    }
 }

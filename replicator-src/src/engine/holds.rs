@@ -545,7 +545,8 @@ impl Engine {
     /// The same of a file that was about to be placed.
     pub(super) fn discard_file(&mut self, number: TransferId, file: &ReadyFile) {
         // Nothing was sent of a file that turned out to be as it was.
-        if let Some(session) = self.session.as_ref().filter(|_| number.0 != 0) {
+        let sent = number.0 != 0 && file.carried().is_none();
+        if let Some(session) = self.session.as_ref().filter(|_| sent) {
             abort(session, number);
         }
         // (Another list may be the one in use.)

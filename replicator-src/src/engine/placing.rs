@@ -229,7 +229,13 @@ impl Engine {
             ContentSource::Unchanged
         } else {
             known.version = draft.batch;
-            ContentSource::Transferred { transfer: number }
+            match done.carried() {
+                Some(carried) => {
+                    self.wired.carried(carried.length());
+                    ContentSource::Appended(carried.named())
+                }
+                None => ContentSource::Transferred { transfer: number },
+            }
         };
         let old = self.index.object(object)?;
         let same = number.0 == 0 && old.is_some_and(|old| old.state == known.state);

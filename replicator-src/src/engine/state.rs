@@ -341,6 +341,11 @@ impl Shared {
         self.lock().progress.counted = true;
     }
 
+    /// Whether it is known how much there is.
+    pub fn is_counted(&self) -> bool {
+        self.lock().progress.counted
+    }
+
     /// The census of the source counted objects and bytes so far, or in all.
     pub fn found(&self, objects: u64, bytes: u64, all: bool) {
         let mut inner = self.lock();

@@ -22,21 +22,16 @@ use crate::index::{Content, Known, View};
 use crate::plan::{Hold, HoldReason};
 use crate::read::lane::LaneError;
 use crate::read::sink::APPENDED;
-use crate::read::tail::{Appended, Compared, Comparison, Done, Job};
+use crate::read::tail::{Appended, Carried, Compared, Comparison, Done, Job};
 
 /// Transfers of what was appended that are under way at a time.
 const TAILS: usize = 16;
 /// A file's next tail begins no sooner than this after the last was placed: each costs
 /// a batch, half a kilobyte of headers and acknowledgements.
-const REST: Duration = Duration::from_millis(86);
-/// A tail of so many bytes, at most, is placed by a batch that does not wait for the
-/// word that it has arrived, which is a round trip less, and two packets. The
-/// destination waits for it before it applies the batch: what is that short is
-/// there before the batch is, or just behind it.
-const AT_ONCE: u64 = 64 << 10;
+const REST: Duration = Duration::from_millis(80);
 /// A file that is written to all the time is compared no sooner than this many
-/// times as long as the last comparison took: that is a twenty-fifth of a core.
-const BUSY_PATIENCE: u32 = 24;
+/// times as long as the last comparison took: that is a thirty-third of a core.
+const BUSY_PATIENCE: u32 = 32;
 /// Objects that a batch is put off for, at most.
 const AWAITED: usize = 64;
 
@@ -141,6 +136,8 @@ pub(super) struct Placing {
     appended: Option<Arc<Appended>>,
     /// All else was compared.
     pub(super) proven: bool,
+    /// What was appended, if the plan carries it.
+    pub(super) carried: Option<Carried>,
 }
 
 /// When a large file was last read as a whole, and how long that took.
@@ -389,16 +386,18 @@ impl Engine {
         let proven = compared.is_some();
         let list = proven.then_some(job.list);
         let started = compared.map_or(job.known.read_at, |compared| compared.started);
-        let ready = |known: Box<Known>, appended, fresh, moving| {
-            let tail = Some(Placing { appended, proven });
+        let ready = |known: Box<Known>, appended, fresh, carried, moving| {
+            let tail = Some(Placing { appended, proven, carried });
             Box::new(ReadyFile { known: *known, fresh, started, moving, list, tail })
         };
         let (number, done, arrived) = match done {
-            Done::Sent { known, appended, fresh, moving } => {
-                let arrived = arrived || fresh <= AT_ONCE;
-                (job.transfer, ready(known, appended, fresh, moving), arrived)
+            Done::Sent { known, appended, fresh, carried, moving } => {
+                let arrived = arrived || carried.is_some();
+                (job.transfer, ready(known, appended, fresh, carried, moving), arrived)
             }
-            Done::Same { known, moving } => (TransferId(0), ready(known, None, 0, moving), true),
+            Done::Same { known, moving } => {
+                (TransferId(0), ready(known, None, 0, None, moving), true)
+            }
             // A later event of what was sent already, or a change elsewhere: the
             // comparison tells. Of a file that is not known to grow it need not be
             // tried.
@@ -510,6 +509,6 @@ mod tests {
         // An event every moment, for ever.
         tail.touched = now + Duration::from_secs(60);
         assert_eq!(tail.compare_due(settle, None), now + settle * 8);
-        assert_eq!(tail.compare_due(settle, Some(&rest)), now + Duration::from_secs(24));
+        assert_eq!(tail.compare_due(settle, Some(&rest)), now + Duration::from_secs(32));
     }
 }

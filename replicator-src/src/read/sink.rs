@@ -41,6 +41,11 @@ impl Wired {
         self.content.fetch_add(content.min(bytes as u64), Ordering::Relaxed);
     }
 
+    /// Content of so many bytes goes with a plan.
+    pub fn carried(&self, content: u64) {
+        self.content.fetch_add(content, Ordering::Relaxed);
+    }
+
     /// Bytes of all frames.
     pub fn frames(&self) -> u64 {
         self.frames.load(Ordering::Relaxed)

@@ -17,11 +17,11 @@ use std::sync::atomic::AtomicBool;
 
 use bytes::Bytes;
 use replicator_common::chunk::{self, Chunk, Chunker};
-use replicator_common::id::{ObjectId, TransferId};
+use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::name::Name;
 use replicator_common::sys::stat::{self, Stat};
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{Hash, Layout, PACK_MAX, Piece, TransferBegin};
+use replicator_common::wire::{self, APPENDED_MAX, Hash, Layout, PACK_MAX, Piece, TransferBegin};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
@@ -122,14 +122,16 @@ pub struct Job {
 /// How it ended.
 #[derive(Clone, Debug)]
 pub enum Done {
-    /// What was appended was sent.
+    /// What was appended was sent, or is short.
     Sent {
         /// As the index will know it; version, entry and links are open.
         known: Box<Known>,
         /// What its list lacks, unless it is a new one.
         appended: Option<Arc<Appended>>,
-        /// Bytes sent.
+        /// Bytes that were appended.
         fresh: u64,
+        /// Those bytes, of which nothing was sent: they go with the batch's plan.
+        carried: Option<Carried>,
         /// It has changed since it was compared, or was not compared.
         moving: bool,
     },
@@ -144,6 +146,28 @@ pub enum Done {
     NotGrown,
     /// It has not grown, or not only: it must be read as a whole.
     Otherwise,
+}
+
+/// What was appended to a file, if that is short.
+#[derive(Clone, Debug)]
+pub struct Carried {
+    /// The batch that gave the replica's file its content.
+    basis: BatchId,
+    hash: Hash,
+    bytes: Bytes,
+}
+
+impl Carried {
+    /// Bytes that were appended.
+    pub fn length(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    /// As a plan names it.
+    pub fn named(&self) -> wire::Appended {
+        let Self { basis, hash, bytes } = self;
+        wire::Appended { basis: *basis, hash: *hash, bytes: bytes.to_vec() }
+    }
 }
 
 /// A large file that is to be compared with what the replica holds.
@@ -173,7 +197,7 @@ pub struct Compared {
     from: u64,
 }
 
-/// Sends what was appended. Returns when all frames are queued.
+/// Sends what was appended, unless it is short. Returns when all frames are queued.
 pub fn send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Done, LaneError> {
     match try_send(opener, store, sink, job) {
         // Reading it as a whole tells what it is.
@@ -211,8 +235,10 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     let Some(end) = end_of(fd, &appended, job, &before)? else { return Ok(Done::Otherwise) };
     let appended = appended.with(appended.chunks.len() - 1, cut(&end, average)?);
     let mut out = Out::new(sink, job.transfer);
-    if grown > 0 {
-        put(&mut out, job, state_of(fd, &before)?, end.slice(end.len() - grown as usize..))?;
+    let fresh = end.slice(end.len() - grown as usize..);
+    let short = grown <= APPENDED_MAX;
+    if !short {
+        put(&mut out, job, state_of(fd, &before)?, fresh.clone())?;
     }
     let after = stat::of_fd(fd)?;
     let mut state = state_of(fd, &after)?;
@@ -230,8 +256,12 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     if grown == 0 {
         return Ok(Done::Same { known, moving });
     }
-    out.end(&known.state)?;
-    Ok(Done::Sent { known, appended, fresh: grown, moving })
+    let basis = job.known.version;
+    let carried = short.then(|| Carried { basis, hash: Hash::of(&fresh), bytes: fresh });
+    if carried.is_none() {
+        out.end(&known.state)?;
+    }
+    Ok(Done::Sent { known, appended, fresh: grown, carried, moving })
 }
 
 /// The file from its last known chunk on, if that is what it was, with those

@@ -1,14 +1,14 @@
 //! Counts the source, so that progress can say how much is left.
 //!
-//! A walk of its own beside the engine's: one thread, once a run, a fraction
-//! of what the sync itself costs, and what it reads the sync finds in the
-//! kernel's caches.
+//! A walk of its own beside the engine's: one thread, once a run, a fifteenth
+//! of what the sync itself costs. A sync that is through within [`LATER`] is spared it.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
@@ -21,7 +21,10 @@ use crate::source::Root;
 /// How many objects are counted between two looks at the stop flag.
 const STEP: u64 = 1024;
 
-/// Starts counting; the flag ends it early.
+/// When counting begins: until then, nobody asks how long it will take.
+const LATER: Duration = Duration::from_secs(10);
+
+/// Counts, [later](LATER); the flag ends it early, and so does unparking with it.
 pub(super) fn start(
     root: Arc<Root>,
     shared: Arc<Shared>,
@@ -29,6 +32,16 @@ pub(super) fn start(
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
     let thread = std::thread::Builder::new().name("census".to_owned()).spawn(move || {
+        let begin = Instant::now() + LATER;
+        while let Some(left) = begin.checked_duration_since(Instant::now()) {
+            if flag.load(Ordering::Acquire) {
+                return;
+            }
+            std::thread::park_timeout(left);
+        }
+        if shared.is_counted() {
+            return;
+        }
         let mut census = Census { root: &root, shared: &shared, stop: &flag, objects: 1, bytes: 0 };
         match census.walk() {
             // Totals are for people; without them progress just has no end.

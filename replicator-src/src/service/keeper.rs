@@ -243,6 +243,7 @@ impl Replication {
         verifier.stop();
         if let Some((thread, stop)) = census {
             stop.store(true, Ordering::Release);
+            thread.thread().unpark();
             if thread.join().is_err() {
                 tracing::error!("the census panicked");
             }
