@@ -28,7 +28,7 @@ pub mod kept;
 pub mod op;
 
 pub use kept::{KeptChunk, KeptObject, PackedAgain};
-pub use op::{APPENDED_MAX, Appended, ContentSource, Op};
+pub use op::{APPENDED_BATCH_MAX, APPENDED_MAX, Appended, ContentSource, Op};
 
 use std::borrow::Cow;
 

@@ -116,6 +116,8 @@ pub struct Applier {
     astray: bool,
     /// Before the next attempt of what did not work.
     pause: Duration,
+    /// A file of this size is not too large for the replica's file system, bytes.
+    pub(crate) holds: u64,
     /// An object that the map knows is not in the replica: what the map says
     /// can no longer be trusted, and the source has to reconcile.
     distrust: bool,
@@ -195,6 +197,7 @@ impl Applier {
             spoilt: false,
             astray: false,
             pause: RETRY.0,
+            holds: 0,
             distrust: false,
         })
     }

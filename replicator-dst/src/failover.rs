@@ -23,7 +23,7 @@ use replicator_common::object::Kind;
 use replicator_common::status::FailoverReport;
 use replicator_common::sys::{place, stat};
 use replicator_common::time::Timestamp;
-use replicator_common::wire::Op;
+use replicator_common::wire::{ContentSource, Op};
 use serde::{Deserialize, Serialize};
 
 use crate::applier::set_aside_item;
@@ -222,6 +222,7 @@ fn decide(replica: &Replica) -> Result<Record, FailoverError> {
     let standing = replica.store.standing()?;
     let time = Timestamp::now();
     let plans = Plans::read(replica)?;
+    plans.stage_appended(replica);
     let mut moves = Vec::new();
     for shard in 0..SHARDS {
         let directory = replica.area.staging(shard);
@@ -384,6 +385,10 @@ fn describe(
             "partial file",
             "a large file, or the bytes of a patch of one, whose batch had not arrived as a whole",
         ),
+        Some(b'a') => (
+            "appended bytes",
+            "the end of a large file that grew, whose batch had not arrived as a whole",
+        ),
         Some(b'l') => ("patch list", "says where the bytes of the transfer of that number go"),
         Some(b'n') => {
             ("directory", "files of a new directory whose batch had not arrived as a whole")
@@ -419,6 +424,8 @@ pub(crate) fn decode_hex(text: &str) -> Option<Vec<u8>> {
 /// The plans of batches that were not committed, as far as they arrived.
 struct Plans {
     entries: HashMap<ObjectId, Vec<Entry>>,
+    /// What they carry of files that grew.
+    appended: Vec<(u64, ObjectId, Vec<u8>)>,
 }
 
 impl Plans {
@@ -427,22 +434,47 @@ impl Plans {
         let directory = replica.area.staging(crate::replica::APPLIER_SHARD);
         let names = place::list(directory).map_err(AreaError::system("list", "staging"))?;
         let mut entries: HashMap<ObjectId, Vec<Entry>> = HashMap::new();
+        let mut appended = Vec::new();
         for (name, _) in names {
             let text = name.to_string();
             let Some(rest) = text.strip_prefix("plan.") else { continue };
             let batch = rest.split('.').next().and_then(|batch| batch.parse::<u64>().ok());
-            if batch.is_none_or(|batch| batch <= committed.0) {
-                continue;
-            }
+            let Some(batch) = batch.filter(|batch| *batch > committed.0) else { continue };
             // A plan that a crash has cut short names nothing.
             let Some(ops) = read_plan(&replica.area, &name) else { continue };
             for op in ops {
-                if let Op::Entry { directory, name, new: Some(new), .. } = op {
-                    entries.entry(new).or_default().push(Entry { directory, name });
+                match op {
+                    Op::Entry { directory, name, new: Some(new), .. } => {
+                        entries.entry(new).or_default().push(Entry { directory, name });
+                    }
+                    Op::Put { object, content: ContentSource::Appended(bytes), .. } => {
+                        appended.push((batch, object, bytes.bytes));
+                    }
+                    _ => {}
                 }
             }
         }
-        Ok(Self { entries })
+        Ok(Self { entries, appended })
+    }
+
+    /// Makes staged files of what plans carry, to be set aside as others are. What finds no
+    /// place is lost, and is no reason not to fail over.
+    fn stage_appended(&self, replica: &Replica) {
+        let directory = replica.area.staging(crate::replica::APPLIER_SHARD);
+        for (batch, object, bytes) in &self.appended {
+            let digits = object.to_file_name();
+            let digits = &digits[..digits.len().min(Stager::OBJECT_DIGITS)];
+            let name = Name::new(format!("a{batch}.0.{digits}").as_bytes())
+                .unwrap_or_else(|_| unreachable!("under 255 bytes, no slash"));
+            // Of an attempt before this one.
+            let _ = place::unlink(directory, &name);
+            let written = place::create_file(directory, &name)
+                .and_then(|file| place::write_at(&file, bytes, 0));
+            if let Err(error) = written {
+                tracing::warn!(%object, %error, "what was appended cannot be set aside");
+                let _ = place::unlink(directory, &name);
+            }
+        }
     }
 
     /// The paths an object was to have, or has.

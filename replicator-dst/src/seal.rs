@@ -9,7 +9,9 @@ use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::{Kind, ObjectState};
 use replicator_common::sys::{handle, place, stat};
-use replicator_common::wire::{APPENDED_MAX, Appended, ContentSource, Hash, Op};
+use replicator_common::wire::{
+    APPENDED_BATCH_MAX, APPENDED_MAX, Appended, ContentSource, Hash, Op,
+};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
@@ -22,6 +24,7 @@ use crate::hints;
 use crate::objects::{Objects, path_of};
 use crate::replica::applier_staging;
 use crate::session::{StagedTransfer, WholeBatch};
+use crate::stage::probe_size;
 use crate::store::{SetAsideItem, StoreError};
 
 /// Why a batch was not sealed, or not applied.
@@ -101,6 +104,7 @@ impl Applier {
     /// Stages what needs no content from a data stream.
     pub(crate) fn stage_rest(&mut self, batch: &WholeBatch) -> Result<Staged, SealError> {
         let mut staged = stage_arrived(batch)?;
+        check_all_appended(&batch.ops)?;
         let adopted = self.replica.nests.adopt(batch, &staged);
         let mut unplaceable = Vec::new();
         for (number, op) in batch.ops.iter().enumerate() {
@@ -114,9 +118,16 @@ impl Applier {
             }
             if let ContentSource::Appended(appended) = content {
                 check_appended(object, state, *new, appended)?;
-                match self.appended(object, state, appended)? {
-                    Ok(arrival) => drop(staged.insert(object.clone(), arrival)),
-                    Err(reason) => unplaceable.push((object.clone(), reason)),
+                match self.appended(object, state, appended) {
+                    Ok(Some(arrival)) => drop(staged.insert(object.clone(), arrival)),
+                    Ok(None) => {
+                        let reason = "what it was appended to is not here";
+                        unplaceable.push((object.clone(), reason.to_owned()));
+                    }
+                    Err(SealError::Area(error)) if error.is_of_one_object() => {
+                        unplaceable.push((object.clone(), error.to_string()));
+                    }
+                    Err(error) => return Err(error),
                 }
                 continue;
             }
@@ -142,20 +153,39 @@ impl Applier {
         if unplaceable.is_empty() { Ok(staged) } else { Err(SealError::Unplaceable(unplaceable)) }
     }
 
-    /// What is to be appended to an object, or why it cannot be: what it follows is not
-    /// here (trap 5).
+    /// What is to be appended to an object; `None` when what it follows is not here (trap 5).
+    ///
+    /// INVARIANT: what cannot be appended is found out before it is logged.
     fn appended(
-        &self,
+        &mut self,
         object: &ObjectId,
         state: &ObjectState,
         appended: &Appended,
-    ) -> Result<Result<Arrival, String>, SealError> {
+    ) -> Result<Option<Arrival>, SealError> {
         let known = self.replica.store.get(object)?;
         if known.is_none_or(|known| known.content != appended.basis) {
-            return Ok(Err("what it was appended to is not here".to_owned()));
+            return Ok(None);
         }
+        self.replica.slack.restore().map_err(|error| AreaError::no_slack(&error))?;
+        self.probe_size(state.size)?;
         let bytes = appended.bytes.clone();
-        Ok(Ok(Arrival::Append { at: state.size - bytes.len() as u64, bytes }))
+        Ok(Some(Arrival::Append { at: state.size - bytes.len() as u64, bytes }))
+    }
+
+    /// Whether the replica's file system holds a file of that size.
+    fn probe_size(&mut self, size: u64) -> Result<(), AreaError> {
+        if size <= self.holds {
+            return Ok(());
+        }
+        let directory = self.replica.area.staging(crate::replica::APPLIER_SHARD);
+        let name = Name::new(b"size").unwrap_or_else(|_| unreachable!("a plain word"));
+        crate::area::remove_tree(directory, &name)?;
+        let probe =
+            place::create_file(directory, &name).map_err(AreaError::system("create", &name))?;
+        let holds = probe_size(&probe, &name, size);
+        crate::area::remove_tree(directory, &name)?;
+        self.holds = self.holds.max(holds?);
+        Ok(())
     }
 
     /// A directory whose files stand in it already.
@@ -243,6 +273,18 @@ fn valid_target(target: &[u8]) -> bool {
     (1..=4095).contains(&target.len()) && !target.contains(&0)
 }
 
+/// The steps of one batch have room when all else is full: see [`crate::reserve`].
+fn check_all_appended(ops: &[Op]) -> Result<(), SealError> {
+    let appended = ops.iter().map(|op| match op {
+        Op::Put { content: ContentSource::Appended(appended), .. } => appended.bytes.len() as u64,
+        _ => 0,
+    });
+    match appended.sum::<u64>() <= APPENDED_BATCH_MAX {
+        true => Ok(()),
+        false => Err(SealError::Breach("too much is appended by one batch".to_owned())),
+    }
+}
+
 fn check_appended(
     object: &ObjectId,
     state: &ObjectState,
@@ -250,7 +292,8 @@ fn check_appended(
     appended: &Appended,
 ) -> Result<(), SealError> {
     let length = appended.bytes.len() as u64;
-    let fits = !new && state.kind == Kind::File && length <= state.size.min(APPENDED_MAX);
+    let size = i64::try_from(state.size).is_ok() && length <= state.size.min(APPENDED_MAX);
+    let fits = !new && state.kind == Kind::File && size;
     let what = match fits {
         false => "what is appended does not fit",
         true if Hash::of(&appended.bytes) != appended.hash => "wrong hash",

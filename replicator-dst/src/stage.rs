@@ -354,13 +354,8 @@ impl Stager {
             return Ok(());
         }
         let probe = self.create(&place.name, PRIVATE)?;
-        // What grows bit by bit, or is one of many, is not probed each time.
-        let more = size.checked_next_power_of_two().unwrap_or(size);
-        if place::set_size(&probe, more).is_ok() {
-            self.holds = more;
-            return Ok(());
-        }
-        place::set_size(&probe, size).map_err(AreaError::system("set size of", &place.name))
+        self.holds = self.holds.max(probe_size(&probe, &place.name, size)?);
+        Ok(())
     }
 
     /// The basis, if it is what the source believes (trap 5).
@@ -512,6 +507,21 @@ impl Stager {
         places.extend(open.reuse.iter().flat_map(Reuse::places));
         Self::discard(&self.area, &places);
     }
+}
+
+/// Finds out by an empty file of ours, `name`, whether the file system holds one of `size`
+/// bytes; gives the size up to which it does, in bytes: what grows bit by bit, or is one
+/// of many, is not probed each time.
+///
+/// # Errors
+/// It does not, or its error.
+pub(crate) fn probe_size(probe: &OwnedFd, name: &Name, size: u64) -> Result<u64, AreaError> {
+    let more = size.checked_next_power_of_two().unwrap_or(size);
+    if place::set_size(probe, more).is_ok() {
+        return Ok(more);
+    }
+    place::set_size(probe, size).map_err(AreaError::system("set size of", name))?;
+    Ok(size)
 }
 
 fn unnamed(name: &Name) -> AreaError {

@@ -35,7 +35,8 @@ use crate::mark::Reached;
 use crate::objects::{Known, Objects, Position};
 use crate::upgrade::StandingV1;
 
-const STORE_VERSION: u32 = 2;
+/// 1: standings without a nonce. 2: without [`Step::Append`].
+const STORE_VERSION: u32 = 3;
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 const OBJECTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("objects");
 const LOG: TableDefinition<'_, (u64, u32), &[u8]> = TableDefinition::new("log");
@@ -217,6 +218,12 @@ impl Store {
                     Err(StoreError::Newer { path: store.path.clone(), found })
                 }
                 Some(STORE_VERSION) => Ok(()),
+                Some(2) => {
+                    let row = store.encode(&STORE_VERSION)?;
+                    meta.insert("version", row.as_slice())
+                        .map_err(|e| store.err("upgrade")(e.into()))?;
+                    Ok(())
+                }
                 Some(_) => {
                     let row = meta.get("standing").map_err(|e| store.err("upgrade")(e.into()))?;
                     let old = row.map(|row| store.decode::<StandingV1>(row.value())).transpose()?;
@@ -657,5 +664,9 @@ fn estimate(step: &Step) -> usize {
         }
         _ => 0,
     };
-    600 + xattrs
+    let appended = match step {
+        Step::Append { bytes, .. } => bytes.len(),
+        _ => 0,
+    };
+    600 + xattrs + appended
 }

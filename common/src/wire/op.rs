@@ -168,3 +168,7 @@ pub struct Appended {
 /// The most bytes that [`Appended`] carries: what is longer travels as a transfer. They
 /// stand in the plan, and in the destination's log.
 pub const APPENDED_MAX: u64 = 64 << 10;
+
+/// The most bytes that all [`Appended`] of a batch carry together: less than what the
+/// destination keeps free for steps that it has logged.
+pub const APPENDED_BATCH_MAX: u64 = 1 << 20;

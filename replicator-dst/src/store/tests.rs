@@ -25,9 +25,32 @@ fn a_store_of_version_1_is_upgraded_and_a_newer_one_refused() {
         let store = Store::open(&path, || unreachable!()).unwrap();
         assert_eq!(store.standing().unwrap(), standing);
     }
+    version(2, codec::encode_record(&standing).unwrap());
+    for _ in 0..2 {
+        let store = Store::open(&path, || unreachable!()).unwrap();
+        assert_eq!(store.standing().unwrap(), standing);
+    }
     version(STORE_VERSION + 1, codec::encode_record(&standing).unwrap());
     let newer = Store::open(&path, || unreachable!());
     assert!(matches!(newer, Err(StoreError::Newer { found, .. }) if found > STORE_VERSION));
+}
+
+/// What is logged can be read again, however many bytes its steps carry.
+#[test]
+fn steps_that_carry_much_are_logged_in_rows_that_can_be_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store.redb");
+    let store = Store::open(&path, || Standing::new(Incarnation([1; 16]), false)).unwrap();
+    let mut standing = store.standing().unwrap();
+    standing.committed = BatchId(1);
+    let object = ObjectId::new(1, &[1]).unwrap();
+    let steps = vec![Step::Append { object, at: 7, bytes: vec![b'x'; 64 << 10] }; 400];
+    store.commit(&mut standing, &Commit { steps: &steps, ..Commit::default() }).unwrap();
+    drop(store);
+    let store = Store::open(&path, || unreachable!()).unwrap();
+    let mut logged = 0;
+    store.each_logged(|_, part| logged += part.len()).unwrap();
+    assert_eq!(logged, 400);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! How a batch comes about: barrier, absorb, resolve, read, look again,
 //! assemble, make durable, commit.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use replicator_common::id::{BatchId, ObjectId, Seq, TransferId};
@@ -46,6 +46,10 @@ const ROUNDS: u32 = 3;
 /// a new one must have been queued: a rename moves the name and queues its
 /// event within one system call, but its thread may be held up in between.
 const OUTSIDE_AFTER: Duration = Duration::from_millis(100);
+
+/// After so many files in a row that were replaced before their content had come, the
+/// next gets its name without.
+const OVERTAKEN: u32 = 3;
 
 /// What a batch is made from, while it is built.
 pub(super) struct Draft {
@@ -118,7 +122,10 @@ impl Engine {
         draft.resolve.root = (leaves || !root.by_handle()).then(|| root.id.clone());
         self.take_records(&mut draft)?;
         draft.resolve.waiting = self.gap.is_some().then(|| self.waiting());
-        draft.resolve.under_way = self.names_under_way();
+        self.note_under_way(&mut draft.resolve)?;
+        let overtaken = self.overtaken.iter().filter(|(_, times)| **times >= OVERTAKEN);
+        draft.resolve.overtaken = overtaken.map(|(place, _)| place.clone()).collect();
+        self.look_at_waiting()?;
         draft.span.reach(barrier.seq, barrier.time);
         if !self.root_known()? {
             draft.resolve.begin_at(&self.opener.root().id);
@@ -134,14 +141,51 @@ impl Engine {
         held.chain(self.owed.places()).cloned().collect()
     }
 
-    /// Large files whose content has to come before a name does.
-    fn names_under_way(&self) -> HashMap<ObjectId, u64> {
-        let named = self.holds.iter().filter(|(_, held)| !held.hold.entries.is_empty());
-        let large = named.filter_map(|(object, held)| match held.hold.reason {
-            HoldReason::Large { size } => Some((object.clone(), size)),
-            HoldReason::Unreadable { .. } | HoldReason::Refused { .. } => None,
-        });
-        large.collect()
+    /// Tells the batch of what the replica has and of which something waits.
+    fn note_under_way(&self, resolve: &mut Resolve) -> Result<(), EngineError> {
+        for (object, held) in self.holds.iter().filter(|(_, held)| held.known) {
+            let (reason, entries) = (&held.hold.reason, &held.hold.entries);
+            if matches!(reason, HoldReason::Large { .. }) || !entries.is_empty() {
+                resolve.under_way.insert(object.clone(), reason.clone());
+            }
+            for (directory, name) in entries {
+                if self.index.entry(directory, name)?.as_ref() != Some(object) {
+                    resolve.named.insert(object.clone());
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What waited for these names is gone. (Names under which the replica has nothing
+    /// are nobody's.)
+    pub(super) fn overtake(
+        &mut self,
+        entries: &BTreeSet<(ObjectId, Name)>,
+    ) -> Result<(), EngineError> {
+        for place in entries {
+            if self.index.entry(&place.0, &place.1)?.is_some() {
+                *self.overtaken.entry(place.clone()).or_default() += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// A name that waits is looked at with those that its file has: whether the file can
+    /// wait any longer depends on them.
+    fn look_at_waiting(&mut self) -> Result<(), EngineError> {
+        let named = self.holds.iter().filter(|(_, held)| held.known);
+        let named = named.filter(|(_, held)| !held.hold.entries.is_empty());
+        let mut touched = Vec::new();
+        for (object, _) in named {
+            let links = self.index.links(object)?;
+            if links.iter().any(|place| self.dirty.entries.contains_key(place)) {
+                touched.push(object.clone());
+            }
+        }
+        touched.iter().for_each(|object| self.redo_hold(object));
+        Ok(())
     }
 
     fn draft(&self) -> Draft {
@@ -265,6 +309,7 @@ impl Engine {
                 Meanwhile::Touched | Meanwhile::Lost => return Ok(()),
             }
             self.absorb(&records, draft)?;
+            self.look_at_waiting()?;
             draft.span.reach(barrier.seq, barrier.time);
             draft.input.merge(self.dirty.clone());
         }
@@ -378,6 +423,9 @@ impl Engine {
         let root = self.opener.root().id.clone();
         let (index, tree) = (&self.index, &mut self.tree);
         let mut assembly = assemble(&draft.resolve, &draft.outcomes, &root, settings, index, tree)?;
+        for change in &assembly.delta.entries {
+            self.overtaken.remove(&(change.directory.clone(), change.name.clone()));
+        }
         let Some(checked) = self.check_deletions(draft, &assembly)? else { return Ok(()) };
         draft = checked;
         self.note_skipped(&draft, &dropped_by(&assembly.delta));

@@ -29,6 +29,8 @@ pub(super) struct Held {
     pub(super) reuses: bool,
     /// Of a file that may just have grown.
     pub(super) tail: Option<Tail>,
+    /// The replica has the file, of which something else waits.
+    pub(super) known: bool,
 }
 
 /// How far a held large file's transfer is.

@@ -141,8 +141,19 @@ impl Engine {
                     let may_have_grown = large && !walking && known().is_some_and(cut);
                     let tail = may_have_grown.then(|| Tail::new(now));
                     let reuses = false;
-                    let held =
-                        Held { hold, floor, since, due, transfer, touched, whole, reuses, tail };
+                    let known = self.index.kind(&object).ok().flatten().is_some();
+                    let held = Held {
+                        hold,
+                        floor,
+                        since,
+                        due,
+                        transfer,
+                        touched,
+                        whole,
+                        reuses,
+                        tail,
+                        known,
+                    };
                     self.holds.insert(object, held);
                 }
             }
@@ -352,6 +363,7 @@ impl Engine {
                 // What its entries lead to now is another matter.
                 self.redo_hold(&job.object);
                 if let Some(held) = self.holds.remove(&job.object) {
+                    self.overtake(&held.hold.entries)?;
                     let links = self.index.links(&job.object)?;
                     let places = held.hold.entries.into_iter().chain(links);
                     self.look_at_rest(&Resolve::default(), places.collect(), held.floor);
@@ -587,6 +599,7 @@ impl Engine {
             whole: false,
             reuses: false,
             tail,
+            known: true,
         };
         self.holds.insert(object, held);
     }

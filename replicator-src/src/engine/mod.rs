@@ -70,6 +70,7 @@ use crate::read::lane::{Done, Job, LaneError};
 use crate::read::pool::Pool;
 use crate::read::sink::{SinkError, Wired};
 use crate::read::tail;
+use crate::read::tail::Allowance;
 use crate::session::{LinkEvent, Session};
 use crate::source::{Opener, SourceError, SourceTree};
 use crate::watcher::What;
@@ -298,6 +299,12 @@ pub struct Engine {
     lists: std::ops::Range<u64>,
     /// Chunk lists of transfers that were not placed: go with the next batch.
     dead_lists: Vec<u64>,
+    /// How many files in a row waited under a name, and were gone before their content had come.
+    overtaken: HashMap<(ObjectId, Name), u32>,
+    /// What plans may carry of files that grow.
+    allowance: Allowance,
+    /// Chunk lists of comparisons, by object, that no batch has placed yet.
+    compared_lists: HashMap<ObjectId, u64>,
     /// The watermark that batches claimed so far.
     claimed: Timestamp,
     last_build: Instant,
@@ -418,6 +425,9 @@ impl Engine {
             next_transfer: TransferId(1),
             lists: 0..0,
             dead_lists: Vec::new(),
+            overtaken: HashMap::new(),
+            allowance: Allowance::default(),
+            compared_lists: HashMap::new(),
             claimed,
             last_build: now,
             last_report: now,

@@ -15,7 +15,7 @@ use super::held::{ReadyFile, Transfer};
 use super::tails::Tail;
 use super::{Engine, EngineError};
 use crate::index::View;
-use crate::plan::waits::is_through;
+use crate::plan::waits::{is_through, still_leads};
 use crate::plan::{Assembly, HoldReason, Need, Outcome, Resolve};
 use crate::read::small;
 use crate::source::Opened;
@@ -52,6 +52,7 @@ impl Engine {
                 self.discard_file(placed.number, &placed.file);
                 continue;
             }
+            self.place_compared(&object, &placed.file);
             draft.fresh += placed.file.fresh;
             if placed.file.moving {
                 self.hold_again(object.clone(), &placed.file, placed.took, tail);
@@ -94,6 +95,9 @@ impl Engine {
         left: &BTreeMap<ObjectId, crate::plan::Hold>,
         placed: &BTreeSet<ObjectId>,
     ) -> Result<(), EngineError> {
+        for (object, held) in self.holds.iter_mut().filter(|(_, held)| held.known) {
+            held.hold.entries.retain(|place| still_leads(object, place, &draft.resolve));
+        }
         let looked: Vec<ObjectId> = self
             .holds
             .iter()
@@ -107,6 +111,7 @@ impl Engine {
         for object in looked {
             let Some(mut held) = self.holds.remove(&object) else { continue };
             if draft.outcomes.get(&object) == Some(&Outcome::Gone) {
+                self.overtake(&held.hold.entries)?;
                 held.hold.entries.extend(self.index.links(&object)?);
             }
             self.look_at_rest(&draft.resolve, held.hold.entries, held.floor);
@@ -220,7 +225,14 @@ impl Engine {
         }
         let touched = held.touched;
         let ready = std::mem::replace(&mut held.transfer, Transfer::Waiting);
-        let Transfer::Ready { number, done, took, .. } = ready else { return Ok(false) };
+        let Transfer::Ready { number, basis, done, took, .. } = ready else { return Ok(false) };
+        let of_itself = done.tail.is_some() || basis.is_some_and(|(basis, _)| basis == *object);
+        if need.new && of_itself {
+            // The replica has not what this was to change: the file left it meanwhile.
+            (held.tail, held.known) = (None, false);
+            self.discard_file(number, &done);
+            return Ok(false);
+        }
         let mut done = done;
         done.moving |= touched || held.tail.as_ref().is_some_and(|tail| tail.has_changed(&done));
         self.renew_attributes(object, need, &mut done);

@@ -110,9 +110,10 @@ impl Tail {
                 (self.appended, self.wanted) = (placed.appended.clone(), touched);
                 self
             }
-            Some(_) => {
+            Some(placed) => {
                 let (wanted, touched, due) = (touched || self.changed, self.touched, self.due);
-                Self { placed: batch, wanted, touched, due, ..Self::new(now) }
+                let appended = placed.appended.clone();
+                Self { placed: batch, appended, wanted, touched, due, ..Self::new(now) }
             }
             // Read as a whole.
             None => Self { placed: batch, due: self.due, ..Self::new(now) },
@@ -181,6 +182,7 @@ impl Engine {
                 whole: false,
                 reuses: false,
                 tail: Some(Tail::new(now)),
+                known: true,
             };
             self.holds.insert(object, held);
         }
@@ -241,6 +243,7 @@ impl Engine {
         if !self.may_tail() {
             return Ok(());
         }
+        self.forget_compared();
         let now = Instant::now();
         let mut ship = Vec::new();
         let mut compare: Option<(Instant, ObjectId)> = None;
@@ -270,6 +273,35 @@ impl Engine {
             self.start_tail(object)?;
         }
         Ok(())
+    }
+
+    /// Lists of comparisons that lead to nothing are no more.
+    ///
+    /// INVARIANT: what is under way may bring the list.
+    fn forget_compared(&mut self) {
+        let (holds, dead) = (&self.holds, &mut self.dead_lists);
+        let counts = |held: &Held, list: u64| {
+            let tail = held.tail.as_ref().filter(|tail| !tail.failed);
+            let compared = tail.and_then(|tail| tail.compared);
+            !matches!(held.transfer, Transfer::Waiting)
+                || compared.is_some_and(|compared| compared.list == list)
+        };
+        self.compared_lists.retain(|object, list| {
+            let counts = holds.get(object).is_some_and(|held| counts(held, *list));
+            if !counts {
+                dead.push(*list);
+            }
+            counts
+        });
+    }
+
+    /// A batch places a file: if with the list of its comparison, that is the index's now.
+    pub(super) fn place_compared(&mut self, object: &ObjectId, file: &ReadyFile) {
+        if let Content::Chunks { list, .. } = file.known.content
+            && self.compared_lists.get(object) == Some(&list)
+        {
+            self.compared_lists.remove(object);
+        }
     }
 
     fn tails_running(&self) -> usize {
@@ -333,7 +365,8 @@ impl Engine {
         held.transfer = Transfer::Running { number: transfer, basis };
         self.running.insert(transfer, object.clone());
         let clock = self.clock.clone();
-        let job = Job { transfer, object, hint, known, appended, compared, list, clock };
+        let allowance = self.allowance.clone();
+        let job = Job { transfer, object, hint, known, appended, compared, list, allowance, clock };
         let post = self.post.clone();
         self.pool.append(job, &session.sink, move |job, result| {
             // The engine may have stopped meanwhile.
@@ -345,6 +378,7 @@ impl Engine {
     fn start_comparison(&mut self, object: ObjectId) -> Result<(), EngineError> {
         let Some(known) = self.growing(&object)? else { return Ok(()) };
         let hint = self.hint_of(&object, &known)?;
+        let list = self.next_list()?;
         let Some(tail) = self.holds.get_mut(&object).and_then(|held| held.tail.as_mut()) else {
             return Ok(());
         };
@@ -353,7 +387,7 @@ impl Engine {
         (tail.comparing, tail.changed) = (Some(number), false);
         self.comparing = Some(number);
         let appended = appended_to(tail, &known);
-        let job = Comparison { object, hint, known, appended, clock: self.clock.clone() };
+        let job = Comparison { object, hint, known, appended, list, clock: self.clock.clone() };
         let post = self.post.clone();
         self.pool.compare(job, move |job, (result, took)| {
             // The engine may have stopped meanwhile.
@@ -384,10 +418,14 @@ impl Engine {
             Err(LaneError::Read(_)) => Done::Otherwise,
         };
         let proven = compared.is_some();
-        let list = proven.then_some(job.list);
         let started = compared.map_or(job.known.read_at, |compared| compared.started);
         let ready = |known: Box<Known>, appended, fresh, carried, moving| {
             let tail = Some(Placing { appended, proven, carried });
+            let new = |list: &u64| *list == job.list;
+            let list = match known.content {
+                Content::Chunks { list, .. } => Some(list).filter(new),
+                _ => None,
+            };
             Box::new(ReadyFile { known: *known, fresh, started, moving, list, tail })
         };
         let (number, done, arrived) = match done {
@@ -395,8 +433,8 @@ impl Engine {
                 let arrived = arrived || carried.is_some();
                 (job.transfer, ready(known, appended, fresh, carried, moving), arrived)
             }
-            Done::Same { known, moving } => {
-                (TransferId(0), ready(known, None, 0, None, moving), true)
+            Done::Same { known, appended, moving } => {
+                (TransferId(0), ready(known, appended, 0, None, moving), true)
             }
             // A later event of what was sent already, or a change elsewhere: the
             // comparison tells. Of a file that is not known to grow it need not be
@@ -452,6 +490,9 @@ impl Engine {
     ) -> Result<(), EngineError> {
         self.comparing = None;
         self.rest(object, took, matches!(result, Ok(Some(_))));
+        if let Ok(Some(compared)) = &result {
+            self.dead_lists.extend(self.compared_lists.insert(object.clone(), compared.list));
+        }
         let held = self.holds.get_mut(object);
         let tail = held.and_then(|held| held.tail.as_mut());
         let Some(tail) = tail.filter(|tail| !tail.failed && tail.comparing == Some(number)) else {

@@ -282,7 +282,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             if binding.old == binding.new {
                 continue;
             }
-            if let Some((object, reason)) = self.waits(binding, &waiting)?
+            if let Some((object, reason)) = self.waits((place, binding), &waiting)?
                 && self.too_long(&place.1).is_none()
             {
                 self.hold_entry(object, place, reason.clone());

@@ -8,6 +8,7 @@ use replicator_common::object::Kind;
 use replicator_common::time::Timestamp;
 
 use super::PlanError;
+use super::assemble::HoldReason;
 use super::dirty::{Dirty, Listing, Rest};
 use super::recall::way;
 use super::survey::survey;
@@ -98,8 +99,13 @@ pub struct Resolve {
     /// (see [`super::survey`]), all but these entries, which somebody waits to
     /// hear of. `None` when each entry is to be looked at.
     pub waiting: Option<HashSet<Place>>,
-    /// Files with a name that waits for their content, and how large they were, bytes.
-    pub under_way: HashMap<ObjectId, u64>,
+    /// Files of the replica whose content waits, and why.
+    pub under_way: HashMap<ObjectId, HoldReason>,
+    /// Those of them with a name that waits, too: that is where they are.
+    pub named: HashSet<ObjectId>,
+    /// Names that nothing waits for any more: several files in a row were replaced under
+    /// them before their content had come.
+    pub overtaken: HashSet<Place>,
     /// Entries that were compared with the index, many at a time.
     pub looked: usize,
     /// Sizes counted into `bytes`, to count each object once.

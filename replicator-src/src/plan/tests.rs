@@ -18,6 +18,7 @@ use replicator_common::time::Timestamp;
 use replicator_common::wire::{ContentSource, Hash, Op};
 
 use super::resolve::Budget;
+use super::waits::{is_through, still_leads};
 use super::*;
 use crate::index::{Content, Delta, Known, Orphan, View};
 use crate::journal::Record;
@@ -467,14 +468,54 @@ impl Run {
         self.cursor = end;
     }
 
-    fn release(&mut self) {
+    /// What waits is looked at again when its content is there, `large` being those of
+    /// which it is not, or when a name of it is looked at.
+    fn release(&mut self, large: u32) {
         let what = What { content: true, attributes: true };
         for (object, hold) in std::mem::take(&mut self.held) {
+            let object = &object;
+            let comes = large == 0 || !inode(object).is_multiple_of(large);
+            let had = self.index.entries.iter().filter(|(_, one)| *one == object);
+            let names = had.map(|(place, _)| place);
+            let touched = names.into_iter().any(|place| self.dirty.entries.contains_key(place));
+            let looked_at = touched && self.index.objects.contains_key(object);
+            if !(comes || looked_at) {
+                self.held.push((object.clone(), hold));
+                continue;
+            }
             for (directory, name) in hold.entries {
                 self.dirty.entry(directory, name, what);
             }
-            self.dirty.object(object, what);
+            self.dirty.object(object.clone(), what);
         }
+    }
+
+    /// What the batch leaves to wait, and what waited and was not looked at.
+    fn hold(
+        &mut self,
+        mut left: BTreeMap<ObjectId, Hold>,
+        resolve: &Resolve,
+        outcomes: &HashMap<ObjectId, Outcome>,
+    ) {
+        for (object, mut old) in std::mem::take(&mut self.held) {
+            if resolve.under_way.contains_key(&object) {
+                old.entries.retain(|place| still_leads(&object, place, resolve));
+            }
+            match left.get_mut(&object) {
+                Some(hold) => hold.entries.extend(old.entries),
+                None if is_through(&object, &old.entries, resolve, outcomes) => {
+                    // Names that were not looked at are, in the next.
+                    for (directory, name) in old.entries {
+                        let place = (directory, name);
+                        if !resolve.bindings.contains_key(&place) {
+                            self.dirty.entry(place.0, place.1, What::default());
+                        }
+                    }
+                }
+                None => drop(left.insert(object, old)),
+            }
+        }
+        self.held = left.into_iter().collect();
     }
 
     /// Builds one batch; `between` changes the world between resolving,
@@ -488,9 +529,15 @@ impl Run {
         follow: bool,
     ) {
         self.batch += 1;
-        let held = self.held.iter().filter(|(_, hold)| !hold.entries.is_empty());
-        let under_way = held.map(|(object, _)| (object.clone(), 1)).collect();
-        self.release();
+        let known = self.held.iter().filter(|(one, _)| self.index.objects.contains_key(one));
+        let under_way: HashMap<_, _> =
+            known.map(|(object, hold)| (object.clone(), hold.reason.clone())).collect();
+        let elsewhere = |object: &ObjectId, hold: &Hold| {
+            hold.entries.iter().any(|place| self.index.entries.get(place) != Some(object))
+        };
+        let named = self.held.iter().filter(|(object, hold)| elsewhere(object, hold));
+        let named = named.map(|(object, _)| object.clone()).collect();
+        self.release(large);
         let quiet = self.dirty.listings.is_empty()
             && self.astray.is_empty()
             && self.cursor == self.world.records.len();
@@ -498,7 +545,7 @@ impl Run {
         self.dirty.merge(recall(astray, &id(ROOT), &self.index, &mut self.world).unwrap());
         let mut resolve = Resolve::default();
         resolve.walking = self.walking;
-        resolve.under_way = under_way;
+        (resolve.under_way, resolve.named) = (under_way, named);
         resolve.waiting = self.walking.then(HashSet::new);
         let leaves = self.index.orphans.values().any(|orphan| orphan.left);
         resolve.root = (leaves || self.world.places.is_some()).then(|| id(ROOT));
@@ -519,6 +566,7 @@ impl Run {
         if follow {
             // What changed meanwhile is followed within the batch.
             self.absorb(usize::MAX - self.cursor);
+            self.release(large);
             resolve.feed(&mut self.dirty, budget, &self.index, &mut self.world).unwrap();
             let (again, fresh) = self.read(&mut resolve, large);
             outcomes.extend(again);
@@ -549,9 +597,9 @@ impl Run {
             let orphaned = out.orphaned.into_iter().map(|orphan| Listing::new(orphan, true));
             self.dirty.listings.extend(orphaned);
         }
+        self.hold(out.holds, &resolve, &outcomes);
         self.astray = resolve.astray;
         self.astray.merge(out.astray);
-        self.held = out.holds.into_iter().collect();
         self.walking &= !(quiet && self.dirty.is_empty() && self.astray.is_empty());
     }
 

@@ -43,7 +43,10 @@ pub fn is_through(
         Some(binding) => binding.new.as_ref() != Some(object),
         None => listed(&place.0),
     };
-    let orphaned = !entries.is_empty() && entries.iter().all(elsewhere);
+    // (Of one that the replica has, content waits too.)
+    let orphaned = !entries.is_empty()
+        && !resolve.under_way.contains_key(object)
+        && entries.iter().all(elsewhere);
     shipped || orphaned
 }
 
@@ -61,6 +64,14 @@ pub fn brings_content(
         Some(Outcome::Gone) => true,
         _ => false,
     }
+}
+
+/// Whether an entry that waits for an object of the replica still does, once a batch has
+/// looked at it: it leads there, or did before.
+pub fn still_leads(object: &ObjectId, place: &(ObjectId, Name), resolve: &Resolve) -> bool {
+    resolve.bindings.get(place).is_none_or(|binding| {
+        binding.old.as_ref() == Some(object) || binding.new.as_ref() == Some(object)
+    })
 }
 
 /// Whether a record says that content of an object may have changed which waits

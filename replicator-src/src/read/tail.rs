@@ -13,7 +13,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bytes::Bytes;
 use replicator_common::chunk::{self, Chunk, Chunker};
@@ -21,7 +21,9 @@ use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::name::Name;
 use replicator_common::sys::stat::{self, Stat};
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{self, APPENDED_MAX, Hash, Layout, PACK_MAX, Piece, TransferBegin};
+use replicator_common::wire::{
+    self, APPENDED_BATCH_MAX, APPENDED_MAX, Hash, Layout, PACK_MAX, Piece, TransferBegin,
+};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
@@ -87,6 +89,12 @@ impl Appended {
         Some(&self.chunks[first..])
     }
 
+    /// The same over the list of a comparison.
+    fn since(&self, compared: &Compared) -> Option<Self> {
+        let chunks = self.from(compared.from)?.to_vec();
+        Some(Self { keep: compared.count - 1, at: compared.from, chunks })
+    }
+
     /// With other chunks from the one on that begins at `at`.
     fn with(&self, last: usize, chunks: Vec<Chunk>) -> Self {
         let before = &self.chunks[..last];
@@ -113,8 +121,10 @@ pub struct Job {
     pub appended: Option<Arc<Appended>>,
     /// All else was compared: with this, the file is as it was then.
     pub compared: Option<Compared>,
-    /// Number for a new chunk list.
+    /// Number for a new chunk list, if one is needed.
     pub list: u64,
+    /// What plans may carry.
+    pub allowance: Allowance,
     /// Tells when reading began.
     pub clock: Arc<Clock>,
 }
@@ -126,7 +136,7 @@ pub enum Done {
     Sent {
         /// As the index will know it; version, entry and links are open.
         known: Box<Known>,
-        /// What its list lacks, unless it is a new one.
+        /// What its list lacks, unless it lacks nothing.
         appended: Option<Arc<Appended>>,
         /// Bytes that were appended.
         fresh: u64,
@@ -139,6 +149,8 @@ pub enum Done {
     Same {
         /// As the index will know it.
         known: Box<Known>,
+        /// What its list lacks, unless it lacks nothing.
+        appended: Option<Arc<Appended>>,
         /// It has changed since it was compared.
         moving: bool,
     },
@@ -148,6 +160,35 @@ pub enum Done {
     Otherwise,
 }
 
+/// Bytes that plans may carry.
+///
+/// INVARIANT (bounded resources): all that is in memory at a time, and so all that one
+/// batch names, is [`APPENDED_BATCH_MAX`] at most.
+#[derive(Clone, Debug, Default)]
+pub struct Allowance(Arc<AtomicU64>);
+
+impl Allowance {
+    /// A part of it, if that much is left.
+    fn take(&self, bytes: u64) -> Option<Share> {
+        let more = |used: u64| Some(used + bytes).filter(|used| *used <= APPENDED_BATCH_MAX);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(Share { of: self.clone(), bytes })
+    }
+}
+
+/// A part of an [`Allowance`], given back when it is dropped.
+#[derive(Debug)]
+struct Share {
+    of: Allowance,
+    bytes: u64,
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.of.0.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
 /// What was appended to a file, if that is short.
 #[derive(Clone, Debug)]
 pub struct Carried {
@@ -155,6 +196,7 @@ pub struct Carried {
     basis: BatchId,
     hash: Hash,
     bytes: Bytes,
+    _share: Arc<Share>,
 }
 
 impl Carried {
@@ -165,7 +207,7 @@ impl Carried {
 
     /// As a plan names it.
     pub fn named(&self) -> wire::Appended {
-        let Self { basis, hash, bytes } = self;
+        let Self { basis, hash, bytes, .. } = self;
         wire::Appended { basis: *basis, hash: *hash, bytes: bytes.to_vec() }
     }
 }
@@ -181,6 +223,8 @@ pub struct Comparison {
     pub known: Known,
     /// What of it the index's list lacks.
     pub appended: Option<Arc<Appended>>,
+    /// Number for the list of its chunks.
+    pub list: u64,
     /// Tells when reading began.
     pub clock: Arc<Clock>,
 }
@@ -195,6 +239,14 @@ pub struct Compared {
     /// Where the last chunk begins that was looked at: what follows may have
     /// changed since.
     from: u64,
+    /// The list of all chunks that were looked at, which is in the index: writing
+    /// it takes longer than the next tail may wait.
+    pub list: u64,
+    /// Tells whether another is the same.
+    digest: Hash,
+    /// How many they are, and bytes.
+    count: usize,
+    size: u64,
 }
 
 /// Sends what was appended, unless it is short. Returns when all frames are queued.
@@ -236,8 +288,9 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     let appended = appended.with(appended.chunks.len() - 1, cut(&end, average)?);
     let mut out = Out::new(sink, job.transfer);
     let fresh = end.slice(end.len() - grown as usize..);
-    let short = grown <= APPENDED_MAX;
-    if !short {
+    // What comes to nothing more takes nothing.
+    let share = job.allowance.take(grown).filter(|_| grown <= APPENDED_MAX);
+    if share.is_none() {
         put(&mut out, job, state_of(fd, &before)?, fresh.clone())?;
     }
     let after = stat::of_fd(fd)?;
@@ -249,15 +302,19 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     let (known, appended) = match &job.compared {
         // Its times stay those of the last reading: whoever compares the tree after
         // a crash must not take it for read.
-        None => (known, Some(Arc::new(appended))),
-        Some(compared) => (proven(store, job, known, compared, &appended)?, None),
+        None => (known, Some(appended)),
+        Some(compared) => proven(store, (job, compared), known, &appended, moving)?,
     };
-    let known = Box::new(known);
+    let (known, appended) = (Box::new(known), appended.map(Arc::new));
     if grown == 0 {
-        return Ok(Done::Same { known, moving });
+        return Ok(Done::Same { known, appended, moving });
     }
     let basis = job.known.version;
-    let carried = short.then(|| Carried { basis, hash: Hash::of(&fresh), bytes: fresh });
+    let carried = share.map(|share| {
+        // Of its own: `fresh` is the end of what was read.
+        let bytes = Bytes::copy_from_slice(&fresh);
+        Carried { basis, hash: Hash::of(&bytes), bytes, _share: Arc::new(share) }
+    });
     if carried.is_none() {
         out.end(&known.state)?;
     }
@@ -359,21 +416,35 @@ fn put(
     out.flush()
 }
 
-/// What the index knows of a file that was compared: as of then.
+/// What the index knows of a file that was compared: as of then. Its list is that of the
+/// comparison, and lacks what came since; it is written anew where nothing follows that
+/// would complete it.
 fn proven(
     store: &Store,
-    job: &Job,
+    (job, compared): (&Job, &Compared),
     known: Known,
-    compared: &Compared,
     appended: &Appended,
-) -> Result<Known, LaneError> {
-    let Content::Chunks { average, list, .. } = known.content else { return Ok(known) };
-    let mut chunks = store.chunks(list)?;
-    appended.complete(&mut chunks);
-    store.put_chunks(job.list, &chunks)?;
-    let content = Content::Chunks { average, list: job.list, digest: digest(&chunks) };
+    moving: bool,
+) -> Result<(Known, Option<Appended>), LaneError> {
+    let Content::Chunks { average, list, .. } = known.content else { return Ok((known, None)) };
+    let since = appended.since(compared);
+    let whole = since
+        .as_ref()
+        .is_some_and(|since| since.chunks.len() == 1 && since.size() == compared.size);
+    let (list, digest, lacks) = match since {
+        Some(since) if moving || whole => {
+            (compared.list, compared.digest, (!whole).then_some(since))
+        }
+        _ => {
+            let mut chunks = store.chunks(list)?;
+            appended.complete(&mut chunks);
+            store.put_chunks(job.list, &chunks)?;
+            (job.list, digest(&chunks), None)
+        }
+    };
+    let content = Content::Chunks { average, list, digest };
     let read_at = job.clock.wall(compared.started);
-    Ok(Known { content, ctime: compared.ctime, read_at, ..known })
+    Ok((Known { content, ctime: compared.ctime, read_at, ..known }, lacks))
 }
 
 /// Compares a file with what the replica holds; `None` when they differ, by more
@@ -411,6 +482,10 @@ fn try_compare(
     let size = length(&chunks);
     let (Some(last), true) = (chunks.last(), size == job.known.state.size) else { return Ok(None) };
     let from = size - u64::from(last.length);
-    let same = before.size >= size && same::in_place(fd, 0, &chunks, stop)?;
-    Ok(same.then_some(Compared { started, ctime: before.ctime, from }))
+    if before.size < size || !same::in_place(fd, 0, &chunks, stop)? {
+        return Ok(None);
+    }
+    store.put_chunks(job.list, &chunks)?;
+    let (list, digest, count) = (job.list, digest(&chunks), chunks.len());
+    Ok(Some(Compared { started, ctime: before.ctime, from, list, digest, count, size }))
 }

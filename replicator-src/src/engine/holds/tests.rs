@@ -15,6 +15,7 @@ fn held(due: Instant, reason: HoldReason, transfer: Transfer) -> Held {
         whole: false,
         reuses: false,
         tail: None,
+        known: true,
     }
 }
 

@@ -43,6 +43,10 @@ impl<V: View, T: Tree> Work<'_, V, T> {
 
     /// Ends what lost its last entry with what it was in.
     fn end_with(&mut self, lost: &Lost, queue: &mut VecDeque<Lost>) -> Result<(), Failure<V, T>> {
+        // One of its names may be elsewhere, and wait.
+        if self.has_a_place(&lost.object) && self.keep_living(&lost.object)? {
+            return Ok(());
+        }
         match lost.counted {
             true => self.remove(&lost.object, queue),
             false => self.end(&lost.object, queue),
@@ -170,7 +174,8 @@ impl<V: View, T: Tree> Work<'_, V, T> {
                 left.push(object);
                 continue;
             }
-            let outside = self.settings.outside_before.is_some_and(|moment| orphan.since < moment);
+            let outside = self.settings.outside_before.is_some_and(|moment| orphan.since < moment)
+                && !self.has_a_place(&object);
             if outside || self.tree_fate(&object)? == Fate::Dead {
                 self.end(&object, &mut queue)?;
                 if self.gone.contains(&object) {

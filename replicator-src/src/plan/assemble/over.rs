@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use replicator_common::id::ObjectId;
 
-use super::{Binding, Failure, HoldReason, Outcome, PlanError, Work};
+use super::{Binding, Failure, HoldReason, Outcome, Place, PlanError, Work};
 use crate::index::View;
 use crate::plan::tree::Tree;
 use crate::plan::waits::brings_content;
@@ -29,20 +29,21 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     /// one's content is as it was when it was read, and not still on its way. But for
     /// files that would lose all of their names in the replica by waiting: their old
     /// names are others' by now, as where a log is rotated or two files change
-    /// places.
+    /// places. And but for names under which one file is replaced by the next before it
+    /// has travelled: there the watermark would wait for ever.
     pub(super) fn find_waiting(&self) -> Result<BTreeMap<ObjectId, Waiting>, Failure<V, T>> {
         let mut waiting = BTreeMap::new();
-        for (object, size) in self.travelling() {
+        for (object, reason) in self.travelling() {
             if self.is_known(object)? {
-                let reason = HoldReason::Large { size };
                 waiting.insert(object.clone(), Waiting { reason, stays: true });
             }
         }
         if waiting.is_empty() {
             return Ok(waiting);
         }
-        for Binding { old, new } in self.resolve.bindings.values() {
-            if let (None, Some(new)) = (old, new)
+        for (place, Binding { old, new }) in &self.resolve.bindings {
+            if let Some(new) = new
+                && (old.is_none() || self.resolve.overtaken.contains(place))
                 && let Some(waiting) = waiting.get_mut(new)
             {
                 waiting.stays = false;
@@ -65,31 +66,51 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     /// For whom an entry waits, and why.
     pub(super) fn waits<'b>(
         &self,
-        binding: &Binding,
+        (place, binding): (&Place, &Binding),
         waiting: &'b BTreeMap<ObjectId, Waiting>,
     ) -> Result<Option<(&'b ObjectId, &'b HoldReason)>, Failure<V, T>> {
         let find = |it: &Option<ObjectId>| waiting.get_key_value(it.as_ref()?);
         let Some(old) = &binding.old else { return Ok(None) };
         let one = match binding.new {
             None => find(&binding.old).filter(|(_, waiting)| waiting.stays),
+            Some(_) if self.resolve.overtaken.contains(place) => None,
             Some(_) if self.stays_under_held(old)? => find(&binding.new),
             Some(_) => None,
         };
         Ok(one.map(|(object, waiting)| (object, &waiting.reason)))
     }
 
-    /// Objects whose content is still to come after this batch, with its size in bytes.
-    fn travelling(&self) -> HashMap<&ObjectId, u64> {
-        let earlier = self.resolve.under_way.iter().map(|(object, size)| (object, *size));
-        // What is not where names led to may be gone, as those names are.
-        let away = |object| self.outcomes.get(object) == Some(&Outcome::Away);
-        let mut travelling: HashMap<_, _> = earlier
-            .filter(|(object, _)| !brings_content(object, self.resolve, self.outcomes))
-            .filter(|(object, _)| !away(*object))
-            .collect();
-        travelling.extend(self.outcomes.iter().filter_map(|(object, outcome)| match outcome {
-            Outcome::Large { size } => Some((object, *size)),
-            _ => None,
+    /// Whether a name of it waited before this batch, and still does: it is somewhere.
+    pub(super) fn has_a_place(&self, object: &ObjectId) -> bool {
+        self.resolve.named.contains(object) && self.still_waits(object)
+    }
+
+    /// Whether its content waited before this batch, and still does. What is not where
+    /// names led to may be gone, as those names are.
+    fn still_waits(&self, object: &ObjectId) -> bool {
+        self.resolve.under_way.contains_key(object)
+            && !brings_content(object, self.resolve, self.outcomes)
+            && self.outcomes.get(object) != Some(&Outcome::Away)
+    }
+
+    /// Objects whose content is still to come after this batch, and why.
+    fn travelling(&self) -> HashMap<&ObjectId, HoldReason> {
+        let earlier = self.resolve.under_way.iter().filter(|(object, _)| self.still_waits(object));
+        let mut travelling: HashMap<_, _> =
+            earlier.map(|(object, reason)| (object, reason.clone())).collect();
+        travelling.extend(self.outcomes.iter().filter_map(|(object, outcome)| {
+            let wanted = self.resolve.wants_content(object);
+            let reason = match outcome {
+                Outcome::Large { size } => HoldReason::Large { size: *size },
+                Outcome::Unreadable { error } if wanted => {
+                    HoldReason::Unreadable { error: error.clone() }
+                }
+                Outcome::Refused { error } if wanted => {
+                    HoldReason::Refused { error: error.clone() }
+                }
+                _ => return None,
+            };
+            Some((object, reason))
         }));
         travelling
     }
@@ -105,7 +126,8 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             let taken = match self.resolve.bindings.get(&place) {
                 Some(binding) => match &binding.new {
                     Some(new) if new != object => {
-                        !self.is_held(new, &place)? && self.waits(binding, waiting)?.is_none()
+                        !self.is_held(new, &place)?
+                            && self.waits((&place, binding), waiting)?.is_none()
                     }
                     _ => false,
                 },
