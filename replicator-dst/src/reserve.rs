@@ -114,6 +114,24 @@ impl Slack {
         Ok(())
     }
 
+    /// The same for steps that take so many `bytes` of their own. Where there never was room
+    /// for the space, four times as many have to be free.
+    ///
+    /// # Errors
+    /// As of [`Self::restore`].
+    pub fn restore_for(&self, bytes: u64) -> io::Result<()> {
+        self.restore()?;
+        if fs::symlink_metadata(&self.path).is_ok() {
+            return Ok(());
+        }
+        let directory = self.path.parent().unwrap_or(&self.path);
+        let disk = rustix::fs::statvfs(directory)?;
+        match disk.f_bavail.saturating_mul(disk.f_frsize) < bytes.saturating_mul(SHARE) {
+            true => Err(io::ErrorKind::StorageFull.into()),
+            false => Ok(()),
+        }
+    }
+
     fn remove(&self) {
         // An empty file would say that it was given to a step.
         if let Err(error) = fs::remove_file(&self.path)

@@ -166,7 +166,8 @@ impl Applier {
         if known.is_none_or(|known| known.content != appended.basis) {
             return Ok(None);
         }
-        self.replica.slack.restore().map_err(|error| AreaError::no_slack(&error))?;
+        let slack = self.replica.slack.restore_for(APPENDED_BATCH_MAX);
+        slack.map_err(|error| AreaError::no_slack(&error))?;
         self.probe_size(state.size)?;
         let bytes = appended.bytes.clone();
         Ok(Some(Arrival::Append { at: state.size - bytes.len() as u64, bytes }))

@@ -334,7 +334,7 @@ mod tests {
     /// What arrives at a server of a thousand datagrams.
     fn carried(weather: Weather) -> Vec<Vec<u8>> {
         let server = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        server.set_read_timeout(Some(Duration::from_millis(1000))).unwrap();
+        server.set_read_timeout(Some(Duration::from_millis(3000))).unwrap();
         let relay = Relay::new(server.local_addr().unwrap(), 7);
         relay.set(weather);
         let reader = thread::spawn(move || {

@@ -10,7 +10,7 @@ use replicator_common::pulse;
 
 use super::commit::dropped_by;
 use super::halt::Leaving;
-use super::held::{ReadyFile, Transfer};
+use super::held::{Held, ReadyFile, Transfer};
 use super::tails::Tail;
 use super::{Engine, EngineError, ended};
 use crate::index::{Content, Known, View};
@@ -175,15 +175,15 @@ impl Engine {
     /// A name that waits is looked at with those that its file has: whether the file can
     /// wait any longer depends on them.
     fn look_at_waiting(&mut self) -> Result<(), EngineError> {
-        let named = self.holds.iter().filter(|(_, held)| held.known);
-        let named = named.filter(|(_, held)| !held.hold.entries.is_empty());
-        let mut touched = Vec::new();
-        for (object, _) in named {
-            let links = self.index.links(object)?;
-            if links.iter().any(|place| self.dirty.entries.contains_key(place)) {
-                touched.push(object.clone());
-            }
+        let waits = |held: &Held| held.known && !held.hold.entries.is_empty();
+        if !self.holds.values().any(waits) {
+            return Ok(());
         }
+        let mut touched = BTreeSet::new();
+        for (directory, name) in self.dirty.entries.keys() {
+            touched.extend(self.index.entry(directory, name)?);
+        }
+        touched.retain(|object| self.holds.get(object).is_some_and(waits));
         touched.iter().for_each(|object| self.redo_hold(object));
         Ok(())
     }

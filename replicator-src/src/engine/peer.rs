@@ -89,6 +89,7 @@ impl Engine {
         self.reset_transfers();
         self.holds.clear();
         self.owed = Owed::default();
+        self.overtaken.clear();
         self.dirty = Default::default();
         self.astray = Default::default();
         self.reconcile = None;

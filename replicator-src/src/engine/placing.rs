@@ -95,9 +95,7 @@ impl Engine {
         left: &BTreeMap<ObjectId, crate::plan::Hold>,
         placed: &BTreeSet<ObjectId>,
     ) -> Result<(), EngineError> {
-        for (object, held) in self.holds.iter_mut().filter(|(_, held)| held.known) {
-            held.hold.entries.retain(|place| still_leads(object, place, &draft.resolve));
-        }
+        self.leave_names(&draft.resolve)?;
         let looked: Vec<ObjectId> = self
             .holds
             .iter()
@@ -116,6 +114,38 @@ impl Engine {
             }
             self.look_at_rest(&draft.resolve, held.hold.entries, held.floor);
             self.discard(held.transfer);
+        }
+        Ok(())
+    }
+
+    /// Names that waited for a file of the replica, and that lead elsewhere by now, wait
+    /// for it no more.
+    ///
+    /// INVARIANT (the watermark tells the truth): what they owe they owe still, until they
+    /// are as on the source.
+    fn leave_names(&mut self, resolve: &Resolve) -> Result<(), EngineError> {
+        let mut left = Vec::new();
+        for (object, held) in self.holds.iter_mut().filter(|(_, held)| held.known) {
+            let leads = |place: &(ObjectId, Name)| still_leads(object, place, resolve);
+            let gone: BTreeSet<_> =
+                held.hold.entries.extract_if(.., |place| !leads(place)).collect();
+            if gone.is_empty() {
+                continue;
+            }
+            if held.hold.entries.is_empty() && !matches!(held.hold.reason, HoldReason::Large { .. })
+            {
+                // Its names may have been all that it waited with.
+                held.due = Instant::now();
+            }
+            left.push((gone, held.floor));
+        }
+        for (names, floor) in left {
+            self.owed.release(names.iter().cloned(), floor);
+            // Taken by another file, not removed.
+            let taken = names.into_iter().filter(|place| {
+                resolve.bindings.get(place).is_some_and(|binding| binding.new.is_some())
+            });
+            self.overtake(&taken.collect())?;
         }
         Ok(())
     }
@@ -226,7 +256,9 @@ impl Engine {
         let touched = held.touched;
         let ready = std::mem::replace(&mut held.transfer, Transfer::Waiting);
         let Transfer::Ready { number, basis, done, took, .. } = ready else { return Ok(false) };
-        let of_itself = done.tail.is_some() || basis.is_some_and(|(basis, _)| basis == *object);
+        let of_itself = number.0 == 0
+            || done.tail.is_some()
+            || basis.is_some_and(|(basis, _)| basis == *object);
         if need.new && of_itself {
             // The replica has not what this was to change: the file left it meanwhile.
             (held.tail, held.known) = (None, false);

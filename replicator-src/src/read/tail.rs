@@ -72,8 +72,13 @@ impl Appended {
         self.size() == known.state.size
     }
 
-    /// Completes the index's list.
+    /// Completes the index's list. One that has not what this follows becomes empty: none
+    /// of its chunks would stand where they are believed to.
     pub fn complete(&self, list: &mut Vec<Chunk>) {
+        if list.len() < self.keep {
+            list.clear();
+            return;
+        }
         list.truncate(self.keep);
         list.extend_from_slice(&self.chunks);
     }
@@ -303,7 +308,8 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
         // Its times stay those of the last reading: whoever compares the tree after
         // a crash must not take it for read.
         None => (known, Some(appended)),
-        Some(compared) => proven(store, (job, compared), known, &appended, moving)?,
+        // (Without a new version, nothing would say what its list lacks.)
+        Some(compared) => proven(store, (job, compared), known, &appended, moving && grown > 0)?,
     };
     let (known, appended) = (Box::new(known), appended.map(Arc::new));
     if grown == 0 {
@@ -424,7 +430,7 @@ fn proven(
     (job, compared): (&Job, &Compared),
     known: Known,
     appended: &Appended,
-    moving: bool,
+    goes_on: bool,
 ) -> Result<(Known, Option<Appended>), LaneError> {
     let Content::Chunks { average, list, .. } = known.content else { return Ok((known, None)) };
     let since = appended.since(compared);
@@ -432,12 +438,15 @@ fn proven(
         .as_ref()
         .is_some_and(|since| since.chunks.len() == 1 && since.size() == compared.size);
     let (list, digest, lacks) = match since {
-        Some(since) if moving || whole => {
+        Some(since) if goes_on || whole => {
             (compared.list, compared.digest, (!whole).then_some(since))
         }
         _ => {
             let mut chunks = store.chunks(list)?;
             appended.complete(&mut chunks);
+            if length(&chunks) != appended.size() {
+                return Err(Errno::STALE.into());
+            }
             store.put_chunks(job.list, &chunks)?;
             (job.list, digest(&chunks), None)
         }
