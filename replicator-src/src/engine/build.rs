@@ -145,9 +145,11 @@ impl Engine {
     fn note_under_way(&self, resolve: &mut Resolve) -> Result<(), EngineError> {
         for (object, held) in self.holds.iter().filter(|(_, held)| held.known) {
             let (reason, entries) = (&held.hold.reason, &held.hold.entries);
-            if matches!(reason, HoldReason::Large { .. }) || !entries.is_empty() {
-                resolve.under_way.insert(object.clone(), reason.clone());
+            // (Others may wait with names alone: too many of them, or too long ones.)
+            if !matches!(reason, HoldReason::Large { .. }) {
+                continue;
             }
+            resolve.under_way.insert(object.clone(), reason.clone());
             for (directory, name) in entries {
                 if self.index.entry(directory, name)?.as_ref() != Some(object) {
                     resolve.named.insert(object.clone());
@@ -175,7 +177,10 @@ impl Engine {
     /// A name that waits is looked at with those that its file has: whether the file can
     /// wait any longer depends on them.
     fn look_at_waiting(&mut self) -> Result<(), EngineError> {
-        let waits = |held: &Held| held.known && !held.hold.entries.is_empty();
+        let waits = |held: &Held| {
+            let large = matches!(held.hold.reason, HoldReason::Large { .. });
+            large && held.known && !held.hold.entries.is_empty()
+        };
         if !self.holds.values().any(waits) {
             return Ok(());
         }

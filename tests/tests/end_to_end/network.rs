@@ -183,8 +183,16 @@ fn a_host_whose_address_changes_keeps_its_session() {
     files(hosts.source(), "moved", 30);
     hosts.settle(&"another address");
     assert_eq!(report().counters.sessions, sessions, "the session lasted");
-    let there = hosts.daemon(Side::Destination).status().destination.unwrap().link.peer;
-    assert!(there.contains("192.0.2.77"), "{there}");
+    // With the source's next report.
+    let start = Instant::now();
+    loop {
+        let there = hosts.daemon(Side::Destination).status().destination.unwrap().link.peer;
+        if there.contains("192.0.2.77") {
+            break;
+        }
+        assert!(start.elapsed() < patience(), "{there}");
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// The source's host vanishes without a word and comes back with another port,
