@@ -433,8 +433,8 @@ impl Engine {
                 let arrived = arrived || carried.is_some();
                 (job.transfer, ready(known, appended, fresh, carried, moving), arrived)
             }
-            Done::Same { known, appended, moving } => {
-                (TransferId(0), ready(known, appended, 0, None, moving), true)
+            Done::Same { known, moving } => {
+                (TransferId(0), ready(known, None, 0, None, moving), true)
             }
             // A later event of what was sent already, or a change elsewhere: the
             // comparison tells. Of a file that is not known to grow it need not be

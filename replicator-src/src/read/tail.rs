@@ -154,8 +154,6 @@ pub enum Done {
     Same {
         /// As the index will know it.
         known: Box<Known>,
-        /// What its list lacks, unless it lacks nothing.
-        appended: Option<Arc<Appended>>,
         /// It has changed since it was compared.
         moving: bool,
     },
@@ -313,7 +311,7 @@ fn try_send(opener: &Opener, store: &Store, sink: &Sink, job: &Job) -> Result<Do
     };
     let (known, appended) = (Box::new(known), appended.map(Arc::new));
     if grown == 0 {
-        return Ok(Done::Same { known, appended, moving });
+        return Ok(Done::Same { known, moving });
     }
     let basis = job.known.version;
     let carried = share.map(|share| {
