@@ -4,6 +4,7 @@
 
 #![allow(missing_docs, clippy::unwrap_used, reason = "a benchmark fails by panicking")]
 
+use std::borrow::Cow;
 use std::hint::black_box;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -16,9 +17,7 @@ use replicator_common::chunk::{AVERAGE_MIN, Chunker};
 use replicator_common::codec;
 use replicator_common::id::{BatchId, FileSystemId, Incarnation, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
-use replicator_common::net::frame::{
-    Compression, decode_body, encode_frame, encode_frame_around, open_frame,
-};
+use replicator_common::net::frame::{Compression, decode_body, encode_frame_around, open_frame};
 use replicator_common::object::{Attributes, Kind, ObjectState};
 use replicator_common::sys::fanotify::{self, bits};
 use replicator_common::time::Timestamp;
@@ -164,7 +163,7 @@ fn chunks(criterion: &mut Criterion) {
 }
 
 /// A small file as it travels.
-fn packed(number: u64, bytes: &[u8]) -> PackedObject<'_> {
+fn packed(number: u64, bytes: &[u8]) -> PackedObject {
     let (mode, mtime, size) = (0o644, Timestamp::NEVER, bytes.len() as u64);
     let attributes = Attributes { mode, uid: 0, gid: 0, mtime, xattrs: Vec::new() };
     PackedObject {
@@ -172,7 +171,6 @@ fn packed(number: u64, bytes: &[u8]) -> PackedObject<'_> {
         version: 0,
         state: ObjectState { kind: Kind::File, attributes, size, rdev: 0 },
         extents: vec![Extent { offset: 0, length: size }],
-        bytes: bytes.into(),
         hash: Hash::of(bytes),
     }
 }
@@ -180,7 +178,8 @@ fn packed(number: u64, bytes: &[u8]) -> PackedObject<'_> {
 /// A frame of files of 4 KiB, whose content is that of `content`.
 fn pack(content: &Bytes) -> DataFrame<'_> {
     let objects = (0..).zip(content.chunks(4096)).map(|(number, bytes)| packed(number, bytes));
-    DataFrame::Pack { batch: BatchId(1), objects: objects.collect() }
+    let data = Cow::Borrowed(&content[..]);
+    DataFrame::Pack { batch: BatchId(1), objects: objects.collect(), data }
 }
 
 fn frames(criterion: &mut Criterion) {
@@ -194,7 +193,7 @@ fn frames(criterion: &mut Criterion) {
         group.bench_function(format!("encode, {kind}"), |bencher| {
             bencher.iter(|| encode_frame_around(&frame, content, Compression::Auto).unwrap());
         });
-        let encoded = encode_frame(&frame, Compression::Auto).unwrap();
+        let encoded = encode_frame_around(&frame, content, Compression::Auto).unwrap().concat();
         group.bench_function(format!("decode, {kind}"), |bencher| {
             bencher.iter(|| {
                 let body = open_frame(black_box(&encoded)).unwrap();
@@ -272,7 +271,7 @@ fn staging(criterion: &mut Criterion) {
                     .zip(bytes[..COUNT as usize * 4096].chunks(4096))
                     .map(|(number, bytes)| {
                         let packed = packed(number, bytes);
-                        staging.stager.pack(BatchId(1), &packed, None).unwrap().place
+                        staging.stager.pack(BatchId(1), &packed, bytes, None).unwrap().place
                     })
                     .collect();
                 time += begun.elapsed();

@@ -58,7 +58,7 @@ pub fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, CodecError> {
 }
 
 /// Byte strings from this length on are referred to by [`encode_around`].
-const SHARED_MIN: usize = 1 << 10;
+pub(crate) const SHARED_MIN: usize = 1 << 10;
 
 /// Encodes a value behind `reserved` bytes for the caller to fill. What of it are
 /// byte strings within `shared`, and not short, is not copied: the parts, one

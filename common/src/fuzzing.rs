@@ -16,7 +16,7 @@ use crate::net::frame::{
     Compression, FrameReader, SWELLING_MAX, decode_frame, encode_frame, open_frame,
 };
 use crate::sys::counting::peak;
-use crate::wire::{DataFrame, DestinationMessage, SourceMessage};
+use crate::wire::{DataFrame, DestinationMessage, SourceMessage, contents};
 
 /// Inputs above this are cut by [`replay`]'s mutations.
 const INPUT_MAX: usize = 1 << 16;
@@ -89,6 +89,13 @@ fn at_once<T>(read: impl Future<Output = T>) -> T {
 
 fn data_body(bytes: &[u8]) {
     let Ok(value) = codec::decode_borrowed::<DataFrame>(bytes) else { return };
+    if let DataFrame::Pack { objects, data, .. } | DataFrame::PackPlaced { objects, data, .. } =
+        &value
+        && let Some(contents) = contents(objects, data)
+    {
+        let each: Vec<_> = contents.map(|(_, bytes)| bytes).collect();
+        assert!(each.len() == objects.len() && each.concat() == data[..], "content was lost");
+    }
     let again = codec::encode(&value).expect("what was decoded");
     let value: DataFrame = codec::decode_borrowed(&again).expect("what was encoded");
     assert_eq!(codec::encode(&value).expect("as before"), again);

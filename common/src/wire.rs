@@ -52,8 +52,9 @@ use crate::time::Timestamp;
 /// greetings name batches by [`Edition`]; the bytes of a frame's pieces stand
 /// together behind them. 4: [`Op::Leave`]. 5: [`Describe::Blocks`](crate::describe::Describe::Blocks).
 /// 6: [`DataFrame::PackPlaced`]. 7: a batch may name a transfer that has not arrived;
-/// it is given back if that fails. 8: [`ContentSource::Appended`].
-pub const ALPN: &[u8] = b"replicator/8";
+/// it is given back if that fails. 8: [`ContentSource::Appended`]. 9: contents of packs stand
+/// behind their objects, and the beginning of a frame may be compressed alone.
+pub const ALPN: &[u8] = b"replicator/9";
 /// ALPN of an enrolment connection.
 pub const ALPN_ENROL: &[u8] = b"replicator-enrol/1";
 /// The most bytes of one frame's body, compressed or not.
@@ -421,8 +422,11 @@ pub enum DataFrame<'a> {
         /// The batch they belong to.
         batch: BatchId,
         /// The objects.
-        #[serde(borrow, deserialize_with = "crate::codec::list")]
-        objects: Vec<PackedObject<'a>>,
+        #[serde(deserialize_with = "crate::codec::list")]
+        objects: Vec<PackedObject>,
+        /// Their contents, one after the other; see [`contents`].
+        #[serde(borrow, with = "serde_bytes")]
+        data: Cow<'a, [u8]>,
     },
     /// A large object's transfer starts. All its frames are on one stream.
     TransferBegin(TransferBegin),
@@ -478,8 +482,11 @@ pub enum DataFrame<'a> {
         #[serde(deserialize_with = "crate::codec::list")]
         runs: Vec<PackRun>,
         /// The objects.
-        #[serde(borrow, deserialize_with = "crate::codec::list")]
-        objects: Vec<PackedObject<'a>>,
+        #[serde(deserialize_with = "crate::codec::list")]
+        objects: Vec<PackedObject>,
+        /// As in [`DataFrame::Pack`].
+        #[serde(borrow, with = "serde_bytes")]
+        data: Cow<'a, [u8]>,
     },
 }
 
@@ -494,9 +501,11 @@ pub struct PackRun {
     pub names: Vec<Name>,
 }
 
-/// A small regular file: content and attributes, staged as one.
+/// A small regular file: content and attributes, staged as one. The content stands
+/// behind all objects of the frame: what is said of objects is compressed well by
+/// itself, and content that is not is sent from where it was read.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct PackedObject<'a> {
+pub struct PackedObject {
     /// The object.
     pub object: ObjectId,
     /// Grows with each reading of the object within a batch; the plan names
@@ -507,11 +516,34 @@ pub struct PackedObject<'a> {
     /// Where data lies; all else are holes. Ordered, not overlapping.
     #[serde(deserialize_with = "crate::codec::list")]
     pub extents: Vec<Extent>,
-    /// The extents' bytes, one after the other.
-    #[serde(borrow, with = "serde_bytes")]
-    pub bytes: Cow<'a, [u8]>,
-    /// Hash of `bytes`.
+    /// Hash of the extents' bytes, one after the other.
     pub hash: Hash,
+}
+
+impl PackedObject {
+    /// Bytes of content in the frame; `None` when what a peer said adds up to more than
+    /// there can be.
+    pub fn length(&self) -> Option<usize> {
+        let mut lengths = self.extents.iter().map(|extent| usize::try_from(extent.length).ok());
+        lengths.try_fold(0usize, |sum, length| sum.checked_add(length?))
+    }
+}
+
+/// Each object of a pack with its content, the extents' bytes one after the other.
+/// `None` when the frame has more bytes than its objects, or fewer.
+pub fn contents<'a>(
+    objects: &'a [PackedObject],
+    data: &'a [u8],
+) -> Option<impl Iterator<Item = (&'a PackedObject, &'a [u8])>> {
+    let sum = objects.iter().try_fold(0usize, |sum, object| sum.checked_add(object.length()?));
+    let mut rest = data;
+    (sum == Some(data.len())).then(|| {
+        objects.iter().map_while(move |object| {
+            let (bytes, after) = rest.split_at_checked(object.length()?)?;
+            rest = after;
+            Some((object, bytes))
+        })
+    })
 }
 
 /// How a transfer becomes content at the destination.
@@ -585,6 +617,43 @@ impl Piece {
         match self {
             Self::Copy { length, .. } | Self::Hole { length } => *length,
             Self::Data { length, .. } | Self::Kept { length, .. } => u64::from(*length),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::object::{Attributes, Kind};
+
+    fn packed(lengths: &[u64]) -> PackedObject {
+        let attributes =
+            Attributes { mode: 0, uid: 0, gid: 0, mtime: Timestamp::NEVER, xattrs: Vec::new() };
+        let extents = lengths.iter().map(|length| Extent { offset: 0, length: *length });
+        PackedObject {
+            object: ObjectId::new(1, &[1]).unwrap(),
+            version: 0,
+            state: ObjectState { kind: Kind::File, attributes, size: 0, rdev: 0 },
+            extents: extents.collect(),
+            hash: Hash::of(b""),
+        }
+    }
+
+    #[test]
+    fn contents_of_a_pack_are_told_apart_and_add_up() {
+        let objects = [packed(&[2, 1]), packed(&[]), packed(&[3])];
+        let of = |objects: &[PackedObject], data: &[u8]| {
+            let each = contents(objects, data)?;
+            Some(each.map(|(_, bytes)| bytes.to_vec()).collect::<Vec<_>>())
+        };
+        let three = vec![b"abc".to_vec(), Vec::new(), b"def".to_vec()];
+        assert_eq!(of(&objects, b"abcdef"), Some(three));
+        assert_eq!(of(&objects, b"abcde"), None);
+        assert_eq!(of(&objects, b"abcdefg"), None);
+        assert_eq!(of(&[], b""), Some(Vec::new()));
+        assert_eq!(of(&[], b"a"), None);
+        for lengths in [&[u64::MAX][..], &[u64::MAX, 1], &[u64::MAX, u64::MAX, 4]] {
+            assert_eq!(of(&[packed(lengths)], b"ab"), None, "{lengths:?}");
         }
     }
 }

@@ -46,7 +46,13 @@ fn hostile_frames_stay_within_the_limit() {
             _ => random.next_u32(),
         };
         let mut frame = claimed.to_le_bytes().to_vec();
-        frame.push(u8::from(random.random_bool(0.3)));
+        let flags = if random.random_bool(0.5) { 0 } else { random.random_range(1..=2) };
+        frame.push(flags);
+        // The lengths that go with the flags, such as lead further in than random ones.
+        for _ in 0..flags {
+            let most = if random.random_bool(0.5) { FRAME_MAX as u32 } else { body.len() as u32 };
+            frame.extend_from_slice(&random.random_range(0..=most).to_le_bytes());
+        }
         frame.extend_from_slice(&body);
         let bytes = peak(|| decode_as_everything(&frame));
         assert!(bytes <= DECODE_LIMIT + (1 << 20), "{bytes} bytes for {frame:?}");

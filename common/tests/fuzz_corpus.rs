@@ -3,16 +3,19 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::time::Duration;
 
+use bytes::Bytes;
 use replicator_common::chunk::Chunk;
 use replicator_common::codec;
 use replicator_common::fuzzing;
 use replicator_common::id::{BatchId, BatchNonce, Edition, Incarnation, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
 use replicator_common::net::frame::{
-    Compression, SWELLING_MAX, decode_body, decode_frame, encode_frame, open_frame,
+    Compression, SWELLING_MAX, decode_body, decode_frame, encode_frame, encode_frame_around,
+    open_frame,
 };
 use replicator_common::object::{Attributes, Kind, ObjectState, Xattr};
 use replicator_common::sys::counting::Counting;
@@ -121,10 +124,10 @@ fn data() -> Vec<(&'static str, DataFrame<'static>)> {
         version: 1,
         state: state(),
         extents: vec![Extent { offset: 0, length: 3 }],
-        bytes: b"abc".into(),
         hash: Hash::of(b"abc"),
     };
-    let transfer = TransferId(4);
+    let data = Cow::Borrowed(&b"abc"[..]);
+    let (batch, transfer) = (BatchId(3), TransferId(4));
     let begin = TransferBegin {
         transfer,
         object: id(1),
@@ -143,8 +146,8 @@ fn data() -> Vec<(&'static str, DataFrame<'static>)> {
     let runs = vec![PackRun { directory: id(2), names: vec![Name::new(b"f").unwrap()] }];
     let again = PackedAgain { object: id(1), version: 1, state: state(), hash };
     vec![
-        ("pack", DataFrame::Pack { batch: BatchId(3), objects: vec![packed.clone()] }),
-        ("pack-placed", DataFrame::PackPlaced { batch: BatchId(3), runs, objects: vec![packed] }),
+        ("pack", DataFrame::Pack { batch, objects: vec![packed.clone()], data: data.clone() }),
+        ("pack-placed", DataFrame::PackPlaced { batch, runs, objects: vec![packed], data }),
         ("pack-again", DataFrame::PackAgain { batch: BatchId(3), objects: vec![again] }),
         ("begin", DataFrame::TransferBegin(begin)),
         ("reuse", DataFrame::TransferReuse { transfer, in_place: true }),
@@ -170,8 +173,25 @@ fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let swelling =
         SourceMessage::Plan { batch: BatchId(1), ops: vec![Op::Drop { object: id(1) }; 99] };
     seeds.push(("compressed", encode_frame(&swelling, Compression::Auto).unwrap()));
+    seeds.push(("compressed-head", compressed_head()));
     seeds.extend(swollen());
     seeds
+}
+
+/// A pack of files whose contents do not shrink.
+fn compressed_head() -> Vec<u8> {
+    let content: Vec<u8> = (0..64u8).flat_map(|at| Hash::of(&[at]).0).collect();
+    let content = Bytes::from(content);
+    let objects = content.chunks(256).map(|bytes| PackedObject {
+        object: id(1),
+        version: 1,
+        state: state(),
+        extents: vec![Extent { offset: 0, length: bytes.len() as u64 }],
+        hash: Hash::of(bytes),
+    });
+    let (objects, data) = (objects.collect(), Cow::Borrowed(&content[..]));
+    let frame = DataFrame::Pack { batch: BatchId(3), objects, data };
+    encode_frame_around(&frame, &content, Compression::Auto).unwrap().concat()
 }
 
 /// Lists of the shortest items, as many as the longest frame has bytes: `head` is
@@ -183,7 +203,7 @@ fn swollen() -> Vec<(&'static str, Vec<u8>)> {
         [&[head.len() as u8 + 3], head, &length, unit].concat()
     };
     vec![
-        ("swollen-pack", list(&[0, 1], &[&[1, 1][..], &[0; 43]].concat())),
+        ("swollen-pack", list(&[0, 1], &[&[1, 1][..], &[0; 42]].concat())),
         ("swollen-pieces", list(&[2, 1], &[2, 1])),
         ("swollen-plan", list(&[1, 1], &[2, 1, 1])),
         ("swollen-questions", list(&[7, 0], &[1, 1, 0])),
@@ -225,9 +245,10 @@ fn the_corpus_of_frames_and_what_is_near_it() {
     let read = |name| std::fs::read(corpus().join(name)).unwrap();
     decode_frame::<SourceMessage>(&read("plan")).unwrap();
     decode_frame::<DestinationMessage>(&read("inventory")).unwrap();
-    for name in ["pack", "pack-placed", "pieces"] {
+    for name in ["pack", "pack-placed", "pieces", "compressed-head"] {
         decode_body::<DataFrame>(&open_frame(&read(name)).unwrap()).unwrap();
     }
     assert_eq!(read("compressed")[4], 1, "compressed");
+    assert_eq!(read("compressed-head")[4], 2, "compressed-head");
     fuzzing::replay(corpus(), Duration::from_secs(1), fuzzing::frame);
 }

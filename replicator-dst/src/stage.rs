@@ -195,10 +195,11 @@ impl Stager {
     pub fn pack(
         &mut self,
         batch: BatchId,
-        packed: &PackedObject<'_>,
+        packed: &PackedObject,
+        bytes: &[u8],
         spot: Option<(&ObjectId, &Name)>,
     ) -> Result<StagedFile, StageError> {
-        check_packed(packed)?;
+        check_packed(packed, bytes)?;
         let mode = packed.state.attributes.mode;
         let nested = spot.and_then(|(directory, name)| {
             let create = |nest: &OwnedFd| place::create_file_with(nest.as_fd(), name, mode);
@@ -211,7 +212,7 @@ impl Stager {
                 (self.create(&name, mode)?, self.place(&name))
             }
         };
-        let written = self.fill(&file, &place, packed);
+        let written = self.fill((&file, &place), packed, bytes);
         match &written {
             Ok(staged) => self.nesting.note(&packed.object, staged),
             Err(_) => Self::discard(&self.area, &[place]),
@@ -239,17 +240,17 @@ impl Stager {
 
     fn fill(
         &mut self,
-        file: &OwnedFd,
-        place: &Place,
-        packed: &PackedObject<'_>,
+        (file, place): (&OwnedFd, &Place),
+        packed: &PackedObject,
+        bytes: &[u8],
     ) -> Result<StagedFile, StageError> {
         let name = &place.name;
         let failed = |action| AreaError::system(action, name);
         let mut from = 0;
         for extent in &packed.extents {
             let length = usize::try_from(extent.length).unwrap_or(usize::MAX);
-            let bytes = &packed.bytes[from..from + length];
-            place::write_at(file, bytes, extent.offset).map_err(failed("write"))?;
+            let part = &bytes[from..from + length];
+            place::write_at(file, part, extent.offset).map_err(failed("write"))?;
             from += length;
         }
         let end = packed.extents.last().map_or(0, |extent| extent.offset + extent.length);
@@ -257,7 +258,7 @@ impl Stager {
             place::set_size(file, packed.state.size).map_err(failed("set size of"))?;
         }
         let staged = self.finish(file, place, &packed.object, &packed.state, Origin::Ours)?;
-        Ok(StagedFile { bytes: packed.bytes.len() as u64, ..staged })
+        Ok(StagedFile { bytes: bytes.len() as u64, ..staged })
     }
 
     /// Gives a file that has its content all else.
@@ -532,7 +533,7 @@ fn io_failed(error: &std::io::Error, name: &Name) -> AreaError {
     AreaError::system("write", name)(Errno::from_io_error(error).unwrap_or(Errno::IO))
 }
 
-fn check_packed(packed: &PackedObject<'_>) -> Result<(), StageError> {
+fn check_packed(packed: &PackedObject, content: &[u8]) -> Result<(), StageError> {
     let breach = |what: &str| Err(StageError::Breach(format!("object {}: {what}", packed.object)));
     if packed.state.kind != Kind::File {
         return breach("packed, but no file");
@@ -549,10 +550,10 @@ fn check_packed(packed: &PackedObject<'_>) -> Result<(), StageError> {
         }
         bytes += extent.length;
     }
-    if bytes != packed.bytes.len() as u64 {
+    if bytes != content.len() as u64 {
         return breach("extents and bytes differ in length");
     }
-    if Hash::of(&packed.bytes) != packed.hash {
+    if Hash::of(content) != packed.hash {
         return breach("wrong hash");
     }
     Ok(())

@@ -10,7 +10,7 @@ use crossbeam_channel::RecvTimeoutError;
 use quinn::RecvStream;
 use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::net::frame::{FrameReader, decode_body, open_frame};
-use replicator_common::wire::{DataFrame, PackRun, PackedObject, Piece, Refusal};
+use replicator_common::wire::{DataFrame, PackRun, PackedObject, Piece, Refusal, contents};
 use tokio::sync::mpsc;
 
 use crate::area::AreaError;
@@ -227,11 +227,11 @@ fn stage_one(
 ) -> Result<(), SessionError> {
     let tell = |event| events.blocking_send(event).map_err(|_| SessionError::Closed);
     match frame {
-        DataFrame::Pack { batch, objects } => {
-            stage_packs(replica, stager, (batch, &[], &objects), events)
+        DataFrame::Pack { batch, objects, data } => {
+            stage_packs(replica, stager, (batch, &[]), (&objects, &data), events)
         }
-        DataFrame::PackPlaced { batch, runs, objects } => {
-            stage_packs(replica, stager, (batch, &runs, &objects), events)
+        DataFrame::PackPlaced { batch, runs, objects, data } => {
+            stage_packs(replica, stager, (batch, &runs), (&objects, &data), events)
         }
         DataFrame::PackAgain { batch, objects } => {
             telling(replica, events, batch, |telling| {
@@ -371,17 +371,19 @@ fn telling<'a>(
 fn stage_packs(
     replica: &Replica,
     stager: &mut Stager,
-    (batch, runs, objects): (BatchId, &[PackRun], &[PackedObject<'_>]),
+    (batch, runs): (BatchId, &[PackRun]),
+    (objects, data): (&[PackedObject], &[u8]),
     events: &mpsc::Sender<Event>,
 ) -> Result<(), SessionError> {
+    let packed = contents(objects, data).ok_or_else(uneven)?;
     let tell = |event| events.blocking_send(event).map_err(|_| SessionError::Closed);
     let mut spots =
         runs.iter().flat_map(|run| run.names.iter().map(move |name| (&run.directory, name)));
     telling(replica, events, batch, |telling| {
-        for packed in objects {
+        for (packed, bytes) in packed {
             let (object, version) = (packed.object.clone(), packed.version);
             let spot = spots.next();
-            match patiently(replica, events, || stager.pack(batch, packed, spot))? {
+            match patiently(replica, events, || stager.pack(batch, packed, bytes, spot))? {
                 Staged::Done(file) => {
                     replica.meters.staged.increment(1);
                     telling.staged(PackedFile { object, version, file })?;
@@ -420,7 +422,7 @@ fn parts<'a>(pieces: &'a [Piece], data: &'a [u8]) -> Result<Vec<Part<'a>>, Sessi
 }
 
 fn uneven() -> SessionError {
-    let what = "a frame whose pieces and bytes differ in length".to_owned();
+    let what = "a frame that has more bytes than it tells of, or fewer".to_owned();
     SessionError::Refused(Refusal::Protocol(what))
 }
 

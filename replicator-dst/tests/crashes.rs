@@ -24,13 +24,13 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Batch, FakeSource, World};
+use common::{Batch, FakeSource, Pack, World};
 use naive::{Action, Source, next_batch, source_id};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use replicator_common::id::ObjectId;
 use replicator_common::object::Kind;
-use replicator_common::wire::{ContentSource, DestinationMessage, Extent, Hash, Op, PackedObject};
+use replicator_common::wire::{ContentSource, DestinationMessage, Op};
 use replicator_dst::failover::{self, FailoverError, Manifest};
 use rustix::process::{Signal, getpid};
 
@@ -203,14 +203,7 @@ fn packed(ops: Vec<Op>, source: &Source) -> Batch {
             continue;
         };
         let bytes = source.objects[object].1.clone();
-        packs.push(PackedObject {
-            object: object.clone(),
-            version: *version,
-            state: state.clone(),
-            extents: vec![Extent { offset: 0, length: bytes.len() as u64 }],
-            hash: Hash::of(&bytes),
-            bytes: bytes.into(),
-        });
+        packs.push(Pack::new(object.clone(), *version, state.clone(), bytes));
     }
     Batch { ops, packs }
 }

@@ -102,11 +102,11 @@ fn modify() -> Batch {
         .entry(1, "a", Some(2), Some(7))
         .entry(ROOT, "c", Some(7), Some(2));
     let size = 1 << 20;
-    let pack = batch.packs.iter_mut().find(|pack| pack.object == id(3)).unwrap();
-    pack.extents = vec![Extent { offset: (1 << 17) - 6, length: 6 }];
-    pack.state.size = (1 << 17) + 4096;
-    assert!(pack.state.size < size);
-    let size = pack.state.size;
+    let pack = batch.packs.iter_mut().find(|pack| pack.packed.object == id(3)).unwrap();
+    pack.packed.extents = vec![Extent { offset: (1 << 17) - 6, length: 6 }];
+    pack.packed.state.size = (1 << 17) + 4096;
+    assert!(pack.packed.state.size < size);
+    let size = pack.packed.state.size;
     for op in &mut batch.ops {
         if let Op::Put { object, state, .. } = op
             && *object == id(3)

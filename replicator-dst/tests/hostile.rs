@@ -127,10 +127,14 @@ async fn what_is_no_message_is_refused() {
     let stage = Stage::set(false).await;
     let oversized = [(FRAME_MAX as u32 + 1).to_le_bytes().as_slice(), &[0]].concat();
     let swelling = [&[9, 0, 0, 0, 1], u32::MAX.to_le_bytes().as_slice(), &[0; 9]].concat();
+    // Its beginning alone may be that long, but not with what follows.
+    let [length, raw, packed] = [1004, FRAME_MAX as u32, 4].map(u32::to_le_bytes);
+    let heavy = [&length[..], &[2], &raw, &packed].concat();
     let garbage = [[7, 0, 0, 0, 0].as_slice(), b"garbage"].concat();
     for (bytes, because) in [
         (&oversized, "the limit is"),
         (&swelling, "the limit is"),
+        (&heavy, "the limit is"),
         (&garbage, "decode"),
         (&vec![1, 0, 0, 0, 0xfe], "unknown flags"),
     ] {
@@ -171,9 +175,17 @@ async fn what_is_out_of_turn_or_not_what_it_claims_is_refused() {
 
     let mut source = stage.session().await;
     let mut batch = Batch::new().file(5, ROOT, "x", b"what was read");
-    batch.packs[0].bytes.to_mut()[0] ^= 1;
+    batch.packs[0].bytes[0] ^= 1;
     source.packs(2, &batch.packs).await;
     refused(source, "wrong hash").await;
+
+    for (object, other) in [(b"x" as &[u8], b"xy" as &[u8]), (b"xy", b"x")] {
+        let mut source = stage.session().await;
+        let mut batch = Batch::new().file(5, ROOT, "x", object);
+        batch.packs[0].bytes = other.to_vec();
+        source.packs(2, &batch.packs).await;
+        refused(source, "more bytes than it tells of, or fewer").await;
+    }
 
     let mut source = stage.session().await;
     let transfer = TransferId(1);
@@ -191,7 +203,7 @@ async fn what_is_out_of_turn_or_not_what_it_claims_is_refused() {
     refused(source, "copies nothing").await;
 
     // Pieces that say other than their bytes.
-    let (whole, words) = (data(*b"what was read"), "differ in length");
+    let (whole, words) = (data(*b"what was read"), "more bytes than it tells of, or fewer");
     let (hash, long) = (Hash::of(b"what was read"), PIECE_MAX as u32 + 1);
     let lies = [
         (Piece::Data { hash, length: 12 }, whole.1.clone(), words),
@@ -336,7 +348,7 @@ async fn what_is_not_the_replicas_cannot_be_adopted() {
 async fn an_impossible_owner_is_a_shortfall() {
     let stage = Stage::set(false).await;
     let mut batch = Batch::new().directory(ROOT).file(5, ROOT, "x", b"x");
-    batch.packs[0].state.attributes.uid = u32::MAX;
+    batch.packs[0].packed.state.attributes.uid = u32::MAX;
     stage.session().await.apply(2, &batch).await;
     let status = stage.service.list().remove(0).destination.unwrap();
     assert_eq!(status.shortfalls.ownership, 1);

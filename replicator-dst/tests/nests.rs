@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use common::{Batch, FakeSource, ROOT, World, id, name};
+use common::{Batch, FakeSource, ROOT, World, frame_of, id, name};
 use replicator_common::control::{Control, DeletionMode};
 use replicator_common::id::BatchId;
 use replicator_common::wire::{DataFrame, PackRun, SourceMessage};
@@ -32,12 +32,7 @@ fn tree() -> Batch {
 /// Packs of some of a batch's files, with these names for them.
 fn placed(batch: &Batch, names: &[&str]) -> DataFrame<'static> {
     let names: Vec<_> = names.iter().map(|text| name(text)).collect();
-    let objects = batch.packs.clone();
-    DataFrame::PackPlaced {
-        batch: BatchId(2),
-        runs: vec![PackRun { directory: id(D), names }],
-        objects,
-    }
+    frame_of(BatchId(2), vec![PackRun { directory: id(D), names }], &batch.packs)
 }
 
 impl Stage {

@@ -3,11 +3,15 @@
 //! | bytes | meaning |
 //! |---|---|
 //! | 4 | length of the body as it follows, little endian |
-//! | 1 | flags: bit 0 = the body is compressed by zstd; all others must be 0 |
-//! | 4 | only with bit 0: length of the body when decompressed, little endian |
+//! | 1 | how the body travels: 0 = as it is, 1 = compressed by zstd, 2 = its beginning compressed |
+//! | 4 | only with 1 and 2: length of what is compressed when decompressed, little endian |
+//! | 4 | only with 2: length of the compressed beginning, little endian |
 //! | … | body: [`codec::encode`] of the message |
 //!
-//! Both lengths are checked against a limit ([`FRAME_MAX`] unless told) before
+//! The beginning alone is compressed where content that does not shrink follows what is
+//! said of it.
+//!
+//! All lengths are checked against a limit ([`FRAME_MAX`] unless told) before
 //! anything is allocated for them; byte strings within the body are bounded by
 //! [`codec::DECODE_LIMIT`], and all of its lists together by [`SWELLING_MAX`].
 //! Integrity is QUIC's; content carries its own
@@ -30,12 +34,16 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use crate::codec::{self, CodecError};
 use crate::wire::FRAME_MAX;
 
-/// Flag: the body is compressed.
+/// Flags: the body is compressed.
 const ZSTD: u8 = 1;
+/// Flags: the beginning of the body is compressed.
+const ZSTD_HEAD: u8 = 2;
 /// Length and flags.
 const HEADER: usize = 5;
 /// The same with the length of the decompressed body.
 const HEADER_ZSTD: usize = HEADER + 4;
+/// The same with both lengths of the beginning.
+const HEADER_HEAD: usize = HEADER + 8;
 
 /// How much more memory than the longest frame the lists of a message may take.
 /// Messages name few objects, or take a hundred bytes for each: of what an honest
@@ -101,8 +109,22 @@ pub enum Compression {
 struct Header {
     /// Bytes of body that follow.
     length: usize,
-    /// Bytes after decompression, when it is compressed.
-    raw: Option<usize>,
+    packing: Packing,
+}
+
+/// How a body travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Packing {
+    Plain,
+    /// Compressed, from so many bytes.
+    Whole {
+        raw: usize,
+    },
+    /// The first `packed` bytes were `raw` before they were compressed.
+    Head {
+        raw: usize,
+        packed: usize,
+    },
 }
 
 impl Header {
@@ -114,6 +136,7 @@ impl Header {
         match flags {
             0 => Ok(HEADER),
             ZSTD => Ok(HEADER_ZSTD),
+            ZSTD_HEAD => Ok(HEADER_HEAD),
             unknown => Err(FrameError::UnknownFlags(unknown)),
         }
     }
@@ -125,13 +148,26 @@ impl Header {
         };
         let [a, b, c, d, _] = *first;
         let length = within([a, b, c, d], limit)?;
-        if Self::size(first, limit)? == HEADER {
-            return Ok(Some((Self { length, raw: None }, rest)));
+        let size = Self::size(first, limit)?;
+        if size == HEADER {
+            return Ok(Some((Self { length, packing: Packing::Plain }, rest)));
         }
         let Some((raw, rest)) = rest.split_first_chunk::<4>() else {
             return Ok(None);
         };
-        Ok(Some((Self { length, raw: Some(within(*raw, limit)?) }, rest)))
+        let raw = within(*raw, limit)?;
+        if size == HEADER_ZSTD {
+            return Ok(Some((Self { length, packing: Packing::Whole { raw } }, rest)));
+        }
+        let Some((packed, rest)) = rest.split_first_chunk::<4>() else {
+            return Ok(None);
+        };
+        let packed = within(*packed, length)?;
+        let whole = raw + (length - packed);
+        if whole > limit {
+            return Err(FrameError::TooLong { length: whole, limit });
+        }
+        Ok(Some((Self { length, packing: Packing::Head { raw, packed } }, rest)))
     }
 }
 
@@ -172,7 +208,8 @@ pub fn encode_frame<T: Serialize + ?Sized>(
 }
 
 /// The same of a message whose content stands in `content`: the frame in parts,
-/// of which those that are content are not copied, unless it is compressed.
+/// of which those that are content are not copied, unless it is compressed. Where it
+/// does not shrink, what stands before it may.
 ///
 /// # Errors
 /// As [`encode_frame`].
@@ -181,8 +218,10 @@ pub fn encode_frame_around<T: Serialize + ?Sized>(
     content: &Bytes,
     compression: Compression,
 ) -> Result<Vec<Bytes>, FrameError> {
-    // Content that a sample shows to shrink: the whole is looked at.
-    if compression == Compression::Auto && sample_shrinks(content) {
+    // Content that a sample shows to shrink: the whole is looked at. So it is where there is
+    // little content.
+    let auto = compression == Compression::Auto;
+    if auto && (content.len() < codec::SHARED_MIN || shrinks(content)) {
         return Ok(vec![encode_frame(value, compression)?.into()]);
     }
     let mut parts = codec::encode_around(value, content, HEADER)?;
@@ -190,9 +229,23 @@ pub fn encode_frame_around<T: Serialize + ?Sized>(
     if length > FRAME_MAX {
         return Err(FrameError::TooLong { length, limit: FRAME_MAX });
     }
-    let mut first = Vec::from(std::mem::take(&mut parts[0]));
-    first[..4].copy_from_slice(&length_bytes(length));
-    parts[0] = first.into();
+    let head = &parts[0][HEADER..];
+    parts[0] = match auto.then(|| compress_if_it_pays(head)).flatten() {
+        Some(packed) => {
+            let mut first = Vec::with_capacity(HEADER_HEAD + packed.len());
+            first.extend_from_slice(&length_bytes(length - head.len() + packed.len()));
+            first.push(ZSTD_HEAD);
+            first.extend_from_slice(&length_bytes(head.len()));
+            first.extend_from_slice(&length_bytes(packed.len()));
+            first.extend_from_slice(&packed);
+            first.into()
+        }
+        None => {
+            let mut first = Vec::from(std::mem::take(&mut parts[0]));
+            first[..4].copy_from_slice(&length_bytes(length));
+            first.into()
+        }
+    };
     Ok(parts)
 }
 
@@ -244,9 +297,21 @@ fn body_within(frame: &[u8], limit: usize) -> Result<Cow<'_, [u8]>, FrameError> 
         Some(more) => return Err(FrameError::Trailing(more)),
         None => return Err(FrameError::Truncated),
     }
-    match header.raw {
-        None => Ok(body.into()),
-        Some(raw) => Ok(decompress(body, raw)?.into()),
+    match header.packing {
+        Packing::Plain => Ok(body.into()),
+        Packing::Whole { raw } => {
+            let mut whole = Vec::with_capacity(raw);
+            decompress_into(body, raw, &mut whole)?;
+            Ok(whole.into())
+        }
+        Packing::Head { raw, packed } => {
+            let (head, rest) = body.split_at_checked(packed).ok_or(FrameError::Truncated)?;
+            // One buffer for both: their sum was held to the limit.
+            let mut whole = Vec::with_capacity(raw + rest.len());
+            decompress_into(head, raw, &mut whole)?;
+            whole.extend_from_slice(rest);
+            Ok(whole.into())
+        }
     }
 }
 
@@ -262,6 +327,14 @@ fn compress_if_it_pays(body: &[u8]) -> Option<Vec<u8>> {
         return None;
     }
     compress_to(body, body.len() - body.len() / 10)
+}
+
+/// Whether a sample of these bytes shrinks, or all of few.
+fn shrinks(bytes: &[u8]) -> bool {
+    match bytes.len() <= SAMPLE {
+        true => compress_to(bytes, bytes.len() - bytes.len() / 10).is_some(),
+        false => sample_shrinks(bytes),
+    }
 }
 
 /// Whether it may pay to compress these bytes.
@@ -292,20 +365,18 @@ fn compress_to(bytes: &[u8], room: usize) -> Option<Vec<u8>> {
 }
 
 /// Decompresses to exactly `raw` bytes, which the caller has checked against
-/// the limit; no input makes it write more than it has reserved for them.
-fn decompress(bytes: &[u8], raw: usize) -> Result<Vec<u8>, FrameError> {
+/// the limit; no input makes it write more than `out` has reserved.
+fn decompress_into(bytes: &[u8], raw: usize, out: &mut Vec<u8>) -> Result<(), FrameError> {
     let failed = |error: io::Error| FrameError::Compressed(error.to_string());
     DECOMPRESSOR.with_borrow_mut(|slot| {
         let decompressor = match slot {
             Some(decompressor) => decompressor,
             None => slot.insert(zstd::bulk::Decompressor::new().map_err(failed)?),
         };
-        let mut out = Vec::with_capacity(raw);
-        decompressor.decompress_to_buffer(bytes, &mut out).map_err(failed)?;
-        if out.len() == raw {
-            Ok(out)
-        } else {
-            Err(FrameError::Compressed(format!("{} bytes, {raw} announced", out.len())))
+        decompressor.decompress_to_buffer(bytes, out).map_err(failed)?;
+        match out.len() == raw {
+            true => Ok(()),
+            false => Err(FrameError::Compressed(format!("{} bytes, {raw} announced", out.len()))),
         }
     })
 }

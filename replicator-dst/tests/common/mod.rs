@@ -66,11 +66,36 @@ pub fn state(kind: Kind, mode: u32, size: u64) -> ObjectState {
     ObjectState { kind, attributes, size, rdev: 0 }
 }
 
+/// A small file as it travels.
+#[derive(Clone)]
+pub struct Pack {
+    pub packed: PackedObject,
+    pub bytes: Vec<u8>,
+}
+
+impl Pack {
+    pub fn new(object: ObjectId, version: u32, state: ObjectState, bytes: Vec<u8>) -> Self {
+        let extents = vec![Extent { offset: 0, length: bytes.len() as u64 }];
+        let hash = Hash::of(&bytes);
+        Self { packed: PackedObject { object, version, state, extents, hash }, bytes }
+    }
+}
+
+/// A frame of such files, the first of them with places.
+pub fn frame_of(batch: BatchId, runs: Vec<PackRun>, packs: &[Pack]) -> DataFrame<'static> {
+    let objects = packs.iter().map(|pack| pack.packed.clone()).collect();
+    let data = packs.iter().map(|pack| &pack.bytes[..]).collect::<Vec<_>>().concat().into();
+    match runs.is_empty() {
+        true => DataFrame::Pack { batch, objects, data },
+        false => DataFrame::PackPlaced { batch, runs, objects, data },
+    }
+}
+
 /// A batch in the making.
 #[derive(Clone, Default)]
 pub struct Batch {
     pub ops: Vec<Op>,
-    pub packs: Vec<PackedObject<'static>>,
+    pub packs: Vec<Pack>,
 }
 
 impl Batch {
@@ -129,14 +154,7 @@ impl Batch {
             new,
             links,
         });
-        self.packs.push(PackedObject {
-            object: id(n),
-            version: 1,
-            state,
-            extents: vec![Extent { offset: 0, length: content.len() as u64 }],
-            bytes: content.to_vec().into(),
-            hash: Hash::of(content),
-        });
+        self.packs.push(Pack::new(id(n), 1, state, content.to_vec()));
         self
     }
 
@@ -157,21 +175,18 @@ impl Batch {
             })
         };
         let (placed, others): (Vec<_>, Vec<_>) =
-            self.packs.iter().cloned().partition(|pack| spot(&pack.object).is_some());
-        let runs: Vec<_> = placed.iter().filter_map(|pack| spot(&pack.object)).collect();
-        let objects = placed.into_iter().chain(others).collect();
-        match runs.is_empty() {
-            true => DataFrame::Pack { batch, objects },
-            false => DataFrame::PackPlaced { batch, runs, objects },
-        }
+            self.packs.iter().cloned().partition(|pack| spot(&pack.packed.object).is_some());
+        let runs: Vec<_> = placed.iter().filter_map(|pack| spot(&pack.packed.object)).collect();
+        let all: Vec<Pack> = placed.into_iter().chain(others).collect();
+        frame_of(batch, runs, &all)
     }
 
     /// The same content, read once more: under new version numbers.
     pub fn reread(mut self) -> Self {
         let mut next = std::collections::HashMap::new();
         for pack in &mut self.packs {
-            pack.version += 1;
-            next.insert(pack.object.clone(), pack.version);
+            pack.packed.version += 1;
+            next.insert(pack.packed.object.clone(), pack.packed.version);
         }
         for op in &mut self.ops {
             if let Op::Put { object, content: ContentSource::Packed { version }, .. } = op {
@@ -437,8 +452,8 @@ impl FakeSource {
         tokio::time::timeout(Duration::from_secs(20), read).await.expect("in time").ok().flatten()
     }
 
-    pub async fn packs(&mut self, number: u64, packs: &[PackedObject<'static>]) {
-        let frame = DataFrame::Pack { batch: BatchId(number), objects: packs.to_vec() };
+    pub async fn packs(&mut self, number: u64, packs: &[Pack]) {
+        let frame = frame_of(BatchId(number), Vec::new(), packs);
         self.data.write(&frame).await.unwrap();
     }
 

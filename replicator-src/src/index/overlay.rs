@@ -27,17 +27,21 @@ struct Layer {
 impl Layer {
     fn new(delta: Arc<Delta>) -> Self {
         let mut links: HashMap<ObjectId, Vec<_>> = HashMap::new();
-        let mut entries = BTreeMap::new();
         for change in &delta.entries {
-            let place = || (change.directory.clone(), change.name.clone());
-            entries.insert(place(), change.new.clone());
             for (object, gained) in [(&change.old, false), (&change.new, true)] {
                 if let Some(object) = object {
-                    let (directory, name) = place();
+                    let (directory, name) = (change.directory.clone(), change.name.clone());
                     links.entry(object.clone()).or_default().push((gained, directory, name));
                 }
             }
         }
+        // Made as a whole, for planning gives them in order. Of one that comes twice, which
+        // planning never does, the last counts.
+        let entries = delta
+            .entries
+            .iter()
+            .map(|change| ((change.directory.clone(), change.name.clone()), change.new.clone()));
+        let entries = entries.collect();
         let objects =
             delta.objects.iter().enumerate().map(|(at, (o, _))| (o.clone(), at)).collect();
         Self { delta, objects, entries, links, acknowledged: false }

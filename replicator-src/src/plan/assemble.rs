@@ -183,8 +183,9 @@ pub fn assemble<V: View, T: Tree>(
     work.admitted = work.admit()?;
     work.bind()?;
     work.fit_links()?;
-    work.unite_directories()?;
-    work.break_loops()?;
+    let directories = work.gained_directories()?;
+    work.unite_directories(&directories)?;
+    work.break_loops(directories)?;
     work.detach()?;
     work.settle_orphans()?;
     work.put_objects()?;
@@ -362,24 +363,31 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         self.changed.insert(place, binding);
     }
 
+    /// Directories to which the batch gives an entry: few, where most objects are files.
+    fn gained_directories(&self) -> Result<BTreeSet<ObjectId>, Failure<V, T>> {
+        let mut directories = BTreeSet::new();
+        for object in self.gained.keys() {
+            if self.is_directory(object)? {
+                directories.insert(object.clone());
+            }
+        }
+        Ok(directories)
+    }
+
     /// A directory has one entry. Where it was moved between two looks, or the
     /// record of its old name is still to come, the batch sees two: one of
     /// those it looked at stays, and all are looked at again.
-    fn unite_directories(&mut self) -> Result<(), Failure<V, T>> {
-        let gained: Vec<ObjectId> = self.gained.keys().cloned().collect();
-        for object in gained {
-            if !self.is_directory(&object)? {
-                continue;
-            }
-            let links = self.links_after(&object)?;
+    fn unite_directories(&mut self, directories: &BTreeSet<ObjectId>) -> Result<(), Failure<V, T>> {
+        for object in directories {
+            let links = self.links_after(object)?;
             if links.len() < 2 {
                 continue;
             }
-            let kept = self.gained.get(&object).and_then(|places| places.first()).cloned();
+            let kept = self.gained.get(object).and_then(|places| places.first()).cloned();
             for place in links {
                 self.out.again.insert(place.clone());
                 if Some(&place) != kept.as_ref() {
-                    self.unbind(place, &object);
+                    self.unbind(place, object);
                 }
             }
         }
@@ -389,13 +397,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     /// A directory is never inside itself on the source. Where one was seen in
     /// another whose own move out of it was not, the batch would put it there:
     /// it gets no entry for now, and is looked at again.
-    fn break_loops(&mut self) -> Result<(), Failure<V, T>> {
+    fn break_loops(&mut self, directories: BTreeSet<ObjectId>) -> Result<(), Failure<V, T>> {
         let mut sound: HashSet<ObjectId> = HashSet::from([self.root.clone()]);
-        let gained: BTreeSet<ObjectId> = self.gained.keys().cloned().collect();
-        for object in gained {
-            if !self.is_directory(&object)? {
-                continue;
-            }
+        for object in directories {
             let mut way: Vec<ObjectId> = Vec::new();
             let mut at = Some(object);
             while let Some(next) = at.filter(|next| !sound.contains(next)) {
@@ -457,6 +461,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             links.retain(|place| !lost.contains(place));
         }
         if let Some(gained) = self.gained.get(object) {
+            if links.is_empty() {
+                return Ok(gained.iter().cloned().collect());
+            }
             // By hash: both may be tens of thousands.
             let there: HashSet<&Place> = links.iter().collect();
             let new: Vec<Place> =
@@ -477,8 +484,10 @@ impl<V: View, T: Tree> Work<'_, V, T> {
 
     /// States of objects: those read, and those whose links changed.
     fn put_objects(&mut self) -> Result<(), Failure<V, T>> {
-        let mut touched: BTreeSet<&ObjectId> = self.lost.keys().chain(self.gained.keys()).collect();
-        touched.extend(self.outcomes.keys());
+        let touched = self.lost.keys().chain(self.gained.keys()).chain(self.outcomes.keys());
+        let mut touched: Vec<&ObjectId> = touched.collect();
+        touched.sort_unstable();
+        touched.dedup();
         let touched: Vec<ObjectId> = touched.into_iter().cloned().collect();
         for object in touched {
             if self.gone.contains(&object) {

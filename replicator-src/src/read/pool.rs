@@ -1,19 +1,21 @@
 //! The threads that read: some for small objects, one for large files, one for what
 //! was appended to such, one that compares them.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::name::Name;
 use replicator_common::object::ObjectState;
 use replicator_common::pulse;
 use replicator_common::sys::quiet;
-use replicator_common::wire::{DataFrame, PACK_MAX, PackRun, PackedObject};
+use replicator_common::wire::{DataFrame, PACK_MAX, PackRun, PackedObject, contents};
 use rustix::io::Errno;
 
 use super::kept::KeptObjects;
@@ -294,17 +296,17 @@ fn read_small(jobs: &Receiver<SmallJob>, opener: &Opener) {
 
 fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
     let mut report = Report { outcomes: Vec::new(), packed: 0 };
-    let (mut pack, mut filled) = (Pack::default(), 0);
+    let (mut pack, mut filled) = (Pack::for_files(job.items.len()), 0);
     let (mut again, mut again_filled) = (Vec::new(), 0);
     let stream = job.sink.pack_stream();
-    let flush = |pack: &mut Pack| job.sink.send(stream, &std::mem::take(pack).frame(job.batch));
     let (mut ahead, mut count) = (VecDeque::new(), AHEAD);
     for (at, item) in job.items.iter().enumerate() {
         if ahead.is_empty() {
             ahead.extend(open(&job.items[at..job.items.len().min(at + count)], opener));
         }
         let opened = ahead.pop_front().unwrap_or_else(|| small::open(opener, item));
-        let reading = small::read(opener, &job.kept, (item, opened), job.batch, job.version);
+        let version = (job.batch, job.version);
+        let reading = small::read(opener, &job.kept, (item, opened), version, &mut pack.data);
         report.outcomes.push((item.object.clone(), reading.outcome));
         // Of files that fill a pack soon, few are opened, for the rest is closed then.
         count = ((PACK_BYTES / 2 / reading.bytes.max(1)) as usize).clamp(1, AHEAD);
@@ -324,7 +326,8 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
             // That may take as long as the network does. Whoever holds a file open
             // holds its room, should it be deleted.
             ahead.clear();
-            flush(&mut pack)?;
+            let next = Pack::for_files(job.items.len() - at - 1);
+            std::mem::replace(&mut pack, next).send(&job.sink, stream, job.batch)?;
             filled = 0;
         }
         if again_filled >= PACK_BYTES {
@@ -334,7 +337,7 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
         }
     }
     if !pack.objects.is_empty() {
-        flush(&mut pack)?;
+        pack.send(&job.sink, stream, job.batch)?;
     }
     if !again.is_empty() {
         job.sink.send(stream, &DataFrame::PackAgain { batch: job.batch, objects: again })?;
@@ -348,16 +351,25 @@ fn apart(state: &ObjectState) -> u64 {
 }
 
 /// Small objects that are to be sent together.
-#[derive(Default)]
 struct Pack {
     /// Places of the first objects, and of no others.
     runs: Vec<PackRun>,
     placed: usize,
-    objects: Vec<PackedObject<'static>>,
+    objects: Vec<PackedObject>,
+    /// Their contents.
+    data: Vec<u8>,
 }
 
 impl Pack {
-    fn push(&mut self, spot: Option<&(ObjectId, Name)>, packed: PackedObject<'static>) {
+    /// With room for the contents of so many files, if they are small.
+    fn for_files(count: usize) -> Self {
+        const SMALL: usize = 4 << 10;
+        let most = (PACK_BYTES + PACK_MAX) as usize;
+        let data = Vec::with_capacity(count.saturating_mul(SMALL).min(most));
+        Self { runs: Vec::new(), placed: 0, objects: Vec::new(), data }
+    }
+
+    fn push(&mut self, spot: Option<&(ObjectId, Name)>, packed: PackedObject) {
         if let Some((directory, name)) = spot.filter(|_| self.placed == self.objects.len()) {
             self.placed += 1;
             match self.runs.last_mut().filter(|run| run.directory == *directory) {
@@ -371,13 +383,19 @@ impl Pack {
         self.objects.push(packed);
     }
 
-    fn frame(self, batch: BatchId) -> DataFrame<'static> {
-        let Self { runs, objects, .. } = self;
-        if runs.is_empty() {
-            DataFrame::Pack { batch, objects }
+    fn send(self, sink: &Sink, stream: usize, batch: BatchId) -> Result<(), SinkError> {
+        let Self { runs, objects, data: mut content, .. } = self;
+        debug_assert!(contents(&objects, &content).is_some(), "objects and contents differ");
+        // It waits for the network, perhaps for long, and counts by its length.
+        content.shrink_to_fit();
+        let content = Bytes::from(content);
+        let data = Cow::Borrowed(&content[..]);
+        let frame = if runs.is_empty() {
+            DataFrame::Pack { batch, objects, data }
         } else {
-            DataFrame::PackPlaced { batch, runs, objects }
-        }
+            DataFrame::PackPlaced { batch, runs, objects, data }
+        };
+        sink.send_around(stream, &frame, &content)
     }
 }
 

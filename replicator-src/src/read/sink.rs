@@ -60,16 +60,19 @@ impl Wired {
 /// Content bytes in a frame, before compression.
 fn content_of(frame: &DataFrame<'_>) -> u64 {
     match frame {
-        DataFrame::Pack { objects, .. } | DataFrame::PackPlaced { objects, .. } => {
-            objects.iter().map(|object| object.bytes.len() as u64).sum()
-        }
-        DataFrame::TransferPieces { data, .. } => data.len() as u64,
+        DataFrame::Pack { data, .. }
+        | DataFrame::PackPlaced { data, .. }
+        | DataFrame::TransferPieces { data, .. } => data.len() as u64,
         DataFrame::PackAgain { .. }
         | DataFrame::TransferBegin(_)
         | DataFrame::TransferReuse { .. }
         | DataFrame::TransferEnd { .. }
         | DataFrame::TransferAbort { .. } => 0,
     }
+}
+
+fn unsendable(error: &FrameError) {
+    tracing::error!(%error, "a frame that cannot be sent");
 }
 
 /// Set in the numbers of transfers that bring what was appended to a file: all
@@ -159,9 +162,7 @@ impl Sink {
 
     /// Makes a frame ready for [`Self::queue`].
     pub(super) fn encode(&self, frame: &DataFrame<'_>) -> Result<Frame, SinkError> {
-        let bytes = encode_frame(frame, self.compression).inspect_err(|error| {
-            tracing::error!(%error, "a frame that cannot be sent");
-        })?;
+        let bytes = encode_frame(frame, self.compression).inspect_err(unsendable)?;
         Ok(self.wire(vec![bytes.into()], frame))
     }
 
@@ -171,7 +172,8 @@ impl Sink {
         frame: &DataFrame<'_>,
         content: &Bytes,
     ) -> Result<Frame, SinkError> {
-        Ok(self.wire(encode_frame_around(frame, content, self.compression)?, frame))
+        let parts = encode_frame_around(frame, content, self.compression);
+        Ok(self.wire(parts.inspect_err(unsendable)?, frame))
     }
 
     fn wire(&self, parts: Frame, frame: &DataFrame<'_>) -> Frame {

@@ -56,8 +56,8 @@ pub struct Reading {
 
 /// How a small file's content gets to the destination's staging.
 pub enum Packed {
-    /// It travels.
-    Whole(PackedObject<'static>),
+    /// It travels: the content was added to what is read for its frame.
+    Whole(PackedObject),
     /// It is there already.
     Again(PackedAgain),
 }
@@ -88,25 +88,35 @@ pub fn announce(item: &Item, opened: &Result<Opened, Errno>) {
 
 /// Reads one object that was [opened](open). Never fails as a whole: what cannot be
 /// read becomes [`Outcome::Unreadable`].
+///
+/// INVARIANT: `data` grows by the content of what becomes [`Packed::Whole`], and by
+/// nothing else.
 pub fn read(
     opener: &Opener,
     kept: &KeptObjects,
     (item, opened): (&Item, Result<Opened, Errno>),
-    batch: BatchId,
-    version: u32,
+    (batch, version): (BatchId, u32),
+    data: &mut Vec<u8>,
 ) -> Reading {
-    match opened.and_then(|opened| try_read(opener, item, opened, batch, version)) {
+    let from = data.len();
+    let read = opened.and_then(|opened| try_read(opener, item, opened, (batch, version), data));
+    let reading = match read {
         Ok(reading) => unless_kept(kept, reading),
         Err(Errno::STALE | Errno::NOENT) => Outcome::Gone.into(),
         Err(error) => Outcome::Unreadable { error: told(error) }.into(),
+    };
+    if !matches!(reading.packed, Some(Packed::Whole(_))) {
+        data.truncate(from);
     }
+    reading
 }
 
 /// Content that the destination has in staging does not travel.
 fn unless_kept(kept: &KeptObjects, reading: Reading) -> Reading {
     match reading {
-        Reading { outcome, packed: Some(Packed::Whole(packed)), .. }
-            if is_dense(&packed) && kept.take(&packed.object, &packed.hash) =>
+        // Without holes: only then is the hash of its data that of all of its content.
+        Reading { outcome, packed: Some(Packed::Whole(packed)), bytes }
+            if bytes == packed.state.size && kept.take(&packed.object, &packed.hash) =>
         {
             let PackedObject { object, version, state, hash, .. } = packed;
             let packed = Some(Packed::Again(PackedAgain { object, version, state, hash }));
@@ -116,18 +126,12 @@ fn unless_kept(kept: &KeptObjects, reading: Reading) -> Reading {
     }
 }
 
-/// Whether a file has no holes: only then is the hash of its data that of all
-/// of its content.
-fn is_dense(packed: &PackedObject<'_>) -> bool {
-    packed.bytes.len() as u64 == packed.state.size
-}
-
 fn try_read(
     opener: &Opener,
     item: &Item,
     opened: Opened,
-    batch: BatchId,
-    version: u32,
+    (batch, version): (BatchId, u32),
+    data: &mut Vec<u8>,
 ) -> Result<Reading, Errno> {
     let fd = match opened {
         Opened::Here(fd) => fd,
@@ -142,17 +146,18 @@ fn try_read(
             let need = Need { content: true, ..item.need.clone() };
             let item = Item { need, ..item.clone() };
             let opened = open(opener, &item)?;
-            return try_read(opener, &item, opened, batch, version);
+            return try_read(opener, &item, opened, (batch, version), data);
         }
     }
-    let mut attempt = 0;
+    let (mut attempt, from) = (0, data.len());
     loop {
+        data.truncate(from);
         let read_at = Timestamp::now();
         let before = stat::of_fd(&fd)?;
         if before.nlink == 0 {
             return Ok(Outcome::Gone.into());
         }
-        let reading = read_open(&fd, item, &before, read_at, batch, version)?;
+        let reading = read_open(&fd, item, (&before, read_at), (batch, version), data)?;
         let after = stat::of_fd(&fd)?;
         attempt += 1;
         if (before.ctime, before.size) == (after.ctime, after.size) || attempt > READ_AGAIN {
@@ -164,10 +169,9 @@ fn try_read(
 fn read_open(
     fd: &OwnedFd,
     item: &Item,
-    stat: &Stat,
-    read_at: Timestamp,
-    batch: BatchId,
-    version: u32,
+    (stat, read_at): (&Stat, Timestamp),
+    (batch, version): (BatchId, u32),
+    data: &mut Vec<u8>,
 ) -> Result<Reading, Errno> {
     let state = state_of(fd.as_fd(), stat)?;
     let known = item.known.as_ref();
@@ -186,9 +190,11 @@ fn read_open(
             if stat.size > PACK_MAX {
                 return Ok(Outcome::Large { size: stat.size }.into());
             }
-            let (extents, bytes) = content(fd.as_fd(), stat)?;
-            let hash = Hash::of(&bytes);
-            let content = Content::Whole(whole(stat.size, &extents, &bytes, &hash));
+            let from = data.len();
+            let extents = content(fd.as_fd(), stat, data)?;
+            let bytes = &data[from..];
+            let hash = Hash::of(bytes);
+            let content = Content::Whole(whole(stat.size, &extents, bytes, &hash));
             match known {
                 Some(known) if known.content == content => {
                     Ok(compare(known, basic(content, known.version)))
@@ -197,8 +203,7 @@ fn read_open(
                     let known = basic(content, batch);
                     let size = bytes.len() as u64;
                     let object = item.object.clone();
-                    let bytes = bytes.into();
-                    let packed = PackedObject { object, version, state, extents, bytes, hash };
+                    let packed = PackedObject { object, version, state, extents, hash };
                     let content = ContentSource::Packed { version };
                     let outcome = Outcome::Ship { known, content };
                     let packed = Some(Packed::Whole(packed));
@@ -268,11 +273,13 @@ pub fn state_of(fd: BorrowedFd<'_>, stat: &Stat) -> Result<ObjectState, Errno> {
     Ok(ObjectState { kind: stat.kind, attributes, size, rdev: stat.rdev })
 }
 
-/// The data of a small file, extent by extent.
-fn content(fd: BorrowedFd<'_>, stat: &Stat) -> Result<(Vec<Extent>, Vec<u8>), Errno> {
+/// Adds the data of a small file to `data`, extent by extent.
+fn content(fd: BorrowedFd<'_>, stat: &Stat, data: &mut Vec<u8>) -> Result<Vec<Extent>, Errno> {
     let mut extents = extents::of(fd, stat)?;
     let total: u64 = extents.iter().map(|extent| extent.length).sum();
-    let mut bytes = vec![0; total as usize];
+    let from = data.len();
+    data.resize(from + total as usize, 0);
+    let bytes = &mut data[from..];
     let mut filled = 0;
     for extent in &mut extents {
         let part = &mut bytes[filled..filled + extent.length as usize];
@@ -284,13 +291,13 @@ fn content(fd: BorrowedFd<'_>, stat: &Stat) -> Result<(Vec<Extent>, Vec<u8>), Er
             break;
         }
     }
-    bytes.truncate(filled);
+    data.truncate(from + filled);
     let mut end = 0;
     extents.retain(|extent| {
         end += extent.length;
         extent.length > 0 && end <= filled as u64
     });
-    Ok((extents, bytes))
+    Ok(extents)
 }
 
 /// Reads until the buffer is full or the file ends; returns the bytes read.

@@ -50,6 +50,7 @@ fn a_frame_around_content_is_the_same_frame() {
         let value = (3u8, half, "end");
         for compression in [Compression::Never, Compression::Auto] {
             let parts = encode_frame_around(&value, &content, compression).unwrap();
+            // What stands before the content is too short to be compressed.
             assert_eq!(parts.concat(), encode_frame(&value, compression).unwrap());
         }
     }
@@ -57,6 +58,55 @@ fn a_frame_around_content_is_the_same_frame() {
     let value = serde_bytes::Bytes::new(&content);
     let error = encode_frame_around(value, &content, Compression::Never).unwrap_err();
     assert!(matches!(error, FrameError::TooLong { .. }), "{error}");
+}
+
+/// Words that shrink before noise that does not, as in a frame of small files.
+fn with_a_head() -> (Vec<u8>, (Vec<String>, ByteBuf)) {
+    let words: Vec<String> = (0..500).map(|number| format!("object number {number}")).collect();
+    let content = Bytes::from(noise(100_000));
+    let value = (&words, serde_bytes::Bytes::new(&content));
+    let parts = encode_frame_around(&value, &content, Compression::Auto).unwrap();
+    let plain = encode_frame(&value, Compression::Auto).unwrap();
+    let frame = parts.concat();
+    assert_eq!((frame[4], plain[4]), (ZSTD_HEAD, 0));
+    assert!(frame.len() + 5_000 < plain.len(), "{} of {}", frame.len(), plain.len());
+    assert!(parts.iter().any(|part| part.as_ptr() == content.as_ptr()), "the content was copied");
+    (frame, (words, ByteBuf::from(content.to_vec())))
+}
+
+#[test]
+fn a_beginning_that_shrinks_is_compressed_alone() {
+    let (frame, value) = with_a_head();
+    assert_eq!(decode_frame::<(Vec<String>, ByteBuf)>(&frame).unwrap(), value);
+}
+
+#[test]
+fn what_a_compressed_beginning_announces_is_held_to() {
+    let (frame, _) = with_a_head();
+    let decode = |at: usize, length: usize| {
+        let mut frame = frame.clone();
+        frame[at..at + 4].copy_from_slice(&length_bytes(length));
+        decode_frame::<(Vec<String>, ByteBuf)>(&frame)
+    };
+    let length = frame.len() - HEADER_HEAD;
+    // Longer when decompressed than a frame may be, by itself and with what follows.
+    for raw in [FRAME_MAX + 1, FRAME_MAX - 1000] {
+        let error = decode(HEADER, raw).unwrap_err();
+        assert!(matches!(error, FrameError::TooLong { .. }), "{error}");
+    }
+    for raw in [0, 1, 100_000] {
+        let error = decode(HEADER, raw).unwrap_err();
+        assert!(matches!(error, FrameError::Compressed(_)), "{error}");
+    }
+    let error = decode(HEADER + 4, length + 1).unwrap_err();
+    assert!(matches!(error, FrameError::TooLong { .. }), "{error}");
+    for packed in [0, 1, length] {
+        let error = decode(HEADER + 4, packed).unwrap_err();
+        assert!(matches!(error, FrameError::Compressed(_)), "{error}");
+    }
+    for cut in [4, HEADER, HEADER + 3, HEADER + 4, HEADER_HEAD - 1, HEADER_HEAD, frame.len() - 1] {
+        assert!(matches!(decode_frame::<u8>(&frame[..cut]), Err(FrameError::Truncated)), "{cut}");
+    }
 }
 
 #[test]
@@ -99,7 +149,7 @@ fn a_compressed_body_cannot_exceed_what_it_announces() {
 #[test]
 fn unknown_flags_are_refused() {
     let frame = encode_frame(&7u8, Compression::Never).unwrap();
-    for flags in 2..=255 {
+    for flags in 3..=255 {
         let mut frame = frame.clone();
         frame[4] = flags;
         let error = decode_frame::<u8>(&frame).unwrap_err();
@@ -172,7 +222,7 @@ proptest! {
     #[test]
     fn random_bytes_never_panic(
         bytes in proptest::collection::vec(any::<u8>(), 0..300),
-        flags in 0u8..3,
+        flags in 0u8..4,
         length in 0u32..400,
     ) {
         let _ = decode_frame::<crate::wire::SourceMessage>(&bytes);
@@ -193,6 +243,6 @@ proptest! {
         runtime.block_on(async {
             while let Ok(Some(_)) = reader.read::<crate::wire::SourceMessage>().await {}
         });
-        prop_assert!(reader.buffer.capacity() <= HEADER_ZSTD + LIMIT);
+        prop_assert!(reader.buffer.capacity() <= HEADER_HEAD + LIMIT);
     }
 }
