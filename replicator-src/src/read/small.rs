@@ -363,7 +363,114 @@ pub fn whole_hash(size: u64, content: &Hash) -> Hash {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Seek, SeekFrom, Write};
+    use std::sync::Arc;
+
+    use replicator_common::wire::{KeptObject, contents};
+
     use super::*;
+    use crate::source::Root;
+
+    /// What there is of files, and what reading them is to give.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Case {
+        Whole,
+        Sparse,
+        Empty,
+        Kept,
+        Unchanged,
+        Attributes,
+        Large,
+        Gone,
+        Failed,
+    }
+
+    #[test]
+    fn what_is_read_for_a_frame_is_what_its_objects_tell() {
+        let base = tempfile::tempdir().unwrap();
+        let opener = Opener::new(Arc::new(Root::open(base.path()).unwrap()), Arc::default());
+        let kept = KeptObjects::default();
+        let mut data = Vec::new();
+        let all = [
+            Case::Whole,
+            Case::Kept,
+            Case::Unchanged,
+            Case::Sparse,
+            Case::Attributes,
+            Case::Empty,
+            Case::Large,
+            Case::Failed,
+            Case::Gone,
+        ];
+        let (mut objects, mut wanted) = (Vec::new(), Vec::new());
+        // Each case follows each other one.
+        for number in 0..all.len() * all.len() {
+            let case = all[(number + number / all.len()) % all.len()];
+            let path = base.path().join(number.to_string());
+            let mut file = std::fs::File::create_new(&path).unwrap();
+            let text = format!("{number} {case:?} ").repeat(100 + number).into_bytes();
+            match case {
+                Case::Empty => {}
+                Case::Large => file.set_len(PACK_MAX + 1).unwrap(),
+                Case::Sparse => {
+                    file.seek(SeekFrom::Start(1 << 16)).unwrap();
+                    file.write_all(&text).unwrap();
+                    file.set_len(1 << 17).unwrap();
+                }
+                _ => file.write_all(&text).unwrap(),
+            }
+            let object = ObjectId::new(1, &(number as u32).to_be_bytes()).unwrap();
+            let content = case != Case::Attributes;
+            let need = Need { kind: Kind::File, new: false, content, hint: None };
+            let mut item = Item { object: object.clone(), need, known: None, nested: false };
+            let hash = Hash::of(&text);
+            if case == Case::Kept {
+                kept.extend(vec![KeptObject { object: object.clone(), hash }], 1);
+            }
+            if matches!(case, Case::Unchanged | Case::Attributes) {
+                let stat = stat::of_fd(&file).unwrap();
+                item.known = Some(Known {
+                    state: state_of(file.as_fd(), &stat).unwrap(),
+                    ctime: stat.ctime,
+                    read_at: stat.ctime,
+                    version: BatchId(1),
+                    content: Content::Whole(whole_hash(stat.size, &hash)),
+                    entry: None,
+                    links: 1,
+                    nlink: 1,
+                });
+            }
+            let opened = std::fs::File::open(&path).map(|file| Opened::Here(file.into())).unwrap();
+            let opened = if case == Case::Failed { Err(Errno::IO) } else { Ok(opened) };
+            if case == Case::Gone {
+                std::fs::remove_file(&path).unwrap();
+            }
+            let reading = read(&opener, &kept, (&item, opened), (BatchId(2), 3), &mut data);
+            match (case, reading.packed) {
+                (Case::Whole | Case::Sparse | Case::Empty, Some(Packed::Whole(packed))) => {
+                    assert_eq!(packed.length(), Some(reading.bytes as usize), "{case:?}");
+                    objects.push(packed);
+                    wanted.push((case, text));
+                }
+                (Case::Kept, Some(Packed::Again(again))) => assert_eq!(again.hash, hash),
+                (Case::Whole | Case::Sparse | Case::Empty | Case::Kept, _) => {
+                    panic!("{case:?} does not travel")
+                }
+                (_, packed) => assert!(packed.is_none(), "{case:?} travels"),
+            }
+        }
+        assert_eq!(objects.len(), 3 * all.len());
+        let each = contents(&objects, &data).expect("as many bytes as the objects tell of");
+        for ((packed, bytes), (case, text)) in each.zip(wanted) {
+            assert_eq!(Hash::of(bytes), packed.hash);
+            match case {
+                Case::Empty => assert!(bytes.is_empty()),
+                // A file system that knows no holes gives them as zeros.
+                Case::Sparse => assert!(bytes.windows(text.len()).any(|part| part == text)),
+                _ => assert_eq!(bytes, text),
+            }
+        }
+    }
 
     #[test]
     fn content_is_the_same_wherever_its_holes_lie() {
