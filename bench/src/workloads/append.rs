@@ -18,6 +18,7 @@ use replicator_tests::workload::content;
 use super::lag::percentile;
 use super::trees::large_file;
 use super::{Bench, Figure, Outcome, Workload, mib, unless_follows};
+use crate::disk::sync_file_system;
 use crate::measure::Meter;
 use crate::net::Net;
 use crate::peers::Peer;
@@ -73,6 +74,9 @@ impl Workload for Append {
         let site = Site::new(&source.tree(), &replica.tree(), Net::local()?)?;
         let mut session = peer.prepare(&site)?;
         session.follow()?;
+        // A disk that still writes out the log itself would be measured.
+        sync_file_system(&site.source)?;
+        sync_file_system(&site.replica)?;
         thread::sleep(SETTLE);
         let meter = Meter::start(&site)?;
         let (log, copy) = (site.source.join("log"), site.replica.join("log"));

@@ -28,7 +28,7 @@ use crate::read::tail::{Appended, Carried, Compared, Comparison, Done, Job};
 const TAILS: usize = 16;
 /// A file's next tail begins no sooner than this after the last was placed: each costs
 /// a batch, half a kilobyte of headers and acknowledgements.
-const REST: Duration = Duration::from_millis(70);
+const REST: Duration = Duration::from_millis(75);
 /// A file that is written to all the time is compared no sooner than this many
 /// times as long as the last comparison took: that is a thirty-third of a core.
 const BUSY_PATIENCE: u32 = 32;
