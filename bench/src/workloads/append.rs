@@ -59,7 +59,7 @@ impl Workload for Append {
     }
 
     fn about(&self) -> &'static str {
-        "16 parts of 4 KiB a second, the log opened and closed for each. Until the part can be read in \
+        "16 parts of 4 KiB a second once the log itself is on disk, opened and closed for each. Until the part can be read in \
          the replica. What does not follow is run in a loop without a pause."
     }
 

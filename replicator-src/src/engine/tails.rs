@@ -27,7 +27,8 @@ use crate::read::tail::{Appended, Carried, Compared, Comparison, Done, Job};
 /// Transfers of what was appended that are under way at a time.
 const TAILS: usize = 16;
 /// A file's next tail begins no sooner than this after the last was placed: each costs
-/// a batch, half a kilobyte of headers and acknowledgements.
+/// a batch, half a kilobyte of headers and acknowledgements. So 64 KiB a second are 1.096
+/// bytes of traffic for one (bench/NOTES.md).
 const REST: Duration = Duration::from_millis(75);
 /// A file that is written to all the time is compared no sooner than this many
 /// times as long as the last comparison took: that is a thirty-third of a core.

@@ -296,7 +296,7 @@ fn read_small(jobs: &Receiver<SmallJob>, opener: &Opener) {
 
 fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
     let mut report = Report { outcomes: Vec::new(), packed: 0 };
-    let (mut pack, mut filled) = (Pack::for_files(job.items.len()), 0);
+    let (mut pack, mut filled) = (Pack::for_items(&job.items), 0);
     let (mut again, mut again_filled) = (Vec::new(), 0);
     let stream = job.sink.pack_stream();
     let (mut ahead, mut count) = (VecDeque::new(), AHEAD);
@@ -326,8 +326,8 @@ fn read_job(job: &SmallJob, opener: &Opener) -> Result<Report, SinkError> {
             // That may take as long as the network does. Whoever holds a file open
             // holds its room, should it be deleted.
             ahead.clear();
-            let next = Pack::for_files(job.items.len() - at - 1);
-            std::mem::replace(&mut pack, next).send(&job.sink, stream, job.batch)?;
+            pack.send(&job.sink, stream, job.batch)?;
+            pack = Pack::for_items(&job.items[at + 1..]);
             filled = 0;
         }
         if again_filled >= PACK_BYTES {
@@ -361,10 +361,11 @@ struct Pack {
 }
 
 impl Pack {
-    /// With room for the contents of so many files, if they are small.
-    fn for_files(count: usize) -> Self {
+    /// With room for what is read of these, if it is 4 KiB each.
+    fn for_items(items: &[Item]) -> Self {
         const SMALL: usize = 4 << 10;
         let most = (PACK_BYTES + PACK_MAX) as usize;
+        let count = items.iter().filter(|item| item.need.content).count();
         let data = Vec::with_capacity(count.saturating_mul(SMALL).min(most));
         Self { runs: Vec::new(), placed: 0, objects: Vec::new(), data }
     }
