@@ -20,8 +20,16 @@ pub const OBJECT_ID_MAX: usize = 1 + 128;
 /// the reserved values below for what the kernel gives no handle for. Objects
 /// of the source and of the replica both use this form; they are never mixed:
 /// see [`ReplicaHandle`].
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ObjectId(SmallVec<[u8; 24]>);
+
+impl Clone for ObjectId {
+    fn clone(&self) -> Self {
+        // As one piece: the derived one copies byte by byte, and planning copies ids
+        // more than it does anything else.
+        Self(SmallVec::from_slice(&self.0))
+    }
+}
 
 /// An [`ObjectId`] made on the replica's file system. A separate name keeps
 /// signatures readable; the two come from different file systems and must not
@@ -75,7 +83,8 @@ impl ObjectId {
 
     /// Reads an id back from its stored bytes; `None` when the length is wrong.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        (!bytes.is_empty() && bytes.len() <= OBJECT_ID_MAX).then(|| Self(bytes.into()))
+        (!bytes.is_empty() && bytes.len() <= OBJECT_ID_MAX)
+            .then(|| Self(SmallVec::from_slice(bytes)))
     }
 
     /// The stored bytes: tag, then body.

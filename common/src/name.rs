@@ -5,6 +5,7 @@ use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use smallvec::SmallVec;
 
 /// The most bytes a name may hold (`NAME_MAX`).
 pub const NAME_MAX: usize = 255;
@@ -15,8 +16,17 @@ pub const NAME_MAX: usize = 255;
 /// INVARIANT (no stranger gets in): a value of this type cannot leave the
 /// directory it is used in. Deserialising checks it, so that a name from the
 /// wire or from disk is safe by its type.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Name(Box<[u8]>);
+///
+/// Most names are short, and are kept in place: planning copies each several times.
+#[derive(PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Name(SmallVec<[u8; 24]>);
+
+impl Clone for Name {
+    fn clone(&self) -> Self {
+        // As one piece: the derived one copies byte by byte.
+        Self(SmallVec::from_slice(&self.0))
+    }
+}
 
 /// Why some bytes are not a name.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -35,7 +45,7 @@ impl Name {
             && bytes != b".."
             && !bytes.iter().any(|b| matches!(b, b'/' | 0));
         if valid {
-            Ok(Self(bytes.into()))
+            Ok(Self(SmallVec::from_slice(bytes)))
         } else {
             Err(InvalidName { bytes: bytes[..bytes.len().min(NAME_MAX)].to_vec() })
         }

@@ -12,13 +12,14 @@
 //! batch is being sealed (`Nests::close`); it is then a directory of the
 //! replica, or about to be.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use foldhash::{HashMap, HashMapExt, HashSet};
 use replicator_common::codec;
 use replicator_common::id::{BatchId, ObjectId, ReplicaHandle};
 use replicator_common::name::Name;

@@ -5,6 +5,7 @@
 
 use std::os::fd::AsFd;
 
+use foldhash::HashMapExt;
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::{Kind, ObjectState};

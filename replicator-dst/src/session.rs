@@ -6,8 +6,9 @@
 //! nothing that its plan names is missing; batches are handed on strictly in
 //! order.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
+use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
 use replicator_common::id::{BatchId, ObjectId, ReplicaHandle, TransferId};
 use replicator_common::object::ObjectState;
 use replicator_common::wire::{BatchHeader, ContentSource, Op, PLAN_OPS_MAX};

@@ -12,13 +12,14 @@ mod early;
 mod open;
 mod reuse;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::BufWriter;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use foldhash::{HashMap, HashMapExt};
 use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::name::Name;
 use replicator_common::object::{Kind, ObjectState};

@@ -4,11 +4,11 @@
 //! names that lead to them, one component at a time, each step checked by
 //! handle. Links are never followed.
 
-use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use foldhash::{HashMap, HashMapExt};
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::Kind;

@@ -661,7 +661,7 @@ impl Destination {
 
     /// Everything that needs no content from a data stream: directories.
     fn stage_rest(&mut self, batch: &WholeBatch, random: &mut StdRng) -> Result<Staged, Failed> {
-        let mut staged = Staged::new();
+        let mut staged = Staged::default();
         for (number, op) in batch.ops.iter().enumerate() {
             let Op::Put { object, state, content, new, .. } = op else { continue };
             if let Some(StagedTransfer::Whole(file)) = batch.content.get(object) {

@@ -12,10 +12,11 @@ mod expected;
 mod holds;
 mod journal;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
+use foldhash::HashMap;
 use rand::rngs::StdRng;
 use replicator_common::id::{
     BatchId, Edition, FileSystemId, Incarnation, ObjectId, Seq, TransferId,

@@ -14,8 +14,7 @@
 //! and no other step depends on an arrival. So it may stand anywhere among the
 //! steps that attach what is no directory.
 
-use std::collections::{HashMap, HashSet};
-
+use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
 use replicator_common::id::{ObjectId, ReplicaHandle};
 use replicator_common::name::Name;
 use replicator_common::object::Kind;

@@ -8,8 +8,7 @@
 //! by its handle, wherever it stands; and what takes its directory away, or puts
 //! something else in the way of it, comes after all departures.
 
-use std::collections::HashMap;
-
+use foldhash::{HashMap, HashMapExt};
 use replicator_common::id::{ObjectId, ReplicaHandle};
 use replicator_common::name::Name;
 use replicator_common::object::Kind;

@@ -10,9 +10,10 @@
 //! 3. *Drop.* Dead directories, children before parents.
 //! 4. *Content and attributes.* Files, then directories, children before parents.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 
+use foldhash::HashMap;
 use replicator_common::id::{BatchId, ObjectId, ReplicaHandle};
 use replicator_common::name::Name;
 use replicator_common::object::{Kind, ObjectState};

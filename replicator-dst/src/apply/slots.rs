@@ -1,8 +1,9 @@
 //! From operations to slots: which replica object each place holds before and
 //! after the batch. Checks the source's promises on the way.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 
+use foldhash::{HashSet, HashSetExt};
 use replicator_common::id::{BatchId, ObjectId, ReplicaHandle};
 use replicator_common::name::Name;
 use replicator_common::object::{Kind, ObjectState};

@@ -59,7 +59,7 @@ impl Replica {
 
     /// What the receiver and the sealer do: files and new directories in staging.
     fn stage(&mut self, ops: &[Op], source: &Source) -> Staged {
-        let mut staged = Staged::new();
+        let mut staged = Staged::default();
         for op in ops {
             let Op::Put { object, state, content, new, .. } = op else { continue };
             let node = match content {

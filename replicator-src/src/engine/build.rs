@@ -1,9 +1,10 @@
 //! How a batch comes about: barrier, absorb, resolve, read, look again,
 //! assemble, make durable, commit.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use foldhash::{HashMap, HashMapExt, HashSet};
 use replicator_common::id::{BatchId, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
 use replicator_common::pulse;

@@ -1,14 +1,15 @@
 //! The stored index with the deltas under way laid over it.
 
-use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::cell::{OnceCell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use foldhash::{HashMap, HashMapExt};
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
 
-use super::known::{Delta, Known, Mark, Orphan};
+use super::known::{Delta, EntryChange, Known, Mark, Orphan};
 use super::noted::Noted;
 use super::store::{IndexError, Store};
 use super::view::{Base, Page, View};
@@ -18,34 +19,64 @@ struct Layer {
     delta: Arc<Delta>,
     /// Where each object stands in the delta.
     objects: HashMap<ObjectId, usize>,
-    entries: BTreeMap<(ObjectId, Name), Option<ObjectId>>,
-    /// Entries that each object gained (true) or lost (false).
-    links: HashMap<ObjectId, Vec<(bool, ObjectId, Name)>>,
+    /// Where each entry stands in the delta, in the order of entries; the last of
+    /// each, where one came twice (which planning never does).
+    entries: Vec<usize>,
+    /// Where the entries stand that each object gained or lost. Few batches are asked
+    /// for it: most objects say themselves what their only entry is.
+    links: OnceCell<HashMap<ObjectId, Vec<usize>>>,
     acknowledged: bool,
 }
 
 impl Layer {
     fn new(delta: Arc<Delta>) -> Self {
-        let mut links: HashMap<ObjectId, Vec<_>> = HashMap::new();
-        for change in &delta.entries {
-            for (object, gained) in [(&change.old, false), (&change.new, true)] {
-                if let Some(object) = object {
-                    let (directory, name) = (change.directory.clone(), change.name.clone());
-                    links.entry(object.clone()).or_default().push((gained, directory, name));
-                }
-            }
-        }
-        // Made as a whole, for planning gives them in order. Of one that comes twice, which
-        // planning never does, the last counts.
-        let entries = delta
-            .entries
-            .iter()
-            .map(|change| ((change.directory.clone(), change.name.clone()), change.new.clone()));
-        let entries = entries.collect();
+        let mut entries: Vec<usize> = (0..delta.entries.len()).collect();
+        let place = |at: &usize| place_of(&delta.entries[*at]);
+        // Planning gives them in order, and that costs one look at each.
+        entries.sort_by(|one, other| place(one).cmp(&place(other)));
         let objects =
             delta.objects.iter().enumerate().map(|(at, (o, _))| (o.clone(), at)).collect();
+        let links = OnceCell::new();
         Self { delta, objects, entries, links, acknowledged: false }
     }
+
+    /// What the layer makes of an entry, if anything.
+    fn entry(&self, directory: &ObjectId, name: &Name) -> Option<&EntryChange> {
+        let wanted = (directory, name);
+        let end = self.entries.partition_point(|at| place_of(self.change(*at)) <= wanted);
+        let change = self.change(*self.entries.get(end.checked_sub(1)?)?);
+        (place_of(change) == wanted).then_some(change)
+    }
+
+    /// What the layer makes of a directory's entries, in order of their names.
+    fn entries_of(&self, directory: &ObjectId) -> impl Iterator<Item = &EntryChange> {
+        let from = self.entries.partition_point(|at| self.change(*at).directory < *directory);
+        let changes = self.entries[from..].iter().map(|at| self.change(*at));
+        changes.take_while(move |change| change.directory == *directory)
+    }
+
+    /// The entries that an object gained (true) or lost (false).
+    fn links_of(&self, object: &ObjectId) -> impl Iterator<Item = (bool, &EntryChange)> {
+        let links = self.links.get_or_init(|| {
+            let mut links: HashMap<ObjectId, Vec<usize>> = HashMap::new();
+            for (at, change) in self.delta.entries.iter().enumerate() {
+                for object in change.old.iter().chain(&change.new) {
+                    links.entry(object.clone()).or_default().push(at);
+                }
+            }
+            links
+        });
+        let changes = links.get(object).into_iter().flatten().map(|at| self.change(*at));
+        changes.map(|change| (change.new.as_ref() == Some(object), change))
+    }
+
+    fn change(&self, at: usize) -> &EntryChange {
+        &self.delta.entries[at]
+    }
+}
+
+fn place_of(change: &EntryChange) -> (&ObjectId, &Name) {
+    (&change.directory, &change.name)
 }
 
 /// Objects that are remembered at most, some 300 bytes each.
@@ -249,10 +280,9 @@ impl<B: Base> View for Index<B> {
         if self.layers.is_empty() {
             return self.snapshot.entry(directory, name);
         }
-        let key = (directory.clone(), name.clone());
         for layer in self.layers.iter().rev() {
-            if let Some(object) = layer.entries.get(&key) {
-                return Ok(object.clone());
+            if let Some(change) = layer.entry(directory, name) {
+                return Ok(change.new.clone());
             }
         }
         self.snapshot.entry(directory, name)
@@ -262,8 +292,8 @@ impl<B: Base> View for Index<B> {
         let stored = self.snapshot.children(directory)?;
         let mut changed = BTreeMap::new();
         for layer in &self.layers {
-            for ((_, name), object) in entries_of(&layer.entries, directory) {
-                changed.insert(name.clone(), object.clone());
+            for change in layer.entries_of(directory) {
+                changed.insert(change.name.clone(), change.new.clone());
             }
         }
         if changed.is_empty() {
@@ -283,9 +313,8 @@ impl<B: Base> View for Index<B> {
         };
         let mut changed = BTreeMap::new();
         for layer in &self.layers {
-            let entries = entries_of(&layer.entries, directory);
-            for ((_, name), object) in entries.filter(|((_, name), _)| within(name)) {
-                changed.insert(name.clone(), object.clone());
+            for change in layer.entries_of(directory).filter(|change| within(&change.name)) {
+                changed.insert(change.name.clone(), change.new.clone());
             }
         }
         if changed.is_empty() {
@@ -315,10 +344,8 @@ impl<B: Base> View for Index<B> {
         let mut links = self.snapshot.links(object)?;
         // Gathered first: a batch may name tens of thousands.
         let mut changed = BTreeMap::new();
-        for (gained, directory, name) in
-            self.layers.iter().filter_map(|layer| layer.links.get(object)).flatten()
-        {
-            changed.insert((directory.clone(), name.clone()), *gained);
+        for (gained, change) in self.layers.iter().flat_map(|layer| layer.links_of(object)) {
+            changed.insert((change.directory.clone(), change.name.clone()), gained);
         }
         links.retain(|link| !changed.contains_key(link));
         links.extend(changed.into_iter().filter_map(|(place, gained)| gained.then_some(place)));

@@ -6,8 +6,9 @@
 //! break this is taken out of the batch as a [`Hold`]; the watermark waits for
 //! holds and for orphans.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
@@ -23,11 +24,13 @@ use super::tree::Tree;
 use crate::index::store::dead_list;
 use crate::index::{Delta, EntryChange, Known, View};
 use crate::watcher::What;
+use places::Places;
 
 mod apart;
 mod detach;
 mod limits;
 mod over;
+mod places;
 
 /// What reading an object gave.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -206,8 +209,8 @@ struct Work<'a, V: View, T: Tree> {
     out: Assembly,
     /// Entries that this batch changes.
     changed: BTreeMap<Place, Binding>,
-    gained: HashMap<ObjectId, BTreeSet<Place>>,
-    lost: HashMap<ObjectId, BTreeSet<Place>>,
+    gained: HashMap<ObjectId, Places>,
+    lost: HashMap<ObjectId, Places>,
     /// Objects dropped or set aside.
     gone: HashSet<ObjectId>,
     /// Objects that stay without an entry, as orphans or because they leave.
@@ -398,7 +401,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     /// another whose own move out of it was not, the batch would put it there:
     /// it gets no entry for now, and is looked at again.
     fn break_loops(&mut self, directories: BTreeSet<ObjectId>) -> Result<(), Failure<V, T>> {
-        let mut sound: HashSet<ObjectId> = HashSet::from([self.root.clone()]);
+        let mut sound: HashSet<ObjectId> = HashSet::from_iter([self.root.clone()]);
         for object in directories {
             let mut way: Vec<ObjectId> = Vec::new();
             let mut at = Some(object);
@@ -420,9 +423,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             .iter()
             .find(|one| self.gained.get(*one).is_some_and(|places| !places.is_empty()));
         let Some(object) = moved else { return };
-        for place in self.gained.get(object).cloned().unwrap_or_default() {
+        for place in self.gained.get(object).cloned().unwrap_or_default().iter() {
             self.out.again.insert(place.clone());
-            self.unbind(place, object);
+            self.unbind(place.clone(), object);
         }
         self.loose.push(object.clone());
     }

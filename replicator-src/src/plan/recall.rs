@@ -12,8 +12,9 @@
 //! look: whatever comes back from there is compared whole (trap 3, see
 //! `Resolve::root`), and else it is outside.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 
+use foldhash::{HashSet, HashSetExt};
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 

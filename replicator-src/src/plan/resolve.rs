@@ -1,7 +1,8 @@
 //! Looks at what is dirty as it stands now, and says what must be read.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
+use foldhash::{HashMap, HashSet};
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
@@ -61,10 +62,8 @@ pub struct Resolve {
     pub bindings: BTreeMap<(ObjectId, Name), Binding>,
     /// Objects to read since the last [`Resolve::take_needs`].
     needs: BTreeMap<ObjectId, Need>,
-    /// Every object that was ever needed in this batch.
-    pub read: BTreeMap<ObjectId, Need>,
-    /// Those of them whose content was.
-    content: HashSet<ObjectId>,
+    /// Every object that was ever needed in this batch, with the latest need.
+    pub read: HashMap<ObjectId, Need>,
     /// Directories that the index does not know.
     pub fresh: HashSet<ObjectId>,
     /// Directories that were listed.
@@ -180,7 +179,7 @@ impl Resolve {
 
     /// Whether the object's content was asked for in this batch.
     pub fn wants_content(&self, object: &ObjectId) -> bool {
-        self.content.contains(object)
+        self.read.get(object).is_some_and(|need| need.content)
     }
 
     /// Whether the object is to be read.
@@ -199,10 +198,7 @@ impl Resolve {
     /// with content each further time; for only the last reading counts, and
     /// one of attributes alone would lose what the one before found.
     pub fn need(&mut self, object: ObjectId, mut need: Need) {
-        need.content |= self.content.contains(&object);
-        if need.content {
-            self.content.insert(object.clone());
-        }
+        need.content |= self.wants_content(&object);
         self.read.insert(object.clone(), need.clone());
         self.needs
             .entry(object)

@@ -6,9 +6,10 @@
 //! promises (ARCHITECTURE.md "Wire"); at the end, when all records are in, the
 //! replica equals the source.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 
+use foldhash::{HashMap, HashMapExt, HashSet};
 use proptest::prelude::*;
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::name::Name;
@@ -546,7 +547,7 @@ impl Run {
         let mut resolve = Resolve::default();
         resolve.walking = self.walking;
         (resolve.under_way, resolve.named) = (under_way, named);
-        resolve.waiting = self.walking.then(HashSet::new);
+        resolve.waiting = self.walking.then(HashSet::default);
         let leaves = self.index.orphans.values().any(|orphan| orphan.left);
         resolve.root = (leaves || self.world.places.is_some()).then(|| id(ROOT));
         if !self.index.objects.contains_key(&id(ROOT)) {

@@ -1,8 +1,9 @@
 //! When what waits (see [`super::Hold`]) waits no more, and whether an event is
 //! of what is under way.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 
+use foldhash::HashMap;
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
@@ -104,7 +105,7 @@ mod tests {
         let name = |text: &str| Name::new(text.as_bytes()).unwrap();
         let (directory, file) = (id(1), id(2));
         let entries = BTreeSet::from([(directory.clone(), name("d"))]);
-        let through = |resolve: &Resolve| is_through(&file, &entries, resolve, &HashMap::new());
+        let through = |resolve: &Resolve| is_through(&file, &entries, resolve, &HashMap::default());
         let mut resolve = Resolve::default();
         resolve.listed.insert(directory.clone());
         assert!(!through(&resolve), "known: its names come with events");

@@ -1,10 +1,10 @@
 //! What the destination still has of a session that ended, as readers use it
 //! (see [`replicator_common::wire::kept`]).
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use foldhash::HashMap;
 use replicator_common::id::ObjectId;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::{Hash, KeptChunk, KeptObject};

@@ -2,7 +2,7 @@
 //! was appended to such, one that compares them.
 
 use std::borrow::Cow;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use foldhash::{HashMap, HashMapExt};
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::name::Name;
 use replicator_common::object::ObjectState;

@@ -1,7 +1,8 @@
 //! A batch is built: looked at, read, assembled.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
+use foldhash::{HashMap, HashMapExt};
 use rand::Rng;
 use rand::rngs::StdRng;
 use replicator_common::id::{BatchId, ObjectId, Seq};

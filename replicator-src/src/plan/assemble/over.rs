@@ -6,8 +6,9 @@
 //! beginning of the new version in the place of the old one, for as long as
 //! the rest travels.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
+use foldhash::HashMap;
 use replicator_common::id::ObjectId;
 
 use super::{Binding, Failure, HoldReason, Outcome, Place, PlanError, Work};

@@ -1,8 +1,9 @@
 //! What is compared many at a time against what is looked at one by one.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 
+use foldhash::{HashSet, HashSetExt};
 use proptest::prelude::*;
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::name::Name;
@@ -225,7 +226,7 @@ fn what_is_equal_is_not_looked_at_one_by_one() {
 #[test]
 fn what_somebody_waits_for_is_looked_at_however_equal_it_is() {
     let mut both = equal(20, 3);
-    let waiting = HashSet::from([(id(ROOT), name(4))]);
+    let waiting = HashSet::from_iter([(id(ROOT), name(4))]);
     let found = both.walk(1000, Some(&waiting));
     assert_eq!((both.looked, found.equal), (1, (20, 100)));
     assert_eq!(found.seen.into_iter().collect::<Vec<_>>(), [(id(ROOT), name(4))]);
