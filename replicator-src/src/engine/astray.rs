@@ -58,7 +58,7 @@ impl Engine {
         }
         let away = draft.outcomes.iter().filter(|(_, outcome)| **outcome == Outcome::Away);
         for (object, _) in away {
-            let new = draft.resolve.read.get(object).is_some_and(|need| need.new);
+            let new = draft.resolve.asked.get(object).is_some_and(|need| need.new);
             if new || self.is_in_tree(object)? {
                 return Ok(false);
             }

@@ -297,7 +297,7 @@ impl Engine {
             self.resolve_and_read(draft, session)?;
             if self.gap.is_some()
                 || !draft.span.reached
-                || draft.resolve.bindings.is_empty() && draft.resolve.read.is_empty()
+                || draft.resolve.bindings.is_empty() && draft.resolve.asked.is_empty()
             {
                 draft.span.exact = self.gap.is_none() && draft.span.reached;
                 return Ok(());
@@ -333,7 +333,7 @@ impl Engine {
         loop {
             pulse::beat();
             self.resolve(draft, left.min(SLICE))?;
-            let needs = draft.resolve.take_needs();
+            let needs = draft.resolve.asked.take();
             if needs.is_empty() {
                 break;
             }
@@ -352,9 +352,11 @@ impl Engine {
         let report = reading.end()?;
         let waited = start.elapsed() - looked;
         tracing::debug!(batch = %draft.batch, ?looked, ?waited, read = report.outcomes.len(), "read");
-        for (object, outcome) in &report.outcomes {
-            let need = draft.resolve.read.get(object);
-            tracing::trace!(batch = %draft.batch, %object, ?need, ?outcome, "looked at");
+        if tracing::enabled!(tracing::Level::TRACE) {
+            for (object, outcome) in &report.outcomes {
+                let need = draft.resolve.asked.get(object);
+                tracing::trace!(batch = %draft.batch, %object, ?need, ?outcome, "looked at");
+            }
         }
         draft.packed += report.packed;
         draft.outcomes.extend(report.outcomes);
@@ -381,7 +383,7 @@ impl Engine {
     fn items(
         &mut self,
         draft: &mut Draft,
-        needs: BTreeMap<ObjectId, Need>,
+        needs: Vec<(ObjectId, Need)>,
     ) -> Result<Vec<Item>, EngineError> {
         let mut items = Vec::with_capacity(needs.len());
         for (object, need) in needs {
@@ -536,7 +538,7 @@ fn subject(record: &Record) -> Option<&ObjectId> {
 /// Whether an object is new in a directory that is new too. (The root, which has no
 /// name, was there before.)
 fn is_nested(draft: &Draft, need: &Need) -> bool {
-    let directory = need.hint.as_ref().and_then(|(at, _)| draft.resolve.read.get(at));
+    let directory = need.hint.as_ref().and_then(|(at, _)| draft.resolve.asked.get(at));
     need.new && need.content && directory.is_some_and(|it| it.new && it.hint.is_some())
 }
 

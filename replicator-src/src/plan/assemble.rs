@@ -544,7 +544,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             (Some(Outcome::Away), Some(old)) => {
                 // Without a name it is an orphan: seen again, it is read whole.
                 if !links.is_empty() || object == *self.root {
-                    let content = self.resolve.wants_content(&object);
+                    let content = self.resolve.asked.wants_content(&object);
                     self.out.astray.object(object.clone(), What { content, attributes: true });
                 }
                 old.clone()

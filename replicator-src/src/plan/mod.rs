@@ -4,7 +4,7 @@
 //! 1. [`dirty`] merges journal records: a thing that changed often is dirty once.
 //! 2. [`resolve`] looks at each dirty entry and object as it stands now (trait
 //!    [`Tree`]) and as the replica holds it (trait [`View`]), and says what
-//!    must be read. Of a walk, [`survey`] first takes out what is as the index
+//!    must be read ([`asked`]). Of a walk, [`survey`] first takes out what is as the index
 //!    says, many entries at a time.
 //! 3. The engine has it read.
 //! 4. [`mod@assemble`] closes the batch over references and makes its operations
@@ -14,6 +14,7 @@
 //!
 //! [`View`]: crate::index::View
 
+pub mod asked;
 pub mod assemble;
 pub mod below;
 pub mod dirty;
@@ -25,10 +26,11 @@ mod tests;
 pub mod tree;
 pub mod waits;
 
+pub use asked::{Asked, Need};
 pub use assemble::{Assembly, Hold, HoldReason, Limits, Outcome, Settings, assemble};
 pub use dirty::{Dirty, Listing, Rest};
 pub use recall::recall;
-pub use resolve::{Binding, Meanwhile, Need, Resolve};
+pub use resolve::{Binding, Meanwhile, Resolve};
 pub use tree::{Ask, Fate, Listed, Lookup, Seen, Skip, Tree};
 
 /// Why planning could not go on.

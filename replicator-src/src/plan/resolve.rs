@@ -9,6 +9,7 @@ use replicator_common::object::Kind;
 use replicator_common::time::Timestamp;
 
 use super::PlanError;
+use super::asked::{Asked, Need};
 use super::assemble::HoldReason;
 use super::dirty::{Dirty, Listing, Rest};
 use super::recall::way;
@@ -30,19 +31,6 @@ pub struct Binding {
     pub new: Option<ObjectId>,
 }
 
-/// An object that must be read.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Need {
-    /// What it is.
-    pub kind: Kind,
-    /// The replica does not have it.
-    pub new: bool,
-    /// Content may differ; else only attributes.
-    pub content: bool,
-    /// A name under which it was seen.
-    pub hint: Option<(ObjectId, Name)>,
-}
-
 /// What happened while a batch was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Meanwhile {
@@ -60,10 +48,8 @@ pub enum Meanwhile {
 pub struct Resolve {
     /// Every entry that was looked at, changed or not.
     pub bindings: BTreeMap<(ObjectId, Name), Binding>,
-    /// Objects to read since the last [`Resolve::take_needs`].
-    needs: BTreeMap<ObjectId, Need>,
-    /// Every object that was ever needed in this batch, with the latest need.
-    pub read: HashMap<ObjectId, Need>,
+    /// Objects to read.
+    pub asked: Asked,
     /// Directories that the index does not know.
     pub fresh: HashSet<ObjectId>,
     /// Directories that were listed.
@@ -81,8 +67,6 @@ pub struct Resolve {
     pub unproven: Option<Timestamp>,
     /// What was passed over, by entry; `None` when it no longer is.
     pub skipped: HashMap<(ObjectId, Name), Option<Skip>>,
-    /// Content bytes of regular files among the needs, as statted.
-    pub bytes: u64,
     /// Objects seen by deep listings that equal the index (count, bytes): for
     /// progress.
     pub equal: (u64, u64),
@@ -107,8 +91,6 @@ pub struct Resolve {
     pub overtaken: HashSet<Place>,
     /// Entries that were compared with the index, many at a time.
     pub looked: usize,
-    /// Sizes counted into `bytes`, to count each object once.
-    counted: HashMap<ObjectId, u64>,
 }
 
 /// How much one batch may hold before listings are put off to the next.
@@ -164,8 +146,8 @@ impl Resolve {
 
     /// Whether the budget is used up; of objects, those not taken yet count.
     pub fn full(&self, budget: Budget) -> bool {
-        self.needs.len() >= budget.objects
-            || self.bytes >= budget.bytes
+        self.asked.open() >= budget.objects
+            || self.asked.bytes() >= budget.bytes
             || self.bindings.len() >= budget.entries
             || self.looked >= budget.compared
     }
@@ -174,41 +156,7 @@ impl Resolve {
     pub fn begin_at(&mut self, root: &ObjectId) {
         self.fresh.insert(root.clone());
         let need = Need { kind: Kind::Directory, new: true, content: false, hint: None };
-        self.need(root.clone(), need);
-    }
-
-    /// Whether the object's content was asked for in this batch.
-    pub fn wants_content(&self, object: &ObjectId) -> bool {
-        self.read.get(object).is_some_and(|need| need.content)
-    }
-
-    /// Whether the object is to be read.
-    pub(super) fn is_needed(&self, object: &ObjectId) -> bool {
-        self.needs.contains_key(object)
-    }
-
-    /// What must be read now. The next feed starts a new set.
-    pub fn take_needs(&mut self) -> BTreeMap<ObjectId, Need> {
-        std::mem::take(&mut self.needs)
-    }
-
-    /// Adds a need, or widens one.
-    ///
-    /// INVARIANT: an object whose content was asked for once in a batch is read
-    /// with content each further time; for only the last reading counts, and
-    /// one of attributes alone would lose what the one before found.
-    pub fn need(&mut self, object: ObjectId, mut need: Need) {
-        need.content |= self.wants_content(&object);
-        self.read.insert(object.clone(), need.clone());
-        self.needs
-            .entry(object)
-            .and_modify(|old| {
-                old.content |= need.content;
-                if need.hint.is_some() {
-                    old.hint.clone_from(&need.hint);
-                }
-            })
-            .or_insert(need);
+        self.asked.need(root.clone(), need, None);
     }
 
     /// What becomes of records that came after the barrier, while what this
@@ -241,7 +189,7 @@ impl Resolve {
                     || self.bindings.contains_key(&(directory.clone(), name.clone()))
             }
             Record::Object { object, .. } => {
-                self.read.contains_key(object) || self.listed.contains(object)
+                self.asked.get(object).is_some() || self.listed.contains(object)
             }
             Record::Gap { .. } | Record::Barrier { .. } => false,
         }
@@ -376,11 +324,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             listings.push_front(Listing::new(seen.object.clone(), !new));
         }
         if content || attributes {
-            if content && kind == Kind::File {
-                self.count(&seen.object, seen.stat.size);
-            }
+            let bytes = (content && kind == Kind::File).then(|| self.counted(seen.stat.size));
             let need = Need { kind, new, content, hint: Some(place) };
-            self.state.need(seen.object, need);
+            self.state.asked.need(seen.object, need, bytes);
         }
         Ok(())
     }
@@ -398,10 +344,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         Ok(way(self.view, root, object).map_err(PlanError::Index)?.is_none())
     }
 
-    fn count(&mut self, object: &ObjectId, size: u64) {
-        let size = if size > self.large { 0 } else { size };
-        let old = self.state.counted.insert(object.clone(), size).unwrap_or(0);
-        self.state.bytes = self.state.bytes - old + size;
+    /// What a file's content counts for in the budget.
+    fn counted(&self, size: u64) -> u64 {
+        if size > self.large { 0 } else { size }
     }
 
     /// An object is dirty by its handle.
@@ -413,24 +358,22 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         let Some(known) = self.view.object(&object).map_err(PlanError::Index)? else {
             // Not ours, or new: then an entry leads to it. One that leads to
             // it in this very batch was looked at before this change.
-            if let Some(need) = self.state.read.get(&object).cloned() {
-                self.state.need(object, need);
+            if let Some(need) = self.state.asked.get(&object).cloned() {
+                self.state.asked.need(object, need, None);
             }
             return Ok(());
         };
         // Where it was seen in this batch counts more than where it was: without
         // privilege a name is all that leads to it.
-        let seen = self.state.read.get(&object).and_then(|need| need.hint.clone());
+        let seen = self.state.asked.get(&object).and_then(|need| need.hint.clone());
         let need = Need {
             kind: known.state.kind,
             new: false,
             content: what.content && known.state.kind == Kind::File,
             hint: seen.or(known.entry),
         };
-        if need.content {
-            self.count(&object, known.state.size);
-        }
-        self.state.need(object, need);
+        let bytes = need.content.then(|| self.counted(known.state.size));
+        self.state.asked.need(object, need, bytes);
         Ok(())
     }
 
@@ -531,7 +474,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         };
         if known.state.kind == Kind::Directory && listings.len() == before {
             listings.push_front(Listing::new(object, true));
-        } else if !self.state.needs.contains_key(&object) {
+        } else if !self.state.asked.is_open(&object) {
             self.state.equal.0 += 1;
             self.state.equal.1 += known.state.size;
         }
@@ -543,21 +486,21 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         &mut self,
         directory: &ObjectId,
     ) -> Result<(), PlanError<V::Error, T::Error>> {
-        if self.state.needs.contains_key(directory) {
+        if self.state.asked.is_open(directory) {
             return Ok(());
         }
         if self.state.fresh.contains(directory) {
             // It was needed when it was found; if it was read since, it is read
             // again.
-            if let Some(need) = self.state.read.get(directory).cloned() {
-                self.state.need(directory.clone(), need);
+            if let Some(need) = self.state.asked.get(directory).cloned() {
+                self.state.asked.need(directory.clone(), need, None);
             }
             return Ok(());
         }
         let hint =
             self.view.object(directory).map_err(PlanError::Index)?.and_then(|known| known.entry);
         let need = Need { kind: Kind::Directory, new: false, content: false, hint };
-        self.state.need(directory.clone(), need);
+        self.state.asked.need(directory.clone(), need, None);
         Ok(())
     }
 

@@ -203,7 +203,7 @@ fn take_out_equal<V, T: Tree>(
             if !same_kind || differs(known, &seen, Look::Rescan, unproven) != (false, false) {
                 return true;
             }
-            if !state.is_needed(object) {
+            if !state.asked.is_open(object) {
                 state.equal.0 += 1;
                 state.equal.1 += known.state.size;
             }

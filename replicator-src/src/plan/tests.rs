@@ -652,7 +652,7 @@ impl Run {
     ) -> (HashMap<ObjectId, Outcome>, HashMap<ObjectId, u32>) {
         let mut outcomes = HashMap::new();
         let mut contents = HashMap::new();
-        for (object, need) in resolve.take_needs() {
+        for (object, need) in resolve.asked.take() {
             let n = inode(&object);
             let hint = need.hint.as_ref().map(|(directory, name)| (inode(directory), name.clone()));
             if !self.world.reaches(n, hint) {

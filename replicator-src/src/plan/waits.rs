@@ -61,7 +61,7 @@ pub fn brings_content(
     match outcomes.get(object) {
         // Attributes alone are not what it waits for.
         Some(Outcome::Ship { content: ContentSource::Packed { .. }, .. }) => true,
-        Some(Outcome::Ship { .. } | Outcome::Same { .. }) => resolve.wants_content(object),
+        Some(Outcome::Ship { .. } | Outcome::Same { .. }) => resolve.asked.wants_content(object),
         Some(Outcome::Gone) => true,
         _ => false,
     }

@@ -141,7 +141,7 @@ impl Source {
         };
         draft.resolve.feed(&mut engine.dirty, budget, &engine.index, world).unwrap();
         draft.version += 1;
-        for (object, need) in draft.resolve.take_needs() {
+        for (object, need) in draft.resolve.asked.take() {
             if !self.take_ready(draft, &object, &need, world) {
                 draft.unread.push((object, need));
             }
@@ -167,7 +167,7 @@ impl Source {
             return;
         }
         let gap = self.engine().gap.is_some();
-        let nothing = draft.resolve.bindings.is_empty() && draft.resolve.read.is_empty();
+        let nothing = draft.resolve.bindings.is_empty() && draft.resolve.asked.is_empty();
         if gap || !draft.span.reached || nothing {
             draft.span.exact = !gap && draft.span.reached;
             return self.finish(draft, world, wires);

@@ -100,7 +100,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         let mut travelling: HashMap<_, _> =
             earlier.map(|(object, reason)| (object, reason.clone())).collect();
         travelling.extend(self.outcomes.iter().filter_map(|(object, outcome)| {
-            let wanted = self.resolve.wants_content(object);
+            let wanted = self.resolve.asked.wants_content(object);
             let reason = match outcome {
                 Outcome::Large { size } => HoldReason::Large { size: *size },
                 Outcome::Unreadable { error } if wanted => {

@@ -12,9 +12,9 @@ use replicator_common::sys::stat::Stat;
 use replicator_common::time::Timestamp;
 
 use crate::index::{Content, Known, Orphan, Page, View};
-use crate::plan::resolve::{Binding, Budget, Need, Place};
+use crate::plan::resolve::{Binding, Budget, Place};
 use crate::plan::tree::{Ask, Fate, Listed, Lookup, Seen, Skip, Tree};
-use crate::plan::{Dirty, Listing, Resolve};
+use crate::plan::{Dirty, Listing, Need, Resolve};
 
 const ROOT: u32 = 1;
 const SECOND: i64 = 1_000_000_000;
@@ -87,7 +87,7 @@ impl Both {
             resolve.walking = true;
             resolve.waiting = waiting.cloned();
             resolve.feed(&mut dirty, budget, &view, self).unwrap();
-            found.needs.extend(resolve.take_needs());
+            found.needs.extend(resolve.asked.take());
             found.seen.extend(resolve.bindings.keys().cloned());
             let changed = resolve.bindings.into_iter().filter(|(_, one)| one.old != one.new);
             found.changed.extend(changed);
