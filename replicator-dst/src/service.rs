@@ -185,13 +185,12 @@ impl Running {
         Ok(last_word)
     }
 
-    /// Says whether there was one.
+    /// Says whether there was one that its source had not ended itself.
     fn close_session(&self, why: &str) -> bool {
-        let open = self.session().take();
-        if let Some(open) = &open {
-            open.connection.close(CLOSE_DONE, why.as_bytes());
-        }
-        open.is_some()
+        let Some(open) = self.session().take() else { return false };
+        let listens = open.connection.close_reason().is_none();
+        open.connection.close(CLOSE_DONE, why.as_bytes());
+        listens
     }
 }
 
