@@ -16,7 +16,7 @@ use super::tails::Tail;
 use super::{Engine, EngineError, ended};
 use crate::index::{Content, Known, View};
 use crate::journal::Record;
-use crate::ledger::{Closing, Gap, Span};
+use crate::ledger::Span;
 use crate::plan::resolve::Budget;
 use crate::plan::{
     Dirty, HoldReason, Limits, Listing, Meanwhile, Need, Outcome, Resolve, Settings, assemble,
@@ -481,32 +481,6 @@ impl Engine {
             let abilities = &session.hello.abilities;
             Limits { links: abilities.links_max, name: abilities.name_max }
         })
-    }
-
-    /// A walk that has seen everything closes its gap, unless events were lost
-    /// again meanwhile, or may have gone unseen for want of a watch. Only the batch
-    /// after the walk's end does: its barrier covers what moved from the unwalked to the walked part at the last
-    /// moment (trap 11).
-    fn close_gap(&mut self, walked: bool) -> Result<Option<Gap>, EngineError> {
-        let through = walked && self.dirty.is_empty() && self.astray.is_empty();
-        if let Some(gap) = self.gap.as_mut().filter(|_| through)
-            && self.capture.directories().found_unwatched()
-        {
-            gap.walk_twice();
-        }
-        match Gap::close(&mut self.gap, through, self.clock.now()) {
-            Closing::No => Ok(None),
-            Closing::Again => {
-                let reason = self.gap.as_ref().map(|gap| &*gap.reason);
-                tracing::info!(reason, "the walk ended, and another follows");
-                self.start_walk()?;
-                Ok(None)
-            }
-            Closing::Closed(gap) => {
-                self.shared.end_progress();
-                Ok(Some(gap))
-            }
-        }
     }
 
     /// The batch is not committed: the session ended, or it deletes too much.

@@ -9,6 +9,8 @@
 //! changes only here. Readers, lanes, the capture thread and the link work
 //! beside it and talk to it through its inbox.
 //!
+//! - `parts`: what it is made of, what it is told, how it ends.
+//! - `gap`: what it does not know for certain, and the walk that ends that.
 //! - `build`: how a batch comes about; `placing`: what it takes of large files
 //!   and leaves to wait; `commit`: its end.
 //! - [`halt`]: deletions that look like an accident; `window`: which count.
@@ -27,12 +29,14 @@
 mod astray;
 mod build;
 mod commit;
+mod gap;
 pub mod halt;
 mod held;
 mod holds;
 pub(crate) mod kept;
 pub(crate) mod leave;
 mod pace;
+mod parts;
 mod peer;
 mod placing;
 mod reconcile;
@@ -49,31 +53,29 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
-use replicator_common::crashsafe::StateFileError;
 use replicator_common::describe::Description;
 use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq, TransferId};
 use replicator_common::name::Name;
 use replicator_common::pulse::{self, Heart};
-use replicator_common::status::{DesiredState, FailoverReport, SourceReport};
+use replicator_common::status::{DesiredState, SourceReport};
 use replicator_common::time::Timestamp;
 use replicator_common::wire::SourceMessage;
 
 use crate::boot::Boot;
 use crate::capture::{Capture, CaptureError, Members};
 use crate::clock::Clock;
-use crate::handover::{Carried, Rest};
-use crate::index::{Index, IndexError, Mark, View};
-use crate::journal::{Journal, JournalError};
+use crate::index::{Index, Mark, View};
+use crate::journal::Journal;
 use crate::ledger::{Flights, Gap, Owed};
-use crate::plan::{Dirty, PlanError, Skip};
-use crate::read::lane::{Done, Job, LaneError};
+use crate::plan::{Dirty, Skip};
 use crate::read::pool::Pool;
 use crate::read::sink::{SinkError, Wired};
-use crate::read::tail;
 use crate::read::tail::Allowance;
 use crate::session::{LinkEvent, Session};
-use crate::source::{Opener, SourceError, SourceTree};
+use crate::source::{Opener, SourceTree};
 use crate::watcher::What;
+pub use parts::{Command, Ended, EngineError, Event, FailoverReply, Parts, Settings, Start};
+
 use halt::Halt;
 use held::Held;
 use state::Shared;
@@ -86,128 +88,6 @@ const IDLE_REPORT: Duration = Duration::from_millis(990);
 /// How long the destination is given to hear that the source is not there.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// What the operator may set.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Longest time between batches; an idle source's watermark moves on at
-    /// this pace.
-    pub heartbeat: Duration,
-    /// How long a large file must be left alone before it is sent, unless it
-    /// is never left alone.
-    pub settle: Duration,
-    /// Objects in one batch, at most.
-    pub batch_objects: usize,
-    /// Content bytes of small files in one batch, at most.
-    pub batch_bytes: u64,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            heartbeat: Duration::from_secs(1),
-            settle: Duration::from_millis(250),
-            batch_objects: 8192,
-            batch_bytes: 64 << 20,
-        }
-    }
-}
-
-/// Where the answer to a failover goes.
-pub type FailoverReply = Sender<Result<FailoverReport, String>>;
-
-/// What can be asked of a running engine.
-pub enum Command {
-    /// Build a batch now, even an empty one: somebody waits for the watermark.
-    Nudge,
-    /// The same, and where only a walk moves the watermark, walk now.
-    Await,
-    /// Ask the destination to fail over, and answer with what it says within
-    /// this time. After it, replication goes on.
-    Delete(FailoverReply, Duration),
-    /// Bring status up to date, and say when it is.
-    Refresh(Sender<()>),
-    /// Let the deletions through for which replication has halted, and say
-    /// when they may go.
-    AcceptDeletions(Sender<()>),
-    /// End the loop.
-    Stop {
-        /// Leave behind what the next process needs to go on without a walk.
-        hand_over: bool,
-    },
-}
-
-/// What can happen.
-pub enum Event {
-    /// Something about the connection.
-    Link(LinkEvent),
-    /// A large file's transfer ended.
-    Transfer(Box<Job>, Result<Done, LaneError>),
-    /// What was appended to a large file is on its way, or was not all that
-    /// happened to it.
-    Appended(Box<tail::Job>, Result<tail::Done, LaneError>),
-    /// A large file was compared with what the replica holds.
-    Compared {
-        /// The file.
-        object: ObjectId,
-        /// Which comparison.
-        number: u64,
-        /// What it gave.
-        result: Result<Option<tail::Compared>, LaneError>,
-        /// How long it took.
-        took: Duration,
-    },
-    /// Somebody asks.
-    Command(Command),
-    /// The verifier asks.
-    Verify(verify::Query),
-}
-
-impl From<LinkEvent> for Event {
-    fn from(event: LinkEvent) -> Self {
-        Self::Link(event)
-    }
-}
-
-/// How the loop ended without trouble that stays.
-#[derive(Debug)]
-pub enum Ended {
-    /// It was told to; with what the next process needs to go on without a walk,
-    /// when that was asked for and could be given.
-    Stopped(Option<Box<Rest>>),
-    /// The source was unmounted, mounted over or replaced; status says so.
-    Vanished,
-}
-
-/// Why the loop ended. All of it is trouble with the source or its state; the
-/// destination's troubles never end it.
-#[derive(Debug, thiserror::Error)]
-pub enum EngineError {
-    /// The index failed.
-    #[error(transparent)]
-    Index(#[from] IndexError),
-    /// The journal failed.
-    #[error(transparent)]
-    Journal(#[from] JournalError),
-    /// The source failed.
-    #[error(transparent)]
-    Source(#[from] SourceError),
-    /// Capturing failed.
-    #[error(transparent)]
-    Capture(#[from] CaptureError),
-    /// A state file failed.
-    #[error(transparent)]
-    State(#[from] StateFileError),
-}
-
-impl From<PlanError<IndexError, SourceError>> for EngineError {
-    fn from(error: PlanError<IndexError, SourceError>) -> Self {
-        match error {
-            PlanError::Index(error) => Self::Index(error),
-            PlanError::Tree(error) => Self::Source(error),
-        }
-    }
-}
-
 /// What is kept of a batch under way, beside what [`crate::ledger`] does.
 struct Note {
     /// Objects and bytes of regular content in it, for progress.
@@ -218,15 +98,6 @@ struct Note {
     exact: bool,
     /// What it touches, where verification wants to know.
     subjects: Option<Vec<verify::Subject>>,
-}
-
-/// Where an engine begins.
-pub enum Start {
-    /// The tree must be walked, and why: nothing proves that no change was
-    /// missed since the last run.
-    Walk(String),
-    /// Where the process before ended: its watch went on.
-    Resume(Box<Carried>),
 }
 
 /// Everything of one running replication, source side.
@@ -340,40 +211,6 @@ pub struct Engine {
     /// The oldest change of batches that were lost, and are built anew: when its
     /// event was read.
     lost_since: Option<Instant>,
-}
-
-/// What an engine is made of.
-pub struct Parts {
-    /// Settings.
-    pub settings: Settings,
-    /// The start of the kernel that the source was last compared under.
-    pub boot: Boot,
-    /// Opens objects.
-    pub opener: Opener,
-    /// Looks at the source.
-    pub tree: SourceTree,
-    /// The index.
-    pub index: Index,
-    /// The journal.
-    pub journal: Arc<Journal>,
-    /// The capture thread.
-    pub capture: Capture,
-    /// What is ours.
-    pub members: Arc<Members>,
-    /// The readers.
-    pub pool: Pool,
-    /// Where events arrive.
-    pub inbox: (Sender<Event>, Receiver<Event>),
-    /// Where captured records are announced.
-    pub captured: Receiver<()>,
-    /// What is shared with those who ask.
-    pub shared: Arc<Shared>,
-    /// Whether replication has halted, and when it is to.
-    pub halt: Halt,
-    /// Counts the bytes put on the wire.
-    pub wired: Arc<Wired>,
-    /// The engine's moments, shared with the verifier.
-    pub ticks: Arc<verify::Ticks>,
 }
 
 impl Engine {
@@ -636,45 +473,9 @@ impl Engine {
             && self.shared.desired() == DesiredState::Enabled
     }
 
-    /// The walk is through; one more batch closes the gap. (If those under way
-    /// come back, what they were made of is walked again, and so is the gap open.)
-    fn walk_ended(&self) -> bool {
-        self.gap.is_some() && self.astray.is_empty()
-    }
-
     fn heartbeat_due(&self) -> bool {
         let due = self.urgent || self.last_build.elapsed() >= self.settings.heartbeat;
         due && self.in_flight.is_empty()
-    }
-
-    /// From now on nothing that happened since `covered` is certain, until a
-    /// walk has compared the whole tree.
-    fn open_gap(&mut self, reason: String) -> Result<(), EngineError> {
-        tracing::info!(reason, "gap: the source must be walked");
-        self.shared.count(|counters| counters.gaps += 1);
-        let now = self.clock.now();
-        if Gap::open(&mut self.gap, reason, self.covered, now) {
-            self.start_walk()?;
-        }
-        Ok(())
-    }
-
-    fn start_walk(&mut self) -> Result<(), EngineError> {
-        self.last_walk = Instant::now();
-        self.shared.count(|counters| counters.rescans += 1);
-        self.shared.begin_progress();
-        let again = self.gap.as_ref().is_some_and(|gap| gap.twice);
-        self.capture.directories().begin_walk(again);
-        let root = self.opener.root().id.clone();
-        self.dirty.walk(root, self.orphans()?);
-        Ok(())
-    }
-
-    /// Orphans that may come back, or may have to. What left is nobody's any
-    /// more: it comes back as what is new does, and is read whole.
-    fn orphans(&self) -> Result<Vec<ObjectId>, EngineError> {
-        let orphans = self.index.orphans()?.into_iter();
-        Ok(orphans.filter(|(_, orphan)| !orphan.left).map(|(one, _)| one).collect())
     }
 
     /// The incarnation pair that the index describes, for greetings.
