@@ -226,7 +226,7 @@ pub enum DestinationMessage {
         /// The batch.
         batch: BatchId,
     },
-    /// The destination's view for the source's status; at least once a second.
+    /// The destination's view for the source's status; once a second or so.
     Report(Box<crate::status::DestinationReport>),
     /// A part of the replica's inventory, parents before children.
     Inventory {

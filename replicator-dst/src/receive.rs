@@ -19,6 +19,7 @@ use replicator_common::id::{BatchId, SessionId};
 use replicator_common::name::Name;
 use replicator_common::net::frame::{FrameError, FrameReader, FrameWriter};
 use replicator_common::net::quic;
+use replicator_common::status::DestinationReport;
 use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::kept::KEPT_TRANSFERS_MAX;
@@ -41,6 +42,11 @@ use greeting::{begin, greet, refuse};
 
 /// Between reports of the destination while something arrives.
 const REPORT: Duration = Duration::from_millis(500);
+/// Between reports otherwise. By default the word that a heartbeat is durable comes
+/// sooner, and the report goes with it.
+const IDLE_REPORT: Duration = Duration::from_millis(1200);
+/// A report that would be due so much later goes with the word that a batch is applied.
+const WITH_APPLIED: Duration = Duration::from_millis(300);
 /// How long what is not urgent waits for something to go with.
 const HELD: Duration = Duration::from_millis(10);
 /// How long a source may take to hear the last word of a failover.
@@ -138,8 +144,8 @@ struct Shell {
     /// Something waits to be said with what is said next, until then.
     holding: bool,
     held_until: Instant,
-    /// A report was sent the last time; something was staged since the last one.
-    told: bool,
+    /// When the last report was sent, if any was; whether something arrived since.
+    reported: Option<Instant>,
     staging: bool,
     /// The source was told that the replica has a watermark.
     claimed: bool,
@@ -210,7 +216,7 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
         asked: 0,
         holding: false,
         held_until: Instant::now(),
-        told: false,
+        reported: None,
         claimed: false,
         staging: false,
     };
@@ -243,11 +249,10 @@ impl Shell {
         mut descriptions: mpsc::UnboundedReceiver<Description>,
     ) -> Result<(), SessionError> {
         let (events, mut staged) = mpsc::channel(EVENTS_WAITING);
-        let mut report = tokio::time::interval(REPORT);
-        report.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut streams = 0u8;
         self.read_kept(Kept::tell);
         loop {
+            let report_due = self.report_due();
             tokio::select! {
                 message = reader.read::<SourceMessage>() => match message.map_err(SessionError::unread)? {
                     Some(message) => self.message(message).await?,
@@ -274,18 +279,25 @@ impl Shell {
                     self.holding = false;
                     self.writer.flush().await?;
                 }
-                _ = report.tick() => {
-                    // Where nothing arrives, every second time.
-                    let idle = !std::mem::take(&mut self.staging);
-                    self.told = !(idle && self.told);
-                    if !self.told {
-                        continue;
-                    }
-                    let report = Box::new(self.context.replica.report(Timestamp::now()));
-                    self.writer.write(&DestinationMessage::Report(report)).await?;
+                () = tokio::time::sleep(report_due) => {
+                    let report = self.context.replica.report(Timestamp::now());
+                    self.report(report).await?;
                 }
             }
         }
+    }
+
+    /// Until the source is to be told how things are.
+    fn report_due(&self) -> Duration {
+        let every = if self.staging { REPORT } else { IDLE_REPORT };
+        self.reported.map_or(Duration::ZERO, |last| every.saturating_sub(last.elapsed()))
+    }
+
+    async fn report(&mut self, report: DestinationReport) -> Result<(), SessionError> {
+        self.reported = Some(Instant::now());
+        self.staging = false;
+        self.writer.write(&DestinationMessage::Report(Box::new(report))).await?;
+        Ok(())
     }
 
     async fn message(&mut self, message: SourceMessage) -> Result<(), SessionError> {
@@ -490,23 +502,23 @@ impl Shell {
                 return Err(SessionError::Refused(Refusal::Unable(reason)));
             }
         };
-        self.writer.write(&message).await?;
-        self.report_first_watermark().await?;
+        self.writer.queue(&message)?;
+        self.report_with_applied().await?;
+        self.writer.flush().await?;
         self.hand_on_whole().await
     }
 
-    /// Reports at once when the initial sync is through: whoever waits for that need not
-    /// wait for the next report.
-    async fn report_first_watermark(&mut self) -> Result<(), SessionError> {
-        if self.claimed {
+    /// Reports in the same packet if a report is due soon; and at once when the initial
+    /// sync is through: whoever waits for that need not wait for the next report.
+    async fn report_with_applied(&mut self) -> Result<(), SessionError> {
+        let due = self.report_due() <= WITH_APPLIED;
+        if self.claimed && !due {
             return Ok(());
         }
         let report = self.context.replica.report(Timestamp::now());
-        self.claimed = report.last_replicated.is_some();
-        if self.claimed {
-            self.writer.write(&DestinationMessage::Report(Box::new(report))).await?;
-        }
-        Ok(())
+        let first = !self.claimed && report.last_replicated.is_some();
+        self.claimed |= first;
+        if first || due { self.report(report).await } else { Ok(()) }
     }
 
     /// Says something together with what is said next, if that is soon.

@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
-use quinn::{Connection, Endpoint};
+use quinn::{Connection, ConnectionError, Endpoint};
 use replicator_common::control::ControlError;
 use replicator_common::crashsafe::{self, StateFileError};
 use replicator_common::id::{FileSystemId, SessionId};
@@ -185,10 +185,12 @@ impl Running {
         Ok(last_word)
     }
 
-    /// Says whether there was one that its source had not ended itself.
+    /// Says whether somebody may have to hear of it still: not where the connection has
+    /// broken, or the source has ended it.
     fn close_session(&self, why: &str) -> bool {
         let Some(open) = self.session().take() else { return false };
-        let listens = open.connection.close_reason().is_none();
+        let reason = open.connection.close_reason();
+        let listens = matches!(reason, None | Some(ConnectionError::LocallyClosed));
         open.connection.close(CLOSE_DONE, why.as_bytes());
         listens
     }

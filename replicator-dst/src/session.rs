@@ -6,9 +6,9 @@
 //! nothing that its plan names is missing; batches are handed on strictly in
 //! order.
 
-use std::collections::{BTreeMap, VecDeque};
+// Keys of the source's choice, at its leisure: hence std's hash, which withstands that.
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
-use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
 use replicator_common::id::{BatchId, ObjectId, ReplicaHandle, TransferId};
 use replicator_common::object::ObjectState;
 use replicator_common::wire::{BatchHeader, ContentSource, Op, PLAN_OPS_MAX};

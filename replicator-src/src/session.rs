@@ -33,7 +33,7 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fro
 const LASTING: Duration = Duration::from_secs(10);
 /// Attempts that are under way at once, however many are in a hurry.
 const DIALS: usize = 3;
-/// The destination reports once a second at least. One that answers at the level of
+/// The destination reports once a second or so. One that answers at the level of
 /// QUIC and has said nothing for this long hangs.
 pub const SILENCE: Duration = Duration::from_secs(60);
 /// Messages of the destination that wait in memory for the engine; a large one

@@ -202,9 +202,26 @@ impl Batch {
     }
 }
 
+/// Where a destination's directories are.
+pub struct Base(tempfile::TempDir);
+
+impl Base {
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+/// Replicas stay read-only when their destination stops: by mounts that nobody else
+/// would take away.
+impl Drop for Base {
+    fn drop(&mut self) {
+        while replicator_common::sys::mount::detach(&self.path().join("replica")).is_ok() {}
+    }
+}
+
 /// A destination and its directories.
 pub struct World {
-    pub base: tempfile::TempDir,
+    pub base: Base,
     pub replica: PathBuf,
     pub state: PathBuf,
     pub source: FileSystemId,
@@ -222,7 +239,7 @@ pub struct World {
 
 impl World {
     pub fn new() -> Self {
-        let base = tempfile::tempdir_in("/var/tmp").unwrap();
+        let base = Base(tempfile::tempdir_in("/var/tmp").unwrap());
         let replica = base.path().join("replica");
         let state = base.path().join("state");
         Self {

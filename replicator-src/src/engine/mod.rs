@@ -80,10 +80,11 @@ use halt::Halt;
 use held::Held;
 use state::Shared;
 
-/// How often the destination gets our report, while changes wait and otherwise. The
-/// protocol wants one a second.
+/// How often the destination gets our report while changes wait or a batch is under way.
 const REPORT: Duration = Duration::from_millis(500);
-const IDLE_REPORT: Duration = Duration::from_millis(990);
+/// How often otherwise. By default a heartbeat comes sooner, and then the report goes with
+/// it: each packet of its own wakes five threads at the two ends.
+const IDLE_REPORT: Duration = Duration::from_millis(1200);
 
 /// How long the destination is given to hear that the source is not there.
 const GOODBYE: Duration = Duration::from_secs(1);

@@ -19,11 +19,11 @@ struct Layer {
     delta: Arc<Delta>,
     /// Where each object stands in the delta.
     objects: HashMap<ObjectId, usize>,
-    /// Where each entry stands in the delta, in the order of entries; the last of
-    /// each, where one came twice (which planning never does).
+    /// Where each entry stands in the delta, in the order of entries. Where one came
+    /// twice (planning never gives it so), both, and the last counts.
     entries: Vec<usize>,
-    /// Where the entries stand that each object gained or lost. Few batches are asked
-    /// for it: most objects say themselves what their only entry is.
+    /// Where the entries stand that each object gained or lost; made when it is asked for:
+    /// of most files the object itself says what its only entry is.
     links: OnceCell<HashMap<ObjectId, Vec<usize>>>,
     acknowledged: bool,
 }
@@ -362,18 +362,4 @@ impl<B: Base> View for Index<B> {
         }
         Ok(all.into_iter().collect())
     }
-}
-
-/// The part of an ordered map of entries that lies in one directory.
-pub(crate) fn entries_of<'a, T>(
-    entries: &'a BTreeMap<(ObjectId, Name), T>,
-    directory: &ObjectId,
-) -> impl Iterator<Item = (&'a (ObjectId, Name), &'a T)> + use<'a, T> {
-    // Entries are ordered by directory first, and one byte of value 1 is the
-    // smallest name there is.
-    let from = Name::new(&[1]).map(|name| (directory.clone(), name)).ok();
-    let directory = directory.clone();
-    from.into_iter()
-        .flat_map(move |from| entries.range(from..))
-        .take_while(move |((of, _), _)| *of == directory)
 }

@@ -1,6 +1,8 @@
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use proptest::prelude::*;
 use replicator_common::chunk::Chunk;
 use replicator_common::id::{BatchId, ObjectId, Seq};
 use replicator_common::name::Name;
@@ -222,5 +224,54 @@ fn pages_and_several_objects_are_what_is_there() {
         let each: Vec<_> = wanted.iter().map(|one| index.object(one).unwrap()).collect();
         assert!(each.iter().any(Option::is_some) && each.iter().any(Option::is_none));
         assert_eq!(index.objects(&wanted).unwrap(), each);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// What lies over the store, held to a map: in whatever order a batch names entries,
+    /// also where it names one twice.
+    #[test]
+    fn batches_under_way_say_what_a_map_would(
+        batches in prop::collection::vec(
+            prop::collection::vec((1..4u8, 0..4u8, prop::option::of(10..13u8)), 0..8),
+            1..4,
+        ),
+    ) {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Arc::new(Store::open(&directory.path().join("index")).unwrap());
+        let mut index = Index::new(store).unwrap();
+        let named = |n: u8| Name::new(&[b'a' + n]).unwrap();
+        let mut model: BTreeMap<(u8, u8), u8> = BTreeMap::new();
+        for (number, changes) in (1..).zip(batches) {
+            let mut entries = Vec::new();
+            for (directory, name, new) in changes {
+                let place = (directory, name);
+                let old = match new {
+                    Some(new) => model.insert(place, new),
+                    None => model.remove(&place),
+                };
+                let (directory, name) = (id(directory), named(name));
+                entries.push(EntryChange { directory, name, old: old.map(id), new: new.map(id) });
+            }
+            let mark = Mark { batch: BatchId(number), ..Mark::default() };
+            index.prepare(Delta { entries, mark, ..Delta::default() }, &Noted::default()).unwrap();
+            for directory in 1..4u8 {
+                let of = model.iter().filter(|((of, _), _)| *of == directory);
+                let there: Vec<_> = of.map(|((_, n), object)| (named(*n), id(*object))).collect();
+                prop_assert_eq!(index.children(&id(directory)).unwrap(), &there[..]);
+                prop_assert_eq!(index.page(&id(directory), None).unwrap().entries, there);
+                for name in 0..4 {
+                    let found = index.entry(&id(directory), &named(name)).unwrap();
+                    prop_assert_eq!(found, model.get(&(directory, name)).map(|n| id(*n)));
+                }
+            }
+            for object in 10..13 {
+                let of = model.iter().filter(|(_, of)| **of == object);
+                let links: Vec<_> = of.map(|((d, n), _)| (id(*d), named(*n))).collect();
+                prop_assert_eq!(index.links(&id(object)).unwrap(), links);
+            }
+        }
     }
 }

@@ -36,7 +36,7 @@ struct One {
 }
 
 impl Asked {
-    /// What was needed of an object last.
+    /// What is needed of an object, by all that was said of it (see [`Self::need`]).
     pub fn get(&self, object: &ObjectId) -> Option<&Need> {
         self.all.get(object).map(|one| &one.need)
     }
@@ -52,7 +52,7 @@ impl Asked {
     }
 
     /// How many objects are open.
-    pub fn open(&self) -> usize {
+    pub fn open_count(&self) -> usize {
         self.open.len()
     }
 
@@ -125,9 +125,9 @@ mod tests {
         asked.need(id(1), need(false, None), None);
         asked.need(id(2), need(false, None), None);
         asked.need(id(2), need(true, None), Some(7));
-        assert_eq!((asked.open(), asked.bytes()), (2, 7));
+        assert_eq!((asked.open_count(), asked.bytes()), (2, 7));
         assert_eq!(asked.take(), [(id(1), need(false, None)), (id(2), need(true, Some("a")))]);
-        assert!(asked.take().is_empty() && asked.open() == 0 && !asked.is_open(&id(2)));
+        assert!(asked.take().is_empty() && asked.open_count() == 0 && !asked.is_open(&id(2)));
         assert_eq!(asked.bytes(), 7, "what was taken still counts");
     }
 

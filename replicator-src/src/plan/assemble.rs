@@ -24,13 +24,13 @@ use super::tree::Tree;
 use crate::index::store::dead_list;
 use crate::index::{Delta, EntryChange, Known, View};
 use crate::watcher::What;
-use places::Places;
+use place_set::PlaceSet;
 
 mod apart;
 mod detach;
 mod limits;
 mod over;
-mod places;
+mod place_set;
 
 /// What reading an object gave.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -209,8 +209,8 @@ struct Work<'a, V: View, T: Tree> {
     out: Assembly,
     /// Entries that this batch changes.
     changed: BTreeMap<Place, Binding>,
-    gained: HashMap<ObjectId, Places>,
-    lost: HashMap<ObjectId, Places>,
+    gained: HashMap<ObjectId, PlaceSet>,
+    lost: HashMap<ObjectId, PlaceSet>,
     /// Objects dropped or set aside.
     gone: HashSet<ObjectId>,
     /// Objects that stay without an entry, as orphans or because they leave.

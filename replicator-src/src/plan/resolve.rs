@@ -146,7 +146,7 @@ impl Resolve {
 
     /// Whether the budget is used up; of objects, those not taken yet count.
     pub fn full(&self, budget: Budget) -> bool {
-        self.asked.open() >= budget.objects
+        self.asked.open_count() >= budget.objects
             || self.asked.bytes() >= budget.bytes
             || self.bindings.len() >= budget.entries
             || self.looked >= budget.compared
@@ -557,6 +557,20 @@ pub(super) fn differs(
         Look::Force => (true, true),
     };
     (file && content, attributes || content || changed || touched)
+}
+
+/// The part of an ordered map of entries that lies in one directory.
+pub(super) fn entries_of<'a, T>(
+    entries: &'a BTreeMap<(ObjectId, Name), T>,
+    directory: &ObjectId,
+) -> impl Iterator<Item = (&'a (ObjectId, Name), &'a T)> + use<'a, T> {
+    // Entries are ordered by directory first, and one byte of value 1 is the
+    // smallest name there is.
+    let from = Name::new(&[1]).map(|name| (directory.clone(), name)).ok();
+    let directory = directory.clone();
+    from.into_iter()
+        .flat_map(move |from| entries.range(from..))
+        .take_while(move |((of, _), _)| *of == directory)
 }
 
 #[cfg(test)]

@@ -17,9 +17,8 @@ use replicator_common::object::Kind;
 
 use super::PlanError;
 use super::dirty::{Listing, Rest};
-use super::resolve::{Failure, Look, Place, Resolve, differs};
+use super::resolve::{Failure, Look, Place, Resolve, differs, entries_of};
 use super::tree::{Ask, Listed, Seen, Tree};
-use crate::index::overlay::entries_of;
 use crate::index::{Known, Page, View};
 
 #[cfg(test)]

@@ -7,9 +7,9 @@ use replicator_common::object::Kind;
 use replicator_common::wire::Op;
 
 use super::{Binding, Failure, Outcome, Place, PlanError, Work};
-use crate::index::overlay::entries_of;
 use crate::index::store::dead_list;
 use crate::index::{Orphan, View};
+use crate::plan::resolve::entries_of;
 use crate::plan::tree::{Fate, Tree};
 
 /// Who lost an entry because what it was in ended.

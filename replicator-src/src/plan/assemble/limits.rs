@@ -9,7 +9,7 @@
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 
-use super::{Failure, HoldReason, Place, Places, Tree, View, Work};
+use super::{Failure, HoldReason, Place, PlaceSet, Tree, View, Work};
 use crate::plan::Binding;
 
 /// What names the replica's file system takes; `None` where no bound is known.
@@ -45,7 +45,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         let mut queue: Vec<ObjectId> = self.gained.keys().cloned().collect();
         while let Some(object) = queue.pop() {
             let surplus = self.surplus(&object, most as usize)?;
-            let gained = self.gained.get(&object).into_iter().flat_map(Places::iter);
+            let gained = self.gained.get(&object).into_iter().flat_map(PlaceSet::iter);
             let last: Vec<Place> = gained.rev().take(surplus).cloned().collect();
             for place in last {
                 queue.extend(self.leave_out(&object, place, most)?);
@@ -58,7 +58,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     /// while the batch is applied: a name that goes makes room for one that comes
     /// when nothing comes to stand in its place, for then it goes first.
     fn surplus(&self, object: &ObjectId, most: usize) -> Result<usize, Failure<V, T>> {
-        let gained = self.gained.get(object).map_or(0, Places::len);
+        let gained = self.gained.get(object).map_or(0, PlaceSet::len);
         let before = self.known(object)?.map_or(0, |known| known.links as usize);
         if before + gained <= most || self.is_directory(object)? {
             return Ok(0);
@@ -66,7 +66,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         let lost = self.lost.get(object);
         let free = lost
             .into_iter()
-            .flat_map(Places::iter)
+            .flat_map(PlaceSet::iter)
             .filter(|place| self.changed.get(*place).is_some_and(|binding| binding.new.is_none()));
         Ok((before + gained).saturating_sub(free.count()).saturating_sub(most).min(gained))
     }
@@ -96,7 +96,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     }
 }
 
-fn forget(places: Option<&mut Places>, place: &Place) {
+fn forget(places: Option<&mut PlaceSet>, place: &Place) {
     if let Some(places) = places {
         places.remove(place);
     }

@@ -83,9 +83,8 @@ impl Both {
         let mut found = Found::default();
         for round in 0.. {
             assert!(round < 1000, "a walk that does not end");
-            let mut resolve = Resolve::default();
-            resolve.walking = true;
-            resolve.waiting = waiting.cloned();
+            let mut resolve =
+                Resolve { walking: true, waiting: waiting.cloned(), ..Resolve::default() };
             resolve.feed(&mut dirty, budget, &view, self).unwrap();
             found.needs.extend(resolve.asked.take());
             found.seen.extend(resolve.bindings.keys().cloned());

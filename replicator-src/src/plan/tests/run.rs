@@ -125,12 +125,15 @@ impl Run {
             && self.cursor == self.world.records.len();
         let astray = std::mem::take(&mut self.astray);
         self.dirty.merge(recall(astray, &id(ROOT), &self.index, &mut self.world).unwrap());
-        let mut resolve = Resolve::default();
-        resolve.walking = self.walking;
-        (resolve.under_way, resolve.named) = (under_way, named);
-        resolve.waiting = self.walking.then(HashSet::default);
         let leaves = self.index.orphans.values().any(|orphan| orphan.left);
-        resolve.root = (leaves || self.world.places.is_some()).then(|| id(ROOT));
+        let mut resolve = Resolve {
+            walking: self.walking,
+            under_way,
+            named,
+            waiting: self.walking.then(HashSet::default),
+            root: (leaves || self.world.places.is_some()).then(|| id(ROOT)),
+            ..Resolve::default()
+        };
         if !self.index.objects.contains_key(&id(ROOT)) {
             resolve.begin_at(&id(ROOT));
         }

@@ -7,7 +7,7 @@ use super::Place;
 /// A set of entries, in order. Most objects have one, which is kept in place: a set
 /// takes half a kilobyte for it.
 #[derive(Clone, Debug, Default)]
-pub(super) enum Places {
+pub(super) enum PlaceSet {
     /// None.
     #[default]
     None,
@@ -17,7 +17,7 @@ pub(super) enum Places {
     Many(BTreeSet<Place>),
 }
 
-impl Places {
+impl PlaceSet {
     pub(super) fn insert(&mut self, place: Place) {
         *self = match std::mem::take(self) {
             Self::None => Self::One(place),
@@ -93,7 +93,7 @@ mod tests {
         /// Held to the set that it stands for.
         #[test]
         fn it_is_a_set(steps in prop::collection::vec((any::<bool>(), 0u8..4), 0..24)) {
-            let (mut places, mut set) = (Places::default(), BTreeSet::new());
+            let (mut places, mut set) = (PlaceSet::default(), BTreeSet::new());
             for (insert, number) in steps {
                 let place = place(number);
                 if insert {
