@@ -31,7 +31,7 @@ mod page;
 
 pub(super) use file_system::{CreateFileSystemBody, ProtectionBody, TagsBody, tags, tags_of};
 pub use file_system::{FileSystemBody, FileSystems, PATH_TAG, Protection, Size, Tag, TagList};
-pub(super) use page::{Created, Paging, page};
+pub(super) use page::{Created, Key, Paging, page};
 
 use serde::{Deserialize, Serialize};
 

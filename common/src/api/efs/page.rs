@@ -44,16 +44,6 @@ impl Key for Created {
     }
 }
 
-impl Key for String {
-    fn write(&self) -> String {
-        self.clone()
-    }
-
-    fn read(text: &str) -> Option<Self> {
-        Some(text.to_owned())
-    }
-}
-
 /// What a query says of the page it wants.
 #[derive(Debug)]
 pub(in crate::api) struct Paging<K> {
@@ -107,6 +97,16 @@ pub(in crate::api) fn page<T, K: Key>(
 mod tests {
     use super::*;
     use crate::api::route::route;
+
+    impl Key for String {
+        fn write(&self) -> String {
+            self.clone()
+        }
+
+        fn read(text: &str) -> Option<Self> {
+            Some(text.to_owned())
+        }
+    }
 
     fn paging<K: Key>(query: &str) -> Result<Paging<K>, ApiError> {
         let call = route("GET", &format!("/2015-02-01/file-systems?{query}")).unwrap();

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::{Answer, parse};
-use crate::api::efs::{self, Paging, page};
+use crate::api::efs::{self, Key, Paging, page};
 use crate::api::known::Known;
 use crate::api::route::Query;
 use crate::api::{Api, ApiError};
@@ -35,7 +35,7 @@ impl Api {
     pub(super) fn list_tags(&self, id: &str, query: &Query) -> Result<Answer, ApiError> {
         let known = self.tagged(id)?;
         let paging = Paging::read(query, "MaxResults", "NextToken")?;
-        let key = |tag: &efs::Tag| tag.key.clone();
+        let key = |tag: &efs::Tag| TagOrder::of(&tag.key);
         let (tags, next_token) = page(known.tags(), key, &paging);
         Answer::json(&efs::TagList { tags, next_token })
     }
@@ -67,5 +67,37 @@ impl Api {
         })?;
         // EFS answers with an empty body.
         refused.map_or(Ok(Answer { status: 200, body: Some(serde_json::json!({})) }), Err)
+    }
+}
+
+/// Bytes of a tag's key that its place in the list begins with. With the rest a token is
+/// 86 characters long; EFS's are 128 at most, and a key may be longer.
+const BEGINNING: usize = 48;
+
+/// Where a tag is in the list: in the order of keys, but for those that begin alike for
+/// longer than anybody reads.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct TagOrder {
+    beginning: String,
+    hash: u64,
+}
+
+impl TagOrder {
+    fn of(key: &str) -> Self {
+        let beginning = key[..key.floor_char_boundary(BEGINNING)].to_owned();
+        let [b0, b1, b2, b3, b4, b5, b6, b7, ..] = *blake3::hash(key.as_bytes()).as_bytes();
+        Self { beginning, hash: u64::from_be_bytes([b0, b1, b2, b3, b4, b5, b6, b7]) }
+    }
+}
+
+impl Key for TagOrder {
+    fn write(&self) -> String {
+        format!("{:016x}{}", self.hash, self.beginning)
+    }
+
+    fn read(text: &str) -> Option<Self> {
+        let (hash, beginning) = text.split_at_checked(16)?;
+        let hash = u64::from_str_radix(hash, 16).ok()?;
+        Some(Self { beginning: beginning.to_owned(), hash })
     }
 }
