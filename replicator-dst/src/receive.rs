@@ -144,8 +144,9 @@ struct Shell {
     /// Something waits to be said with what is said next, until then.
     holding: bool,
     held_until: Instant,
-    /// When the last report was sent, if any was; whether something arrived since.
-    reported: Option<Instant>,
+    /// When the last report was sent (before the first one, that it is due); whether
+    /// something arrived since.
+    reported: Instant,
     staging: bool,
     /// The source was told that the replica has a watermark.
     claimed: bool,
@@ -216,7 +217,7 @@ async fn session(greeting: Greeting, context: SessionContext) -> Result<(), Sess
         asked: 0,
         holding: false,
         held_until: Instant::now(),
-        reported: None,
+        reported: Instant::now().checked_sub(IDLE_REPORT).unwrap_or_else(Instant::now),
         claimed: false,
         staging: false,
     };
@@ -252,7 +253,7 @@ impl Shell {
         let mut streams = 0u8;
         self.read_kept(Kept::tell);
         loop {
-            let report_due = self.report_due();
+            let report_at = self.report_at();
             tokio::select! {
                 message = reader.read::<SourceMessage>() => match message.map_err(SessionError::unread)? {
                     Some(message) => self.message(message).await?,
@@ -279,7 +280,8 @@ impl Shell {
                     self.holding = false;
                     self.writer.flush().await?;
                 }
-                () = tokio::time::sleep(report_due) => {
+                // A moment, and no span that begins anew with all that is heard.
+                () = tokio::time::sleep_until(report_at.into()) => {
                     let report = self.context.replica.report(Timestamp::now());
                     self.report(report).await?;
                 }
@@ -287,14 +289,13 @@ impl Shell {
         }
     }
 
-    /// Until the source is to be told how things are.
-    fn report_due(&self) -> Duration {
-        let every = if self.staging { REPORT } else { IDLE_REPORT };
-        self.reported.map_or(Duration::ZERO, |last| every.saturating_sub(last.elapsed()))
+    /// When the source is to be told how things are.
+    fn report_at(&self) -> Instant {
+        self.reported + if self.staging { REPORT } else { IDLE_REPORT }
     }
 
     async fn report(&mut self, report: DestinationReport) -> Result<(), SessionError> {
-        self.reported = Some(Instant::now());
+        self.reported = Instant::now();
         self.staging = false;
         self.writer.write(&DestinationMessage::Report(Box::new(report))).await?;
         Ok(())
@@ -511,7 +512,7 @@ impl Shell {
     /// Reports in the same packet if a report is due soon; and at once when the initial
     /// sync is through: whoever waits for that need not wait for the next report.
     async fn report_with_applied(&mut self) -> Result<(), SessionError> {
-        let due = self.report_due() <= WITH_APPLIED;
+        let due = self.report_at() <= Instant::now() + WITH_APPLIED;
         if self.claimed && !due {
             return Ok(());
         }
