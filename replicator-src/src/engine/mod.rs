@@ -83,7 +83,7 @@ use state::Shared;
 /// How often the destination gets our report while changes wait or a batch is under way.
 const REPORT: Duration = Duration::from_millis(500);
 /// How often otherwise. By default a heartbeat comes sooner, and then the report goes with
-/// it: each packet of its own wakes five threads at the two ends.
+/// it: a packet of its own wakes threads at both ends (see bench/NOTES.md).
 const IDLE_REPORT: Duration = Duration::from_millis(1200);
 
 /// How long the destination is given to hear that the source is not there.
