@@ -3,6 +3,7 @@
 //! Every identity is a type of its own, so that a batch number can never be
 //! taken for a journal position.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::str::FromStr;
 
@@ -20,8 +21,59 @@ pub const OBJECT_ID_MAX: usize = 1 + 128;
 /// the reserved values below for what the kernel gives no handle for. Objects
 /// of the source and of the replica both use this form; they are never mixed:
 /// see [`ReplicaHandle`].
-#[derive(PartialEq, Eq, Hash, PartialOrd, Ord)]
+///
+/// Ids are ordered as their [keys](Self::key) are: by tag, then by inode number.
+/// Objects that were made together are neighbours so, on disk and in a table, while
+/// the number's lowest byte, which handles begin with, would scatter them.
+#[derive(PartialEq, Eq, Hash)]
 pub struct ObjectId(SmallVec<[u8; 24]>);
+
+/// What a store keeps an object under: the id's bytes, with those of the inode number
+/// turned around, so that the order of bytes is that of numbers.
+pub struct ObjectKey(SmallVec<[u8; 24]>);
+
+impl ObjectKey {
+    /// The bytes, as many as the id has.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Ord for ObjectId {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let rest = |id: &Self| id.body().get(number_width(id.tag())..).is_some();
+        self.tag().cmp(&other.tag()).then_with(|| match rest(self) && rest(other) {
+            // The same without a copy of either.
+            true => {
+                let width = number_width(self.tag());
+                let of_number = self.locality().cmp(&other.locality());
+                of_number.then_with(|| self.body()[width..].cmp(&other.body()[width..]))
+            }
+            false => self.key().as_bytes().cmp(other.key().as_bytes()),
+        })
+    }
+}
+
+impl PartialOrd for ObjectId {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+/// Bytes of the inode number, with which handles begin: 32 bits in those of type 1
+/// (`FILEID_INO32_GEN`), else 64.
+fn number_width(tag: u8) -> usize {
+    const INO32: u8 = 1;
+    if tag == INO32 { 4 } else { 8 }
+}
+
+/// Makes an id's bytes those of its key, and the other way round.
+pub fn turn_key(bytes: &mut [u8]) {
+    if let Some((tag, body)) = bytes.split_first_mut() {
+        let width = number_width(*tag).min(body.len());
+        body[..width].reverse();
+    }
+}
 
 impl Clone for ObjectId {
     fn clone(&self) -> Self {
@@ -46,17 +98,30 @@ impl ObjectId {
     pub const TAG_FOREIGN: u8 = 0xe2;
 
     /// An order in which neighbours on disk mostly come one after the other: that
-    /// of inode numbers, which handles begin with (32 bits in those of type 1,
-    /// `FILEID_INO32_GEN`, else 64). A hint for whoever reads many objects, and
-    /// no more.
+    /// of inode numbers, which handles begin with. A hint for whoever reads many
+    /// objects, and no more.
     pub fn locality(&self) -> u64 {
-        const INO32: u8 = 1;
-        let width = if self.tag() == INO32 { 4 } else { 8 };
-        let mut number = [0; 8];
-        for (to, from) in number.iter_mut().zip(self.body().iter().take(width)) {
-            *to = *from;
+        let (width, body) = (number_width(self.tag()), self.body());
+        match (width, body.first_chunk(), body.first_chunk()) {
+            (4, Some(number), _) => u32::from_le_bytes(*number).into(),
+            (8, _, Some(number)) => u64::from_le_bytes(*number),
+            // Shorter than a number.
+            _ => body.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)),
         }
-        u64::from_le_bytes(number)
+    }
+
+    /// What a store keeps it under.
+    pub fn key(&self) -> ObjectKey {
+        let mut bytes = SmallVec::from_slice(&self.0);
+        turn_key(&mut bytes);
+        ObjectKey(bytes)
+    }
+
+    /// Reads an id back from its key; `None` when the length is wrong.
+    pub fn from_key(key: &[u8]) -> Option<Self> {
+        let mut id = Self::from_bytes(key)?;
+        turn_key(&mut id.0);
+        Some(id)
     }
 
     /// The inode number, where the kernel's handle says it for certain: handles
@@ -341,6 +406,8 @@ impl<'de> Deserialize<'de> for FileSystemId {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -361,5 +428,33 @@ mod tests {
         assert!(ObjectId::new(1, &[0; 129]).is_none());
         assert!(ObjectId::from_bytes(&[]).is_none());
         assert!(ObjectId::new(1, &[7; 128]).is_some_and(|id| id.to_file_name().len() < 255));
+    }
+
+    #[test]
+    fn inodes_that_are_neighbours_are_neighbours_in_a_store() {
+        for (tag, width) in [(1, 4), (0x81, 8), (0x4d, 8)] {
+            let id = |number: u64| {
+                let bytes = [&number.to_le_bytes()[..width], &[7, 0, 0, 0]].concat();
+                ObjectId::new(tag, &bytes).unwrap()
+            };
+            let numbers = [0xfe, 0xff, 0x100, 0x101, 0x01_0000, 0x01_0100, 0x7fff_ffff];
+            let ids = numbers.map(id);
+            assert!(ids.is_sorted(), "{ids:?}");
+            assert!(ids.windows(2).all(|two| two[0].key().as_bytes() < two[1].key().as_bytes()));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn an_id_is_ordered_as_its_key_is(
+            one in prop::collection::vec(0..3u8, 1..14),
+            other in prop::collection::vec(0..3u8, 1..14),
+        ) {
+            let id = |bytes: &[u8]| ObjectId::from_bytes(bytes).unwrap();
+            let (one, other) = (id(&one), id(&other));
+            prop_assert_eq!(one.cmp(&other), one.key().as_bytes().cmp(other.key().as_bytes()));
+            prop_assert_eq!(one.cmp(&other).is_eq(), one == other);
+            prop_assert_eq!(ObjectId::from_key(one.key().as_bytes()), Some(one));
+        }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Tables, all values as [`codec::encode_record`] writes them (version,
 //! checksum, body):
-//! - `objects`: object id → [`Known`].
+//! - `objects`: object id, as its [`ObjectKey`](replicator_common::id::ObjectKey) → [`Known`].
 //! - `log`: (batch, part) → [`Step`]s of a committed batch, in order.
 //! - `set_aside`: number → [`SetAsideItem`].
 //! - `meta`: `version` → the format's version, `standing` → [`Standing`],
@@ -23,7 +23,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 use replicator_common::codec::{self, CodecError};
-use replicator_common::id::{BatchId, BatchNonce, Edition, Incarnation, ObjectId};
+use replicator_common::id::{BatchId, BatchNonce, Edition, Incarnation, ObjectId, turn_key};
 use replicator_common::status::{Shortfalls, TimedError};
 use replicator_common::store;
 use replicator_common::sys::place;
@@ -35,10 +35,11 @@ use crate::mark::Reached;
 use crate::objects::{Known, Objects, Position};
 use crate::upgrade::StandingV1;
 
-/// 1: standings without a nonce. 2: without [`Step::Append`].
-const STORE_VERSION: u32 = 3;
-const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
-const OBJECTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("objects");
+/// 1: standings without a nonce. 2: without [`Step::Append`]. 3: the objects map by the
+/// bytes of ids.
+const STORE_VERSION: u32 = 4;
+const META: TableDefinition<'static, &'static str, &'static [u8]> = TableDefinition::new("meta");
+const OBJECTS: TableDefinition<'static, &'static [u8], &'static [u8]> = TableDefinition::new("objects");
 const LOG: TableDefinition<'_, (u64, u32), &[u8]> = TableDefinition::new("log");
 const SET_ASIDE: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("set_aside");
 /// Steps are cut into rows of about this many bytes, far below the codec's limit.
@@ -218,25 +219,7 @@ impl Store {
                     Err(StoreError::Newer { path: store.path.clone(), found })
                 }
                 Some(STORE_VERSION) => Ok(()),
-                Some(2) => {
-                    let row = store.encode(&STORE_VERSION)?;
-                    meta.insert("version", row.as_slice())
-                        .map_err(|e| store.err("upgrade")(e.into()))?;
-                    Ok(())
-                }
-                Some(_) => {
-                    let row = meta.get("standing").map_err(|e| store.err("upgrade")(e.into()))?;
-                    let old = row.map(|row| store.decode::<StandingV1>(row.value())).transpose()?;
-                    let mut rows = vec![("version", store.encode(&STORE_VERSION)?)];
-                    if let Some(old) = old {
-                        rows.push(("standing", store.encode(&Standing::from(old))?));
-                    }
-                    for (key, value) in rows {
-                        meta.insert(key, value.as_slice())
-                            .map_err(|e| store.err("upgrade")(e.into()))?;
-                    }
-                    Ok(())
-                }
+                Some(found) => store.upgrade(transaction, &mut meta, found),
                 None => {
                     let rows = [
                         ("version", store.encode(&STORE_VERSION)?),
@@ -251,6 +234,32 @@ impl Store {
             }
         })?;
         Ok(store)
+    }
+
+    /// Makes of version `found`, an older one, the present one.
+    fn upgrade(
+        &self,
+        transaction: &redb::WriteTransaction,
+        meta: &mut redb::Table<'_, &'static str, &'static [u8]>,
+        found: u32,
+    ) -> Result<(), StoreError> {
+        let action = "upgrade";
+        let mut rows = vec![("version", self.encode(&STORE_VERSION)?)];
+        if found < 2 {
+            let row = meta.get("standing").map_err(|e| self.err(action)(e.into()))?;
+            let old = row.map(|row| self.decode::<StandingV1>(row.value())).transpose()?;
+            if let Some(old) = old {
+                rows.push(("standing", self.encode(&Standing::from(old))?));
+            }
+        }
+        for (key, value) in rows {
+            meta.insert(key, value.as_slice()).map_err(|e| self.err(action)(e.into()))?;
+        }
+        let turn = |key: &mut [u8]| {
+            turn_key(key);
+            Some(())
+        };
+        store::turn_keys(transaction, OBJECTS, turn).map_err(self.err(action))
     }
 
     fn err(&self, action: &'static str) -> impl FnOnce(redb::Error) -> StoreError {
@@ -500,9 +509,9 @@ impl Store {
                     standing.objects += 1;
                     standing.orphans += orphan(known);
                     let record = self.encode(known)?;
-                    table.insert(object.as_bytes(), record.as_slice())
+                    table.insert(object.key().as_bytes(), record.as_slice())
                 }
-                None => table.remove(object.as_bytes()),
+                None => table.remove(object.key().as_bytes()),
             };
             let old = old.map_err(|e| self.err(action)(e.into()))?;
             if let Some(old) = old {
@@ -582,7 +591,7 @@ impl Store {
             let (key, row) = row.map_err(|e| self.err(action)(e.into()))?;
             let known: Known = self.decode(row.value())?;
             if let (Position::Orphan { .. }, Some(object)) =
-                (&known.position, ObjectId::from_bytes(key.value()))
+                (&known.position, ObjectId::from_key(key.value()))
             {
                 orphans.push((object, known));
             }
@@ -632,7 +641,7 @@ impl Objects for Snapshot<'_> {
     type Error = StoreError;
 
     fn get(&self, object: &ObjectId) -> Result<Option<Known>, StoreError> {
-        let row = self.table.get(object.as_bytes());
+        let row = self.table.get(object.key().as_bytes());
         let row = row.map_err(|e| self.store.err("read the objects map")(e.into()))?;
         row.map(|row| self.store.decode(row.value())).transpose()
     }

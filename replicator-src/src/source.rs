@@ -6,30 +6,27 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use foldhash::{HashMap, HashMapExt};
+use foldhash::HashMap;
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
 use replicator_common::sys::stat::Stat;
 use replicator_common::sys::{handle, place, stat};
 use replicator_common::time::Timestamp;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, RawDir};
 use rustix::io::Errno;
 
 pub use crate::places::{Opened, Places};
-use crate::plan::{Ask, Fate, Listed, Lookup, Seen, Skip, Tree};
+use crate::plan::{Fate, Listed, Lookup, Seen, Skip, Tree};
 use crate::watcher::DirectoryWatch;
 
 /// Directories whose descriptors are kept open between look-ups.
 const OPEN_DIRECTORIES: usize = 512;
 
-/// Threads that look at entries, at most: more than there are processors, for a
-/// disk that is not in the cache does several things at once.
-const PROBERS: usize = 8;
-/// Entries that are worth a thread.
-const PROBES: usize = 512;
+/// Bytes that one system call reads of a directory, as the C library's `readdir` has it.
+const LIST_BUFFER: usize = 32 << 10;
 
 /// `statfs(2)` of ext2, ext3 and ext4.
 const EXT: u64 = 0xef53;
@@ -296,21 +293,27 @@ pub struct SourceTree {
     opener: Opener,
     filter: Filter,
     watch: Arc<dyn DirectoryWatch>,
-    open: HashMap<ObjectId, Arc<OwnedFd>>,
-    /// The directory that was found gone last: its handle leads nowhere any more, and a
-    /// batch asks for each of the entries that it had.
-    gone: Option<ObjectId>,
+    directories: Mutex<Directories>,
     /// Directories that could not be listed since the last look, with the error.
-    troubles: Vec<(ObjectId, String)>,
+    troubles: Mutex<Vec<(ObjectId, String)>>,
     /// Objects whose fate could not be told since the last look, with the error.
     doubts: Vec<(ObjectId, String)>,
+}
+
+/// What is remembered of directories between look-ups.
+#[derive(Default)]
+struct Directories {
+    open: HashMap<ObjectId, Arc<OwnedFd>>,
+    /// The one that was found gone last: its handle leads nowhere any more, and a batch
+    /// asks for each of the entries that it had.
+    gone: Option<ObjectId>,
 }
 
 impl SourceTree {
     /// Over a source; `watch` is told of each directory before it is listed.
     pub fn new(opener: Opener, filter: Filter, watch: Arc<dyn DirectoryWatch>) -> Self {
-        let (open, troubles, doubts) = (HashMap::new(), Vec::new(), Vec::new());
-        Self { opener, filter, watch, open, gone: None, troubles, doubts }
+        let (directories, troubles) = (Mutex::default(), Mutex::default());
+        Self { opener, filter, watch, directories, troubles, doubts: Vec::new() }
     }
 
     /// Opens what it needs.
@@ -319,35 +322,43 @@ impl SourceTree {
     }
 
     /// The directory's descriptor: `O_PATH` where names lead to it.
-    fn directory(&mut self, id: &ObjectId) -> Result<Opened<Arc<OwnedFd>>, SourceError> {
-        if let Some(fd) = self.open.get(id) {
-            return Ok(Opened::Here(fd.clone()));
-        }
+    fn directory(&self, id: &ObjectId) -> Result<Opened<Arc<OwnedFd>>, SourceError> {
         let failed = SourceError::call("open directory", id);
         if !self.opener.root.by_handle {
             return self.opener.directory(id).map_err(failed);
         }
-        if self.gone.as_ref() == Some(id) {
-            return Ok(Opened::Gone);
+        {
+            let Directories { open, gone } = &*self.directories();
+            if let Some(fd) = open.get(id) {
+                return Ok(Opened::Here(fd.clone()));
+            }
+            if gone.as_ref() == Some(id) {
+                return Ok(Opened::Gone);
+            }
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = match self.opener.open(id, None, flags).map_err(failed)? {
             Opened::Here(fd) => Arc::new(fd),
             Opened::Gone => {
-                self.gone = Some(id.clone());
+                self.directories().gone = Some(id.clone());
                 return Ok(Opened::Gone);
             }
             Opened::Away => return Ok(Opened::Away),
         };
-        if self.open.len() >= OPEN_DIRECTORIES {
-            self.open.clear();
+        let mut known = self.directories();
+        if known.open.len() >= OPEN_DIRECTORIES {
+            known.open.clear();
         }
-        self.open.insert(id.clone(), fd.clone());
+        known.open.insert(id.clone(), fd.clone());
         Ok(Opened::Here(fd))
     }
 
+    fn directories(&self) -> MutexGuard<'_, Directories> {
+        self.directories.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The same, to be listed.
-    fn readable(&mut self, id: &ObjectId) -> Result<Opened<Arc<OwnedFd>>, SourceError> {
+    fn readable(&self, id: &ObjectId) -> Result<Opened<Arc<OwnedFd>>, SourceError> {
         let found = self.directory(id)?;
         match found {
             Opened::Here(fd) if !self.opener.root.by_handle => {
@@ -363,8 +374,8 @@ impl SourceTree {
     /// Directories that could not be listed since the last call, with the error.
     pub fn take_troubles(&mut self) -> Vec<(ObjectId, String)> {
         // A file system of another machine may have said so for a moment.
-        self.gone = None;
-        std::mem::take(&mut self.troubles)
+        self.directories().gone = None;
+        std::mem::take(self.troubles.get_mut().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Objects without a name whose fate could not be told since the last call,
@@ -387,37 +398,37 @@ impl SourceTree {
 
     /// A directory that cannot be listed is passed over (what the replica has
     /// of it stays) and remembered.
-    fn trouble(&mut self, directory: &ObjectId, error: impl ToString) -> Listed {
-        self.troubles.push((directory.clone(), error.to_string()));
+    fn trouble(&self, directory: &ObjectId, error: impl ToString) -> Listed {
+        let trouble = (directory.clone(), error.to_string());
+        self.troubles.lock().unwrap_or_else(PoisonError::into_inner).push(trouble);
         Listed::Gone
     }
 
     /// Closes the directories kept open, so that removed ones are let go.
     pub fn forget_open(&mut self) {
-        self.open.clear();
-        self.gone = None;
+        *self.directories() = Directories::default();
     }
 
-    /// See [`Tree::probe`]. Of files and symbolic links alone.
+    /// See [`Tree::prober`]. Of files and symbolic links alone.
     ///
     /// The inode number has to do where the handle holds it: a number that was
     /// given anew comes with a change time that is later than any reading of the
     /// object before, so whoever compares that too (and knows that the change
     /// time of that object was well before its reading) is not misled.
-    fn probe_one(&self, directory: BorrowedFd<'_>, ask: &Ask<'_>) -> Option<Stat> {
-        let stat = stat::of_entry(directory, ask.name).ok()?;
+    fn probe(&self, directory: BorrowedFd<'_>, name: &Name, object: &ObjectId) -> Option<Stat> {
+        let stat = stat::of_entry(directory, name).ok()?;
         let plain = matches!(stat.kind, Kind::File | Kind::Symlink);
-        let reserved = self.filter.reserved.as_ref() == Some(ask.name);
+        let reserved = self.filter.reserved.as_ref() == Some(name);
         if !plain || reserved || self.opener.root().elsewhere(&stat) {
             return None;
         }
         let linked = stat.nlink > 1;
-        let same = match ask.object.inode() {
+        let same = match object.inode() {
             Some(inode) if !linked => inode == stat.ino,
-            _ => handle::identify_entry(directory, ask.name).ok()? == *ask.object,
+            _ => handle::identify_entry(directory, name).ok()? == *object,
         };
         if same && linked {
-            self.watch.linked(directory, ask.name, ask.object);
+            self.watch.linked(directory, name, object);
         }
         same.then_some(stat)
     }
@@ -479,48 +490,16 @@ impl Tree for SourceTree {
         Ok(Lookup::Found(Seen { object, stat }))
     }
 
-    fn probe(&mut self, asks: &[Ask<'_>]) -> Result<Vec<Option<Stat>>, SourceError> {
-        let mut places: Vec<(usize, Arc<OwnedFd>)> = Vec::with_capacity(asks.len());
-        let mut last: Option<(&ObjectId, Option<Arc<OwnedFd>>)> = None;
-        for (at, ask) in asks.iter().enumerate() {
-            let directory = match &last {
-                Some((id, fd)) if *id == ask.directory => fd.clone(),
-                _ => match self.directory(ask.directory) {
-                    Ok(Opened::Here(fd)) => Some(fd),
-                    // It is looked at once more, and then the reason counts.
-                    Ok(Opened::Gone | Opened::Away) | Err(_) => None,
-                },
-            };
-            last = Some((ask.directory, directory.clone()));
-            places.extend(directory.map(|fd| (at, fd)));
-        }
-        // Inodes that are neighbours on disk are read one after the other.
-        places.sort_by_key(|(at, _)| asks[*at].object.locality());
-        let mut found = vec![None; asks.len()];
-        let share = places.len().div_ceil(PROBERS).max(PROBES);
-        let tree = &*self;
-        let probe =
-            |(at, fd): &(usize, Arc<OwnedFd>)| (*at, tree.probe_one(fd.as_fd(), &asks[*at]));
-        std::thread::scope(|scope| {
-            let mut shares = places.chunks(share);
-            let own = shares.next().unwrap_or_default();
-            let others: Vec<_> = shares
-                .map(|share| scope.spawn(move || share.iter().map(probe).collect::<Vec<_>>()))
-                .collect();
-            for (at, stat) in own.iter().map(probe) {
-                found[at] = stat;
-            }
-            for other in others {
-                // What a thread that panicked had is looked at entry by entry.
-                for (at, stat) in other.join().unwrap_or_default() {
-                    found[at] = stat;
-                }
-            }
-        });
-        Ok(found)
+    fn prober(&self, directory: &ObjectId) -> impl Fn(&Name, &ObjectId) -> Option<Stat> {
+        let fd = match self.directory(directory) {
+            Ok(Opened::Here(fd)) => Some(fd),
+            // It is looked at once more, and then the reason counts.
+            Ok(Opened::Gone | Opened::Away) | Err(_) => None,
+        };
+        move |name, object| self.probe(fd.as_ref()?.as_fd(), name, object)
     }
 
-    fn list(&mut self, directory: &ObjectId) -> Result<Listed, SourceError> {
+    fn list(&self, directory: &ObjectId) -> Result<Listed, SourceError> {
         let fd = match self.readable(directory) {
             Ok(Opened::Here(fd)) => fd,
             Ok(Opened::Gone) => return Ok(Listed::Gone),
@@ -528,25 +507,12 @@ impl Tree for SourceTree {
             Err(error) => return Ok(self.trouble(directory, error)),
         };
         self.watch.before_listing(fd.as_fd(), directory);
-        let mut names = Vec::new();
-        let entries = match rustix::fs::Dir::read_from(&*fd) {
-            Ok(entries) => entries,
-            Err(Errno::NOENT | Errno::STALE) => return Ok(Listed::Gone),
-            Err(error) => return Ok(self.trouble(directory, told(error))),
-        };
-        for entry in entries {
-            let entry = match entry {
-                Ok(entry) => entry,
-                // A directory that is removed while it is read ends so.
-                Err(Errno::NOENT | Errno::STALE) => return Ok(Listed::Gone),
-                Err(error) => return Ok(self.trouble(directory, told(error))),
-            };
-            let name = entry.file_name().to_bytes();
-            if let Ok(name) = Name::new(name) {
-                names.push(name);
-            }
+        match names_in(&fd) {
+            Ok(names) => Ok(Listed::Names(names)),
+            // A directory that is removed while it is read ends so.
+            Err(Errno::NOENT | Errno::STALE) => Ok(Listed::Gone),
+            Err(error) => Ok(self.trouble(directory, told(error))),
         }
-        Ok(Listed::Names(names))
     }
 
     fn suppose(&mut self, object: &ObjectId, directory: &ObjectId, name: &Name) {
@@ -565,6 +531,21 @@ impl Tree for SourceTree {
             Ok(Fate::Alive)
         })
     }
+}
+
+/// All names in a directory, in the file system's order.
+fn names_in(directory: &OwnedFd) -> Result<Vec<Name>, Errno> {
+    // A place to read on of its own: others may read the same directory.
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let fd = rustix::fs::openat(directory, c".", flags, Mode::empty())?;
+    let mut buffer = Vec::with_capacity(LIST_BUFFER);
+    let mut entries = RawDir::new(fd, buffer.spare_capacity_mut());
+    let mut names = Vec::new();
+    while let Some(entry) = entries.next() {
+        // (What is no name are the directory itself and the one above.)
+        names.extend(Name::new(entry?.file_name().to_bytes()).ok());
+    }
+    Ok(names)
 }
 
 #[cfg(test)]

@@ -1,9 +1,8 @@
 //! The index's store, in memory, as the product's promises it: some
 //! transactions are durable, others become so with the next that is.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use replicator_common::id::{BatchId, Incarnation, ObjectId};
 use replicator_common::name::Name;
@@ -67,35 +66,51 @@ impl Tables {
 }
 
 /// The store.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Store {
-    now: RefCell<Rc<Tables>>,
-    durable: RefCell<Rc<Tables>>,
+    states: Mutex<States>,
+}
+
+#[derive(Clone, Debug)]
+struct States {
+    now: Arc<Tables>,
+    durable: Arc<Tables>,
+}
+
+impl Clone for Store {
+    fn clone(&self) -> Self {
+        Self { states: Mutex::new(self.states().clone()) }
+    }
 }
 
 impl Store {
     /// An empty one.
     pub fn new(incarnation: Incarnation) -> Self {
-        let tables = Rc::new(Tables::new(incarnation));
-        Self { now: RefCell::new(tables.clone()), durable: RefCell::new(tables) }
+        let tables = Arc::new(Tables::new(incarnation));
+        Self { states: Mutex::new(States { now: tables.clone(), durable: tables }) }
+    }
+
+    fn states(&self) -> MutexGuard<'_, States> {
+        self.states.lock().expect("a simulation that panicked has ended")
     }
 
     fn write(&self, durable: bool, change: impl FnOnce(&mut Tables)) {
-        change(Rc::make_mut(&mut self.now.borrow_mut()));
+        let mut states = self.states();
+        change(Arc::make_mut(&mut states.now));
         if durable {
-            *self.durable.borrow_mut() = self.now.borrow().clone();
+            states.durable = states.now.clone();
         }
     }
 
     /// As it stands.
-    pub fn read(&self) -> Rc<Tables> {
-        self.now.borrow().clone()
+    pub fn read(&self) -> Arc<Tables> {
+        self.states().now.clone()
     }
 
     /// What a crash leaves of it.
     pub fn after_crash(&self) -> Self {
-        let durable = self.durable.borrow().clone();
-        Self { now: RefCell::new(durable.clone()), durable: RefCell::new(durable) }
+        let durable = self.states().durable.clone();
+        Self { states: Mutex::new(States { now: durable.clone(), durable }) }
     }
 
     /// It describes this destination from now on.
@@ -150,7 +165,7 @@ impl Base for Store {
 }
 
 /// The tables at one moment.
-pub struct Snapshot(Rc<Tables>);
+pub struct Snapshot(Arc<Tables>);
 
 impl View for Snapshot {
     type Error = Never;

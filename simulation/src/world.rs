@@ -535,6 +535,29 @@ fn words(records: &[Record]) -> String {
     records.iter().map(word).collect::<Vec<_>>().join(", ")
 }
 
+impl World {
+    fn stat(&self, n: u32) -> Stat {
+        let state = self.state(n);
+        let i = &self.inodes[&n];
+        Stat {
+            kind: i.kind,
+            mode: i.body.mode,
+            uid: 0,
+            gid: 0,
+            nlink: self.links(n) as u32,
+            size: state.size,
+            blocks: 0,
+            mtime: Timestamp(i.mtime),
+            ctime: Timestamp(i.ctime),
+            btime: None,
+            rdev: 0,
+            dev: 0,
+            ino: u64::from(n),
+            mount_id: 0,
+        }
+    }
+}
+
 impl Tree for World {
     type Error = Never;
 
@@ -543,28 +566,19 @@ impl Tree for World {
         let Some(n) = above.and_then(|above| above.entries.get(name)) else {
             return Ok(Lookup::Absent);
         };
-        let i = &self.inodes[n];
-        let state = self.state(*n);
-        let stat = Stat {
-            kind: i.kind,
-            mode: i.body.mode,
-            uid: 0,
-            gid: 0,
-            nlink: self.links(*n) as u32,
-            size: state.size,
-            blocks: 0,
-            mtime: Timestamp(i.mtime),
-            ctime: Timestamp(i.ctime),
-            btime: None,
-            rdev: 0,
-            dev: 0,
-            ino: u64::from(*n),
-            mount_id: 0,
-        };
+        let stat = self.stat(*n);
         Ok(Lookup::Found(Seen { object: id(*n), stat }))
     }
 
-    fn list(&mut self, directory: &ObjectId) -> Result<Listed, Never> {
+    fn prober(&self, directory: &ObjectId) -> impl Fn(&Name, &ObjectId) -> Option<Stat> {
+        let there = self.inodes.get(&inode(directory));
+        move |name, object| {
+            let n = *there?.entries.get(name)?;
+            (id(n) == *object).then(|| self.stat(n))
+        }
+    }
+
+    fn list(&self, directory: &ObjectId) -> Result<Listed, Never> {
         Ok(match self.inodes.get(&inode(directory)) {
             Some(found) => Listed::Names(found.entries.keys().cloned().collect()),
             None => Listed::Gone,

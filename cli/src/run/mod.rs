@@ -17,7 +17,6 @@ use replicator_common::config::LogFormat;
 use replicator_common::control::{Control, CreateRequest, DeletionMode};
 use replicator_common::id::{BatchId, FileSystemId};
 use replicator_common::logging;
-use replicator_common::net::tls;
 use replicator_common::status::DestinationReport;
 use replicator_common::stop::Stop;
 use replicator_common::telemetry::{self, Page, Side};
@@ -47,7 +46,6 @@ pub fn run(arguments: &Run) -> anyhow::Result<()> {
         display.log_writer(),
     )?;
     telemetry::install();
-    tls::gather_randomness();
 
     // Everything that can be refused is looked at before anything is made.
     let pair = Pair::check(&arguments.source, &arguments.replica)?;

@@ -51,17 +51,6 @@ pub(super) fn provider() -> Arc<CryptoProvider> {
     })
 }
 
-/// Has the process's random numbers ready for the first handshake: gathering what they
-/// begin with takes 30 ms of CPU, once, which a thread of its own may as well spend
-/// while state is opened. Nothing depends on its end.
-pub fn gather_randomness() {
-    let gather = || {
-        // Who needs them says so, if there are none.
-        let _ = provider().secure_random.fill(&mut [0; 32]);
-    };
-    let _ = std::thread::Builder::new().name("randomness".to_owned()).spawn(gather);
-}
-
 /// A client's TLS for one connection to the one server with that fingerprint,
 /// speaking `alpn`. The second value holds the fingerprint of whoever answered,
 /// once it did, for the error message.

@@ -35,6 +35,49 @@ fn a_store_of_version_1_is_upgraded_and_a_newer_one_refused() {
     assert!(matches!(newer, Err(StoreError::Newer { found, .. }) if found > STORE_VERSION));
 }
 
+/// Up to version 3 the map's rows were in the order of ids' bytes.
+#[test]
+fn a_map_of_version_3_is_found_under_other_keys() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store.redb");
+    // Handles as ext4's: inode and generation.
+    let ids = [0x0102_u32, 0x0201, 7].map(|inode| {
+        let body = [inode.to_le_bytes(), 9_u32.to_le_bytes()].concat();
+        ObjectId::new(1, &body).unwrap()
+    });
+    let known = |links| Known {
+        handle: None,
+        kind: replicator_common::object::Kind::File,
+        position: Position::Orphan { was: None },
+        links,
+        content: BatchId(1),
+    };
+    {
+        let mut standing = Standing::new(Incarnation([1; 16]), false);
+        standing.orphans = 3;
+        let store = Store::open(&path, || standing).unwrap();
+        let write = |transaction: &redb::WriteTransaction, store: &Store| {
+            let mut meta = transaction.open_table(META).unwrap();
+            meta.insert("version", store.encode(&3_u32)?.as_slice()).unwrap();
+            let mut objects = transaction.open_table(OBJECTS).unwrap();
+            for (id, links) in ids.iter().zip(1..) {
+                let row = store.encode(&known(links))?;
+                objects.insert(id.as_bytes(), row.as_slice()).unwrap();
+            }
+            Ok(())
+        };
+        store.write("make it old", Durability::Immediate, write).unwrap();
+    }
+    for _ in 0..2 {
+        let store = Store::open(&path, || unreachable!()).unwrap();
+        for (id, links) in ids.iter().zip(1..) {
+            assert_eq!(store.get(id).unwrap(), Some(known(links)));
+        }
+        let found: Vec<_> = store.orphans().unwrap().into_iter().map(|(id, _)| id).collect();
+        assert_eq!(found, [ids[2].clone(), ids[0].clone(), ids[1].clone()], "by inode");
+    }
+}
+
 /// What is logged can be read again, however many bytes its steps carry.
 #[test]
 fn steps_that_carry_much_are_logged_in_rows_that_can_be_read() {

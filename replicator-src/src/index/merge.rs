@@ -83,10 +83,10 @@ impl Store {
             }
             let own = moved.next_if(|moved| moved[0].object == object).unwrap_or_default();
             let before = match known {
-                None => table.remove(object.as_bytes()),
+                None => table.remove(object.key().as_bytes()),
                 Some(known) => {
                     let value = self.encode("objects", known)?;
-                    table.insert(object.as_bytes(), value.as_slice())
+                    table.insert(object.key().as_bytes(), value.as_slice())
                 }
             };
             let before = before.map_err(failed(&self.path))?;
@@ -105,7 +105,7 @@ impl Store {
         moved: &[Moved<'_>],
     ) -> Result<(), IndexError> {
         let object = moved[0].object;
-        let row = redb::ReadableTable::get(objects, object.as_bytes());
+        let row = redb::ReadableTable::get(objects, object.key().as_bytes());
         let row = row.map_err(failed(&self.path))?;
         let known: Option<Known> =
             row.map(|row| self.decode("objects", row.value())).transpose()?;
@@ -164,11 +164,11 @@ impl Store {
         let mut orphans = write.open_table(ORPHANS).map_err(failed(&self.path))?;
         for (object, orphan) in &delta.orphans {
             match orphan {
-                None => drop(orphans.remove(object.as_bytes()).map_err(failed(&self.path))?),
+                None => drop(orphans.remove(object.key().as_bytes()).map_err(failed(&self.path))?),
                 Some(orphan) => {
                     let value = self.encode("orphans", orphan)?;
                     orphans
-                        .insert(object.as_bytes(), value.as_slice())
+                        .insert(object.key().as_bytes(), value.as_slice())
                         .map_err(failed(&self.path))?;
                 }
             }

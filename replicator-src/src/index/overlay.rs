@@ -1,8 +1,7 @@
 //! The stored index with the deltas under way laid over it.
 
-use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use foldhash::{HashMap, HashMapExt};
 use replicator_common::id::{BatchId, ObjectId};
@@ -24,7 +23,7 @@ struct Layer {
     entries: Vec<usize>,
     /// Where the entries stand that each object gained or lost; made when it is asked for:
     /// of most files the object itself says what its only entry is.
-    links: OnceCell<HashMap<ObjectId, Vec<usize>>>,
+    links: OnceLock<HashMap<ObjectId, Vec<usize>>>,
     acknowledged: bool,
 }
 
@@ -36,7 +35,7 @@ impl Layer {
         entries.sort_by(|one, other| place(one).cmp(&place(other)));
         let objects =
             delta.objects.iter().enumerate().map(|(at, (o, _))| (o.clone(), at)).collect();
-        let links = OnceCell::new();
+        let links = OnceLock::new();
         Self { delta, objects, entries, links, acknowledged: false }
     }
 
@@ -79,6 +78,8 @@ fn place_of(change: &EntryChange) -> (&ObjectId, &Name) {
     (&change.directory, &change.name)
 }
 
+type Remembered = HashMap<ObjectId, Option<Box<Known>>>;
+
 /// Objects that are remembered at most, some 300 bytes each.
 const REMEMBERED: usize = 16_384;
 
@@ -98,14 +99,14 @@ pub struct Index<B: Base = Store> {
     ///
     /// INVARIANT: what the layers and the store say together. So all is forgotten
     /// when a layer comes or goes, but not when one becomes part of the store.
-    remembered: RefCell<HashMap<ObjectId, Option<Box<Known>>>>,
+    remembered: Mutex<Remembered>,
 }
 
 impl<B: Base> Index<B> {
     /// Over a store whose pending deltas are settled.
     pub fn new(store: Arc<B>) -> Result<Self, B::Error> {
         let snapshot = store.snapshot()?;
-        Ok(Self { store, snapshot, layers: Vec::new(), remembered: RefCell::default() })
+        Ok(Self { store, snapshot, layers: Vec::new(), remembered: Mutex::default() })
     }
 
     /// The store below.
@@ -121,7 +122,7 @@ impl<B: Base> Index<B> {
         let merged: Vec<&Delta> = acknowledged.iter().map(AsRef::as_ref).collect();
         self.store.prepare(Some((&delta, noted)), &merged)?;
         self.layers.push(Layer::new(delta));
-        self.remembered.borrow_mut().clear();
+        self.remembered().clear();
         self.snapshot = self.store.snapshot()?;
         Ok(())
     }
@@ -181,7 +182,7 @@ impl<B: Base> Index<B> {
         let lost = self.layers.iter().map(|layer| layer.delta.mark.batch);
         let lost = lost.filter(|batch| *batch > committed).collect();
         self.layers.clear();
-        self.remembered.borrow_mut().clear();
+        self.remembered().clear();
         self.snapshot = self.store.snapshot()?;
         Ok(lost)
     }
@@ -193,14 +194,14 @@ impl<B: Base> Index<B> {
         objects: impl IntoIterator<Item = &'a ObjectId>,
     ) -> Result<(), B::Error> {
         let mut new: Vec<ObjectId> = {
-            let remembered = self.remembered.borrow();
+            let remembered = self.remembered();
             let new = objects.into_iter().filter(|object| !remembered.contains_key(*object));
             new.cloned().collect()
         };
         new.sort_unstable();
         new.dedup();
         let found = self.objects(&new)?;
-        let mut remembered = self.remembered.borrow_mut();
+        let mut remembered = self.remembered();
         if remembered.len() + new.len() > REMEMBERED {
             remembered.clear();
         }
@@ -220,17 +221,21 @@ impl<B: Base> Index<B> {
         object: &ObjectId,
         see: impl FnOnce(Option<&Known>) -> T,
     ) -> Result<T, B::Error> {
-        if let Some(known) = self.remembered.borrow().get(object) {
+        if let Some(known) = self.remembered().get(object) {
             return Ok(see(known.as_deref()));
         }
         let known = self.look_up(object)?;
         let seen = see(known.as_ref());
-        let mut remembered = self.remembered.borrow_mut();
+        let mut remembered = self.remembered();
         if remembered.len() >= REMEMBERED {
             remembered.clear();
         }
         remembered.insert(object.clone(), known.map(Box::new));
         Ok(seen)
+    }
+
+    fn remembered(&self) -> MutexGuard<'_, Remembered> {
+        self.remembered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn look_up(&self, object: &ObjectId) -> Result<Option<Known>, B::Error> {
@@ -338,6 +343,19 @@ impl<B: Base> View for Index<B> {
             }
         }
         Ok(found)
+    }
+
+    fn see_objects(
+        &self,
+        objects: &[&ObjectId],
+        each: &mut dyn FnMut(usize, Option<&Known>),
+    ) -> Result<(), B::Error> {
+        self.snapshot.see_objects(objects, &mut |at, stored| {
+            let changed = |layer: &Layer| layer.objects.get(objects[at]).copied();
+            let mut layers = self.layers.iter().rev();
+            let changed = layers.find_map(|layer| Some(&layer.delta.objects[changed(layer)?].1));
+            each(at, changed.map_or(stored, Option::as_ref));
+        })
     }
 
     fn links(&self, object: &ObjectId) -> Result<Vec<(ObjectId, Name)>, B::Error> {

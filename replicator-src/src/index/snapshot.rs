@@ -44,7 +44,7 @@ impl Snapshot {
 
     /// See [`super::View::object`].
     pub fn object(&self, object: &ObjectId) -> Result<Option<Known>, IndexError> {
-        let value = self.objects.get(object.as_bytes()).map_err(failed(&self.path))?;
+        let value = self.objects.get(object.key().as_bytes()).map_err(failed(&self.path))?;
         value.map(|value| self.row("objects", value.value())).transpose()
     }
 
@@ -95,37 +95,25 @@ impl Snapshot {
 
     /// See [`super::View::objects`].
     pub fn objects(&self, wanted: &[ObjectId]) -> Result<Vec<Option<Known>>, IndexError> {
-        if wanted.len() < MANY {
-            return self.some_objects(wanted);
-        }
-        let share = wanted.len().div_ceil(READERS);
-        std::thread::scope(|scope| {
-            let mut shares = wanted.chunks(share);
-            let own = shares.next().unwrap_or_default();
-            let others: Vec<_> = shares
-                .map(|share| {
-                    let thread = std::thread::Builder::new().name("lookup".to_owned());
-                    (share, thread.spawn_scoped(scope, move || self.some_objects(share)))
-                })
-                .collect();
-            let mut found = self.some_objects(own)?;
-            for (share, other) in others {
-                // What there was no thread for, or one that panicked had, is looked up here.
-                let theirs = other.ok().and_then(|other| other.join().ok());
-                found.extend(theirs.unwrap_or_else(|| self.some_objects(share))?);
-            }
-            Ok(found)
-        })
-    }
-
-    fn some_objects(&self, wanted: &[ObjectId]) -> Result<Vec<Option<Known>>, IndexError> {
         let mut found = Vec::with_capacity(wanted.len());
         let mut cursor = Cursor { snapshot: self, rows: None, at: None };
         for object in wanted {
-            let value = cursor.seek(object.as_bytes())?;
-            found.push(value.map(|value| self.row("objects", value)).transpose()?);
+            found.push(cursor.object(object)?);
         }
         Ok(found)
+    }
+
+    /// See [`super::View::see_objects`].
+    pub fn see_objects(
+        &self,
+        wanted: &[&ObjectId],
+        each: &mut dyn FnMut(usize, Option<&Known>),
+    ) -> Result<(), IndexError> {
+        let mut cursor = Cursor { snapshot: self, rows: None, at: None };
+        for (at, object) in wanted.iter().enumerate() {
+            each(at, cursor.object(object)?.as_ref());
+        }
+        Ok(())
     }
 
     /// See [`super::View::links`].
@@ -152,7 +140,7 @@ impl Snapshot {
         for row in self.orphans.iter().map_err(failed(&self.path))? {
             let (key, value) = row.map_err(failed(&self.path))?;
             let object =
-                ObjectId::from_bytes(key.value()).ok_or_else(|| self.damaged("orphans"))?;
+                ObjectId::from_key(key.value()).ok_or_else(|| self.damaged("orphans"))?;
             found.push((object, self.row("orphans", value.value())?));
         }
         Ok(found)
@@ -169,13 +157,14 @@ impl Snapshot {
         after: Option<&ObjectId>,
         most: usize,
     ) -> Result<Vec<(ObjectId, Known)>, IndexError> {
-        let from = after.map_or(Unbounded, |after| Excluded(after.as_bytes()));
+        let after = after.map(ObjectId::key);
+        let from = after.as_ref().map_or(Unbounded, |after| Excluded(after.as_bytes()));
         let rows = self.objects.range::<&[u8]>((from, Unbounded)).map_err(failed(&self.path))?;
         let mut found = Vec::new();
         for row in rows.take(most) {
             let (key, value) = row.map_err(failed(&self.path))?;
             let object =
-                ObjectId::from_bytes(key.value()).ok_or_else(|| self.damaged("objects"))?;
+                ObjectId::from_key(key.value()).ok_or_else(|| self.damaged("objects"))?;
             found.push((object, self.row("objects", value.value())?));
         }
         Ok(found)
@@ -186,18 +175,12 @@ impl Snapshot {
         for row in self.objects.iter().map_err(failed(&self.path))? {
             let (key, value) = row.map_err(failed(&self.path))?;
             let object =
-                ObjectId::from_bytes(key.value()).ok_or_else(|| self.damaged("objects"))?;
+                ObjectId::from_key(key.value()).ok_or_else(|| self.damaged("objects"))?;
             each(object, self.row("objects", value.value())?);
         }
         Ok(())
     }
 }
-
-/// Objects from which on several threads look them up: of a walk, whose rows cost as
-/// much to find and decode as the source's files to look at.
-const MANY: usize = 1024;
-/// Those threads.
-const READERS: usize = 2;
 
 /// Goes through the objects' rows, mostly forth.
 struct Cursor<'a> {
@@ -210,6 +193,12 @@ struct Cursor<'a> {
 type Row<'a> = (redb::AccessGuard<'a, Bytes>, redb::AccessGuard<'a, Bytes>);
 
 impl Cursor<'_> {
+    fn object(&mut self, object: &ObjectId) -> Result<Option<Known>, IndexError> {
+        let snapshot = self.snapshot;
+        let value = self.seek(object.key().as_bytes())?;
+        value.map(|value| snapshot.row("objects", value)).transpose()
+    }
+
     /// The value under `key`.
     fn seek(&mut self, key: &[u8]) -> Result<Option<&[u8]>, IndexError> {
         let failed = failed(&self.snapshot.path);
@@ -253,6 +242,14 @@ impl View for Snapshot {
 
     fn objects(&self, objects: &[ObjectId]) -> Result<Vec<Option<Known>>, IndexError> {
         Self::objects(self, objects)
+    }
+
+    fn see_objects(
+        &self,
+        objects: &[&ObjectId],
+        each: &mut dyn FnMut(usize, Option<&Known>),
+    ) -> Result<(), IndexError> {
+        Self::see_objects(self, objects, each)
     }
 
     fn links(&self, object: &ObjectId) -> Result<Vec<(ObjectId, Name)>, IndexError> {

@@ -1,8 +1,9 @@
 //! The index on disk (redb; see ARCHITECTURE.md "Stores" for why).
 //!
 //! # Format
-//! One file. Tables, all with byte keys and values; values of objects, pending
-//! parts and marks are [`codec::encode_record`]s:
+//! One file. Tables, all with byte keys and values; an object's id in a key stands as its
+//! [`ObjectKey`](replicator_common::id::ObjectKey), so that tables are in the order of ids;
+//! values of objects, pending parts and marks are [`codec::encode_record`]s:
 //! - `meta`: `version`, `incarnation`, `peer`, `reconciling`, `mark`, `next_list`,
 //!   `deletions`
 //! - `objects`: object → [`Known`]
@@ -15,7 +16,7 @@
 //! - `young`: object → when it came, little endian nanoseconds
 //!
 //! Versions: 1, the first; 2, marks name their batch's nonce; 3, orphans may have
-//! left; 4, objects with one name have no row in `links`. An older one is upgraded when it is opened (see `index::upgrade`).
+//! left; 4, objects with one name have no row in `links`; 5, keys hold ids as keys. An older one is upgraded when it is opened (see `index::upgrade`).
 //! (`deletions` and `young` came later: their absence is as if they were empty,
 //! and who does not know them may leave them.)
 //!
@@ -56,7 +57,7 @@ pub(super) const ORPHANS: TableDefinition<'static, Bytes, Bytes> = TableDefiniti
 pub(super) const PENDING: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("pending");
 pub(super) const YOUNG: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("young");
 
-pub(super) const VERSION: u32 = 4;
+pub(super) const VERSION: u32 = 5;
 /// Chunks of a list in one row: 36 bytes each, so some 150 KB.
 const SEGMENT_CHUNKS: usize = 4096;
 /// Objects or entries of a delta in one pending row, so that a row stays far
@@ -108,8 +109,9 @@ pub struct Store {
     pub(super) path: PathBuf,
 }
 
-/// A key of two ids (or an id and a name): length of the first, first, second.
+/// A key of an id and a name (or another such key): length of the id, the id's key, the name.
 pub(super) fn pair_key(first: &ObjectId, second: &[u8]) -> Vec<u8> {
+    let first = first.key();
     let first = first.as_bytes();
     let mut key = Vec::with_capacity(1 + first.len() + second.len());
     key.push(first.len() as u8);
@@ -122,7 +124,7 @@ pub(super) fn pair_key(first: &ObjectId, second: &[u8]) -> Vec<u8> {
 pub(super) fn split_key(key: &[u8]) -> Option<(ObjectId, &[u8])> {
     let (length, rest) = key.split_first()?;
     let (first, second) = rest.split_at_checked(usize::from(*length))?;
-    Some((ObjectId::from_bytes(first)?, second))
+    Some((ObjectId::from_key(first)?, second))
 }
 
 impl Store {
@@ -143,7 +145,7 @@ impl Store {
 
     fn make_tables(&self) -> Result<(), IndexError> {
         let write = self.db.begin_write().map_err(failed(&self.path))?;
-        {
+        let found = {
             let mut meta = write.open_table(META).map_err(failed(&self.path))?;
             let found = meta
                 .get("version")
@@ -154,11 +156,7 @@ impl Store {
                     return Err(IndexError::Newer { path: self.path.clone(), found });
                 }
                 Some(VERSION) => {}
-                Some(found) => {
-                    self.upgrade(&write, &mut meta, found)?;
-                    meta.insert("version", &VERSION.to_le_bytes()[..])
-                        .map_err(failed(&self.path))?;
-                }
+                Some(found) => self.upgrade(&write, &mut meta, found)?,
                 None => {
                     let incarnation = Incarnation::random();
                     let value = self.encode("meta", &incarnation)?;
@@ -170,9 +168,14 @@ impl Store {
             for table in [OBJECTS, ENTRIES, LINKS, CHUNKS, ORPHANS, PENDING, YOUNG] {
                 write.open_table(table).map_err(failed(&self.path))?;
             }
-        }
+            found
+        };
         // Durable, as is the default: the incarnation is told to the destination.
-        write.commit().map_err(failed(&self.path))
+        write.commit().map_err(failed(&self.path))?;
+        match found {
+            Some(found) if found < VERSION => self.upgrade_keys(),
+            _ => Ok(()),
+        }
     }
 
     /// Names this life of the source's state.
@@ -352,7 +355,7 @@ impl Store {
         let objects = write.open_table(OBJECTS).map_err(failed(&self.path))?;
         let mut lists: BTreeSet<u64> = lost.lists().into_iter().collect();
         for (object, _) in &lost.objects {
-            let Some(row) = objects.get(object.as_bytes()).map_err(failed(&self.path))? else {
+            let Some(row) = objects.get(object.key().as_bytes()).map_err(failed(&self.path))? else {
                 continue;
             };
             if let Content::Chunks { list, .. } =

@@ -2,16 +2,19 @@
 //!
 //! Version 1: marks, in `meta` and at the end of each part of a pending delta,
 //! had no nonce. Versions 1 and 2: of no orphan was it known to have left. Versions
-//! 1 to 3: every entry had a row in `links`.
+//! 1 to 3: every entry had a row in `links`. Versions 1 to 4: keys held the bytes of ids.
 
-use redb::{ReadableTable, WriteTransaction};
-use replicator_common::id::{BatchId, BatchNonce, ObjectId, Seq};
+use redb::{Durability, ReadableTable, WriteTransaction};
+use replicator_common::id::{BatchId, BatchNonce, ObjectId, Seq, turn_key};
+use replicator_common::store::turn_keys;
 use replicator_common::time::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::known::{Delta, EntryChange, Known, Mark, Orphan};
-use super::store::{IndexError, ORPHANS, PENDING, Store, failed};
+use super::store::{
+    ENTRIES, IndexError, LINKS, META, OBJECTS, ORPHANS, PENDING, Store, VERSION, YOUNG, failed,
+};
 
 /// [`Mark`] in version 1.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -82,7 +85,7 @@ type Meta<'a> = redb::Table<'a, &'static str, &'static [u8]>;
 type Rows<'a> = redb::Table<'a, &'static [u8], &'static [u8]>;
 
 impl Store {
-    /// Makes of version `found`, an older one, the present one.
+    /// Makes of version `found`, an older one, version 4.
     pub(super) fn upgrade(
         &self,
         write: &WriteTransaction,
@@ -100,7 +103,43 @@ impl Store {
             let mut orphans = write.open_table(ORPHANS).map_err(failed(&self.path))?;
             self.upgrade_orphans(&mut orphans)?;
         }
+        meta.insert("version", &4_u32.to_le_bytes()[..]).map_err(failed(&self.path))?;
         Ok(())
+    }
+
+    /// Makes of version 4 the present one, each key anew: it takes as long as the index is
+    /// large, some 7 s for a million objects. (In a transaction of its own, for redb 3.1
+    /// does not take away a table that was changed in the same.)
+    pub(super) fn upgrade_keys(&self) -> Result<(), IndexError> {
+        fn id(key: &mut [u8]) -> Option<()> {
+            turn_key(key);
+            Some(())
+        }
+        fn pair(key: &mut [u8]) -> Option<()> {
+            let (length, rest) = key.split_first_mut()?;
+            id(rest.get_mut(..usize::from(*length))?)
+        }
+        fn link(key: &mut [u8]) -> Option<()> {
+            pair(key)?;
+            let length = usize::from(*key.first()?);
+            pair(key.get_mut(1 + length..)?)
+        }
+        // Durable: what follows goes by the new keys.
+        let write = self.begin(Durability::Immediate)?;
+        for (table, turn) in [
+            (OBJECTS, id as fn(&mut [u8]) -> Option<()>),
+            (ORPHANS, id),
+            (YOUNG, id),
+            (ENTRIES, pair),
+            (LINKS, link),
+        ] {
+            turn_keys(&write, table, turn).map_err(failed(&self.path))?;
+        }
+        {
+            let mut meta = write.open_table(META).map_err(failed(&self.path))?;
+            meta.insert("version", &VERSION.to_le_bytes()[..]).map_err(failed(&self.path))?;
+        }
+        write.commit().map_err(failed(&self.path))
     }
 
     /// The mark of version 1.
@@ -158,7 +197,7 @@ mod tests {
     use std::sync::Arc;
 
     use crate::index::known::Content;
-    use crate::index::store::{LINKS, META, OBJECTS, VERSION, pair_key};
+    use crate::index::store::pair_key;
     use replicator_common::codec::encode_record;
     use replicator_common::name::Name;
     use replicator_common::object::{Attributes, Kind, ObjectState};
@@ -327,6 +366,63 @@ mod tests {
         };
         store.merge_all(&[&delta]).unwrap();
         assert_eq!(store.snapshot().unwrap().links(&id(2)).unwrap(), [place(1), place(2)]);
+    }
+
+    /// Up to version 4 keys held the bytes of ids, whose order is not that of inodes.
+    #[test]
+    fn rows_of_version_4_are_found_under_other_keys() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("index.redb");
+        // Handles as ext4's: inode and generation.
+        let id = |inode: u32| {
+            let body = [inode.to_le_bytes(), 9_u32.to_le_bytes()].concat();
+            ObjectId::new(1, &body).unwrap()
+        };
+        let name = |n: u8| Name::new(&[b'a' + n]).unwrap();
+        let old_pair = |id: &ObjectId, rest: &[u8]| {
+            [&[id.as_bytes().len() as u8], id.as_bytes(), rest].concat()
+        };
+        let (above, file, left) = (id(0x0102), id(0x0201), id(3));
+        let places = [(above.clone(), name(0)), (left.clone(), name(1))];
+        let twice = known(2, places[0].clone());
+        {
+            let store = Store::open(&path).unwrap();
+            let write = store.begin(redb::Durability::Immediate).unwrap();
+            {
+                let mut meta = write.open_table(META).unwrap();
+                meta.insert("version", &4_u32.to_le_bytes()[..]).unwrap();
+                let mut objects = write.open_table(OBJECTS).unwrap();
+                let row = encode_record(&twice).unwrap();
+                objects.insert(file.as_bytes(), row.as_slice()).unwrap();
+                let mut entries = write.open_table(ENTRIES).unwrap();
+                let mut links = write.open_table(LINKS).unwrap();
+                for (directory, name) in &places {
+                    let key = old_pair(directory, name.as_bytes());
+                    entries.insert(&key[..], file.as_bytes()).unwrap();
+                    links.insert(&old_pair(&file, &key)[..], &[][..]).unwrap();
+                }
+                let mut orphans = write.open_table(ORPHANS).unwrap();
+                let row = encode_record(&Orphan::from(orphan())).unwrap();
+                orphans.insert(left.as_bytes(), row.as_slice()).unwrap();
+                let mut young = write.open_table(YOUNG).unwrap();
+                young.insert(file.as_bytes(), &8_i64.to_le_bytes()[..]).unwrap();
+            }
+            write.commit().unwrap();
+        }
+        for _ in 0..2 {
+            let store = Store::open(&path).unwrap();
+            assert_eq!(store.remembered().unwrap().young, [(file.clone(), Timestamp(8))]);
+            let rows = store.snapshot().unwrap();
+            assert_eq!(rows.object(&file).unwrap(), Some(twice.clone()));
+            assert_eq!(rows.orphans().unwrap(), [(left.clone(), orphan().into())]);
+            for (directory, name) in &places {
+                assert_eq!(rows.entry(directory, name).unwrap(), Some(file.clone()));
+                assert_eq!(rows.children(directory).unwrap(), [(name.clone(), file.clone())]);
+            }
+            let mut in_order = places.clone();
+            in_order.sort();
+            assert_eq!(rows.links(&file).unwrap(), in_order);
+        }
     }
 
     fn known(links: u32, entry: (ObjectId, Name)) -> Known {

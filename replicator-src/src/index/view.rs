@@ -17,10 +17,10 @@ pub struct Page {
 }
 
 /// The index as planning sees it. Pure code is generic over this; tests give
-/// it a map.
-pub trait View {
+/// it a map. Several threads may ask at once.
+pub trait View: Sync {
     /// Why a question could not be answered.
-    type Error;
+    type Error: Send;
 
     /// The object as the replica holds it.
     fn object(&self, object: &ObjectId) -> Result<Option<Known>, Self::Error>;
@@ -49,6 +49,18 @@ pub trait View {
     fn objects(&self, objects: &[ObjectId]) -> Result<Vec<Option<Known>>, Self::Error> {
         objects.iter().map(|object| self.object(object)).collect()
     }
+    /// The same without copies: hands each to `each`, with its place among those that were
+    /// asked for.
+    fn see_objects(
+        &self,
+        objects: &[&ObjectId],
+        each: &mut dyn FnMut(usize, Option<&Known>),
+    ) -> Result<(), Self::Error> {
+        for (at, object) in objects.iter().enumerate() {
+            each(at, self.object(object)?.as_ref());
+        }
+        Ok(())
+    }
     /// All entries of an object in the replica.
     fn links(&self, object: &ObjectId) -> Result<Vec<(ObjectId, Name)>, Self::Error>;
     /// Objects without entries that are still alive.
@@ -58,9 +70,9 @@ pub trait View {
 /// Where deltas are kept: what [`super::Index`] lies over. The one of the
 /// product is [`super::Store`]; the simulation has one in memory that forgets
 /// what is not durable when it crashes.
-pub trait Base {
+pub trait Base: Send + Sync {
     /// Why it could not do what was asked.
-    type Error;
+    type Error: Send;
     /// The tables as they stand at one moment.
     type Snapshot: View<Error = Self::Error>;
 

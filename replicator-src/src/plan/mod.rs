@@ -31,7 +31,7 @@ pub use assemble::{Assembly, Hold, HoldReason, Limits, Outcome, Settings, assemb
 pub use dirty::{Dirty, Listing, Rest};
 pub use recall::recall;
 pub use resolve::{Binding, Meanwhile, Resolve};
-pub use tree::{Ask, Fate, Listed, Lookup, Seen, Skip, Tree};
+pub use tree::{Fate, Listed, Lookup, Seen, Skip, Tree};
 
 /// Why planning could not go on.
 #[derive(Debug, thiserror::Error)]

@@ -6,6 +6,7 @@ use foldhash::{HashMap, HashSet};
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
 use replicator_common::object::Kind;
+use replicator_common::sys::stat::Stat;
 use replicator_common::time::Timestamp;
 
 use super::PlanError;
@@ -137,7 +138,7 @@ impl Resolve {
             work.object(object, what)?;
         }
         while !work.state.full(budget) {
-            survey(work.state, &mut dirty.listings, work.view, work.tree)?;
+            survey(work.state, &mut dirty.listings, work.view, &*work.tree)?;
             let Some(listing) = dirty.listings.pop_front() else { break };
             work.listing(&listing, budget, dirty)?;
         }
@@ -310,7 +311,7 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         let (new, content, attributes) = match &known {
             None => (true, true, true),
             Some(known) => {
-                let (content, attributes) = differs(known, &seen, look, self.state.unproven);
+                let (content, attributes) = differs(known, &seen.stat, look, self.state.unproven);
                 let told_content = told.content && kind == Kind::File;
                 (false, content || told_content, attributes || told.attributes)
             }
@@ -539,11 +540,10 @@ pub(super) enum Look {
 /// Whether (content, attributes) of a known object must be read again.
 pub(super) fn differs(
     known: &Known,
-    seen: &Seen,
+    stat: &Stat,
     look: Look,
     unproven: Option<Timestamp>,
 ) -> (bool, bool) {
-    let stat = &seen.stat;
     let changed = known.ctime != stat.ctime;
     let file = stat.kind == Kind::File;
     let resized = file && known.state.size != stat.size;

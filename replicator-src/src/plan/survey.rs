@@ -1,7 +1,10 @@
 //! Takes out of a walk what is as the index says, many entries at a time: one
 //! look at the source and one row of the index each, in the order in which
-//! disk and index hold them. What differs, or might, is left to [`resolve`],
-//! which looks at it by itself, as if nobody had looked before.
+//! disk and index hold them, by several threads. What differs, or might, is left
+//! to [`resolve`], which looks at it by itself, as if nobody had looked before.
+//!
+//! First each directory is listed and laid beside a page of the index, then the
+//! entries that both have are compared, some hundreds at a time.
 //!
 //! INVARIANT: an entry is taken out only if looking at it by itself would have
 //! found nothing to do, and nobody waits to hear that it was looked at.
@@ -10,6 +13,7 @@
 
 use std::cmp::Ordering;
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering as Memory};
 
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
@@ -18,14 +22,23 @@ use replicator_common::object::Kind;
 use super::PlanError;
 use super::dirty::{Listing, Rest};
 use super::resolve::{Failure, Look, Place, Resolve, differs, entries_of};
-use super::tree::{Ask, Listed, Seen, Tree};
-use crate::index::{Known, Page, View};
+use super::tree::{Listed, Tree};
+use crate::index::{Page, View};
 
+mod share;
 #[cfg(test)]
 mod tests;
 
+use share::share;
+
 /// Entries that are compared at once, about.
-const MANY: usize = 8192;
+const MANY: usize = 16_384;
+/// Directories that are looked at for that, at most.
+const DIRECTORIES: usize = 1024;
+/// Entries of a directory that one thread compares before it looks for others.
+const SOME: usize = 512;
+/// Names of a directory that are compared at once, at most.
+const PART: usize = 8192;
 
 /// A part of a directory that is compared.
 struct Part {
@@ -34,6 +47,8 @@ struct Part {
     rest: Option<Rest>,
     /// Every name, on the source or in the index.
     entries: Vec<Entry>,
+    /// Where those stand that may turn out to be equal, in the order of objects.
+    both: Vec<usize>,
 }
 
 struct Entry {
@@ -41,8 +56,18 @@ struct Entry {
     /// What the index has there, when the source has the name too and the entry
     /// may turn out to be equal.
     object: Option<ObjectId>,
-    known: Option<Known>,
 }
+
+/// What became of a listing.
+enum Beside {
+    Part(Part),
+    /// No directory, here or there: the entry that led here is dirty because of that.
+    Nothing,
+    Astray(Listing),
+}
+
+/// An entry that is as the index says: where it stands in its part, and its size.
+type Equal = (usize, u64);
 
 /// Compares the next part of the walk at the front of `listings`, and puts
 /// there what of it must be looked at.
@@ -50,78 +75,155 @@ pub(super) fn survey<V: View, T: Tree>(
     state: &mut Resolve,
     listings: &mut VecDeque<Listing>,
     view: &V,
-    tree: &mut T,
+    tree: &T,
 ) -> Result<(), Failure<V, T>> {
-    let mut parts = Vec::new();
-    let mut count = 0;
-    while count < MANY && state.waiting.is_some() {
-        let next = listings.pop_front_if(|listing| {
-            let compares = listing.rest.as_ref().is_none_or(|rest| !rest.is_each());
-            listing.deep && compares && !state.fresh.contains(&listing.directory)
-        });
-        let Some(listing) = next else { break };
-        if let Some(part) = part(state, listing, view, tree)? {
-            count += 1 + part.entries.len();
-            parts.push(part);
-        }
-    }
-    if parts.is_empty() {
+    let work = Work { state, view, tree };
+    let next = work.next(listings);
+    if next.is_empty() {
         return Ok(());
     }
-    state.looked += count;
-    know(&mut parts, view)?;
-    take_out_equal(state, &mut parts, tree)?;
-    for Part { listing, rest, entries } in parts.into_iter().rev() {
+    let (beside, left) = work.lay_beside(next)?;
+    let mut parts = Vec::with_capacity(beside.len());
+    let mut astray = Vec::new();
+    for beside in beside {
+        match beside {
+            Beside::Part(part) => parts.push(part),
+            Beside::Nothing => {}
+            Beside::Astray(listing) => astray.push(listing),
+        }
+    }
+    let equal = work.equal(&parts)?;
+    astray.into_iter().for_each(|listing| state.astray.listing(listing));
+    left.into_iter().rev().for_each(|listing| listings.push_front(listing));
+    for (part, equal) in parts.into_iter().zip(equal).rev() {
+        state.looked += 1 + part.entries.len();
+        state.listed.insert(part.listing.directory.clone());
+        let Part { listing, rest, entries, .. } = part;
         if let Some(rest) = rest {
             listings.push_front(Listing { rest: Some(rest), ..listing.clone() });
         }
-        let rest = Some(Rest::all(entries.into_iter().map(|entry| entry.name).collect()));
+        let rest = Some(Rest::all(state.take_out(entries, &equal)));
         listings.push_front(Listing { rest, ..listing });
     }
     Ok(())
 }
 
-/// The next part of a directory: its names, here and there.
-fn part<V: View, T: Tree>(
-    state: &mut Resolve,
-    listing: Listing,
-    view: &V,
-    tree: &mut T,
-) -> Result<Option<Part>, Failure<V, T>> {
-    let directory = &listing.directory;
-    let known = view.object(directory).map_err(PlanError::Index)?;
-    if known.is_none_or(|known| known.state.kind != Kind::Directory) {
-        return Ok(None);
-    }
-    let names = match &listing.rest {
-        Some(rest) => rest.clone(),
-        None => match tree.list(directory).map_err(PlanError::Tree)? {
-            Listed::Names(mut names) => {
-                names.sort_unstable();
-                names.dedup();
-                Rest::to_compare(names)
-            }
-            // The entry that led here is dirty because of that.
-            Listed::Gone => return Ok(None),
-            Listed::Away => {
-                state.astray.listing(Listing::new(directory.clone(), true));
-                return Ok(None);
-            }
-        },
-    };
-    state.listed.insert(directory.clone());
-    let page = view.page(directory, names.compared_to()).map_err(PlanError::Index)?;
-    let (here, page) = align(names.names(), page);
-    let rest = page.through.clone().map(|through| names.compared(here.len(), through));
-    let mut entries = merge(here, page);
-    if state.may_have_to_look(directory) {
-        for entry in entries.iter_mut().filter(|entry| entry.object.is_some()) {
-            if state.must_look(directory, &entry.name) {
-                entry.object = None;
-            }
+struct Work<'a, V, T> {
+    state: &'a Resolve,
+    view: &'a V,
+    tree: &'a T,
+}
+
+impl<V: View, T: Tree> Work<'_, V, T> {
+    /// Takes listings off the front that can be compared.
+    fn next(&self, listings: &mut VecDeque<Listing>) -> Vec<Listing> {
+        let compares = |listing: &mut Listing| {
+            let whole = listing.rest.as_ref().is_none_or(|rest| !rest.is_each());
+            listing.deep && whole && !self.state.fresh.contains(&listing.directory)
+        };
+        let mut next = Vec::new();
+        while self.state.waiting.is_some() && next.len() < DIRECTORIES {
+            let Some(listing) = listings.pop_front_if(compares) else { break };
+            next.push(listing);
         }
+        next
     }
-    Ok(Some(Part { listing, rest, entries }))
+
+    /// Lists directories until there are many entries; gives the listings that are left, too.
+    #[expect(clippy::type_complexity, reason = "said above")]
+    fn lay_beside(
+        &self,
+        mut next: Vec<Listing>,
+    ) -> Result<(Vec<Beside>, Vec<Listing>), Failure<V, T>> {
+        let count = AtomicUsize::new(0);
+        let found = share(next.len(), |at| {
+            if count.load(Memory::Relaxed) >= MANY {
+                return None;
+            }
+            let beside = self.beside(&next[at]);
+            if let Ok(Beside::Part(part)) = &beside {
+                count.fetch_add(1 + part.entries.len(), Memory::Relaxed);
+            }
+            Some(beside)
+        });
+        let left = next.split_off(found.len());
+        Ok((found.into_iter().collect::<Result<_, _>>()?, left))
+    }
+
+    /// The next part of a directory: its names, here and there.
+    fn beside(&self, listing: &Listing) -> Result<Beside, Failure<V, T>> {
+        let directory = &listing.directory;
+        let kind = self.view.kind(directory).map_err(PlanError::Index)?;
+        if kind != Some(Kind::Directory) {
+            return Ok(Beside::Nothing);
+        }
+        let names = match &listing.rest {
+            Some(rest) => rest.clone(),
+            None => match self.tree.list(directory).map_err(PlanError::Tree)? {
+                Listed::Names(mut names) => {
+                    names.sort_unstable();
+                    names.dedup();
+                    Rest::to_compare(names)
+                }
+                Listed::Gone => return Ok(Beside::Nothing),
+                Listed::Away => return Ok(Beside::Astray(Listing::new(directory.clone(), true))),
+            },
+        };
+        let page = self.view.page(directory, names.compared_to()).map_err(PlanError::Index)?;
+        let (here, page) = align(names.names(), page);
+        let rest = page.through.clone().map(|through| names.compared(here.len(), through));
+        let mut entries = merge(here, page);
+        if let Some(must_look) = self.state.must_look(directory) {
+            let must_look = |entry: &&mut Entry| must_look(&entry.name);
+            entries.iter_mut().filter(must_look).for_each(|entry| entry.object = None);
+        }
+        let mut both: Vec<usize> = (0..entries.len()).collect();
+        both.retain(|at| entries[*at].object.is_some());
+        both.sort_unstable_by(|one, other| entries[*one].object.cmp(&entries[*other].object));
+        Ok(Beside::Part(Part { listing: listing.clone(), rest, entries, both }))
+    }
+
+    /// The equal entries of each part.
+    fn equal(&self, parts: &[Part]) -> Result<Vec<Vec<Equal>>, Failure<V, T>> {
+        let some = |(number, part): (usize, &'_ Part)| {
+            (0..part.both.len()).step_by(SOME).map(move |from| (number, from))
+        };
+        let pieces: Vec<(usize, usize)> = parts.iter().enumerate().flat_map(some).collect();
+        let found = share(pieces.len(), |at| {
+            let (number, from) = pieces[at];
+            let part = &parts[number];
+            Some(self.compare(part, &part.both[from..part.both.len().min(from + SOME)]))
+        });
+        let mut equal = vec![Vec::new(); parts.len()];
+        for ((number, _), found) in pieces.into_iter().zip(found) {
+            equal[number].append(&mut found?);
+        }
+        Ok(equal)
+    }
+
+    /// Those of the entries at these places that are as the index says.
+    fn compare(&self, part: &Part, places: &[usize]) -> Result<Vec<Equal>, Failure<V, T>> {
+        let entries = places.iter().map(|at| (*at, &part.entries[*at]));
+        let asked: Vec<(usize, &Name, &ObjectId)> =
+            entries.filter_map(|(at, entry)| Some((at, &entry.name, entry.object.as_ref()?))).collect();
+        let objects: Vec<&ObjectId> = asked.iter().map(|(_, _, object)| *object).collect();
+        let probe = self.tree.prober(&part.listing.directory);
+        let mut equal = Vec::with_capacity(asked.len());
+        let found = self.view.see_objects(&objects, &mut |n, known| {
+            // Of directories, what is in them is walked, too. What has no entry is
+            // an orphan that comes back (trap 3).
+            let plain = |kind: Kind| matches!(kind, Kind::File | Kind::Symlink);
+            let known = known.filter(|known| plain(known.state.kind) && known.entry.is_some());
+            let (Some(known), (at, name, object)) = (known, asked[n]) else { return };
+            let Some(stat) = probe(name, object) else { return };
+            let differs = || differs(known, &stat, Look::Rescan, self.state.unproven);
+            if stat.kind == known.state.kind && differs() == (false, false) {
+                equal.push((at, known.state.size));
+            }
+        });
+        found.map_err(PlanError::Index)?;
+        Ok(equal)
+    }
 }
 
 /// Cuts the names of the source and a page of the index's to the same stretch.
@@ -130,8 +232,8 @@ fn align(names: &[Name], mut page: Page) -> (&[Name], Page) {
         Some(through) => names.partition_point(|name| name <= through),
         None => names.len(),
     };
-    if within > MANY
-        && let (here, Some(last)) = (&names[..MANY], names.get(MANY - 1))
+    if within > PART
+        && let (here, Some(last)) = (&names[..PART], names.get(PART - 1))
     {
         page.entries.retain(|(name, _)| name <= last);
         page.through = Some(last.clone());
@@ -143,7 +245,7 @@ fn align(names: &[Name], mut page: Page) -> (&[Name], Page) {
 /// Both, in order; with an object where both have the name.
 fn merge(names: &[Name], page: Page) -> Vec<Entry> {
     let mut entries = Vec::with_capacity(names.len().max(page.entries.len()));
-    let mut add = |name, object| entries.push(Entry { name, object, known: None });
+    let mut add = |name, object| entries.push(Entry { name, object });
     let mut names = names.iter().peekable();
     for (name, object) in page.entries {
         while let Some(here) = names.next_if(|here| **here < name) {
@@ -158,74 +260,36 @@ fn merge(names: &[Name], page: Page) -> Vec<Entry> {
     entries
 }
 
-/// Asks the index for the objects, in its order.
-fn know<V: View, E>(parts: &mut [Part], view: &V) -> Result<(), PlanError<V::Error, E>> {
-    let entries = parts.iter_mut().flat_map(|part| &mut part.entries);
-    let mut wanted: Vec<_> =
-        entries.filter_map(|Entry { object, known, .. }| Some((object.clone()?, known))).collect();
-    wanted.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
-    let (objects, places): (Vec<_>, Vec<_>) = wanted.into_iter().unzip();
-    let found = view.objects(&objects).map_err(PlanError::Index)?;
-    for (place, found) in places.into_iter().zip(found) {
-        // Of directories, what is in them is walked, too. What has no entry is
-        // an orphan that comes back (trap 3).
-        let plain = |known: &Known| matches!(known.state.kind, Kind::File | Kind::Symlink);
-        *place = found.filter(|known| plain(known) && known.entry.is_some());
-    }
-    Ok(())
-}
-
-/// Looks at the entries whose objects are known, and takes out those that are
-/// as the index says.
-fn take_out_equal<V, T: Tree>(
-    state: &mut Resolve,
-    parts: &mut [Part],
-    tree: &mut T,
-) -> Result<(), PlanError<V, T::Error>> {
-    let mut asks = Vec::new();
-    for Part { listing, entries, .. } in parts.iter() {
-        let directory = &listing.directory;
-        let known = entries.iter().filter(|entry| entry.known.is_some());
-        asks.extend(known.filter_map(|Entry { name, object, .. }| {
-            object.as_ref().map(|object| Ask { directory, name, object })
-        }));
-    }
-    let mut stats = tree.probe(&asks).map_err(PlanError::Tree)?.into_iter();
-    drop(asks);
-    let unproven = state.unproven;
-    for part in parts {
-        part.entries.retain_mut(|entry| {
-            let (Some(known), Some(object)) = (&entry.known, &entry.object) else { return true };
-            let Some(Some(stat)) = stats.next() else { return true };
-            let seen = Seen { object: object.clone(), stat };
-            let same_kind = seen.stat.kind == known.state.kind;
-            if !same_kind || differs(known, &seen, Look::Rescan, unproven) != (false, false) {
-                return true;
-            }
-            if !state.asked.is_open(object) {
-                state.equal.0 += 1;
-                state.equal.1 += known.state.size;
-            }
-            false
-        });
-    }
-    Ok(())
-}
-
 impl Resolve {
-    /// Whether some entry of the directory, perhaps, must be looked at by itself.
-    fn may_have_to_look(&self, directory: &ObjectId) -> bool {
-        let waiting = self.waiting.as_ref().is_none_or(|places| !places.is_empty());
-        let before = || entries_of(&self.bindings, directory).next().is_some();
-        waiting || !self.skipped.is_empty() || before()
+    /// The names of the entries that are left without the equal ones, which are counted.
+    fn take_out(&mut self, entries: Vec<Entry>, equal: &[Equal]) -> Vec<Name> {
+        let mut gone = vec![false; entries.len()];
+        for (at, size) in equal {
+            gone[*at] = true;
+            let object = entries[*at].object.as_ref();
+            if !object.is_some_and(|object| self.asked.is_open(object)) {
+                self.equal.0 += 1;
+                self.equal.1 += size;
+            }
+        }
+        let left = entries.into_iter().zip(gone).filter(|(_, gone)| !gone);
+        left.map(|(entry, _)| entry.name).collect()
     }
 
-    /// Whether the entry must be looked at by itself, however equal it is:
-    /// something waits for that, or this batch has looked at it before.
-    fn must_look(&self, directory: &ObjectId, name: &Name) -> bool {
-        let place: Place = (directory.clone(), name.clone());
-        self.waiting.as_ref().is_none_or(|places| places.contains(&place))
-            || self.bindings.contains_key(&place)
-            || self.skipped.contains_key(&place)
+    /// Whether an entry of the directory must be looked at by itself, however equal it is:
+    /// something waits for that, or this batch has looked at it before. `None` where that
+    /// is so of none.
+    fn must_look<'a>(&'a self, directory: &'a ObjectId) -> Option<impl Fn(&Name) -> bool + 'a> {
+        let place = move |name: &Name| -> Place { (directory.clone(), name.clone()) };
+        let waiting = self.waiting.as_ref().filter(|places| !places.is_empty());
+        // (The one of a tree's own root is nearly always there: `lost+found`.)
+        let skipped = Some(&self.skipped).filter(|places| !places.is_empty());
+        let bound = entries_of(&self.bindings, directory).next().map(|_| &self.bindings);
+        let any = waiting.is_some() || skipped.is_some() || bound.is_some();
+        any.then_some(move |name: &Name| {
+            waiting.is_some_and(|places| places.contains(&place(name)))
+                || skipped.is_some_and(|places| places.contains_key(&place(name)))
+                || bound.is_some_and(|places| places.contains_key(&place(name)))
+        })
     }
 }

@@ -57,17 +57,6 @@ pub struct Seen {
     pub stat: Stat,
 }
 
-/// Whether an entry still leads to the object that the index has there.
-#[derive(Clone, Copy, Debug)]
-pub struct Ask<'a> {
-    /// The directory.
-    pub directory: &'a ObjectId,
-    /// The name.
-    pub name: &'a Name,
-    /// What the index has there: a file or a symbolic link.
-    pub object: &'a ObjectId,
-}
-
 /// What became of an object without entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
@@ -77,30 +66,23 @@ pub enum Fate {
     Alive,
 }
 
-/// The source's tree as it stands now.
-pub trait Tree {
+/// The source's tree as it stands now. What takes `&self` may be asked by several
+/// threads at once.
+pub trait Tree: Sync {
     /// Why a question could not be answered.
-    type Error;
+    type Error: Send;
 
     /// What stands under `name` in `directory`.
     fn lookup(&mut self, directory: &ObjectId, name: &Name) -> Result<Lookup, Self::Error>;
-    /// The state of entries that lead where the index says, in the order asked
-    /// for; `None` for those that do not, or that need a closer look. Where the
-    /// change time is not the one that the index has, it need not be that object:
-    /// its inode number may have been given anew.
-    fn probe(&mut self, asks: &[Ask<'_>]) -> Result<Vec<Option<Stat>>, Self::Error> {
-        let mut found = Vec::with_capacity(asks.len());
-        for ask in asks {
-            found.push(match self.lookup(ask.directory, ask.name)? {
-                Lookup::Found(seen) if seen.object == *ask.object => Some(seen.stat),
-                _ => None,
-            });
-        }
-        Ok(found)
-    }
+    /// Looks at entries of a directory: given a name, and the object that the index has
+    /// there, which is a file or a symbolic link, it says the state of the entry if it
+    /// leads there still. `None` if it does not, or needs a closer look. Where the
+    /// change time is not the one that the index has, it need not be that object: its
+    /// inode number may have been given anew.
+    fn prober(&self, directory: &ObjectId) -> impl Fn(&Name, &ObjectId) -> Option<Stat>;
     /// All names of a directory. Tells the watcher about the directory before
     /// it reads it.
-    fn list(&mut self, directory: &ObjectId) -> Result<Listed, Self::Error>;
+    fn list(&self, directory: &ObjectId) -> Result<Listed, Self::Error>;
     /// Where a directory should stand that could not be looked at there.
     fn suppose(&mut self, _object: &ObjectId, _directory: &ObjectId, _name: &Name) {}
     /// What became of an object.

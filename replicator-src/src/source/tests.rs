@@ -43,7 +43,7 @@ fn a_probe_answers_for_the_very_object() {
     std::os::unix::fs::symlink("file", path("link")).unwrap();
     let opener = Opener::new(Arc::new(Root::open(base.path()).unwrap()), Arc::default());
     let root = opener.root().id.clone();
-    let mut tree = SourceTree::new(opener, Filter::default(), Arc::new(NoWatch));
+    let tree = SourceTree::new(opener, Filter::default(), Arc::new(NoWatch));
     let name = |name: &str| Name::new(name.as_bytes()).unwrap();
     let identify = |name: &Name| {
         let directory = std::fs::File::open(base.path()).unwrap();
@@ -60,16 +60,14 @@ fn a_probe_answers_for_the_very_object() {
     known.push((name("file"), other));
     std::fs::rename(path("other"), path("replaced")).unwrap();
     std::fs::remove_file(path("gone")).unwrap();
-    let asks: Vec<_> =
-        known.iter().map(|(name, object)| Ask { directory: &root, name, object }).collect();
-    let found = tree.probe(&asks).unwrap();
+    let probe = tree.prober(&root);
+    let found: Vec<_> = known.iter().map(|(name, object)| probe(name, object)).collect();
     let same: Vec<bool> = found.iter().map(Option::is_some).collect();
     assert_eq!(same, [true, false, true, true, false, false, false, true, false]);
     assert_eq!(found[0].as_ref().map(|stat| stat.size), Some(4));
     assert_eq!(found[2], found[3], "one object under two names");
     // A directory that is gone.
-    let ask = Ask { directory: &known[5].1, name: &known[0].0, object: &known[0].1 };
-    assert_eq!(tree.probe(&[ask]).unwrap(), [None]);
+    assert_eq!(tree.prober(&known[5].1)(&known[0].0, &known[0].1), None);
 }
 
 /// Below a directory of thousands of levels: no path leads there, and no

@@ -13,7 +13,7 @@ use replicator_common::time::Timestamp;
 
 use crate::index::{Content, Known, Orphan, Page, View};
 use crate::plan::resolve::{Binding, Budget, Place};
-use crate::plan::tree::{Ask, Fate, Listed, Lookup, Seen, Skip, Tree};
+use crate::plan::tree::{Fate, Listed, Lookup, Seen, Skip, Tree};
 use crate::plan::{Dirty, Listing, Need, Resolve};
 
 const ROOT: u32 = 1;
@@ -64,6 +64,20 @@ impl Both {
             dev: 1,
             ino: u64::from(number),
             mount_id: 1,
+        }
+    }
+
+    fn look(&self, directory: &ObjectId, name: &Name) -> Lookup {
+        let place = (directory.clone(), name.clone());
+        if self.sockets.contains(&place) {
+            return Lookup::Skipped(Skip::Socket);
+        }
+        match self.here.get(&place) {
+            None => Lookup::Absent,
+            Some((number, ctime)) => {
+                let stat = self.stat(*number, *ctime);
+                Lookup::Found(Seen { object: id(*number), stat })
+            }
         }
     }
 
@@ -166,31 +180,17 @@ impl Tree for Both {
 
     fn lookup(&mut self, directory: &ObjectId, name: &Name) -> Result<Lookup, Infallible> {
         self.looked += 1;
-        let place = (directory.clone(), name.clone());
-        if self.sockets.contains(&place) {
-            return Ok(Lookup::Skipped(Skip::Socket));
-        }
-        Ok(match self.here.get(&place) {
-            None => Lookup::Absent,
-            Some((number, ctime)) => {
-                let stat = self.stat(*number, *ctime);
-                Lookup::Found(Seen { object: id(*number), stat })
-            }
-        })
+        Ok(self.look(directory, name))
     }
 
-    fn probe(&mut self, asks: &[Ask<'_>]) -> Result<Vec<Option<Stat>>, Infallible> {
-        let looked = self.looked;
-        let probe = |ask: &Ask<'_>| match self.lookup(ask.directory, ask.name) {
-            Ok(Lookup::Found(seen)) if seen.object == *ask.object => Some(seen.stat),
+    fn prober(&self, directory: &ObjectId) -> impl Fn(&Name, &ObjectId) -> Option<Stat> {
+        move |name, object| match self.look(directory, name) {
+            Lookup::Found(seen) if seen.object == *object => Some(seen.stat),
             _ => None,
-        };
-        let found = asks.iter().map(probe).collect();
-        self.looked = looked;
-        Ok(found)
+        }
     }
 
-    fn list(&mut self, directory: &ObjectId) -> Result<Listed, Infallible> {
+    fn list(&self, directory: &ObjectId) -> Result<Listed, Infallible> {
         let here = self.here.keys().chain(&self.sockets).filter(|(of, _)| of == directory);
         // In no order, as a file system does.
         Ok(Listed::Names(here.map(|(_, name)| name.clone()).rev().collect()))

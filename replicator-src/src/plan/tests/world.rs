@@ -204,6 +204,28 @@ impl World {
     }
 }
 
+impl World {
+    fn stat(&self, n: u32) -> Stat {
+        let i = &self.inodes[&n];
+        Stat {
+            kind: i.kind,
+            mode: 0,
+            uid: 0,
+            gid: 0,
+            nlink: self.links(n) as u32,
+            size: 0,
+            blocks: 0,
+            mtime: Timestamp(i.changed),
+            ctime: Timestamp(i.changed),
+            btime: None,
+            rdev: 0,
+            dev: 0,
+            ino: u64::from(n),
+            mount_id: 0,
+        }
+    }
+}
+
 /// The source as planning sees it; every look may be followed by a change.
 impl Tree for World {
     type Error = Infallible;
@@ -219,26 +241,20 @@ impl Tree for World {
         if let (Kind::Directory, Some(places)) = (i.kind, &mut self.places) {
             places.insert(*n, (above, name.clone()));
         }
-        let stat = Stat {
-            kind: i.kind,
-            mode: 0,
-            uid: 0,
-            gid: 0,
-            nlink: self.links(*n) as u32,
-            size: 0,
-            blocks: 0,
-            mtime: Timestamp(i.changed),
-            ctime: Timestamp(i.changed),
-            btime: None,
-            rdev: 0,
-            dev: 0,
-            ino: u64::from(*n),
-            mount_id: 0,
-        };
+        let stat = self.stat(*n);
         Ok(Lookup::Found(Seen { object: id(*n), stat }))
     }
 
-    fn list(&mut self, directory: &ObjectId) -> Result<Listed, Infallible> {
+    fn prober(&self, directory: &ObjectId) -> impl Fn(&Name, &ObjectId) -> Option<Stat> {
+        let above = inode(directory);
+        let there = self.inodes.get(&above).filter(|_| self.reaches(above, None));
+        move |name, object| {
+            let n = *there?.entries.get(name)?;
+            (id(n) == *object).then(|| self.stat(n))
+        }
+    }
+
+    fn list(&self, directory: &ObjectId) -> Result<Listed, Infallible> {
         let n = inode(directory);
         Ok(match self.inodes.get(&n) {
             _ if !self.reaches(n, None) => Listed::Away,
