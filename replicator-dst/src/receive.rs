@@ -174,8 +174,12 @@ pub async fn run(greeting: Greeting, context: SessionContext) -> SessionError {
     error
 }
 
-/// Ends a connection, and says why.
+/// Ends a connection, and says why, unless it has ended: to close one that the source ended
+/// would make it look as if it was ended here, and somebody had to hear of that.
 pub fn close(connection: &Connection, error: &SessionError) {
+    if connection.close_reason().is_some() {
+        return;
+    }
     let code = match error {
         SessionError::Refused(Refusal::Protocol(_)) => replicator_common::net::quic::CLOSE_PROTOCOL,
         _ => replicator_common::net::quic::CLOSE_DONE,
