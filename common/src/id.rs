@@ -22,14 +22,49 @@ pub const OBJECT_ID_MAX: usize = 1 + 128;
 /// of the source and of the replica both use this form; they are never mixed:
 /// see [`ReplicaHandle`].
 ///
-/// Ids are ordered as their [keys](Self::key) are: by tag, then by inode number.
-/// Objects that were made together are neighbours so, on disk and in a table, while
-/// the number's lowest byte, which handles begin with, would scatter them.
+/// INVARIANT: ids are ordered as keys of [`KeyOrder::Inodes`] are: by tag, then by inode
+/// number, where the handle begins with it. Objects that were made together are
+/// neighbours so, on disk and in a table, while the number's lowest byte, which handles
+/// begin with, would scatter them.
 #[derive(PartialEq, Eq, Hash)]
 pub struct ObjectId(SmallVec<[u8; 24]>);
 
-/// What a store keeps an object under: the id's bytes, with those of the inode number
-/// turned around, so that the order of bytes is that of numbers.
+/// How a store's keys hold ids. A store keeps to the one that it was made with: to change
+/// it is to write each row anew, while a failover may be waiting for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyOrder {
+    /// As they are: the order of older stores, in which neighbours are spread over
+    /// the whole table.
+    Bytes,
+    /// With the inode number turned around, so that the order of keys is that of ids.
+    Inodes,
+}
+
+impl KeyOrder {
+    /// What a store keeps the object under.
+    pub fn key(self, id: &ObjectId) -> ObjectKey {
+        let mut bytes = SmallVec::from_slice(&id.0);
+        self.turn(&mut bytes);
+        ObjectKey(bytes)
+    }
+
+    /// Reads an id back from its key; `None` when the length is wrong.
+    pub fn id(self, key: &[u8]) -> Option<ObjectId> {
+        let mut id = ObjectId::from_bytes(key)?;
+        self.turn(&mut id.0);
+        Some(id)
+    }
+
+    /// Makes an id's bytes those of its key, and the other way round.
+    fn turn(self, bytes: &mut [u8]) {
+        if let (Self::Inodes, Some((tag, body))) = (self, bytes.split_first_mut()) {
+            let width = number_width(*tag).min(body.len());
+            body[..width].reverse();
+        }
+    }
+}
+
+/// What a store keeps an object under.
 pub struct ObjectKey(SmallVec<[u8; 24]>);
 
 impl ObjectKey {
@@ -49,7 +84,10 @@ impl Ord for ObjectId {
                 let of_number = self.locality().cmp(&other.locality());
                 of_number.then_with(|| self.body()[width..].cmp(&other.body()[width..]))
             }
-            false => self.key().as_bytes().cmp(other.key().as_bytes()),
+            false => {
+                let key = |id| KeyOrder::Inodes.key(id);
+                key(self).as_bytes().cmp(key(other).as_bytes())
+            }
         })
     }
 }
@@ -65,14 +103,6 @@ impl PartialOrd for ObjectId {
 fn number_width(tag: u8) -> usize {
     const INO32: u8 = 1;
     if tag == INO32 { 4 } else { 8 }
-}
-
-/// Makes an id's bytes those of its key, and the other way round.
-pub fn turn_key(bytes: &mut [u8]) {
-    if let Some((tag, body)) = bytes.split_first_mut() {
-        let width = number_width(*tag).min(body.len());
-        body[..width].reverse();
-    }
 }
 
 impl Clone for ObjectId {
@@ -98,8 +128,8 @@ impl ObjectId {
     pub const TAG_FOREIGN: u8 = 0xe2;
 
     /// An order in which neighbours on disk mostly come one after the other: that
-    /// of inode numbers, which handles begin with. A hint for whoever reads many
-    /// objects, and no more.
+    /// of inode numbers, which handles begin with (those of most file systems). The
+    /// order of ids rests on it.
     pub fn locality(&self) -> u64 {
         let (width, body) = (number_width(self.tag()), self.body());
         match (width, body.first_chunk(), body.first_chunk()) {
@@ -108,20 +138,6 @@ impl ObjectId {
             // Shorter than a number.
             _ => body.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)),
         }
-    }
-
-    /// What a store keeps it under.
-    pub fn key(&self) -> ObjectKey {
-        let mut bytes = SmallVec::from_slice(&self.0);
-        turn_key(&mut bytes);
-        ObjectKey(bytes)
-    }
-
-    /// Reads an id back from its key; `None` when the length is wrong.
-    pub fn from_key(key: &[u8]) -> Option<Self> {
-        let mut id = Self::from_bytes(key)?;
-        turn_key(&mut id.0);
-        Some(id)
     }
 
     /// The inode number, where the kernel's handle says it for certain: handles
@@ -439,8 +455,9 @@ mod tests {
             };
             let numbers = [0xfe, 0xff, 0x100, 0x101, 0x01_0000, 0x01_0100, 0x7fff_ffff];
             let ids = numbers.map(id);
+            let key = |id: &ObjectId| KeyOrder::Inodes.key(id).as_bytes().to_vec();
             assert!(ids.is_sorted(), "{ids:?}");
-            assert!(ids.windows(2).all(|two| two[0].key().as_bytes() < two[1].key().as_bytes()));
+            assert!(ids.windows(2).all(|two| key(&two[0]) < key(&two[1])));
         }
     }
 
@@ -452,9 +469,12 @@ mod tests {
         ) {
             let id = |bytes: &[u8]| ObjectId::from_bytes(bytes).unwrap();
             let (one, other) = (id(&one), id(&other));
-            prop_assert_eq!(one.cmp(&other), one.key().as_bytes().cmp(other.key().as_bytes()));
+            let key = |id: &ObjectId| KeyOrder::Inodes.key(id).as_bytes().to_vec();
+            prop_assert_eq!(one.cmp(&other), key(&one).cmp(&key(&other)));
             prop_assert_eq!(one.cmp(&other).is_eq(), one == other);
-            prop_assert_eq!(ObjectId::from_key(one.key().as_bytes()), Some(one));
+            prop_assert_eq!(KeyOrder::Inodes.id(&key(&one)), Some(one.clone()));
+            let plain = KeyOrder::Bytes.key(&one);
+            prop_assert_eq!(plain.as_bytes(), one.as_bytes());
         }
     }
 }

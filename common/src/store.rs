@@ -3,9 +3,7 @@
 use std::io;
 use std::path::Path;
 
-use redb::{
-    Builder, Database, DatabaseError, ReadableTable, TableDefinition, TableHandle, WriteTransaction,
-};
+use redb::{Builder, Database, DatabaseError};
 
 use crate::crashsafe;
 use crate::fault;
@@ -32,37 +30,6 @@ fn make(builder: &Builder, path: &Path) -> Result<(), DatabaseError> {
     crashsafe::remove(&new).map_err(io::Error::other)?;
     drop(fault::open_store(builder, &new)?);
     crashsafe::install(&new, path).map_err(io::Error::other)?;
-    Ok(())
-}
-
-/// Gives each row of a table another key: what [`turn_key`](crate::id::turn_key) made of it,
-/// or what else `turn` does.
-///
-/// Memory: redb's cache, however many rows there are. In the same transaction, nothing may
-/// have been changed in the table before (redb 3.1 would lose count of its pages).
-///
-/// # Errors
-/// What redb says, and a key with which `turn` can do nothing.
-pub fn turn_keys(
-    write: &WriteTransaction,
-    table: TableDefinition<'_, &'static [u8], &'static [u8]>,
-    turn: impl Fn(&mut [u8]) -> Option<()>,
-) -> Result<(), redb::Error> {
-    const OLD: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("with old keys");
-    write.rename_table(table, OLD)?;
-    {
-        let (old, mut new) = (write.open_table(OLD)?, write.open_table(table)?);
-        let mut key = Vec::new();
-        for row in old.iter()? {
-            let (old_key, value) = row?;
-            key.clear();
-            key.extend_from_slice(old_key.value());
-            let turned = turn(&mut key);
-            turned.ok_or_else(|| redb::Error::Corrupted(format!("a key of {}", table.name())))?;
-            new.insert(key.as_slice(), value.value())?;
-        }
-    }
-    write.delete_table(OLD)?;
     Ok(())
 }
 

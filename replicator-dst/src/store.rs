@@ -2,7 +2,7 @@
 //!
 //! Tables, all values as [`codec::encode_record`] writes them (version,
 //! checksum, body):
-//! - `objects`: object id, as its [`ObjectKey`](replicator_common::id::ObjectKey) → [`Known`].
+//! - `objects`: object id, as the store's [`KeyOrder`] has it → [`Known`].
 //! - `log`: (batch, part) → [`Step`]s of a committed batch, in order.
 //! - `set_aside`: number → [`SetAsideItem`].
 //! - `meta`: `version` → the format's version, `standing` → [`Standing`],
@@ -23,7 +23,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 use replicator_common::codec::{self, CodecError};
-use replicator_common::id::{BatchId, BatchNonce, Edition, Incarnation, ObjectId, turn_key};
+use replicator_common::id::{BatchId, BatchNonce, Edition, Incarnation, KeyOrder, ObjectId};
 use replicator_common::status::{Shortfalls, TimedError};
 use replicator_common::store;
 use replicator_common::sys::place;
@@ -35,11 +35,13 @@ use crate::mark::Reached;
 use crate::objects::{Known, Objects, Position};
 use crate::upgrade::StandingV1;
 
-/// 1: standings without a nonce. 2: without [`Step::Append`]. 3: the objects map by the
-/// bytes of ids.
+/// 1: standings without a nonce. 2: without [`Step::Append`]. 3: the objects map in
+/// [`KeyOrder::Bytes`], in which it stays.
 const STORE_VERSION: u32 = 4;
-const META: TableDefinition<'static, &'static str, &'static [u8]> = TableDefinition::new("meta");
-const OBJECTS: TableDefinition<'static, &'static [u8], &'static [u8]> = TableDefinition::new("objects");
+/// The one whose map is in the order of bytes.
+const VERSION_BYTES: u32 = 3;
+const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
+const OBJECTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("objects");
 const LOG: TableDefinition<'_, (u64, u32), &[u8]> = TableDefinition::new("log");
 const SET_ASIDE: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("set_aside");
 /// Steps are cut into rows of about this many bytes, far below the codec's limit.
@@ -187,6 +189,7 @@ pub struct Commit<'a> {
 pub struct Store {
     /// `None` while it could not be opened again.
     database: RwLock<Option<Arc<Database>>>,
+    order: KeyOrder,
     path: PathBuf,
     /// The disk failed: nothing works before [`Store::reopen`].
     failed: AtomicBool,
@@ -204,10 +207,11 @@ impl Store {
     /// Opens the store, or makes it with `standing`.
     pub fn open(path: &Path, standing: impl FnOnce() -> Standing) -> Result<Self, StoreError> {
         let database = RwLock::new(Some(open_database(path)?));
-        let store = Self { database, path: path.to_owned(), failed: AtomicBool::new(false) };
+        let (order, failed) = (KeyOrder::Inodes, AtomicBool::new(false));
+        let mut store = Self { database, order, path: path.to_owned(), failed };
         // Durability: immediate. The incarnation is told to the source, and to the
         // replica, at once.
-        store.write("open", Durability::Immediate, |transaction, store| {
+        store.order = store.write("open", Durability::Immediate, |transaction, store| {
             let mut meta = transaction.open_table(META).map_err(|e| store.err("open")(e.into()))?;
             transaction.open_table(OBJECTS).map_err(|e| store.err("open")(e.into()))?;
             transaction.open_table(LOG).map_err(|e| store.err("open")(e.into()))?;
@@ -218,8 +222,12 @@ impl Store {
                 Some(found) if found > STORE_VERSION => {
                     Err(StoreError::Newer { path: store.path.clone(), found })
                 }
-                Some(STORE_VERSION) => Ok(()),
-                Some(found) => store.upgrade(transaction, &mut meta, found),
+                Some(STORE_VERSION) => Ok(KeyOrder::Inodes),
+                Some(VERSION_BYTES) => Ok(KeyOrder::Bytes),
+                Some(found) => {
+                    store.upgrade(&mut meta, found)?;
+                    Ok(KeyOrder::Bytes)
+                }
                 None => {
                     let rows = [
                         ("version", store.encode(&STORE_VERSION)?),
@@ -229,22 +237,21 @@ impl Store {
                         meta.insert(key, value.as_slice())
                             .map_err(|e| store.err("open")(e.into()))?;
                     }
-                    Ok(())
+                    Ok(KeyOrder::Inodes)
                 }
             }
         })?;
         Ok(store)
     }
 
-    /// Makes of version `found`, an older one, the present one.
+    /// Makes of version `found`, one before 3, version 3.
     fn upgrade(
         &self,
-        transaction: &redb::WriteTransaction,
         meta: &mut redb::Table<'_, &'static str, &'static [u8]>,
         found: u32,
     ) -> Result<(), StoreError> {
         let action = "upgrade";
-        let mut rows = vec![("version", self.encode(&STORE_VERSION)?)];
+        let mut rows = vec![("version", self.encode(&VERSION_BYTES)?)];
         if found < 2 {
             let row = meta.get("standing").map_err(|e| self.err(action)(e.into()))?;
             let old = row.map(|row| self.decode::<StandingV1>(row.value())).transpose()?;
@@ -255,11 +262,7 @@ impl Store {
         for (key, value) in rows {
             meta.insert(key, value.as_slice()).map_err(|e| self.err(action)(e.into()))?;
         }
-        let turn = |key: &mut [u8]| {
-            turn_key(key);
-            Some(())
-        };
-        store::turn_keys(transaction, OBJECTS, turn).map_err(self.err(action))
+        Ok(())
     }
 
     fn err(&self, action: &'static str) -> impl FnOnce(redb::Error) -> StoreError {
@@ -499,6 +502,7 @@ impl Store {
     ) -> Result<(), StoreError> {
         let action = "change the objects map";
         let mut table = transaction.open_table(OBJECTS).map_err(|e| self.err(action)(e.into()))?;
+        let order = self.order;
         let orphan = |known: &Known| u64::from(matches!(known.position, Position::Orphan { .. }));
         // In the order of the table: neighbours are on one page.
         let mut rows: Vec<_> = rows.iter().collect();
@@ -509,9 +513,9 @@ impl Store {
                     standing.objects += 1;
                     standing.orphans += orphan(known);
                     let record = self.encode(known)?;
-                    table.insert(object.key().as_bytes(), record.as_slice())
+                    table.insert(order.key(object).as_bytes(), record.as_slice())
                 }
-                None => table.remove(object.key().as_bytes()),
+                None => table.remove(order.key(object).as_bytes()),
             };
             let old = old.map_err(|e| self.err(action)(e.into()))?;
             if let Some(old) = old {
@@ -584,14 +588,14 @@ impl Store {
         if self.standing()?.orphans == 0 {
             return Ok(orphans);
         }
-        let action = "look for orphans";
+        let (action, order) = ("look for orphans", self.order);
         let read = self.database()?.begin_read().map_err(|e| self.err(action)(e.into()))?;
         let table = read.open_table(OBJECTS).map_err(|e| self.err(action)(e.into()))?;
         for row in table.iter().map_err(|e| self.err(action)(e.into()))? {
             let (key, row) = row.map_err(|e| self.err(action)(e.into()))?;
             let known: Known = self.decode(row.value())?;
             if let (Position::Orphan { .. }, Some(object)) =
-                (&known.position, ObjectId::from_key(key.value()))
+                (&known.position, order.id(key.value()))
             {
                 orphans.push((object, known));
             }
@@ -641,7 +645,7 @@ impl Objects for Snapshot<'_> {
     type Error = StoreError;
 
     fn get(&self, object: &ObjectId) -> Result<Option<Known>, StoreError> {
-        let row = self.table.get(object.key().as_bytes());
+        let row = self.table.get(self.store.order.key(object).as_bytes());
         let row = row.map_err(|e| self.store.err("read the objects map")(e.into()))?;
         row.map(|row| self.store.decode(row.value())).transpose()
     }

@@ -499,7 +499,7 @@ impl Tree for SourceTree {
         move |name, object| self.probe(fd.as_ref()?.as_fd(), name, object)
     }
 
-    fn list(&self, directory: &ObjectId) -> Result<Listed, SourceError> {
+    fn list(&self, directory: &ObjectId, most: usize) -> Result<Listed, SourceError> {
         let fd = match self.readable(directory) {
             Ok(Opened::Here(fd)) => fd,
             Ok(Opened::Gone) => return Ok(Listed::Gone),
@@ -507,8 +507,9 @@ impl Tree for SourceTree {
             Err(error) => return Ok(self.trouble(directory, error)),
         };
         self.watch.before_listing(fd.as_fd(), directory);
-        match names_in(&fd) {
-            Ok(names) => Ok(Listed::Names(names)),
+        match names_in(&fd, most) {
+            Ok(Some(names)) => Ok(Listed::Names(names)),
+            Ok(None) => Ok(Listed::Many),
             // A directory that is removed while it is read ends so.
             Err(Errno::NOENT | Errno::STALE) => Ok(Listed::Gone),
             Err(error) => Ok(self.trouble(directory, told(error))),
@@ -533,8 +534,9 @@ impl Tree for SourceTree {
     }
 }
 
-/// All names in a directory, in the file system's order.
-fn names_in(directory: &OwnedFd) -> Result<Vec<Name>, Errno> {
+/// All names in a directory, in the file system's order; `None` if they are more than
+/// `most`.
+fn names_in(directory: &OwnedFd, most: usize) -> Result<Option<Vec<Name>>, Errno> {
     // A place to read on of its own: others may read the same directory.
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let fd = rustix::fs::openat(directory, c".", flags, Mode::empty())?;
@@ -542,10 +544,18 @@ fn names_in(directory: &OwnedFd) -> Result<Vec<Name>, Errno> {
     let mut entries = RawDir::new(fd, buffer.spare_capacity_mut());
     let mut names = Vec::new();
     while let Some(entry) = entries.next() {
+        let entry = match entry {
+            Ok(entry) => entry,
+            Err(Errno::INTR) => continue,
+            Err(error) => return Err(error),
+        };
         // (What is no name are the directory itself and the one above.)
-        names.extend(Name::new(entry?.file_name().to_bytes()).ok());
+        names.extend(Name::new(entry.file_name().to_bytes()).ok());
+        if names.len() > most {
+            return Ok(None);
+        }
     }
-    Ok(names)
+    Ok(Some(names))
 }
 
 #[cfg(test)]

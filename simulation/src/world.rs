@@ -578,8 +578,9 @@ impl Tree for World {
         }
     }
 
-    fn list(&self, directory: &ObjectId) -> Result<Listed, Never> {
+    fn list(&self, directory: &ObjectId, most: usize) -> Result<Listed, Never> {
         Ok(match self.inodes.get(&inode(directory)) {
+            Some(found) if found.entries.len() > most => Listed::Many,
             Some(found) => Listed::Names(found.entries.keys().cloned().collect()),
             None => Listed::Gone,
         })

@@ -35,9 +35,9 @@ fn a_store_of_version_1_is_upgraded_and_a_newer_one_refused() {
     assert!(matches!(newer, Err(StoreError::Newer { found, .. }) if found > STORE_VERSION));
 }
 
-/// Up to version 3 the map's rows were in the order of ids' bytes.
+/// Up to version 3 the map's rows are in the order of ids' bytes, and stay so.
 #[test]
-fn a_map_of_version_3_is_found_under_other_keys() {
+fn a_map_of_version_3_stays_in_its_order() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("store.redb");
     // Handles as ext4's: inode and generation.
@@ -54,7 +54,7 @@ fn a_map_of_version_3_is_found_under_other_keys() {
     };
     {
         let mut standing = Standing::new(Incarnation([1; 16]), false);
-        standing.orphans = 3;
+        (standing.objects, standing.orphans) = (3, 3);
         let store = Store::open(&path, || standing).unwrap();
         let write = |transaction: &redb::WriteTransaction, store: &Store| {
             let mut meta = transaction.open_table(META).unwrap();
@@ -74,8 +74,13 @@ fn a_map_of_version_3_is_found_under_other_keys() {
             assert_eq!(store.get(id).unwrap(), Some(known(links)));
         }
         let found: Vec<_> = store.orphans().unwrap().into_iter().map(|(id, _)| id).collect();
-        assert_eq!(found, [ids[2].clone(), ids[0].clone(), ids[1].clone()], "by inode");
+        assert_eq!(found, [ids[1].clone(), ids[0].clone(), ids[2].clone()], "by bytes");
     }
+    let store = Store::open(&path, || unreachable!()).unwrap();
+    let mut standing = store.standing().unwrap();
+    let rows = ids.map(|id| (id, None));
+    store.commit(&mut standing, &Commit { rows: &rows, ..Commit::default() }).unwrap();
+    assert!(store.orphans().unwrap().is_empty() && store.get(&rows[0].0).unwrap().is_none());
 }
 
 /// What is logged can be read again, however many bytes its steps carry.

@@ -46,7 +46,7 @@ impl Store {
         let mut entries = write.open_table(ENTRIES).map_err(failed(&self.path))?;
         let mut moved = Vec::with_capacity(changes.len());
         for EntryChange { directory, name, old, new } in changes {
-            let key = pair_key(directory, name.as_bytes());
+            let key = pair_key(self.order, directory, name.as_bytes());
             match new {
                 None => drop(entries.remove(key.as_slice()).map_err(failed(&self.path))?),
                 Some(object) => {
@@ -83,10 +83,10 @@ impl Store {
             }
             let own = moved.next_if(|moved| moved[0].object == object).unwrap_or_default();
             let before = match known {
-                None => table.remove(object.key().as_bytes()),
+                None => table.remove(self.order.key(object).as_bytes()),
                 Some(known) => {
                     let value = self.encode("objects", known)?;
-                    table.insert(object.key().as_bytes(), value.as_slice())
+                    table.insert(self.order.key(object).as_bytes(), value.as_slice())
                 }
             };
             let before = before.map_err(failed(&self.path))?;
@@ -105,7 +105,7 @@ impl Store {
         moved: &[Moved<'_>],
     ) -> Result<(), IndexError> {
         let object = moved[0].object;
-        let row = redb::ReadableTable::get(objects, object.key().as_bytes());
+        let row = redb::ReadableTable::get(objects, self.order.key(object).as_bytes());
         let row = row.map_err(failed(&self.path))?;
         let known: Option<Known> =
             row.map(|row| self.decode("objects", row.value())).transpose()?;
@@ -134,11 +134,12 @@ impl Store {
         if let Some((directory, name)) = alone_before {
             // It has more now, or may have: this one too gets a row, which goes again
             // below if it is among those that it lost.
-            let key = pair_key(object, &pair_key(directory, name.as_bytes()));
+            let key =
+                pair_key(self.order, object, &pair_key(self.order, directory, name.as_bytes()));
             links.insert(key.as_slice(), &[][..]).map_err(failed(&self.path))?;
         }
         for Moved { key, gained, .. } in moved {
-            let key = pair_key(object, key);
+            let key = pair_key(self.order, object, key);
             match gained {
                 true if !has_rows => {}
                 true => drop(links.insert(key.as_slice(), &[][..]).map_err(failed(&self.path))?),
@@ -154,9 +155,9 @@ impl Store {
     /// What is left of an object's rows. (Few: redb copies a page for each row that a range
     /// loses, and keeps the old ones until the end of the transaction.)
     fn remove_links(&self, links: &mut Table<'_>, object: &ObjectId) -> Result<(), IndexError> {
-        let from = pair_key(object, &[]);
+        let from = pair_key(self.order, object, &[]);
         // Above every entry's key, which begins with the length of an id.
-        let to = pair_key(object, &[u8::MAX]);
+        let to = pair_key(self.order, object, &[u8::MAX]);
         links.retain_in(&from[..]..&to[..], |_, _| false).map_err(failed(&self.path))
     }
 
@@ -164,11 +165,15 @@ impl Store {
         let mut orphans = write.open_table(ORPHANS).map_err(failed(&self.path))?;
         for (object, orphan) in &delta.orphans {
             match orphan {
-                None => drop(orphans.remove(object.key().as_bytes()).map_err(failed(&self.path))?),
+                None => drop(
+                    orphans
+                        .remove(self.order.key(object).as_bytes())
+                        .map_err(failed(&self.path))?,
+                ),
                 Some(orphan) => {
                     let value = self.encode("orphans", orphan)?;
                     orphans
-                        .insert(object.key().as_bytes(), value.as_slice())
+                        .insert(self.order.key(object).as_bytes(), value.as_slice())
                         .map_err(failed(&self.path))?;
                 }
             }

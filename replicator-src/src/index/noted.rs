@@ -39,7 +39,7 @@ impl Store {
             let (key, value) = row.map_err(failed(&self.path))?;
             let at = value.value().try_into().map(i64::from_le_bytes);
             // A row that nobody wrote so counts for nothing.
-            if let (Some(object), Ok(at)) = (ObjectId::from_key(key.value()), at) {
+            if let (Some(object), Ok(at)) = (self.order.id(key.value()), at) {
                 young.push((object, Timestamp(at)));
             }
         }
@@ -59,11 +59,11 @@ impl Store {
         }
         let mut table = write.open_table(YOUNG).map_err(failed(&self.path))?;
         for object in &noted.gone {
-            table.remove(object.key().as_bytes()).map_err(failed(&self.path))?;
+            table.remove(self.order.key(object).as_bytes()).map_err(failed(&self.path))?;
         }
         let at = noted.at.0.to_le_bytes();
         for object in &noted.born {
-            table.insert(object.key().as_bytes(), &at[..]).map_err(failed(&self.path))?;
+            table.insert(self.order.key(object).as_bytes(), &at[..]).map_err(failed(&self.path))?;
         }
         Ok(())
     }

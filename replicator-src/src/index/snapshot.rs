@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use redb::{ReadableTable, ReadableTableMetadata};
 use replicator_common::codec::{self, CodecError};
-use replicator_common::id::ObjectId;
+use replicator_common::id::{KeyOrder, ObjectId};
 use replicator_common::name::Name;
 use serde::de::DeserializeOwned;
 
@@ -26,6 +26,7 @@ pub struct Snapshot {
     pub(super) entries: redb::ReadOnlyTable<Bytes, Bytes>,
     pub(super) links: redb::ReadOnlyTable<Bytes, Bytes>,
     pub(super) orphans: redb::ReadOnlyTable<Bytes, Bytes>,
+    pub(super) order: KeyOrder,
     pub(super) path: PathBuf,
 }
 
@@ -44,13 +45,14 @@ impl Snapshot {
 
     /// See [`super::View::object`].
     pub fn object(&self, object: &ObjectId) -> Result<Option<Known>, IndexError> {
-        let value = self.objects.get(object.key().as_bytes()).map_err(failed(&self.path))?;
+        let value =
+            self.objects.get(self.order.key(object).as_bytes()).map_err(failed(&self.path))?;
         value.map(|value| self.row("objects", value.value())).transpose()
     }
 
     /// See [`super::View::entry`].
     pub fn entry(&self, directory: &ObjectId, name: &Name) -> Result<Option<ObjectId>, IndexError> {
-        let key = pair_key(directory, name.as_bytes());
+        let key = pair_key(self.order, directory, name.as_bytes());
         let value = self.entries.get(key.as_slice()).map_err(failed(&self.path))?;
         value
             .map(|value| ObjectId::from_bytes(value.value()).ok_or_else(|| self.damaged("entries")))
@@ -60,7 +62,7 @@ impl Snapshot {
     /// See [`super::View::children`].
     pub fn children(&self, directory: &ObjectId) -> Result<Vec<(Name, ObjectId)>, IndexError> {
         let mut found = Vec::new();
-        let prefix = pair_key(directory, &[]);
+        let prefix = pair_key(self.order, directory, &[]);
         for row in self.entries.range(prefix.as_slice()..).map_err(failed(&self.path))? {
             let (key, value) = row.map_err(failed(&self.path))?;
             let Some(name) = key.value().strip_prefix(prefix.as_slice()) else { break };
@@ -75,8 +77,8 @@ impl Snapshot {
     /// See [`super::View::page`].
     pub fn page(&self, directory: &ObjectId, after: Option<&Name>) -> Result<Page, IndexError> {
         let mut page = Page::default();
-        let prefix = pair_key(directory, &[]);
-        let from = after.map(|name| pair_key(directory, name.as_bytes()));
+        let prefix = pair_key(self.order, directory, &[]);
+        let from = after.map(|name| pair_key(self.order, directory, name.as_bytes()));
         let from = from.as_ref().map_or(Included(&prefix[..]), |from| Excluded(&from[..]));
         for row in self.entries.range::<&[u8]>((from, Unbounded)).map_err(failed(&self.path))? {
             let (key, value) = row.map_err(failed(&self.path))?;
@@ -124,11 +126,12 @@ impl Snapshot {
             return Ok(vec![place.clone()]);
         }
         let mut found = Vec::new();
-        let prefix = pair_key(object, &[]);
+        let prefix = pair_key(self.order, object, &[]);
         for row in self.links.range(prefix.as_slice()..).map_err(failed(&self.path))? {
             let (key, _) = row.map_err(failed(&self.path))?;
             let Some(rest) = key.value().strip_prefix(prefix.as_slice()) else { break };
-            let (directory, name) = split_key(rest).ok_or_else(|| self.damaged("links"))?;
+            let (directory, name) =
+                split_key(self.order, rest).ok_or_else(|| self.damaged("links"))?;
             found.push((directory, Name::new(name).map_err(|_| self.damaged("links"))?));
         }
         Ok(found)
@@ -139,8 +142,7 @@ impl Snapshot {
         let mut found = Vec::new();
         for row in self.orphans.iter().map_err(failed(&self.path))? {
             let (key, value) = row.map_err(failed(&self.path))?;
-            let object =
-                ObjectId::from_key(key.value()).ok_or_else(|| self.damaged("orphans"))?;
+            let object = self.order.id(key.value()).ok_or_else(|| self.damaged("orphans"))?;
             found.push((object, self.row("orphans", value.value())?));
         }
         Ok(found)
@@ -157,14 +159,13 @@ impl Snapshot {
         after: Option<&ObjectId>,
         most: usize,
     ) -> Result<Vec<(ObjectId, Known)>, IndexError> {
-        let after = after.map(ObjectId::key);
+        let after = after.map(|after| self.order.key(after));
         let from = after.as_ref().map_or(Unbounded, |after| Excluded(after.as_bytes()));
         let rows = self.objects.range::<&[u8]>((from, Unbounded)).map_err(failed(&self.path))?;
         let mut found = Vec::new();
         for row in rows.take(most) {
             let (key, value) = row.map_err(failed(&self.path))?;
-            let object =
-                ObjectId::from_key(key.value()).ok_or_else(|| self.damaged("objects"))?;
+            let object = self.order.id(key.value()).ok_or_else(|| self.damaged("objects"))?;
             found.push((object, self.row("objects", value.value())?));
         }
         Ok(found)
@@ -174,8 +175,7 @@ impl Snapshot {
     pub fn each_object(&self, mut each: impl FnMut(ObjectId, Known)) -> Result<(), IndexError> {
         for row in self.objects.iter().map_err(failed(&self.path))? {
             let (key, value) = row.map_err(failed(&self.path))?;
-            let object =
-                ObjectId::from_key(key.value()).ok_or_else(|| self.damaged("objects"))?;
+            let object = self.order.id(key.value()).ok_or_else(|| self.damaged("objects"))?;
             each(object, self.row("objects", value.value())?);
         }
         Ok(())
@@ -195,7 +195,7 @@ type Row<'a> = (redb::AccessGuard<'a, Bytes>, redb::AccessGuard<'a, Bytes>);
 impl Cursor<'_> {
     fn object(&mut self, object: &ObjectId) -> Result<Option<Known>, IndexError> {
         let snapshot = self.snapshot;
-        let value = self.seek(object.key().as_bytes())?;
+        let value = self.seek(snapshot.order.key(object).as_bytes())?;
         value.map(|value| snapshot.row("objects", value)).transpose()
     }
 

@@ -1,9 +1,9 @@
 //! The index on disk (redb; see ARCHITECTURE.md "Stores" for why).
 //!
 //! # Format
-//! One file. Tables, all with byte keys and values; an object's id in a key stands as its
-//! [`ObjectKey`](replicator_common::id::ObjectKey), so that tables are in the order of ids;
-//! values of objects, pending parts and marks are [`codec::encode_record`]s:
+//! One file. Tables, all with byte keys and values; an object's id stands in a key as its
+//! [`KeyOrder`] has it; values of objects, pending parts and marks are
+//! [`codec::encode_record`]s:
 //! - `meta`: `version`, `incarnation`, `peer`, `reconciling`, `mark`, `next_list`,
 //!   `deletions`
 //! - `objects`: object → [`Known`]
@@ -16,7 +16,8 @@
 //! - `young`: object → when it came, little endian nanoseconds
 //!
 //! Versions: 1, the first; 2, marks name their batch's nonce; 3, orphans may have
-//! left; 4, objects with one name have no row in `links`; 5, keys hold ids as keys. An older one is upgraded when it is opened (see `index::upgrade`).
+//! left; 4, objects with one name have no row in `links`; 5, ids in keys are in [`KeyOrder::Inodes`]. One older than 4 is
+//! upgraded to that when it is opened (see `index::upgrade`); 4 stays, in [`KeyOrder::Bytes`].
 //! (`deletions` and `young` came later: their absence is as if they were empty,
 //! and who does not know them may leave them.)
 //!
@@ -35,7 +36,7 @@ use redb::{
 };
 use replicator_common::chunk::Chunk;
 use replicator_common::codec::{self, CodecError};
-use replicator_common::id::{BatchId, Incarnation, ObjectId, Seq};
+use replicator_common::id::{BatchId, Incarnation, KeyOrder, ObjectId, Seq};
 use replicator_common::store;
 use replicator_common::time::Timestamp;
 use serde::Serialize;
@@ -58,6 +59,8 @@ pub(super) const PENDING: TableDefinition<'static, Bytes, Bytes> = TableDefiniti
 pub(super) const YOUNG: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("young");
 
 pub(super) const VERSION: u32 = 5;
+/// The one whose keys are in the order of bytes.
+const VERSION_BYTES: u32 = 4;
 /// Chunks of a list in one row: 36 bytes each, so some 150 KB.
 const SEGMENT_CHUNKS: usize = 4096;
 /// Objects or entries of a delta in one pending row, so that a row stays far
@@ -106,12 +109,13 @@ pub enum IndexError {
 /// The index's tables.
 pub struct Store {
     pub(super) db: Database,
+    pub(super) order: KeyOrder,
     pub(super) path: PathBuf,
 }
 
 /// A key of an id and a name (or another such key): length of the id, the id's key, the name.
-pub(super) fn pair_key(first: &ObjectId, second: &[u8]) -> Vec<u8> {
-    let first = first.key();
+pub(super) fn pair_key(order: KeyOrder, first: &ObjectId, second: &[u8]) -> Vec<u8> {
+    let first = order.key(first);
     let first = first.as_bytes();
     let mut key = Vec::with_capacity(1 + first.len() + second.len());
     key.push(first.len() as u8);
@@ -121,10 +125,10 @@ pub(super) fn pair_key(first: &ObjectId, second: &[u8]) -> Vec<u8> {
 }
 
 /// Takes a `pair_key` apart.
-pub(super) fn split_key(key: &[u8]) -> Option<(ObjectId, &[u8])> {
+pub(super) fn split_key(order: KeyOrder, key: &[u8]) -> Option<(ObjectId, &[u8])> {
     let (length, rest) = key.split_first()?;
     let (first, second) = rest.split_at_checked(usize::from(*length))?;
-    Some((ObjectId::from_key(first)?, second))
+    Some((order.id(first)?, second))
 }
 
 impl Store {
@@ -138,14 +142,15 @@ impl Store {
                 other => failed(path)(other),
             },
         )?;
-        let store = Self { db, path: path.to_owned() };
-        store.make_tables()?;
+        let mut store = Self { db, order: KeyOrder::Inodes, path: path.to_owned() };
+        store.order = store.make_tables()?;
         Ok(store)
     }
 
-    fn make_tables(&self) -> Result<(), IndexError> {
+    /// Gives the order of keys, too.
+    fn make_tables(&self) -> Result<KeyOrder, IndexError> {
         let write = self.db.begin_write().map_err(failed(&self.path))?;
-        let found = {
+        let order = {
             let mut meta = write.open_table(META).map_err(failed(&self.path))?;
             let found = meta
                 .get("version")
@@ -155,8 +160,12 @@ impl Store {
                 Some(found) if found > VERSION => {
                     return Err(IndexError::Newer { path: self.path.clone(), found });
                 }
-                Some(VERSION) => {}
-                Some(found) => self.upgrade(&write, &mut meta, found)?,
+                Some(VERSION | VERSION_BYTES) => {}
+                Some(found) => {
+                    self.upgrade(&write, &mut meta, found)?;
+                    meta.insert("version", &VERSION_BYTES.to_le_bytes()[..])
+                        .map_err(failed(&self.path))?;
+                }
                 None => {
                     let incarnation = Incarnation::random();
                     let value = self.encode("meta", &incarnation)?;
@@ -168,14 +177,14 @@ impl Store {
             for table in [OBJECTS, ENTRIES, LINKS, CHUNKS, ORPHANS, PENDING, YOUNG] {
                 write.open_table(table).map_err(failed(&self.path))?;
             }
-            found
+            match found {
+                Some(found) if found < VERSION => KeyOrder::Bytes,
+                _ => KeyOrder::Inodes,
+            }
         };
         // Durable, as is the default: the incarnation is told to the destination.
         write.commit().map_err(failed(&self.path))?;
-        match found {
-            Some(found) if found < VERSION => self.upgrade_keys(),
-            _ => Ok(()),
-        }
+        Ok(order)
     }
 
     /// Names this life of the source's state.
@@ -355,7 +364,9 @@ impl Store {
         let objects = write.open_table(OBJECTS).map_err(failed(&self.path))?;
         let mut lists: BTreeSet<u64> = lost.lists().into_iter().collect();
         for (object, _) in &lost.objects {
-            let Some(row) = objects.get(object.key().as_bytes()).map_err(failed(&self.path))? else {
+            let Some(row) =
+                objects.get(self.order.key(object).as_bytes()).map_err(failed(&self.path))?
+            else {
                 continue;
             };
             if let Content::Chunks { list, .. } =
@@ -426,6 +437,7 @@ impl Store {
             entries: open(ENTRIES)?,
             links: open(LINKS)?,
             orphans: open(ORPHANS)?,
+            order: self.order,
             path: self.path.clone(),
         })
     }

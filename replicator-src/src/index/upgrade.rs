@@ -2,19 +2,16 @@
 //!
 //! Version 1: marks, in `meta` and at the end of each part of a pending delta,
 //! had no nonce. Versions 1 and 2: of no orphan was it known to have left. Versions
-//! 1 to 3: every entry had a row in `links`. Versions 1 to 4: keys held the bytes of ids.
+//! 1 to 3: every entry had a row in `links`.
 
-use redb::{Durability, ReadableTable, WriteTransaction};
-use replicator_common::id::{BatchId, BatchNonce, ObjectId, Seq, turn_key};
-use replicator_common::store::turn_keys;
+use redb::{ReadableTable, WriteTransaction};
+use replicator_common::id::{BatchId, BatchNonce, ObjectId, Seq};
 use replicator_common::time::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::known::{Delta, EntryChange, Known, Mark, Orphan};
-use super::store::{
-    ENTRIES, IndexError, LINKS, META, OBJECTS, ORPHANS, PENDING, Store, VERSION, YOUNG, failed,
-};
+use super::store::{IndexError, ORPHANS, PENDING, Store, failed};
 
 /// [`Mark`] in version 1.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -85,7 +82,7 @@ type Meta<'a> = redb::Table<'a, &'static str, &'static [u8]>;
 type Rows<'a> = redb::Table<'a, &'static [u8], &'static [u8]>;
 
 impl Store {
-    /// Makes of version `found`, an older one, version 4.
+    /// Makes of version `found`, one before 4, version 4.
     pub(super) fn upgrade(
         &self,
         write: &WriteTransaction,
@@ -103,43 +100,7 @@ impl Store {
             let mut orphans = write.open_table(ORPHANS).map_err(failed(&self.path))?;
             self.upgrade_orphans(&mut orphans)?;
         }
-        meta.insert("version", &4_u32.to_le_bytes()[..]).map_err(failed(&self.path))?;
         Ok(())
-    }
-
-    /// Makes of version 4 the present one, each key anew: it takes as long as the index is
-    /// large, some 7 s for a million objects. (In a transaction of its own, for redb 3.1
-    /// does not take away a table that was changed in the same.)
-    pub(super) fn upgrade_keys(&self) -> Result<(), IndexError> {
-        fn id(key: &mut [u8]) -> Option<()> {
-            turn_key(key);
-            Some(())
-        }
-        fn pair(key: &mut [u8]) -> Option<()> {
-            let (length, rest) = key.split_first_mut()?;
-            id(rest.get_mut(..usize::from(*length))?)
-        }
-        fn link(key: &mut [u8]) -> Option<()> {
-            pair(key)?;
-            let length = usize::from(*key.first()?);
-            pair(key.get_mut(1 + length..)?)
-        }
-        // Durable: what follows goes by the new keys.
-        let write = self.begin(Durability::Immediate)?;
-        for (table, turn) in [
-            (OBJECTS, id as fn(&mut [u8]) -> Option<()>),
-            (ORPHANS, id),
-            (YOUNG, id),
-            (ENTRIES, pair),
-            (LINKS, link),
-        ] {
-            turn_keys(&write, table, turn).map_err(failed(&self.path))?;
-        }
-        {
-            let mut meta = write.open_table(META).map_err(failed(&self.path))?;
-            meta.insert("version", &VERSION.to_le_bytes()[..]).map_err(failed(&self.path))?;
-        }
-        write.commit().map_err(failed(&self.path))
     }
 
     /// The mark of version 1.
@@ -197,8 +158,10 @@ mod tests {
     use std::sync::Arc;
 
     use crate::index::known::Content;
-    use crate::index::store::pair_key;
+    use crate::index::store::{ENTRIES, LINKS, META, OBJECTS, VERSION, YOUNG, pair_key};
+    use redb::{ReadableDatabase, ReadableTableMetadata};
     use replicator_common::codec::encode_record;
+    use replicator_common::id::KeyOrder;
     use replicator_common::name::Name;
     use replicator_common::object::{Attributes, Kind, ObjectState};
 
@@ -232,6 +195,11 @@ mod tests {
             dead_lists: vec![7],
             mark,
         }
+    }
+
+    fn link(object: &ObjectId, directory: &ObjectId, name: &Name) -> Vec<u8> {
+        let entry = pair_key(KeyOrder::Bytes, directory, name.as_bytes());
+        pair_key(KeyOrder::Bytes, object, &entry)
     }
 
     fn orphan() -> OrphanV2 {
@@ -304,7 +272,7 @@ mod tests {
                     let row = encode_record(known).unwrap();
                     objects.insert(object.as_bytes(), row.as_slice()).unwrap();
                     for (directory, name) in places {
-                        let key = pair_key(&object, &pair_key(&directory, name.as_bytes()));
+                        let key = link(&object, &directory, &name);
                         links.insert(&key[..], &[][..]).unwrap();
                     }
                 }
@@ -350,7 +318,7 @@ mod tests {
         {
             let mut links = write.open_table(LINKS).unwrap();
             let (directory, name) = place(0);
-            let key = pair_key(&id(2), &pair_key(&directory, name.as_bytes()));
+            let key = link(&id(2), &directory, &name);
             links.insert(&key[..], &[][..]).unwrap();
         }
         write.commit().unwrap();
@@ -368,9 +336,10 @@ mod tests {
         assert_eq!(store.snapshot().unwrap().links(&id(2)).unwrap(), [place(1), place(2)]);
     }
 
-    /// Up to version 4 keys held the bytes of ids, whose order is not that of inodes.
+    /// Up to version 4 keys held the bytes of ids, whose order is not that of inodes. Such an
+    /// index is used as it is.
     #[test]
-    fn rows_of_version_4_are_found_under_other_keys() {
+    fn rows_of_version_4_stay_in_their_order() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("index.redb");
         // Handles as ext4's: inode and generation.
@@ -419,10 +388,34 @@ mod tests {
                 assert_eq!(rows.entry(directory, name).unwrap(), Some(file.clone()));
                 assert_eq!(rows.children(directory).unwrap(), [(name.clone(), file.clone())]);
             }
-            let mut in_order = places.clone();
-            in_order.sort();
-            assert_eq!(rows.links(&file).unwrap(), in_order);
+            let mut links = rows.links(&file).unwrap();
+            links.sort();
+            let mut expected = places.to_vec();
+            expected.sort();
+            assert_eq!(links, expected);
+            let all = rows.objects(&[left.clone(), file.clone(), above.clone()]).unwrap();
+            assert_eq!(all, [None, Some(twice.clone()), None]);
+            assert_eq!(rows.objects_after(None, 9).unwrap(), [(file.clone(), twice.clone())]);
+            assert_eq!(rows.objects_after(Some(&file), 9).unwrap(), []);
         }
+        let store = Store::open(&path).unwrap();
+        let gone = |(directory, name): (ObjectId, Name)| {
+            let (old, new) = (Some(file.clone()), None);
+            EntryChange { directory, name, old, new }
+        };
+        let delta = Delta {
+            objects: vec![(file.clone(), None)],
+            entries: places.map(gone).into(),
+            orphans: vec![(left, None)],
+            ..Delta::default()
+        };
+        store.merge_all(&[&delta]).unwrap();
+        let read = store.db.begin_read().unwrap();
+        for table in [OBJECTS, ENTRIES, LINKS, ORPHANS] {
+            assert!(read.open_table(table).unwrap().is_empty().unwrap(), "{table}");
+        }
+        let meta = read.open_table(META).unwrap();
+        assert_eq!(meta.get("version").unwrap().unwrap().value(), 4_u32.to_le_bytes());
     }
 
     fn known(links: u32, entry: (ObjectId, Name)) -> Known {

@@ -396,8 +396,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             // What was to be compared all at once, and now is not, is so no more.
             _ => match self.names(directory, fresh)? {
                 Listed::Names(names) => Rest::all(names),
-                // The entry that led here is dirty because of that.
-                Listed::Gone => return Ok(()),
+                // The entry that led here is dirty because of that. (Nothing is more than
+                // all.)
+                Listed::Gone | Listed::Many => return Ok(()),
                 Listed::Away => {
                     // Of a new directory the index will know some entries by
                     // the time it is found.
@@ -438,7 +439,8 @@ impl<V: View, T: Tree> Work<'_, V, T> {
 
     /// Every name of a directory, in the replica or on the source.
     fn names(&mut self, directory: &ObjectId, fresh: bool) -> Result<Listed, Failure<V, T>> {
-        let mut names = match self.tree.list(directory).map_err(PlanError::Tree)? {
+        let listed = self.tree.list(directory, usize::MAX);
+        let mut names = match listed.map_err(PlanError::Tree)? {
             Listed::Names(names) => names,
             none => return Ok(none),
         };

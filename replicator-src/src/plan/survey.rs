@@ -31,14 +31,15 @@ mod tests;
 
 use share::share;
 
-/// Entries that are compared at once, about.
-const MANY: usize = 16_384;
+/// Entries that are compared at once, about. (In tests few, here and below, so that trees
+/// of a few dozen have them.)
+const MANY: usize = if cfg!(test) { 12 } else { 16_384 };
 /// Directories that are looked at for that, at most.
 const DIRECTORIES: usize = 1024;
 /// Entries of a directory that one thread compares before it looks for others.
-const SOME: usize = 512;
+const SOME: usize = if cfg!(test) { 2 } else { 512 };
 /// Names of a directory that are compared at once, at most.
-const PART: usize = 8192;
+const PART: usize = if cfg!(test) { 6 } else { 8192 };
 
 /// A part of a directory that is compared.
 struct Part {
@@ -61,6 +62,8 @@ struct Entry {
 /// What became of a listing.
 enum Beside {
     Part(Part),
+    /// There are too many names to list it beside others.
+    Later,
     /// No directory, here or there: the entry that led here is dirty because of that.
     Nothing,
     Astray(Listing),
@@ -88,7 +91,7 @@ pub(super) fn survey<V: View, T: Tree>(
     for beside in beside {
         match beside {
             Beside::Part(part) => parts.push(part),
-            Beside::Nothing => {}
+            Beside::Nothing | Beside::Later => {}
             Beside::Astray(listing) => astray.push(listing),
         }
     }
@@ -130,6 +133,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     }
 
     /// Lists directories until there are many entries; gives the listings that are left, too.
+    ///
+    /// Memory: the names of one directory, however many, and of some others with
+    /// [`PART`] at most each.
     #[expect(clippy::type_complexity, reason = "said above")]
     fn lay_beside(
         &self,
@@ -137,12 +143,18 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     ) -> Result<(Vec<Beside>, Vec<Listing>), Failure<V, T>> {
         let count = AtomicUsize::new(0);
         let found = share(next.len(), |at| {
-            if count.load(Memory::Relaxed) >= MANY {
+            // Of the first whatever there is, or nobody would ever come to it.
+            let most = if at == 0 { usize::MAX } else { PART };
+            if at > 0 && count.load(Memory::Relaxed) >= MANY {
                 return None;
             }
-            let beside = self.beside(&next[at]);
-            if let Ok(Beside::Part(part)) = &beside {
-                count.fetch_add(1 + part.entries.len(), Memory::Relaxed);
+            let beside = self.beside(&next[at], most);
+            match &beside {
+                Ok(Beside::Later) => return None,
+                Ok(Beside::Part(part)) => {
+                    count.fetch_add(1 + part.entries.len(), Memory::Relaxed);
+                }
+                Ok(Beside::Nothing | Beside::Astray(_)) | Err(_) => {}
             }
             Some(beside)
         });
@@ -150,8 +162,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         Ok((found.into_iter().collect::<Result<_, _>>()?, left))
     }
 
-    /// The next part of a directory: its names, here and there.
-    fn beside(&self, listing: &Listing) -> Result<Beside, Failure<V, T>> {
+    /// The next part of a directory, which has `most` names at most: its names, here and
+    /// there.
+    fn beside(&self, listing: &Listing, most: usize) -> Result<Beside, Failure<V, T>> {
         let directory = &listing.directory;
         let kind = self.view.kind(directory).map_err(PlanError::Index)?;
         if kind != Some(Kind::Directory) {
@@ -159,13 +172,14 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         }
         let names = match &listing.rest {
             Some(rest) => rest.clone(),
-            None => match self.tree.list(directory).map_err(PlanError::Tree)? {
+            None => match self.tree.list(directory, most).map_err(PlanError::Tree)? {
                 Listed::Names(mut names) => {
                     names.sort_unstable();
                     names.dedup();
                     Rest::to_compare(names)
                 }
                 Listed::Gone => return Ok(Beside::Nothing),
+                Listed::Many => return Ok(Beside::Later),
                 Listed::Away => return Ok(Beside::Astray(Listing::new(directory.clone(), true))),
             },
         };
@@ -204,8 +218,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     /// Those of the entries at these places that are as the index says.
     fn compare(&self, part: &Part, places: &[usize]) -> Result<Vec<Equal>, Failure<V, T>> {
         let entries = places.iter().map(|at| (*at, &part.entries[*at]));
-        let asked: Vec<(usize, &Name, &ObjectId)> =
-            entries.filter_map(|(at, entry)| Some((at, &entry.name, entry.object.as_ref()?))).collect();
+        let asked: Vec<(usize, &Name, &ObjectId)> = entries
+            .filter_map(|(at, entry)| Some((at, &entry.name, entry.object.as_ref()?)))
+            .collect();
         let objects: Vec<&ObjectId> = asked.iter().map(|(_, _, object)| *object).collect();
         let probe = self.tree.prober(&part.listing.directory);
         let mut equal = Vec::with_capacity(asked.len());

@@ -29,6 +29,8 @@ pub enum Listed {
     Gone,
     /// See [`Lookup::Away`].
     Away,
+    /// There are more than were asked for.
+    Many,
 }
 
 /// Why something does not replicate.
@@ -80,9 +82,9 @@ pub trait Tree: Sync {
     /// change time is not the one that the index has, it need not be that object: its
     /// inode number may have been given anew.
     fn prober(&self, directory: &ObjectId) -> impl Fn(&Name, &ObjectId) -> Option<Stat>;
-    /// All names of a directory. Tells the watcher about the directory before
-    /// it reads it.
-    fn list(&self, directory: &ObjectId) -> Result<Listed, Self::Error>;
+    /// All names of a directory, if they are no more than `most`. Tells the watcher
+    /// about the directory before it reads it.
+    fn list(&self, directory: &ObjectId, most: usize) -> Result<Listed, Self::Error>;
     /// Where a directory should stand that could not be looked at there.
     fn suppose(&mut self, _object: &ObjectId, _directory: &ObjectId, _name: &Name) {}
     /// What became of an object.

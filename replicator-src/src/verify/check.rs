@@ -379,7 +379,7 @@ impl Checker {
     /// The names of a directory on the source, in order; `None` when there is
     /// nothing to compare.
     pub(super) fn names(&mut self, directory: &ObjectId) -> Result<Option<Vec<Name>>, String> {
-        let listed = self.tree.list(directory);
+        let listed = self.tree.list(directory, usize::MAX);
         if let Some((_, error)) = self.tree.take_troubles().pop() {
             return Err(error);
         }
@@ -388,7 +388,8 @@ impl Checker {
                 names.sort();
                 Ok(Some(names))
             }
-            Ok(Listed::Gone | Listed::Away) => Ok(None),
+            // (Nothing is more than all.)
+            Ok(Listed::Gone | Listed::Away | Listed::Many) => Ok(None),
             Err(error) => Err(error.to_string()),
         }
     }

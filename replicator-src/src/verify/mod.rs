@@ -1,6 +1,6 @@
 //! Verification: source and replica compared by content, again and again.
 //!
-//! A pass goes through the index in the order of ids, which are handles: each
+//! A pass goes through the index in the order of its rows: each
 //! object is met once, wherever it is moved meanwhile. Of each, both sides' state
 //! and content are compared; of directories, the names too. The replica is
 //! described by the destination from its file system. A thread of low priority

@@ -15,10 +15,8 @@ const FORMAT: Format = Format { name: "verification", version: 1 };
 /// The pass under way.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Running {
-    /// Objects up to the one with this key were compared, and what differed was settled;
-    /// hexadecimal digits. (Earlier versions went by another order of objects, and had
-    /// the field under another name.)
-    #[serde(rename = "key")]
+    /// Objects up to this one were compared, and what differed was settled;
+    /// hexadecimal digits.
     cursor: Option<String>,
     pub(super) options: PassOptions,
     /// Somebody asked for it; else it began by itself.
@@ -32,11 +30,11 @@ impl Running {
 
     /// Where it goes on.
     pub(super) fn cursor(&self) -> Option<ObjectId> {
-        ObjectId::from_key(&hex::decode(self.cursor.as_ref()?).ok()?)
+        ObjectId::from_bytes(&hex::decode(self.cursor.as_ref()?).ok()?)
     }
 
     pub(super) fn set_cursor(&mut self, cursor: Option<&ObjectId>) {
-        self.cursor = cursor.map(|cursor| hex::encode(cursor.key().as_bytes()));
+        self.cursor = cursor.map(|cursor| hex::encode(cursor.as_bytes()));
     }
 }
 

@@ -190,10 +190,11 @@ impl Tree for Both {
         }
     }
 
-    fn list(&self, directory: &ObjectId) -> Result<Listed, Infallible> {
+    fn list(&self, directory: &ObjectId, most: usize) -> Result<Listed, Infallible> {
         let here = self.here.keys().chain(&self.sockets).filter(|(of, _)| of == directory);
         // In no order, as a file system does.
-        Ok(Listed::Names(here.map(|(_, name)| name.clone()).rev().collect()))
+        let names: Vec<_> = here.map(|(_, name)| name.clone()).rev().collect();
+        Ok(if names.len() > most { Listed::Many } else { Listed::Names(names) })
     }
 
     fn fate(&mut self, _: &ObjectId) -> Result<Fate, Infallible> {

@@ -254,10 +254,11 @@ impl Tree for World {
         }
     }
 
-    fn list(&self, directory: &ObjectId) -> Result<Listed, Infallible> {
+    fn list(&self, directory: &ObjectId, most: usize) -> Result<Listed, Infallible> {
         let n = inode(directory);
         Ok(match self.inodes.get(&n) {
             _ if !self.reaches(n, None) => Listed::Away,
+            Some(i) if i.entries.len() > most => Listed::Many,
             Some(i) => Listed::Names(i.entries.keys().cloned().collect()),
             None => Listed::Gone,
         })
