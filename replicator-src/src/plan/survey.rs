@@ -136,7 +136,6 @@ impl<V: View, T: Tree> Work<'_, V, T> {
     ///
     /// Memory: the names of one directory, however many, and of some others with
     /// [`PART`] at most each.
-    #[expect(clippy::type_complexity, reason = "said above")]
     fn lay_beside(
         &self,
         mut next: Vec<Listing>,
