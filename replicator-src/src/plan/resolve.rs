@@ -92,6 +92,8 @@ pub struct Resolve {
     pub overtaken: HashSet<Place>,
     /// Entries that were compared with the index, many at a time.
     pub looked: usize,
+    /// Directories with too many names to be listed beside others.
+    pub crowded: HashSet<ObjectId>,
 }
 
 /// How much one batch may hold before listings are put off to the next.

@@ -14,6 +14,7 @@
 use std::cmp::Ordering;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering as Memory};
+use std::sync::{Mutex, PoisonError};
 
 use replicator_common::id::ObjectId;
 use replicator_common::name::Name;
@@ -69,6 +70,16 @@ enum Beside {
     Astray(Listing),
 }
 
+/// What became of some listings.
+struct Laid {
+    /// Of one at least.
+    beside: Vec<Beside>,
+    /// Those behind them.
+    left: Vec<Listing>,
+    /// Directories of which that is so because they have too many names.
+    crowded: Vec<ObjectId>,
+}
+
 /// An entry that is as the index says: where it stands in its part, and its size.
 type Equal = (usize, u64);
 
@@ -80,24 +91,26 @@ pub(super) fn survey<V: View, T: Tree>(
     view: &V,
     tree: &T,
 ) -> Result<(), Failure<V, T>> {
-    let work = Work { state, view, tree };
-    let next = work.next(listings);
-    if next.is_empty() {
-        return Ok(());
-    }
-    let (beside, left) = work.lay_beside(next)?;
-    let mut parts = Vec::with_capacity(beside.len());
-    let mut astray = Vec::new();
-    for beside in beside {
-        match beside {
-            Beside::Part(part) => parts.push(part),
-            Beside::Nothing | Beside::Later => {}
-            Beside::Astray(listing) => astray.push(listing),
+    let mut parts = Vec::new();
+    // Where the first are no directories any more, what is behind them is compared all the same.
+    while parts.is_empty() {
+        let work = Work { state, view, tree };
+        let next = work.next(listings);
+        if next.is_empty() {
+            return Ok(());
+        }
+        let Laid { beside, left, crowded } = work.lay_beside(next)?;
+        left.into_iter().rev().for_each(|listing| listings.push_front(listing));
+        state.crowded.extend(crowded);
+        for beside in beside {
+            match beside {
+                Beside::Part(part) => parts.push(part),
+                Beside::Nothing | Beside::Later => {}
+                Beside::Astray(listing) => state.astray.listing(listing),
+            }
         }
     }
-    let equal = work.equal(&parts)?;
-    astray.into_iter().for_each(|listing| state.astray.listing(listing));
-    left.into_iter().rev().for_each(|listing| listings.push_front(listing));
+    let equal = Work { state, view, tree }.equal(&parts)?;
     for (part, equal) in parts.into_iter().zip(equal).rev() {
         state.looked += 1 + part.entries.len();
         state.listed.insert(part.listing.directory.clone());
@@ -126,21 +139,22 @@ impl<V: View, T: Tree> Work<'_, V, T> {
         };
         let mut next = Vec::new();
         while self.state.waiting.is_some() && next.len() < DIRECTORIES {
-            let Some(listing) = listings.pop_front_if(compares) else { break };
+            let first = next.is_empty();
+            let joins = |listing: &mut Listing| {
+                compares(listing) && (first || !self.state.crowded.contains(&listing.directory))
+            };
+            let Some(listing) = listings.pop_front_if(joins) else { break };
             next.push(listing);
         }
         next
     }
 
-    /// Lists directories until there are many entries; gives the listings that are left, too.
+    /// Lists directories until there are many entries.
     ///
     /// Memory: the names of one directory, however many, and of some others with
     /// [`PART`] at most each.
-    fn lay_beside(
-        &self,
-        mut next: Vec<Listing>,
-    ) -> Result<(Vec<Beside>, Vec<Listing>), Failure<V, T>> {
-        let count = AtomicUsize::new(0);
+    fn lay_beside(&self, mut next: Vec<Listing>) -> Result<Laid, Failure<V, T>> {
+        let (count, crowded) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
         let found = share(next.len(), |at| {
             // Of the first whatever there is, or nobody would ever come to it.
             let most = if at == 0 { usize::MAX } else { PART };
@@ -149,7 +163,11 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             }
             let beside = self.beside(&next[at], most);
             match &beside {
-                Ok(Beside::Later) => return None,
+                Ok(Beside::Later) => {
+                    let mut crowded = crowded.lock().unwrap_or_else(PoisonError::into_inner);
+                    crowded.push(next[at].directory.clone());
+                    return None;
+                }
                 Ok(Beside::Part(part)) => {
                     count.fetch_add(1 + part.entries.len(), Memory::Relaxed);
                 }
@@ -158,7 +176,9 @@ impl<V: View, T: Tree> Work<'_, V, T> {
             Some(beside)
         });
         let left = next.split_off(found.len());
-        Ok((found.into_iter().collect::<Result<_, _>>()?, left))
+        let beside = found.into_iter().collect::<Result<_, _>>()?;
+        let crowded = crowded.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(Laid { beside, left, crowded })
     }
 
     /// The next part of a directory, which has `most` names at most: its names, here and

@@ -40,6 +40,8 @@ pub(super) struct Waiting {
     /// The pass goes on after this object, should it be interrupted before the
     /// item is settled.
     from: Option<ObjectId>,
+    /// What came later in the pass has a higher one.
+    number: u64,
 }
 
 impl Waiting {
@@ -98,15 +100,17 @@ impl Waiting {
 pub(super) struct Queue {
     waiting: Vec<Waiting>,
     known: HashSet<Item>,
+    next: u64,
 }
 
 impl Queue {
-    /// Something differed at first sight. What waits already is not added.
+    /// Something differed at first sight. What waits already is not added. A pass only goes
+    /// forth, so that no `from` is before an earlier one.
     pub(super) fn doubt(&mut self, item: Item, from: Option<&ObjectId>, now: Instant) {
         if self.known.insert(item.clone()) {
-            let from = from.cloned();
-            let due = now + FIRST;
-            self.waiting.push(Waiting { item, stage: Stage::Doubt, due, looks: 0, from });
+            let (from, number, due) = (from.cloned(), self.next, now + FIRST);
+            self.next += 1;
+            self.waiting.push(Waiting { item, stage: Stage::Doubt, due, looks: 0, from, number });
         }
     }
 
@@ -137,10 +141,10 @@ impl Queue {
     /// Where a pass that is interrupted now goes on, when it has come to
     /// `cursor`.
     pub(super) fn resume_at(&self, cursor: Option<&ObjectId>) -> Option<ObjectId> {
-        let bytes = |id: &Option<ObjectId>| id.as_ref().map(|id| id.as_bytes().to_vec());
-        let oldest = self.waiting.iter().map(|waiting| &waiting.from).min_by_key(|id| bytes(id));
+        // By number: the order of objects is the index's, which nobody knows here.
+        let oldest = self.waiting.iter().min_by_key(|waiting| waiting.number);
         match oldest {
-            Some(from) => from.clone(),
+            Some(oldest) => oldest.from.clone(),
             None => cursor.cloned(),
         }
     }
@@ -158,15 +162,18 @@ mod tests {
     fn what_is_not_settled_is_met_again_after_an_interruption() {
         let (mut queue, now) = (Queue::default(), Instant::now());
         assert_eq!(queue.resume_at(Some(&id(9))), Some(id(9)));
-        queue.doubt(Item::Object(id(5)), Some(&id(4)), now);
-        queue.doubt(Item::Object(id(7)), Some(&id(6)), now);
+        // In the order of the index, which need not be that of bytes.
+        queue.doubt(Item::Object(id(5)), Some(&id(6)), now);
+        queue.doubt(Item::Object(id(7)), Some(&id(4)), now);
         queue.doubt(Item::Object(id(5)), Some(&id(8)), now);
-        assert_eq!((queue.len(), queue.resume_at(Some(&id(9)))), (2, Some(id(4))));
+        assert_eq!((queue.len(), queue.resume_at(Some(&id(9)))), (2, Some(id(6))));
         let first = queue.take(now + FIRST).unwrap();
-        assert_eq!(queue.resume_at(Some(&id(9))), Some(id(6)));
-        queue.put_back(first.suspect(now));
         assert_eq!(queue.resume_at(Some(&id(9))), Some(id(4)));
+        queue.put_back(first.suspect(now));
+        assert_eq!(queue.resume_at(Some(&id(9))), Some(id(6)));
+        queue.clear();
         queue.doubt(Item::Object(id(1)), None, now);
+        queue.doubt(Item::Object(id(5)), Some(&id(6)), now);
         assert_eq!(queue.resume_at(Some(&id(9))), None, "from the very start");
         assert!(queue.take(now).is_none(), "nothing is due yet");
     }

@@ -223,6 +223,20 @@ fn what_is_equal_is_not_looked_at_one_by_one() {
     assert_eq!(found.needs.keys().collect::<Vec<_>>(), [&id(ROOT)], "nothing above compares it");
 }
 
+/// An orphan that is a file is listed by a walk, too.
+#[test]
+fn what_stands_before_a_large_directory_does_not_have_it_looked_at_one_by_one() {
+    let mut both = equal(20, 30);
+    let mut dirty = Dirty::default();
+    dirty.listings.extend([100, ROOT].map(|number| Listing::new(id(number), true)));
+    let mut resolve = Resolve { waiting: Some(HashSet::new()), ..Resolve::default() };
+    let budget = Budget { objects: 99, entries: 99, compared: 99, bytes: u64::MAX, large: 0 };
+    let view = both.clone();
+    resolve.feed(&mut dirty, budget, &view, &mut both).unwrap();
+    assert_eq!((both.looked, resolve.equal), (0, (20, 100)));
+    assert!(dirty.is_empty() && resolve.crowded.contains(&id(ROOT)));
+}
+
 #[test]
 fn what_somebody_waits_for_is_looked_at_however_equal_it_is() {
     let mut both = equal(20, 3);
