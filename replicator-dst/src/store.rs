@@ -11,11 +11,15 @@
 //!   whose mark says that it is through, `sealed` → the [`Edition`] of the last
 //!   batch that was logged.
 //!
-//! Versions: 1, the first; 2, the standing names the last batch's nonce. An older
-//! one is upgraded when it is opened (see `upgrade`).
+//! Versions: 1, the first; 2, the standing names the last batch's nonce; 3, the log may
+//! hold [`Step::Append`]; 4, the objects map is in [`KeyOrder::Inodes`]. One older than 3
+//! is upgraded to that when it is opened (see `upgrade`); 3 stays, in [`KeyOrder::Bytes`].
 
+mod standing;
 #[cfg(test)]
 mod tests;
+
+pub use standing::Standing;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,23 +27,18 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 use replicator_common::codec::{self, CodecError};
-use replicator_common::id::{BatchId, BatchNonce, Edition, Incarnation, KeyOrder, ObjectId};
-use replicator_common::status::{Shortfalls, TimedError};
+use replicator_common::id::{BatchId, Edition, KeyOrder, ObjectId};
 use replicator_common::store;
 use replicator_common::sys::place;
-use replicator_common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::apply::Step;
 use crate::mark::Reached;
 use crate::objects::{Known, Objects, Position};
-use crate::upgrade::StandingV1;
 
-/// 1: standings without a nonce. 2: without [`Step::Append`]. 3: the objects map in
-/// [`KeyOrder::Bytes`], in which it stays.
 const STORE_VERSION: u32 = 4;
-/// The one whose map is in the order of bytes.
-const VERSION_BYTES: u32 = 3;
+/// The last one whose map is in the order of bytes.
+pub(crate) const VERSION_BYTES: u32 = 3;
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 const OBJECTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("objects");
 const LOG: TableDefinition<'_, (u64, u32), &[u8]> = TableDefinition::new("log");
@@ -78,77 +77,6 @@ pub enum StoreError {
         /// Version found.
         found: u32,
     },
-}
-
-/// Where the replica stands.
-///
-/// INVARIANT: `applied ≤ committed`, and `watermark` and `last_consistent`
-/// belong to `committed`; they are told to others only once `applied` has
-/// caught up. Neither ever moves back.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Standing {
-    /// This life of the destination's state.
-    pub incarnation: Incarnation,
-    /// The source's life that the batch numbers belong to.
-    pub source_incarnation: Option<Incarnation>,
-    /// The last batch logged.
-    pub committed: BatchId,
-    /// Tells that batch from others of its number.
-    pub nonce: BatchNonce,
-    /// The last batch applied, as far as the store knows: redo begins behind it.
-    pub applied: BatchId,
-    /// Everything on the source before this is in the replica.
-    pub watermark: Timestamp,
-    /// The instant of the last exact batch.
-    pub last_consistent: Option<Timestamp>,
-    /// The initial sync is through.
-    pub complete: bool,
-    /// The replica holds what the map does not know: the source has to ask for
-    /// the inventory first.
-    pub reconcile: bool,
-    /// Rows of the objects map.
-    pub objects: u64,
-    /// Of them, orphans.
-    pub orphans: u64,
-    /// Batches committed, and how many of them exact.
-    pub batches: (u64, u64),
-    /// Content bytes that changed on the source, and that travelled.
-    pub bytes: (u64, u64),
-    /// What the replica could not hold.
-    pub shortfalls: Shortfalls,
-    /// The destination's clock less the source's, nanoseconds, as last known.
-    pub clock_offset: Option<i64>,
-    /// The last error that an operator should know.
-    pub last_error: Option<TimedError>,
-}
-
-impl Standing {
-    /// Of a new replica.
-    pub fn new(incarnation: Incarnation, reconcile: bool) -> Self {
-        Self {
-            incarnation,
-            source_incarnation: None,
-            committed: BatchId(0),
-            nonce: BatchNonce::default(),
-            applied: BatchId(0),
-            watermark: Timestamp::NEVER,
-            last_consistent: None,
-            complete: false,
-            reconcile,
-            objects: 0,
-            orphans: 0,
-            batches: (0, 0),
-            bytes: (0, 0),
-            shortfalls: Shortfalls::default(),
-            clock_offset: None,
-            last_error: None,
-        }
-    }
-
-    /// The last batch logged.
-    pub fn edition(&self) -> Edition {
-        Edition { batch: self.committed, nonce: self.nonce }
-    }
 }
 
 /// Something of the replica's that went to lost+found while it was replicated.
@@ -244,28 +172,7 @@ impl Store {
         Ok(store)
     }
 
-    /// Makes of version `found`, one before 3, version 3.
-    fn upgrade(
-        &self,
-        meta: &mut redb::Table<'_, &'static str, &'static [u8]>,
-        found: u32,
-    ) -> Result<(), StoreError> {
-        let action = "upgrade";
-        let mut rows = vec![("version", self.encode(&VERSION_BYTES)?)];
-        if found < 2 {
-            let row = meta.get("standing").map_err(|e| self.err(action)(e.into()))?;
-            let old = row.map(|row| self.decode::<StandingV1>(row.value())).transpose()?;
-            if let Some(old) = old {
-                rows.push(("standing", self.encode(&Standing::from(old))?));
-            }
-        }
-        for (key, value) in rows {
-            meta.insert(key, value.as_slice()).map_err(|e| self.err(action)(e.into()))?;
-        }
-        Ok(())
-    }
-
-    fn err(&self, action: &'static str) -> impl FnOnce(redb::Error) -> StoreError {
+    pub(crate) fn err(&self, action: &'static str) -> impl FnOnce(redb::Error) -> StoreError {
         move |source| {
             if is_of_the_disk(&source) {
                 self.failed.store(true, Ordering::Release);
@@ -304,12 +211,15 @@ impl Store {
         Ok(())
     }
 
-    fn encode<T: Serialize + ?Sized>(&self, value: &T) -> Result<Vec<u8>, StoreError> {
+    pub(crate) fn encode<T: Serialize + ?Sized>(&self, value: &T) -> Result<Vec<u8>, StoreError> {
         codec::encode_record(value)
             .map_err(|source| StoreError::Codec { path: self.path.clone(), source })
     }
 
-    fn decode<T: serde::de::DeserializeOwned>(&self, record: &[u8]) -> Result<T, StoreError> {
+    pub(crate) fn decode<T: serde::de::DeserializeOwned>(
+        &self,
+        record: &[u8],
+    ) -> Result<T, StoreError> {
         codec::decode_record(record)
             .map_err(|source| StoreError::Codec { path: self.path.clone(), source })
     }
@@ -504,7 +414,7 @@ impl Store {
         let mut table = transaction.open_table(OBJECTS).map_err(|e| self.err(action)(e.into()))?;
         let order = self.order;
         let orphan = |known: &Known| u64::from(matches!(known.position, Position::Orphan { .. }));
-        // In the order of the table: neighbours are on one page.
+        // In the order of the table (of [`KeyOrder::Inodes`]): neighbours are on one page.
         let mut rows: Vec<_> = rows.iter().collect();
         rows.sort_by(|(a, _), (b, _)| a.cmp(b));
         for (object, row) in rows {

@@ -1,11 +1,12 @@
 //! What older versions of the store held, and what it becomes.
 
+use redb::ReadableTable;
 use replicator_common::id::{BatchId, BatchNonce, Incarnation};
 use replicator_common::status::{Shortfalls, TimedError};
 use replicator_common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::store::Standing;
+use crate::store::{Standing, Store, StoreError, VERSION_BYTES};
 
 /// [`Standing`] in version 1 of the store: without the last batch's nonce.
 #[derive(Debug, Serialize, Deserialize)]
@@ -47,6 +48,29 @@ impl From<StandingV1> for Standing {
             clock_offset: old.clock_offset,
             last_error: old.last_error,
         }
+    }
+}
+
+impl Store {
+    /// Makes of version `found`, one before 3, version 3.
+    pub(crate) fn upgrade(
+        &self,
+        meta: &mut redb::Table<'_, &'static str, &'static [u8]>,
+        found: u32,
+    ) -> Result<(), StoreError> {
+        let action = "upgrade";
+        let mut rows = vec![("version", self.encode(&VERSION_BYTES)?)];
+        if found < 2 {
+            let row = meta.get("standing").map_err(|e| self.err(action)(e.into()))?;
+            let old = row.map(|row| self.decode::<StandingV1>(row.value())).transpose()?;
+            if let Some(old) = old {
+                rows.push(("standing", self.encode(&Standing::from(old))?));
+            }
+        }
+        for (key, value) in rows {
+            meta.insert(key, value.as_slice()).map_err(|e| self.err(action)(e.into()))?;
+        }
+        Ok(())
     }
 }
 

@@ -5,11 +5,13 @@
 mod common;
 
 use common::{Batch, ROOT, World, data, id, pieces, state};
+use quinn::ConnectionError;
 use replicator_common::id::{BatchId, TransferId};
 use replicator_common::object::Kind;
 use replicator_common::wire::{
     ContentSource, DataFrame, DestinationMessage, Layout, Op, Piece, SourceMessage, TransferBegin,
 };
+use replicator_dst::receive::{self, SessionError};
 
 fn patch(number: u64, version: u64) -> TransferBegin {
     TransferBegin {
@@ -30,6 +32,21 @@ fn placed(number: u64) -> Batch {
         new: false,
         links: 1,
     })
+}
+
+/// Who has to hear of an end is asked of the connection afterwards: a session that the other
+/// side ended must not look as if it was ended here.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_the_other_side_ended_stays_so() {
+    let mut world = World::new();
+    let service = world.open(None).await;
+    world.enrol(&service, false).await;
+    let source = world.connect(&service, 0).await;
+    service.shutdown().await;
+    source.connection.closed().await;
+    receive::close(&source.connection, &SessionError::Closed);
+    let reason = source.connection.close_reason();
+    assert!(matches!(reason, Some(ConnectionError::ApplicationClosed(_))), "{reason:?}");
 }
 
 /// Four bytes behind the four that are there.

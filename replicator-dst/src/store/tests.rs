@@ -1,6 +1,9 @@
 use super::*;
 use crate::apply::{Place, Within};
+use crate::upgrade::StandingV1;
+use replicator_common::id::Incarnation;
 use replicator_common::name::Name;
+use replicator_common::time::Timestamp;
 
 #[test]
 fn a_store_of_version_1_is_upgraded_and_a_newer_one_refused() {

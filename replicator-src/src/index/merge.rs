@@ -1,5 +1,7 @@
-//! A delta becomes part of the tables, each in its own order: neighbours are on
-//! one page.
+//! A delta becomes part of the tables, each in the order of ids, so that neighbours are
+//! on one page. (In an index of [`KeyOrder::Bytes`] they are not; it is as right, and slower.)
+//!
+//! [`KeyOrder::Bytes`]: replicator_common::id::KeyOrder::Bytes
 //!
 //! INVARIANT (names of an object): `links` has a row for each entry of an object, and
 //! no other, unless the object's own row says which is its only one

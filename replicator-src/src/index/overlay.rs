@@ -187,8 +187,8 @@ impl<B: Base> Index<B> {
         Ok(lost)
     }
 
-    /// These will be asked for: looks them up in the order of the store, which
-    /// takes half as long as one by one.
+    /// These will be asked for: looks them up in the order of ids, which takes half as long
+    /// as one by one.
     pub fn expect<'a>(
         &self,
         objects: impl IntoIterator<Item = &'a ObjectId>,
@@ -331,18 +331,6 @@ impl<B: Base> View for Index<B> {
         all.extend(changed);
         let entries = all.into_iter().filter_map(|(name, object)| Some((name, object?))).collect();
         Ok(Page { entries, through })
-    }
-
-    fn objects(&self, objects: &[ObjectId]) -> Result<Vec<Option<Known>>, B::Error> {
-        let mut found = self.snapshot.objects(objects)?;
-        for layer in &self.layers {
-            for (object, found) in objects.iter().zip(&mut found) {
-                if let Some(at) = layer.objects.get(object) {
-                    found.clone_from(&layer.delta.objects[*at].1);
-                }
-            }
-        }
-        Ok(found)
     }
 
     fn see_objects(

@@ -95,16 +95,6 @@ impl Snapshot {
         Ok(page)
     }
 
-    /// See [`super::View::objects`].
-    pub fn objects(&self, wanted: &[ObjectId]) -> Result<Vec<Option<Known>>, IndexError> {
-        let mut found = Vec::with_capacity(wanted.len());
-        let mut cursor = Cursor { snapshot: self, rows: None, at: None };
-        for object in wanted {
-            found.push(cursor.object(object)?);
-        }
-        Ok(found)
-    }
-
     /// See [`super::View::see_objects`].
     pub fn see_objects(
         &self,
@@ -153,7 +143,7 @@ impl Snapshot {
         self.objects.len().map_err(failed(&self.path))
     }
 
-    /// The first objects after one, in the order of their ids, `most` at most.
+    /// The first objects after one, in the order of rows, `most` at most.
     pub fn objects_after(
         &self,
         after: Option<&ObjectId>,
@@ -238,10 +228,6 @@ impl View for Snapshot {
 
     fn page(&self, directory: &ObjectId, after: Option<&Name>) -> Result<Page, IndexError> {
         Self::page(self, directory, after)
-    }
-
-    fn objects(&self, objects: &[ObjectId]) -> Result<Vec<Option<Known>>, IndexError> {
-        Self::objects(self, objects)
     }
 
     fn see_objects(

@@ -153,7 +153,7 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::index::{Index, Noted};
+    use crate::index::{Index, Noted, View};
     use std::path::Path;
     use std::sync::Arc;
 

@@ -44,13 +44,8 @@ pub trait View: Sync {
         entries.retain(|(name, _)| after.is_none_or(|after| name > after));
         Ok(Page { entries, through: None })
     }
-    /// Several objects as the replica holds them, in the order asked for, which
-    /// should be that of ids.
-    fn objects(&self, objects: &[ObjectId]) -> Result<Vec<Option<Known>>, Self::Error> {
-        objects.iter().map(|object| self.object(object)).collect()
-    }
-    /// The same without copies: hands each to `each`, with its place among those that were
-    /// asked for.
+    /// Hands each of several objects, as the replica holds it, to `each`, with its place among
+    /// those that were asked for. Fastest in the order of ids.
     fn see_objects(
         &self,
         objects: &[&ObjectId],
@@ -60,6 +55,13 @@ pub trait View: Sync {
             each(at, self.object(object)?.as_ref());
         }
         Ok(())
+    }
+    /// The same as copies, in the order asked for.
+    fn objects(&self, objects: &[ObjectId]) -> Result<Vec<Option<Known>>, Self::Error> {
+        let mut found = Vec::with_capacity(objects.len());
+        let objects: Vec<&ObjectId> = objects.iter().collect();
+        self.see_objects(&objects, &mut |_, known| found.push(known.cloned()))?;
+        Ok(found)
     }
     /// All entries of an object in the replica.
     fn links(&self, object: &ObjectId) -> Result<Vec<(ObjectId, Name)>, Self::Error>;

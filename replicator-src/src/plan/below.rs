@@ -150,7 +150,7 @@ impl Level {
     }
 }
 
-/// Looks the objects up in their order, which is that of the index; gives the
+/// Looks the objects up in their order, mostly that of the index; gives the
 /// entries last first.
 fn with_objects<V: View>(view: &V, entries: Vec<(Name, ObjectId)>) -> Result<Vec<Row>, V::Error> {
     let mut objects: Vec<ObjectId> = entries.iter().map(|(_, object)| object.clone()).collect();
