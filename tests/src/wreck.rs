@@ -27,6 +27,9 @@ const ATTEMPTS: u32 = 20;
 /// Calls by which the applier places what a batch brings.
 const PLACING: &str = "renameat,renameat2";
 
+/// How long a sync is held up: milliseconds are enough where nothing else runs.
+const HELD_UP: &str = "delay_enter=500ms";
+
 /// When the process dies.
 #[derive(Clone, Copy, Debug)]
 pub enum Death {
@@ -103,14 +106,19 @@ impl Wreck {
     }
 
     fn die(&self, death: Death) {
-        let (call, fault) = match death {
-            Death::Placing(nth) => (PLACING, format!("signal=KILL:when={nth}")),
+        let faults = match death {
+            // The batch's own sync takes so long that a part of the large file,
+            // which travels beside it, is there before the first object is placed.
+            Death::Placing(nth) => {
+                vec![format!("{PLACING}:signal=KILL:when={nth}"), format!("syncfs:{HELD_UP}")]
+            }
             // The first one is for the batch before.
-            Death::Unsynced => ("syncfs", "error=EIO:when=2+".to_owned()),
+            Death::Unsynced => vec!["syncfs:error=EIO:when=2+".to_owned()],
         };
-        let (trace, inject) = (format!("trace={call}"), format!("inject={call}:{fault}"));
         let mut command = Command::new("strace");
-        command.args(["-D", "-f", "-qq", "-o", "/dev/null", "-e", &trace, "-e", &inject]);
+        command.args(["-D", "-f", "-qq", "-o", "/dev/null"]);
+        command.args(["-e", &format!("trace=syncfs,{PLACING}")]);
+        command.args(faults.iter().flat_map(|fault| ["-e".to_owned(), format!("inject={fault}")]));
         let run = self.run_command(free_port());
         command.arg(run.get_program()).args(run.get_args());
         let mut daemon = self.daemon(&command);

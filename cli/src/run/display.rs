@@ -120,14 +120,21 @@ fn in_short(progress: &Progress) -> String {
         Some(left) if progress.walk_complete => format!(", {} left", seconds(left)),
         _ => String::new(),
     };
+    let Progress { objects_done, objects_found, bytes_done, bytes_found, .. } = *progress;
     format!(
-        "{}/{} files, {}/{}, {}/s{left}",
-        count(progress.objects_done),
-        count(progress.objects_found),
-        bytes(progress.bytes_done),
-        bytes(progress.bytes_found),
+        "{} files, {}, {}/s{left}",
+        of_all(objects_done, objects_found, count),
+        of_all(bytes_done, bytes_found, bytes),
         bytes(rate(progress.bytes_per_second)),
     )
+}
+
+/// How much of all is done; of what is not counted (yet), how much that is.
+fn of_all(done: u64, all: u64, words: fn(u64) -> String) -> String {
+    match all > done {
+        true => format!("{}/{}", words(done), words(all)),
+        false => words(done),
+    }
 }
 
 /// The live status line.
@@ -179,5 +186,27 @@ impl<'a> MakeWriter<'a> for LogWriter {
 
     fn make_writer(&'a self) -> Self {
         self.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_total_is_told_once_there_is_one() {
+        let mut progress = Progress {
+            walk_complete: false,
+            objects_found: 0,
+            bytes_found: 0,
+            objects_done: 0,
+            bytes_done: 0,
+            bytes_per_second: 0.0,
+            objects_per_second: 0.0,
+            seconds_left: Some(7.0),
+        };
+        assert_eq!(in_short(&progress), "0 files, 0 B, 0 B/s");
+        (progress.objects_found, progress.walk_complete) = (20_351, true);
+        assert_eq!(in_short(&progress), "0/20,351 files, 0 B, 0 B/s, 7.0 s left");
     }
 }
