@@ -76,6 +76,26 @@ pub struct Chunker<'a, R> {
     ended: bool,
 }
 
+/// Some bytes of a stream, and where they are cut.
+pub struct Cuts {
+    bytes: Bytes,
+    /// Lengths, and hashes where the search needed them.
+    chunks: Vec<(u32, Option<Hash>)>,
+}
+
+impl Cuts {
+    /// Hashes what is not hashed yet.
+    pub fn hash(self) -> Window {
+        let mut end = 0;
+        let chunks = self.chunks.into_iter().map(|(length, hash)| {
+            let from = end;
+            end += length as usize;
+            Chunk { length, hash: hash.unwrap_or_else(|| Hash::of(&self.bytes[from..end])) }
+        });
+        Window { chunks: chunks.collect(), bytes: self.bytes }
+    }
+}
+
 /// Some bytes of a stream, and the chunks that they consist of.
 pub struct Window {
     /// The bytes.
@@ -102,7 +122,12 @@ impl<'a, R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Chunker<'a, R> {
         Self { expected: Some(expected), at, ..self }
     }
 
-    fn window(&mut self) -> io::Result<Option<Window>> {
+    /// The next window, which is left to be hashed by another thread; `None` at the
+    /// end of the stream.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub fn cuts(&mut self) -> io::Result<Option<Cuts>> {
         let longest = self.average as usize * 4;
         let mut bytes = Vec::with_capacity(WINDOW.max(2 * longest));
         bytes.append(&mut self.rest);
@@ -115,26 +140,28 @@ impl<'a, R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Chunker<'a, R> {
         let (mut chunks, mut at) = (Vec::new(), 0);
         // A cut means something only if the longest chunk would have fitted.
         while at < bytes.len() && (self.ended || bytes.len() - at >= longest) {
-            let chunk = self.chunk(&bytes[at..]);
-            chunks.push(chunk);
-            at += chunk.length as usize;
+            let (length, hash) = match self.expected {
+                Some(expected) => self.met_or_cut(expected, &bytes[at..]),
+                None => (self.cutter.cut(&bytes[at..]) as u32, None),
+            };
+            chunks.push((length, hash));
+            at += length as usize;
+            self.at += u64::from(length);
         }
         self.rest = bytes.split_off(at);
-        Ok(Some(Window { bytes: bytes.into(), chunks }))
+        Ok(Some(Cuts { bytes: bytes.into(), chunks }))
     }
 
-    /// The chunk that begins where the bytes do.
-    fn chunk(&mut self, bytes: &[u8]) -> Chunk {
-        let min = self.average / 4;
-        let met = self.expected.and_then(|all| all.chunk(&mut self.last, self.at, bytes, min));
-        let chunk = met.unwrap_or_else(|| {
+    /// The chunk that begins where the bytes do, with its hash.
+    fn met_or_cut(&mut self, expected: &Expected<'_>, bytes: &[u8]) -> (u32, Option<Hash>) {
+        let met = expected.chunk(&mut self.last, self.at, bytes, self.average / 4);
+        let Chunk { length, hash } = met.unwrap_or_else(|| {
             let length = self.cutter.cut(bytes);
             let chunk = Chunk { length: length as u32, hash: Hash::of(&bytes[..length]) };
-            self.last = self.expected.and_then(|expected| expected.find(&chunk));
+            self.last = expected.find(&chunk);
             chunk
         });
-        self.at += u64::from(chunk.length);
-        chunk
+        (length, Some(hash))
     }
 }
 
@@ -142,7 +169,7 @@ impl<R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Iterator for Chunker<'_, R> {
     type Item = io::Result<Window>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        self.window().transpose()
+        self.cuts().transpose().map(|cuts| cuts.map(Cuts::hash))
     }
 }
 

@@ -2,8 +2,8 @@
 //! hash of the chunk that was there, or that followed, they end where it ended.
 //! Hashing alone is several times as fast as the search for cuts.
 
-use std::cell::OnceCell;
 use std::collections::HashMap;
+use std::sync::OnceLock;
 
 use super::{Chunk, NONE};
 use crate::wire::Hash;
@@ -13,7 +13,7 @@ pub struct Expected<'a> {
     list: &'a [Chunk],
     starts: Vec<u64>,
     /// Made when something was found to be another.
-    places: OnceCell<HashMap<(Hash, u32), usize>>,
+    places: OnceLock<HashMap<(Hash, u32), usize>>,
 }
 
 impl<'a> Expected<'a> {
@@ -24,7 +24,7 @@ impl<'a> Expected<'a> {
             *at += u64::from(chunk.length);
             Some(start)
         });
-        Self { list, starts: starts.collect(), places: OnceCell::new() }
+        Self { list, starts: starts.collect(), places: OnceLock::new() }
     }
 
     /// The chunk that begins at `at`, where `bytes` begin, if it is the one after

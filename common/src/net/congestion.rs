@@ -160,7 +160,7 @@ impl Measured {
     fn new(now: Instant, mtu: u16) -> Self {
         Self {
             mtu: u64::from(mtu),
-            window: INITIAL_WINDOW,
+            window: INITIAL_WINDOW.max(LEAST_PACKETS * u64::from(mtu)),
             phase: Phase::Beginning { best: 0, full: 0 },
             round: Round::new(now),
             rates: VecDeque::with_capacity(RATE_ROUNDS),

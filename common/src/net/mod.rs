@@ -18,6 +18,7 @@ pub mod frame;
 pub mod https;
 pub mod identity;
 pub mod quic;
+mod socket;
 pub mod tls;
 pub mod token;
 

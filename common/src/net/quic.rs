@@ -7,8 +7,9 @@
 //! application has not read, and its send window of data that the peer has not
 //! acknowledged: 128 MiB each across a network (10 Gbit/s × 100 ms =
 //! 125 MB), 20 MiB and 16 MiB on loopback. Only a slow reader, or a sender that
-//! is faster than the path, reaches them. An endpoint's receive buffer adds
-//! 13 MiB.
+//! is faster than the path, reaches them. An endpoint's receive buffer has room for
+//! 31 MiB, of which 2 MiB are ever filled (a datagram, or those that the kernel puts
+//! together, are 64 KiB at most).
 //!
 //! # Where the time goes
 //! On loopback the cost is packets, so they are as large as is safe (see
@@ -34,6 +35,7 @@ use tokio::time::Instant;
 use super::NetError;
 use super::congestion::MeasuredConfig;
 use super::identity::{Fingerprint, Identity, SERVER_NAME};
+use super::socket::Limited;
 use super::tls::{self, Trust};
 use crate::wire;
 
@@ -44,14 +46,18 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 pub const IDLE_TIMEOUT_MILLIS: u32 = 15_000;
 /// How often an idle connection is kept alive; four may be lost in a row.
 pub const KEEP_ALIVE: Duration = Duration::from_secs(3);
-/// The largest UDP payload sent on loopback, bytes. quinn hands the kernel up
-/// to ten packets at once, and an offloaded send above 64 KiB fails without an
-/// error: 10 × 6500 stays below.
-pub const LOOPBACK_MTU: u16 = 6500;
+/// The largest UDP payload sent on loopback, bytes: the headers of a handshake's packets
+/// tell lengths below 16,384 only. Longer ones gained nothing more (bench/NOTES.md).
+pub const LOOPBACK_MTU: u16 = 16_000;
+/// Packets of that length which are handed to the kernel at once: 64,000 bytes.
+const LOOPBACK_PACKETS: usize = 4;
+/// The longest UDP payload, bytes: an offloaded send above it fails without an error.
+const SEND_MAX: usize = 65_507;
+const _: () = assert!(LOOPBACK_MTU as usize * LOOPBACK_PACKETS <= SEND_MAX);
 /// What a reader on loopback may leave unread of one stream, bytes. quinn copies all that
-/// waits of a stream whenever that is more than 2048 packets, 13 MiB of them: with a window
-/// above that, a slow disk cost half of the receiver's time in copies. And what waits for
-/// long is no longer in the processor's cache.
+/// waits of a stream whenever that is more than 2048 packets: when those were shorter, with
+/// a window of 16 MiB, a slow disk cost half of the receiver's time in copies. And what
+/// waits for long is no longer in the processor's cache.
 const LOOPBACK_STREAM_WINDOW: u32 = 4 << 20;
 /// The same of all streams: what is said of the session finds room beside full data
 /// streams.
@@ -152,7 +158,11 @@ fn endpoint(address: SocketAddr, server: Option<ServerConfig>) -> Result<Endpoin
         .map_err(|error| NetError::Setup(error.to_string()))?;
     let runtime =
         quinn::default_runtime().ok_or_else(|| NetError::Setup("no async runtime".to_owned()))?;
-    Endpoint::new(config, server, socket, runtime).map_err(failed)
+    let mut socket = runtime.wrap_udp_socket(socket).map_err(failed)?;
+    if Path::to(address.ip()) == Path::Loopback {
+        socket = Arc::new(Limited::new(socket, LOOPBACK_PACKETS));
+    }
+    Endpoint::new_with_abstract_socket(config, server, socket, runtime).map_err(failed)
 }
 
 /// Enlarges what a burst may fill. A refusal costs speed, not correctness.

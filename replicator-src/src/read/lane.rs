@@ -1,35 +1,33 @@
 //! Large files: transfers of their own, beside the batches, as deltas against
 //! what the replica holds.
 //!
-//! Memory: one frame of pieces and the chunk lists of the file and its basis
+//! Memory: one frame of pieces, four windows (see [`super::windows`]) and the chunk lists of the file and its basis
 //! (36 bytes a chunk: 2.3 MB a GiB at the smallest chunks, at most some 15 MB
 //! up to 64 GiB, then 150 KB a GiB).
 
-use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use replicator_common::chunk::{self, Chunk, Chunker, Expected};
+use replicator_common::chunk::{self, Chunk, Expected};
 use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::name::Name;
-use replicator_common::sys::quiet;
 use replicator_common::sys::stat::{self, Stat};
 use replicator_common::time::Timestamp;
-use replicator_common::wire::{Extent, Hash, Layout, Piece, TransferBegin};
+use replicator_common::wire::{Hash, Layout, Piece, TransferBegin};
 use rustix::io::Errno;
 
 use super::blocks::{Asker, Blocks};
-use super::extents;
 use super::kept::{Dealer, KeptList};
 use super::out::Out;
-use super::runs::{HOLE, Run, fits_in_place, literal_bytes, patches, plan_runs};
+use super::runs::{Run, fits_in_place, literal_bytes, patches, plan_runs};
 use super::same;
 use super::sink::{Sink, SinkError};
 use super::small::{read_full, state_of};
 use super::tail::Appended;
+use super::windows::each_chunk;
 use crate::clock::Clock;
 use crate::index::{Content, IndexError, Known, Store};
 use crate::source::{Opened, Opener, told};
@@ -412,69 +410,6 @@ fn send_runs(
         }
     }
     Ok(())
-}
-
-/// Calls `each` with every chunk of a file in order, and with where its bytes
-/// stand; holes come without. Where it is read but `once`, it leaves no trace in the
-/// page cache.
-fn each_chunk(
-    (fd, stat): (BorrowedFd<'_>, &Stat),
-    average: u32,
-    expected: Option<&Expected<'_>>,
-    once: bool,
-    mut each: impl FnMut(Chunk, Option<(&Bytes, Range<usize>)>) -> Result<(), LaneError>,
-) -> Result<(), LaneError> {
-    let mut at = 0;
-    let mut extents = extents::of(fd, stat)?;
-    extents.push(Extent { offset: stat.size, length: 0 });
-    for extent in extents {
-        while at < extent.offset {
-            let length = (extent.offset - at).min(1 << 30) as u32;
-            each(Chunk { length, hash: HOLE }, None)?;
-            at += u64::from(length);
-        }
-        if extent.length == 0 {
-            continue;
-        }
-        let mut windows = Chunker::new(reader(fd, extent, once), average);
-        if let Some(expected) = expected {
-            windows = windows.expecting(expected, extent.offset);
-        }
-        for window in windows {
-            let window =
-                window.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-            let mut end = 0;
-            for chunk in window.chunks {
-                at += u64::from(chunk.length);
-                let range = end..end + chunk.length as usize;
-                end = range.end;
-                if window.bytes[range.clone()].iter().all(|byte| *byte == 0) {
-                    // Preallocated blocks that were looked at count as data, though
-                    // nothing was ever written there. Zeros need no room anyway.
-                    each(Chunk { hash: HOLE, ..chunk }, None)?;
-                } else {
-                    each(chunk, Some((&window.bytes, range)))?;
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Reads a part of a file as [`Chunker`] wants it, and no byte behind the part: there
-/// another begins, or a hole. Where `once` is true, none of it will be read again, and
-/// what it brought into the page cache goes again.
-fn reader(
-    fd: BorrowedFd<'_>,
-    part: Extent,
-    once: bool,
-) -> impl FnMut(&mut Vec<u8>) -> std::io::Result<usize> + '_ {
-    let (mut at, end) = (part.offset, part.offset + part.length);
-    move |bytes| {
-        let read = quiet::read_more(fd, bytes, (at, end - at), once)?;
-        at += read as u64;
-        Ok(read)
-    }
 }
 
 /// Tells whether two chunk lists are the same.

@@ -1,0 +1,223 @@
+//! A large file, chunk by chunk.
+//!
+//! Reading and cutting take as long as hashing and sending, so two threads share a
+//! file that is sent as it is read.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::sync::mpsc::sync_channel;
+use std::thread;
+
+use bytes::Bytes;
+use replicator_common::chunk::{Chunk, Chunker, Expected, Window};
+use replicator_common::sys::quiet;
+use replicator_common::sys::stat::Stat;
+use replicator_common::wire::Extent;
+use rustix::io::Errno;
+
+use super::extents;
+use super::lane::LaneError;
+use super::runs::HOLE;
+
+/// From so many bytes on, a second thread is worth its start.
+const SHARED: u64 = 4 << 20;
+/// Windows that are cut and wait to be hashed.
+const AHEAD: usize = 2;
+
+/// Calls `each` with every chunk of a file in order, and with where its bytes
+/// stand; holes come without. Where it is read but `once`, it leaves no trace in the
+/// page cache.
+pub(super) fn each_chunk(
+    (fd, stat): (BorrowedFd<'_>, &Stat),
+    average: u32,
+    expected: Option<&Expected<'_>>,
+    once: bool,
+    mut each: impl FnMut(Chunk, Option<(&Bytes, Range<usize>)>) -> Result<(), LaneError>,
+) -> Result<(), LaneError> {
+    let mut at = 0;
+    let mut extents = extents::of(fd, stat)?;
+    extents.push(Extent { offset: stat.size, length: 0 });
+    for extent in extents {
+        while at < extent.offset {
+            let length = (extent.offset - at).min(1 << 30) as u32;
+            each(Chunk { length, hash: HOLE }, None)?;
+            at += u64::from(length);
+        }
+        if extent.length == 0 {
+            continue;
+        }
+        let mut chunker = Chunker::new(reader(fd, extent, once), average);
+        if let Some(expected) = expected {
+            chunker = chunker.expecting(expected, extent.offset);
+        }
+        let each = |window: Window| {
+            at += window.bytes.len() as u64;
+            each_of(&window, &mut each)
+        };
+        // What is expected is hashed where it is cut.
+        if expected.is_none() && extent.length >= SHARED {
+            each_shared(chunker, each)?;
+        } else {
+            each_window(chunker, each)?;
+        }
+    }
+    Ok(())
+}
+
+fn each_of(
+    window: &Window,
+    mut each: impl FnMut(Chunk, Option<(&Bytes, Range<usize>)>) -> Result<(), LaneError>,
+) -> Result<(), LaneError> {
+    let mut end = 0;
+    for chunk in &window.chunks {
+        let range = end..end + chunk.length as usize;
+        end = range.end;
+        if window.bytes[range.clone()].iter().all(|byte| *byte == 0) {
+            // Preallocated blocks that were looked at count as data, though
+            // nothing was ever written there. Zeros need no room anyway.
+            each(Chunk { hash: HOLE, ..*chunk }, None)?;
+        } else {
+            each(*chunk, Some((&window.bytes, range)))?;
+        }
+    }
+    Ok(())
+}
+
+fn each_window<R: FnMut(&mut Vec<u8>) -> io::Result<usize>>(
+    chunker: Chunker<'_, R>,
+    mut each: impl FnMut(Window) -> Result<(), LaneError>,
+) -> Result<(), LaneError> {
+    for window in chunker {
+        each(window.map_err(unreadable)?)?;
+    }
+    Ok(())
+}
+
+/// [`each_window`], with a thread that reads and cuts while the windows before are
+/// hashed, and sent.
+fn each_shared<R: FnMut(&mut Vec<u8>) -> io::Result<usize> + Send>(
+    mut chunker: Chunker<'_, R>,
+    mut each: impl FnMut(Window) -> Result<(), LaneError>,
+) -> Result<(), LaneError> {
+    let shared = thread::scope(|scope| {
+        let (cut, windows) = sync_channel(AHEAD);
+        let ahead = || {
+            while let Some(next) = chunker.cuts().transpose() {
+                let failed = next.is_err();
+                // Nobody wants it where the session has ended.
+                if cut.send(next).is_err() || failed {
+                    break;
+                }
+            }
+            drop(cut);
+        };
+        if thread::Builder::new().name("lane-ahead".to_owned()).spawn_scoped(scope, ahead).is_err()
+        {
+            return Ok(false);
+        }
+        for next in windows {
+            each(next.map_err(unreadable)?.hash())?;
+        }
+        Ok::<_, LaneError>(true)
+    })?;
+    // Too many threads on this host: one does both.
+    if shared { Ok(()) } else { each_window(chunker, each) }
+}
+
+fn unreadable(error: io::Error) -> LaneError {
+    LaneError::Read(Errno::from_io_error(&error).unwrap_or(Errno::IO))
+}
+
+/// Reads a part of a file as [`Chunker`] wants it, and no byte behind the part: there
+/// another begins, or a hole. Where `once` is true, none of it will be read again, and
+/// what it brought into the page cache goes again.
+fn reader(
+    fd: BorrowedFd<'_>,
+    part: Extent,
+    once: bool,
+) -> impl FnMut(&mut Vec<u8>) -> io::Result<usize> + Send + '_ {
+    let (mut at, end) = (part.offset, part.offset + part.length);
+    move |bytes| {
+        let read = quiet::read_more(fd, bytes, (at, end - at), once)?;
+        at += read as u64;
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::FileExt;
+
+    use replicator_common::chunk::AVERAGE_MIN;
+    use replicator_common::sys::stat;
+    use replicator_common::wire::Hash;
+
+    use super::super::sink::SinkError;
+    use super::*;
+
+    /// Content, a hole, and content again, of which the two threads share the first.
+    const FIRST: usize = 2 * SHARED as usize + 12_345;
+    const HOLE_TO: usize = FIRST + (3 << 20);
+    const END: usize = HOLE_TO + 600_000;
+
+    fn sparse() -> (File, Vec<u8>) {
+        let mut state = 1u64;
+        let mut bytes: Vec<u8> = (0..END)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                (state >> 56) as u8
+            })
+            .collect();
+        bytes[FIRST..HOLE_TO].fill(0);
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&bytes[..FIRST], 0).unwrap();
+        file.write_all_at(&bytes[HOLE_TO..], HOLE_TO as u64).unwrap();
+        (file, bytes)
+    }
+
+    /// Every byte comes once and in order, with its hash; a whole file by two threads
+    /// has the chunks that one finds.
+    #[test]
+    fn two_threads_find_what_one_finds() {
+        let (file, bytes) = sparse();
+        let stat = stat::of_fd(file.as_fd()).unwrap();
+        let found = |expected: Option<&Expected<'_>>| {
+            let (mut chunks, mut at) = (Vec::new(), 0);
+            each_chunk((file.as_fd(), &stat), AVERAGE_MIN, expected, true, |chunk, data| {
+                let is = &bytes[at..at + chunk.length as usize];
+                match data {
+                    None => assert!(is.iter().all(|byte| *byte == 0), "no hole at {at}"),
+                    Some((window, range)) => {
+                        assert_eq!(&window[range], is, "at {at}");
+                        assert_eq!(chunk.hash, Hash::of(is), "at {at}");
+                    }
+                }
+                at += is.len();
+                chunks.push(chunk);
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(at, END);
+            chunks
+        };
+        // One thread alone works with what is expected.
+        assert_eq!(found(None), found(Some(&Expected::new(&[]))));
+    }
+
+    /// The first error ends it, although windows wait.
+    #[test]
+    fn an_error_ends_both_threads() {
+        let (file, _) = sparse();
+        let stat = stat::of_fd(file.as_fd()).unwrap();
+        let mut met = 0;
+        let ended = each_chunk((file.as_fd(), &stat), AVERAGE_MIN, None, true, |_, _| {
+            met += 1;
+            if met < 3 { Ok(()) } else { Err(SinkError::Closed.into()) }
+        });
+        assert!(matches!(ended, Err(LaneError::Sink(SinkError::Closed))), "{ended:?}");
+        assert_eq!(met, 3);
+    }
+}
