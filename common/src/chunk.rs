@@ -54,8 +54,8 @@ pub fn average_suits(average: u32, size: u64) -> bool {
         && average >= ideal / 4
 }
 
-/// Bytes that are read at once: few enough to stay in the processor's cache
-/// until they are cut, hashed and sent; and at least twice the longest chunk
+/// Bytes that are read at once: few enough that some of them stay in the processor's
+/// cache until they are cut, hashed and sent; and at least twice the longest chunk
 /// that [`AVERAGE_MIN`] makes.
 const WINDOW: usize = 512 << 10;
 

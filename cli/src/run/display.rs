@@ -120,21 +120,17 @@ fn in_short(progress: &Progress) -> String {
         Some(left) if progress.walk_complete => format!(", {} left", seconds(left)),
         _ => String::new(),
     };
-    let Progress { objects_done, objects_found, bytes_done, bytes_found, .. } = *progress;
-    format!(
-        "{} files, {}, {}/s{left}",
-        of_all(objects_done, objects_found, count),
-        of_all(bytes_done, bytes_found, bytes),
-        bytes(rate(progress.bytes_per_second)),
-    )
-}
-
-/// How much of all is done; of what is not counted (yet), how much that is.
-fn of_all(done: u64, all: u64, words: fn(u64) -> String) -> String {
-    match all > done {
+    // What was found so far is no total.
+    let of_all = |done, all, words: fn(u64) -> String| match progress.walk_complete && all > 0 {
         true => format!("{}/{}", words(done), words(all)),
         false => words(done),
-    }
+    };
+    format!(
+        "{} files, {}, {}/s{left}",
+        of_all(progress.objects_done, progress.objects_found, count),
+        of_all(progress.bytes_done, progress.bytes_found, bytes),
+        bytes(rate(progress.bytes_per_second)),
+    )
 }
 
 /// The live status line.
@@ -206,7 +202,11 @@ mod tests {
             seconds_left: Some(7.0),
         };
         assert_eq!(in_short(&progress), "0 files, 0 B, 0 B/s");
+        (progress.objects_done, progress.objects_found) = (12, 1_000);
+        assert_eq!(in_short(&progress), "12 files, 0 B, 0 B/s");
         (progress.objects_found, progress.walk_complete) = (20_351, true);
-        assert_eq!(in_short(&progress), "0/20,351 files, 0 B, 0 B/s, 7.0 s left");
+        assert_eq!(in_short(&progress), "12/20,351 files, 0 B, 0 B/s, 7.0 s left");
+        progress.objects_done = 20_351;
+        assert_eq!(in_short(&progress), "20,351/20,351 files, 0 B, 0 B/s, 7.0 s left");
     }
 }

@@ -89,7 +89,7 @@ pub struct MeasuredConfig;
 
 impl ControllerFactory for MeasuredConfig {
     fn build(self: Arc<Self>, now: Instant, mtu: u16) -> Box<dyn Controller> {
-        Box::new(Measured::new(now, mtu))
+        Box::new(Measured::new(now, u64::from(mtu)))
     }
 }
 
@@ -157,10 +157,10 @@ pub struct Measured {
 }
 
 impl Measured {
-    fn new(now: Instant, mtu: u16) -> Self {
+    fn new(now: Instant, mtu: u64) -> Self {
         Self {
-            mtu: u64::from(mtu),
-            window: INITIAL_WINDOW.max(LEAST_PACKETS * u64::from(mtu)),
+            mtu,
+            window: INITIAL_WINDOW.max(LEAST_PACKETS * mtu),
             phase: Phase::Beginning { best: 0, full: 0 },
             round: Round::new(now),
             rates: VecDeque::with_capacity(RATE_ROUNDS),
@@ -305,7 +305,7 @@ impl Controller for Measured {
     ) {
         if is_persistent_congestion {
             // Nothing got through for long: the path may be another one.
-            *self = Self { mtu: self.mtu, ..Self::new(now, 0) };
+            *self = Self::new(now, self.mtu);
             return;
         }
         self.round.lost += lost_bytes;
@@ -332,7 +332,7 @@ impl Controller for Measured {
     }
 
     fn initial_window(&self) -> u64 {
-        INITIAL_WINDOW
+        INITIAL_WINDOW.max(self.least())
     }
 
     fn into_any(self: Box<Self>) -> Box<dyn Any> {

@@ -13,8 +13,9 @@
 //!
 //! # Where the time goes
 //! On loopback the cost is packets, so they are as large as is safe (see
-//! [`LOOPBACK_MTU`]) and leave by segmentation offload. Across a network the
-//! path's MTU is discovered. For long paths the kernel should allow socket
+//! [`LOOPBACK_MTU`]) and leave by segmentation offload. (Where the interface was given a
+//! smaller MTU they are lost, until QUIC takes that for a black hole, and sends short
+//! ones.) Across a network the path's MTU is discovered. For long paths the kernel should allow socket
 //! buffers of [`SOCKET_BUFFER`] (`net.core.rmem_max`, `net.core.wmem_max`).
 //! Clients may change address in the middle of a connection.
 
@@ -144,7 +145,12 @@ fn transport(path: Path) -> Arc<TransportConfig> {
     Arc::new(config)
 }
 
-fn endpoint(address: SocketAddr, server: Option<ServerConfig>) -> Result<Endpoint, NetError> {
+/// `path` is the one whose [`transport`] its connections have.
+fn endpoint(
+    address: SocketAddr,
+    path: Path,
+    server: Option<ServerConfig>,
+) -> Result<Endpoint, NetError> {
     let failed = |source: io::Error| match source.kind() {
         io::ErrorKind::AddrInUse => NetError::AddressInUse { address },
         _ => NetError::Bind { address, source },
@@ -159,7 +165,7 @@ fn endpoint(address: SocketAddr, server: Option<ServerConfig>) -> Result<Endpoin
     let runtime =
         quinn::default_runtime().ok_or_else(|| NetError::Setup("no async runtime".to_owned()))?;
     let mut socket = runtime.wrap_udp_socket(socket).map_err(failed)?;
-    if Path::to(address.ip()) == Path::Loopback {
+    if path == Path::Loopback {
         socket = Arc::new(Limited::new(socket, LOOPBACK_PACKETS));
     }
     Endpoint::new_with_abstract_socket(config, server, socket, runtime).map_err(failed)
@@ -198,12 +204,10 @@ pub fn listen(
     let tls = tls::server(identity, trust)?;
     let crypto =
         QuicServerConfig::try_from(tls).map_err(|error| NetError::Setup(error.to_string()))?;
+    let path = Path::to(address.ip());
     let mut config = ServerConfig::with_crypto(Arc::new(crypto));
-    config
-        .transport_config(transport(Path::to(address.ip())))
-        .migration(true)
-        .max_incoming(MAX_INCOMING);
-    endpoint(address, Some(config))
+    config.transport_config(transport(path)).migration(true).max_incoming(MAX_INCOMING);
+    endpoint(address, path, Some(config))
 }
 
 /// What an admitted peer may do, and who it is.
@@ -281,19 +285,21 @@ pub fn alpn(connection: &Connection) -> Option<Vec<u8>> {
 
 // ---------------------------------------------------------------- client
 
-/// Opens an endpoint for connections to `server` and others of its family.
+/// Opens an endpoint for connections to `server`, and to others of its family that are
+/// on loopback where it is, or not where it is not.
 ///
 /// # Errors
 /// [`NetError::Bind`] when the system gives no socket.
 pub fn client_endpoint(server: SocketAddr) -> Result<Endpoint, NetError> {
-    let local: IpAddr = match (server, Path::to(server.ip())) {
+    let path = Path::to(server.ip());
+    let local: IpAddr = match (server, path) {
         // Loopback stays on loopback: nobody else can reach the socket.
         (SocketAddr::V4(_), Path::Loopback) => Ipv4Addr::LOCALHOST.into(),
         (SocketAddr::V6(v6), Path::Loopback) if v6.ip().is_loopback() => Ipv6Addr::LOCALHOST.into(),
         (SocketAddr::V4(_), _) => Ipv4Addr::UNSPECIFIED.into(),
         (SocketAddr::V6(_), _) => Ipv6Addr::UNSPECIFIED.into(),
     };
-    endpoint(SocketAddr::new(local, 0), None)
+    endpoint(SocketAddr::new(local, 0), path, None)
 }
 
 /// Connects to the server with that fingerprint. Whether it takes our certificate is

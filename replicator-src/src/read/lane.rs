@@ -1,9 +1,9 @@
 //! Large files: transfers of their own, beside the batches, as deltas against
 //! what the replica holds.
 //!
-//! Memory: one frame of pieces, four windows (see [`super::windows`]) and the chunk lists of the file and its basis
-//! (36 bytes a chunk: 2.3 MB a GiB at the smallest chunks, at most some 15 MB
-//! up to 64 GiB, then 150 KB a GiB).
+//! Memory: one frame of pieces, some windows (see `windows`) and the chunk lists of the
+//! file and its basis (36 bytes a chunk: 2.3 MB a GiB at the smallest chunks, at most some
+//! 15 MB up to 64 GiB, then 150 KB a GiB).
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;

@@ -8,7 +8,7 @@
 //! - [`blocks`]: what of a changed chunk the replica has all the same.
 //! - [`tail`]: what was appended to a large file, ahead of the rest.
 //! - [`kept`]: what the destination still has of a session before.
-//! - `windows`: such a file, chunk by chunk, by two threads.
+//! - `windows`: a large file, chunk by chunk, by two threads.
 //! - `same`: whether a large file only looks different.
 //! - [`pool`]: the threads that do it.
 

@@ -1,5 +1,5 @@
-//! The threads that read: some for small objects, one for large files, one for what
-//! was appended to such, one that compares them.
+//! The threads that read: some for small objects, one for large files (with one more for
+//! those that it sends whole), one for what was appended to such, one that compares them.
 
 use std::borrow::Cow;
 use std::collections::VecDeque;

@@ -1,7 +1,10 @@
 //! A large file, chunk by chunk.
 //!
-//! Reading and cutting take as long as hashing and sending, so two threads share a
-//! file that is sent as it is read.
+//! Of one thread's time for a file that is sent as it is read, reading and cutting are
+//! two thirds, hashing and sending the rest: two threads share it (bench/NOTES.md).
+//!
+//! Memory: two windows that wait and one in the hands of each thread, of 512 KiB, or of 2 MiB
+//! where chunks are of the largest kind.
 
 use std::io;
 use std::ops::Range;
@@ -205,6 +208,17 @@ mod tests {
         };
         // One thread alone works with what is expected.
         assert_eq!(found(None), found(Some(&Expected::new(&[]))));
+    }
+
+    /// What the other thread could not read is told.
+    #[test]
+    fn what_cannot_be_read_is_an_error() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().write_all_at(&[1; FIRST], 0).unwrap();
+        let closed = File::options().write(true).open(file.path()).unwrap();
+        let stat = stat::of_fd(closed.as_fd()).unwrap();
+        let ended = each_chunk((closed.as_fd(), &stat), AVERAGE_MIN, None, true, |_, _| Ok(()));
+        assert!(matches!(ended, Err(LaneError::Read(Errno::BADF))), "{ended:?}");
     }
 
     /// The first error ends it, although windows wait.
