@@ -77,15 +77,14 @@ impl ObjectKey {
 impl Ord for ObjectId {
     fn cmp(&self, other: &Self) -> Ordering {
         let rest = |id: &Self| id.body().get(number_width(id.tag())..).is_some();
-        self.tag().cmp(&other.tag()).then_with(|| match (self.numbers(), other.numbers()) {
-            (Some(one), Some(other)) => one.cmp(&other),
+        self.tag().cmp(&other.tag()).then_with(|| match rest(self) && rest(other) {
             // The same without a copy of either.
-            _ if rest(self) && rest(other) => {
+            true => {
                 let width = number_width(self.tag());
                 let of_number = self.locality().cmp(&other.locality());
                 of_number.then_with(|| self.body()[width..].cmp(&other.body()[width..]))
             }
-            _ => {
+            false => {
                 let key = |id| KeyOrder::Inodes.key(id);
                 key(self).as_bytes().cmp(key(other).as_bytes())
             }
@@ -139,14 +138,6 @@ impl ObjectId {
             // Shorter than a number.
             _ => body.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)),
         }
-    }
-
-    /// Inode number, and the four bytes of a generation, of handles that consist of
-    /// these: of what most file systems give, the order without a look at single bytes.
-    fn numbers(&self) -> Option<(u64, u32)> {
-        let rest = self.body().get(number_width(self.tag())..)?;
-        let generation = <[u8; 4]>::try_from(rest).ok()?;
-        Some((self.locality(), u32::from_be_bytes(generation)))
     }
 
     /// The inode number, where the kernel's handle says it for certain: handles

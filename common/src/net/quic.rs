@@ -15,8 +15,8 @@
 //! On loopback the cost is packets, so they are as large as is safe (see
 //! [`LOOPBACK_MTU`]) and leave by segmentation offload. (Where the interface was given a
 //! smaller MTU they are lost, until QUIC takes that for a black hole, and sends short
-//! ones.) Across a network the path's MTU is discovered. For long paths the kernel should allow socket
-//! buffers of [`SOCKET_BUFFER`] (`net.core.rmem_max`, `net.core.wmem_max`).
+//! ones.) Across a network the path's MTU is discovered. For long paths the kernel should
+//! allow socket buffers of [`SOCKET_BUFFER`] (`net.core.rmem_max`, `net.core.wmem_max`).
 //! Clients may change address in the middle of a connection.
 
 use std::io;
@@ -48,7 +48,7 @@ pub const IDLE_TIMEOUT_MILLIS: u32 = 15_000;
 /// How often an idle connection is kept alive; four may be lost in a row.
 pub const KEEP_ALIVE: Duration = Duration::from_secs(3);
 /// The largest UDP payload sent on loopback, bytes: the headers of a handshake's packets
-/// tell lengths below 16,384 only. Longer ones gained nothing more (bench/NOTES.md).
+/// tell lengths below 16,384 only. Longer ones gained little more (bench/NOTES.md).
 pub const LOOPBACK_MTU: u16 = 16_000;
 /// Packets of that length which are handed to the kernel at once: 64,000 bytes.
 const LOOPBACK_PACKETS: usize = 4;
