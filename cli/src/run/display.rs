@@ -65,7 +65,10 @@ impl Display {
             return self.show_plainly(status, progress);
         }
         match progress {
-            Some(progress) => self.show_bar(status, progress),
+            Some(progress) if is_counted(progress) => self.show_bar(status, progress),
+            Some(progress) => {
+                self.note(&format!("{} {}", status.status.as_str(), in_short(progress)))
+            }
             None => self.note(&line(status)),
         }
     }
@@ -115,13 +118,17 @@ fn plain_style() -> ProgressStyle {
     ProgressStyle::with_template("{wide_msg}").unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
+/// Whether there is a total, to which what is done is a share: what was found so far is none.
+fn is_counted(progress: &Progress) -> bool {
+    progress.walk_complete && progress.objects_found > 0
+}
+
 fn in_short(progress: &Progress) -> String {
     let left = match progress.seconds_left {
         Some(left) if progress.walk_complete => format!(", {} left", seconds(left)),
         _ => String::new(),
     };
-    // What was found so far is no total.
-    let of_all = |done, all, words: fn(u64) -> String| match progress.walk_complete && all > 0 {
+    let of_all = |done, all, words: fn(u64) -> String| match is_counted(progress) && all > 0 {
         true => format!("{}/{}", words(done), words(all)),
         false => words(done),
     };
