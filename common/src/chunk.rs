@@ -54,6 +54,10 @@ pub fn average_suits(average: u32, size: u64) -> bool {
         && average >= ideal / 4
 }
 
+/// Chunks shorter than the average by this factor were cut short by the end of the data. Lists of
+/// earlier versions have longer ones that are below today's minimum, and are to be met again.
+const SHORT: u32 = 4;
+
 /// Bytes that are read at once: few enough that some of them stay in the processor's
 /// cache until they are cut, hashed and sent; and at least twice the longest chunk
 /// that [`AVERAGE_MIN`] makes.
@@ -107,7 +111,7 @@ pub struct Window {
 impl<'a, R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Chunker<'a, R> {
     /// `read` appends the next bytes of the stream, as many as fit into the
     /// spare capacity; 0 says that the stream ended. `average` is one of those
-    /// that [`average_for`] gives: minimum a quarter of it, maximum four times it.
+    /// that [`average_for`] gives: minimum three quarters of it, maximum four times it.
     pub fn new(read: R, average: u32) -> Self {
         let average = average.clamp(AVERAGE_MIN, AVERAGE_MAX);
         let cutter = Cutter::new(average);
@@ -154,7 +158,7 @@ impl<'a, R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Chunker<'a, R> {
 
     /// The chunk that begins where the bytes do, with its hash.
     fn met_or_cut(&mut self, expected: &Expected<'_>, bytes: &[u8]) -> (u32, Option<Hash>) {
-        let met = expected.chunk(&mut self.last, self.at, bytes, self.average / 4);
+        let met = expected.chunk(&mut self.last, self.at, bytes, self.average / SHORT);
         let Chunk { length, hash } = met.unwrap_or_else(|| {
             let length = self.cutter.cut(bytes);
             let chunk = Chunk { length: length as u32, hash: Hash::of(&bytes[..length]) };
@@ -175,7 +179,7 @@ impl<R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Iterator for Chunker<'_, R> {
 
 #[cfg(test)]
 mod tests {
-    use fastcdc::v2020::FastCDC;
+    use fastcdc::v2020::{FastCDC, Normalization};
 
     use super::*;
 
@@ -205,12 +209,17 @@ mod tests {
         (0..length).map(|_| step()).collect()
     }
 
+    /// What the crate makes of our parameters: its average is what it adds to the minimum.
+    fn crates(bytes: &[u8], average: u32) -> FastCDC<'_> {
+        let (min, max) = (average / 4 * 3, average * 4);
+        FastCDC::with_level(bytes, min, average / 2, max, Normalization::Level0)
+    }
+
     #[test]
     fn windows_do_not_show() {
         let data = noise(3_000_000);
         for average in [AVERAGE_MIN, 64 << 10, AVERAGE_MAX] {
-            let whole = FastCDC::new(&data, average / 4, average, average * 4);
-            let expected: Vec<_> = whole.map(|chunk| chunk.length as u32).collect();
+            let expected: Vec<_> = crates(&data, average).map(|chunk| chunk.length as u32).collect();
             for step in [usize::MAX, 4096, 100_003] {
                 let mut at = 0;
                 let mut lengths = Vec::new();
@@ -240,7 +249,7 @@ mod tests {
             let cutter = Cutter::new(average);
             for (start, length) in (0..60).map(|n| (n * 9_973, 1_000 * n + n * n * 101 + n % 2)) {
                 let bytes = &data[start..data.len().min(start + length)];
-                let theirs = FastCDC::new(bytes, average / 4, average, average * 4);
+                let theirs = crates(bytes, average);
                 let end = if bytes.is_empty() { 0 } else { theirs.cut(0, bytes.len()).1 };
                 assert_eq!(cutter.cut(bytes), end, "{start} {length} {average}");
             }
@@ -268,6 +277,32 @@ mod tests {
             let found: Vec<_> = windows.flat_map(|window| window.unwrap().chunks).collect();
             assert!(found == cut(now), "of {} bytes", now.len());
         }
+    }
+
+    /// A list of an earlier version, whose chunks end elsewhere and could be shorter: where the
+    /// content is the same it stays as it is, and only around a change it is cut as today.
+    #[test]
+    fn a_list_cut_otherwise_is_met_again() {
+        let mut data = noise(2_000_000);
+        let earlier = FastCDC::new(&data, AVERAGE_MIN / 4, AVERAGE_MIN, AVERAGE_MIN * 4);
+        let list: Vec<_> = earlier
+            .map(|cut| Chunk {
+                length: cut.length as u32,
+                hash: Hash::of(&data[cut.offset..cut.offset + cut.length]),
+            })
+            .collect();
+        assert!(list != cut(&data), "the cuts are the same");
+        let expected = Expected::new(&list);
+        let now = |data: &[u8]| -> Vec<Chunk> {
+            let windows = Chunker::new(reader(data, 100_003), AVERAGE_MIN).expecting(&expected, 0);
+            windows.flat_map(|window| window.unwrap().chunks).collect()
+        };
+        assert!(now(&data) == list, "what did not change was cut anew");
+
+        data[1_000_000] ^= 1;
+        let known: std::collections::HashSet<_> = list.iter().map(|chunk| chunk.hash).collect();
+        let fresh = now(&data).into_iter().filter(|chunk| !known.contains(&chunk.hash)).count();
+        assert!((1..=8).contains(&fresh), "{fresh} of {} chunks are new", list.len());
     }
 
     #[test]
