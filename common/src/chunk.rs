@@ -219,7 +219,8 @@ mod tests {
     fn windows_do_not_show() {
         let data = noise(3_000_000);
         for average in [AVERAGE_MIN, 64 << 10, AVERAGE_MAX] {
-            let expected: Vec<_> = crates(&data, average).map(|chunk| chunk.length as u32).collect();
+            let expected: Vec<_> =
+                crates(&data, average).map(|chunk| chunk.length as u32).collect();
             for step in [usize::MAX, 4096, 100_003] {
                 let mut at = 0;
                 let mut lengths = Vec::new();

@@ -29,9 +29,12 @@ use crate::engine::verify::Query;
 const WORTH: u64 = 128 << 10;
 /// Changed bytes up to which it is: a file of which more changed is another file.
 const MOST: u64 = 64 << 20;
-/// How long an answer is waited for; without one the chunks travel whole. The thread that
-/// answers has no priority: where its cores are taken, a change should not wait for it.
+/// How long an answer is waited for at least; without one the chunks travel whole. The
+/// thread that answers has no priority: where its cores are taken, a small change should
+/// not wait for it.
 const ANSWER: Duration = Duration::from_millis(500);
+/// And so much longer for each MiB that was asked of: to send that takes as long at 32 Mbit/s.
+const ANSWER_PER_MIB: Duration = Duration::from_millis(250);
 /// Between two looks at whether the transfer is to end.
 const POLL: Duration = Duration::from_millis(100);
 
@@ -41,11 +44,16 @@ pub struct Asker(pub Sender<Event>);
 
 impl Asker {
     /// `None` without an answer: no session, a replica that is busy, or the end.
-    fn ask(&self, question: Describe, stop: &AtomicBool) -> Option<Description> {
+    fn ask(
+        &self,
+        question: Describe,
+        patience: Duration,
+        stop: &AtomicBool,
+    ) -> Option<Description> {
         let (reply, answer) = bounded(1);
         let question = Box::new(question);
         self.0.send(Event::Verify(Query::Ask { question, reply })).ok()?;
-        let until = Instant::now() + ANSWER;
+        let until = Instant::now() + patience;
         while Instant::now() < until && !stop.load(Ordering::Relaxed) {
             match answer.recv_timeout(POLL) {
                 Ok(description) => return Some(description),
@@ -84,7 +92,7 @@ impl Blocks {
             let (part, after) = rest.split_at(fits(rest));
             let runs = part.iter().map(|(_, at, length)| (*at, *length)).collect();
             let question = Describe::Blocks { object: object.clone(), version, runs };
-            let answer = asker.ask(question, stop);
+            let answer = asker.ask(question, patience(part), stop);
             let Some(Description::Blocks(Some(hashes))) = answer else { break };
             if !found.take(part, &hashes) {
                 tracing::warn!("the destination described other blocks than it was asked for");
@@ -178,6 +186,13 @@ fn changed(runs: &[Run], chunks: &[Chunk], size: u64) -> Vec<Changed> {
         }
     }
     changed
+}
+
+/// How long the answer to a question of these is waited for.
+fn patience(part: &[Changed]) -> Duration {
+    let bytes: u64 = part.iter().map(|(_, _, length)| u64::from(*length)).sum();
+    // No more than [`RANGE_MAX`], or one chunk.
+    ANSWER + ANSWER_PER_MIB * u32::try_from(bytes >> 20).unwrap_or(u32::MAX)
 }
 
 /// How many of them fit into one question: one at least.
