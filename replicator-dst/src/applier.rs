@@ -9,12 +9,14 @@
 //!    whatever happens, and `Durable` may be said;
 //! 5. the steps are run; `Applied` may be said.
 
+mod marks;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-use replicator_common::id::{BatchId, Edition, ObjectId};
+use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::pulse::{self, Heart};
 use replicator_common::status::{FailoverReport, TimedError};
 use replicator_common::sys::place;
@@ -29,7 +31,7 @@ use crate::area::AreaError;
 use crate::attributes;
 use crate::failover::{self, FailoverError};
 use crate::history::{advance, mismatch};
-use crate::mark::{self, Mark, Reached};
+use crate::mark::Reached;
 use crate::meters::ErrorKind;
 use crate::replica::{Point, Replica, ReplicaError, disclaim, renounce, wipe_staging};
 use crate::seal::{SealError, needed_by, staged_bytes};
@@ -266,38 +268,6 @@ impl Applier {
         Ok(result?)
     }
 
-    fn mark(&mut self, reached: Reached) -> Result<(), SealError> {
-        self.write_mark(reached, None)?;
-        self.marked = Some(reached);
-        Ok(())
-    }
-
-    /// Notes in the replica that all of a batch is staged there.
-    ///
-    /// INVARIANT (`mark`): after all else that the sync before its commit covers.
-    fn mark_next(&mut self, next: Edition) -> Result<(), SealError> {
-        let reached = match self.marked {
-            Some(reached) => reached,
-            // By a process before this one.
-            None => mark::read(self.replica.area.hidden())
-                .map_err(AreaError::system("read", "the mark"))?
-                .filter(|mark| mark.incarnation == self.standing.incarnation)
-                .map_or(Reached::begun(BatchId(0)), |mark| mark.reached),
-        };
-        match self.write_mark(reached, Some(next)) {
-            Err(SealError::Area(error)) if error.is_no_room() && self.replica.slack.spend() => {
-                self.write_mark(reached, Some(next))
-            }
-            result => result,
-        }
-    }
-
-    fn write_mark(&self, reached: Reached, next: Option<Edition>) -> Result<(), SealError> {
-        let mark = Mark { incarnation: self.standing.incarnation, reached, next };
-        mark::write(self.replica.area.hidden(), &mark)
-            .map_err(|error| AreaError::system("write", "the mark")(error).into())
-    }
-
     fn note_findings(&mut self, findings: &[Finding]) -> Result<(), SealError> {
         let mut items = Vec::new();
         for finding in findings {
@@ -448,16 +418,6 @@ impl Applier {
         self.replica.store.forget(self.standing.applied, self.marked)?;
         self.covered();
         self.mark_through()
-    }
-
-    /// Nothing follows the last batch for now: the mark says that it is through.
-    fn mark_through(&mut self) -> Result<(), SealError> {
-        let Some(Reached { batch, through: false }) = self.marked else { return Ok(()) };
-        self.mark(Reached::through(batch))?;
-        // INVARIANT (`mark`): the store hears of it only after a sync that did not fail.
-        self.sync().inspect_err(|_| self.marked = Some(Reached::begun(batch)))?;
-        self.replica.store.forget(self.standing.applied, self.marked)?;
-        Ok(())
     }
 
     fn covered(&mut self) {

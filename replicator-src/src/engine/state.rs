@@ -3,6 +3,8 @@
 //! Plain data behind one lock, held for moments; the engine fills it, the
 //! service and the link read it. Waiting for a watermark is done here.
 
+mod progress;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,7 +14,7 @@ use replicator_common::control::Patience;
 use replicator_common::id::{BatchId, Edition, FileSystemId, Incarnation, TransferId};
 use replicator_common::net::clock::{Estimate, Exchange};
 use replicator_common::status::{
-    Blocker, Counters, DesiredState, DestinationReport, Link, PathError, Positions, Progress,
+    Blocker, Counters, DesiredState, DestinationReport, Link, PathError, Positions,
     ReplicationStatus, Skipped, SourceReport, StageLag, TimedError, WatcherKind, WatcherReport,
 };
 use replicator_common::time::Timestamp;
@@ -26,11 +28,10 @@ use crate::clock::Clock;
 use crate::index::Mark;
 use crate::meters::{ErrorKind, Meters};
 use crate::session::Session;
+use progress::Meter;
 
 /// Examples of unreadable files that status names.
 const EXAMPLES: usize = 100;
-/// Over how long rates are computed.
-const RATE_SPAN: Duration = Duration::from_secs(5);
 /// How often it is looked whether somebody still waits.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -65,16 +66,6 @@ struct Inner {
     /// How far the destination's clock is from the wall clock here.
     clocks: Estimate,
     closed: bool,
-}
-
-/// Progress with the samples that rates need.
-#[derive(Default)]
-struct Meter {
-    active: bool,
-    done: (u64, u64),
-    found: (u64, u64),
-    counted: bool,
-    samples: std::collections::VecDeque<(Instant, u64, u64)>,
 }
 
 impl Shared {
@@ -329,38 +320,6 @@ impl Shared {
             Some(TimedError { time: Timestamp::now(), error: format!("{path}: {error}") });
     }
 
-    /// A walk begins.
-    pub fn begin_progress(&self) {
-        let meter = &mut self.lock().progress;
-        let (found, counted) = (meter.found, meter.counted);
-        *meter = Meter { active: true, found, counted, ..Meter::default() };
-    }
-
-    /// The walk has closed its gap.
-    pub fn end_progress(&self) {
-        self.lock().progress.counted = true;
-    }
-
-    /// Whether it is known how much there is.
-    pub fn is_counted(&self) -> bool {
-        self.lock().progress.counted
-    }
-
-    /// The census of the source counted objects and bytes so far, or in all.
-    pub fn found(&self, objects: u64, bytes: u64, all: bool) {
-        let mut inner = self.lock();
-        inner.progress.found = (objects, bytes);
-        inner.progress.counted |= all;
-    }
-
-    /// Objects and bytes are known to be equal on the replica.
-    pub fn progressed(&self, (objects, bytes): (u64, u64)) {
-        let mut inner = self.lock();
-        let meter = &mut inner.progress;
-        meter.done.0 += objects;
-        meter.done.1 += bytes;
-    }
-
     /// Refreshes what the engine knows; see [`Facts`].
     pub fn refresh(&self, facts: Facts) {
         let mut inner = self.lock();
@@ -385,9 +344,9 @@ impl Shared {
         report.counters.records = facts.positions.journaled.0;
         report.counters.bytes_wired = facts.wired;
         if !facts.walking {
-            inner.progress.active = false;
+            inner.progress.end();
         }
-        report.progress = inner.progress.active.then(|| inner.progress.read());
+        report.progress = inner.progress.read();
         let (status, message) = judge(inner, facts.in_flight);
         inner.report.status = status;
         inner.report.message = message;
@@ -603,42 +562,6 @@ fn judge(inner: &Inner, in_flight: bool) -> (ReplicationStatus, Option<String>) 
     let status =
         if inner.complete { ReplicationStatus::Enabled } else { ReplicationStatus::Enabling };
     (status, message)
-}
-
-impl Meter {
-    fn read(&mut self) -> Progress {
-        let now = Instant::now();
-        self.samples.push_back((now, self.done.0, self.done.1));
-        while self.samples.len() > 2
-            && self.samples.get(1).is_some_and(|(at, ..)| now - *at > RATE_SPAN)
-        {
-            self.samples.pop_front();
-        }
-        let (objects, bytes) = self.samples.front().map_or((0.0, 0.0), |(at, objects, bytes)| {
-            let span = (now - *at).as_secs_f64().max(0.05);
-            ((self.done.0 - objects) as f64 / span, (self.done.1 - bytes) as f64 / span)
-        });
-        let found = (self.found.0.max(self.done.0), self.found.1.max(self.done.1));
-        let left = (found.0 - self.done.0, found.1 - self.done.1);
-        let estimate = |left: u64, rate: f64| match left {
-            0 => Some(0.0),
-            left => (rate > 0.0).then(|| left as f64 / rate),
-        };
-        let seconds_left = match (estimate(left.0, objects), estimate(left.1, bytes)) {
-            (Some(a), Some(b)) => Some(a.max(b)),
-            _ => None,
-        };
-        Progress {
-            walk_complete: self.counted,
-            objects_found: found.0,
-            bytes_found: found.1,
-            objects_done: self.done.0,
-            bytes_done: self.done.1,
-            bytes_per_second: bytes,
-            objects_per_second: objects,
-            seconds_left: seconds_left.filter(|_| self.counted),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -6,10 +6,13 @@ use std::fs;
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use replicator_tests::hosts::{Hosts, Side};
+use replicator_tests::scenario::patience;
 use replicator_tests::workload::content;
 
 const MIB: u64 = 1 << 20;
@@ -147,10 +150,26 @@ fn blocks_travel_once(size: u64) {
         file.write_all_at(block, 8 * MIB + number as u64 * 8192).unwrap();
     }
     hosts.await_shipped_up_to(22 * MIB, before + PART / 2);
+    // What is before the part is copied, and so is half of the part.
+    await_staged(&hosts, 8 * MIB + 2 * 14 * MIB);
     let cut = cuts(&mut random)[0];
     cut.make(&mut hosts, |_| {});
     hosts.settle(&format!("{cut:?}"));
     assert_shipped(&hosts, before, PART / 2, 1, &cut);
+}
+
+/// Waits until so much of a file is staged, or it has come: on a machine with much else to do
+/// the window of a connection may be full of what no stager has seen, and is lost with it.
+fn await_staged(hosts: &Hosts, bytes: u64) {
+    let start = Instant::now();
+    loop {
+        let report = hosts.daemon(Side::Destination).status().destination.unwrap();
+        if report.arriving.first().is_none_or(|arriving| arriving.bytes >= bytes) {
+            return;
+        }
+        assert!(start.elapsed() < patience(), "nothing is staged: {:?}", report.arriving);
+        thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// The same file with other content.
