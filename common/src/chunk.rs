@@ -36,7 +36,7 @@ pub const AVERAGE_MIN: u32 = 16 << 10;
 pub const AVERAGE_MAX: u32 = 256 << 10;
 
 /// The average chunk size for a file of `size` bytes: it grows with the file
-/// so that a list stays below some 10 MB up to 64 GiB.
+/// so that a list stays below some 40 MB up to 64 GiB.
 pub fn average_for(size: u64) -> u32 {
     match size >> 30 {
         0..4 => AVERAGE_MIN,
@@ -120,8 +120,9 @@ impl<'a, R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Chunker<'a, R> {
     }
 
     /// The stream begins at `at` of what probably consists of these chunks, cut with
-    /// the same average. It is cut where it would be without them, but for chunks that
-    /// had been cut short where the data ended, and are met again.
+    /// the same average. It is cut where it would be without them, but for chunks that are
+    /// met again although they had been cut short where the data ended, or by an earlier
+    /// version elsewhere.
     pub fn expecting(self, expected: &'a Expected<'a>, at: u64) -> Self {
         Self { expected: Some(expected), at, ..self }
     }
@@ -248,7 +249,11 @@ mod tests {
         data[300_000..400_000].iter_mut().for_each(|byte| *byte &= 3);
         for average in [AVERAGE_MIN, 64 << 10] {
             let cutter = Cutter::new(average);
-            for (start, length) in (0..60).map(|n| (n * 9_973, 1_000 * n + n * n * 101 + n % 2)) {
+            let min = average as usize / 4 * 3;
+            let about = |length: usize| [length - 1, length, length + 1, length + 2, length + 3];
+            let edges = about(min).into_iter().chain(about(4 * average as usize));
+            let each = (0..60).map(|n| (n * 9_973, 1_000 * n + n * n * 101 + n % 2));
+            for (start, length) in each.chain(edges.map(|length| (310_000, length))) {
                 let bytes = &data[start..data.len().min(start + length)];
                 let theirs = crates(bytes, average);
                 let end = if bytes.is_empty() { 0 } else { theirs.cut(0, bytes.len()).1 };

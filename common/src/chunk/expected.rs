@@ -1,6 +1,6 @@
 //! Chunks that are met again need not be searched for: when the bytes have the
 //! hash of the chunk that was there, or that followed, they end where it ended.
-//! Hashing alone is several times as fast as the search for cuts.
+//! They have to be hashed in any case, so the search is saved.
 
 use std::collections::HashMap;
 use std::sync::OnceLock;

@@ -35,6 +35,9 @@ const MOST: u64 = 64 << 20;
 const ANSWER: Duration = Duration::from_millis(500);
 /// And so much longer for each MiB that was asked of: to send that takes as long at 32 Mbit/s.
 const ANSWER_PER_MIB: Duration = Duration::from_millis(250);
+/// How long all answers of a transfer are waited for: a file that goes on changing rests for a
+/// multiple of the time that it took, and a lane is held up.
+const ANSWERS: Duration = Duration::from_secs(4);
 /// Between two looks at whether the transfer is to end.
 const POLL: Duration = Duration::from_millis(100);
 
@@ -44,16 +47,10 @@ pub struct Asker(pub Sender<Event>);
 
 impl Asker {
     /// `None` without an answer: no session, a replica that is busy, or the end.
-    fn ask(
-        &self,
-        question: Describe,
-        patience: Duration,
-        stop: &AtomicBool,
-    ) -> Option<Description> {
+    fn ask(&self, question: Describe, until: Instant, stop: &AtomicBool) -> Option<Description> {
         let (reply, answer) = bounded(1);
         let question = Box::new(question);
         self.0.send(Event::Verify(Query::Ask { question, reply })).ok()?;
-        let until = Instant::now() + patience;
         while Instant::now() < until && !stop.load(Ordering::Relaxed) {
             match answer.recv_timeout(POLL) {
                 Ok(description) => return Some(description),
@@ -92,7 +89,8 @@ impl Blocks {
             let (part, after) = rest.split_at(fits(rest));
             let runs = part.iter().map(|(_, at, length)| (*at, *length)).collect();
             let question = Describe::Blocks { object: object.clone(), version, runs };
-            let answer = asker.ask(question, patience(part), stop);
+            let until = (Instant::now() + patience(part)).min(start + ANSWERS);
+            let answer = asker.ask(question, until, stop);
             let Some(Description::Blocks(Some(hashes))) = answer else { break };
             if !found.take(part, &hashes) {
                 tracing::warn!("the destination described other blocks than it was asked for");

@@ -1,7 +1,7 @@
 //! A large file, chunk by chunk.
 //!
-//! Of one thread's time for a file that is sent as it is read, reading and cutting are
-//! two thirds, hashing and sending the rest: two threads share it (bench/NOTES.md).
+//! Of one thread's time for a file that is sent as it is read, reading and cutting are more
+//! than half, hashing and sending the rest: two threads share it (bench/NOTES.md).
 //!
 //! Memory: two windows that wait and one in the hands of each thread, of 512 KiB, or of 2 MiB
 //! where chunks are of the largest kind.

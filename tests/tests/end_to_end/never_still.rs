@@ -476,10 +476,10 @@ fn bytes_shipped_stay_in_proportion_to_bytes_changed() {
     let shipped = after.bytes_shipped - before.bytes_shipped;
     let counted = after.bytes_changed - before.bytes_changed;
     eprintln!("{written} bytes written, {counted} counted as changed, {shipped} shipped");
-    // A block lies in one chunk of 16 KiB on average, larger ones more often,
+    // A block lies in one chunk of 20 KiB on average, larger ones more often,
     // and sometimes in two: of 128 MiB with 2 % of its blocks changed, 23 MB
-    // travelled for 7 MB written, log included. Less would take a second cut, and
-    // hashes of each block of each chunk in the index.
+    // travelled for 7 MB written, log included. Where many change at once the
+    // destination is asked for its blocks, and less travels.
     assert!(shipped < 10 * written, "{shipped} bytes for {written} that were written");
     // Nothing was sent again or in vain.
     assert!(shipped < counted + counted / 2, "{shipped} bytes for {counted} that changed");
