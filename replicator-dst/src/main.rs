@@ -17,6 +17,7 @@ use replicator_common::manual::{self, Generate};
 use replicator_common::notify::Notifier;
 use replicator_common::stop::Stop;
 use replicator_common::supervisor::Supervisor;
+use replicator_common::sys::quiet;
 use replicator_common::telemetry::{self, Page, Side};
 use tracing::info;
 
@@ -140,6 +141,8 @@ fn token(arguments: &TokenArguments) -> anyhow::Result<()> {
 }
 
 fn serve(path: &Path) -> anyhow::Result<()> {
+    // Before there is another thread.
+    quiet::wake_gently();
     let (supervisor, _) = Supervisor::from_environment();
     let config: DestinationConfig = load(path)?;
     logging::init(&config.log, config.log_format)?;

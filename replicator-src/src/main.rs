@@ -17,6 +17,7 @@ use replicator_common::manual::{self, Generate};
 use replicator_common::notify::Notifier;
 use replicator_common::stop::Stop;
 use replicator_common::supervisor::Supervisor;
+use replicator_common::sys::quiet;
 use replicator_common::telemetry::{self, Page, Side};
 use replicator_src::service::SourceService;
 use tracing::{info, warn};
@@ -75,6 +76,8 @@ fn main() -> ExitCode {
 }
 
 fn serve(path: &Path) -> anyhow::Result<()> {
+    // Before there is another thread.
+    quiet::wake_gently();
     // Before anything is opened.
     let (supervisor, trouble) = Supervisor::from_environment();
     let config: SourceConfig = load(path)?;

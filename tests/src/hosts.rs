@@ -493,12 +493,21 @@ impl Hosts {
     /// Bytes that went from source to destination since the cable was laid: every
     /// packet of every session, with all that was sent in vain.
     pub fn shipped(&self) -> u64 {
+        self.counted("tx", "bytes")
+    }
+
+    /// Packets that went over the cable, both ways.
+    pub fn packets(&self) -> u64 {
+        self.counted("tx", "packets") + self.counted("rx", "packets")
+    }
+
+    fn counted(&self, way: &str, what: &str) -> u64 {
         let mut command = Command::new("ip");
         let namespace = self.network.namespace(Side::Source);
         command.args(["-n", &namespace, "-json", "-statistics", "link", "show", "dev", CABLE]);
         let said = run_to_end(command, Duration::from_secs(30)).success().json();
-        let bytes = &said[0]["stats64"]["tx"]["bytes"];
-        bytes.as_u64().unwrap_or_else(|| panic!("no count of bytes: {said}"))
+        let count = &said[0]["stats64"][way][what];
+        count.as_u64().unwrap_or_else(|| panic!("no count of {what}: {said}"))
     }
 
     /// Waits until so many more bytes went from source to destination.

@@ -19,6 +19,7 @@ use replicator_common::id::{BatchId, FileSystemId};
 use replicator_common::logging;
 use replicator_common::status::DestinationReport;
 use replicator_common::stop::Stop;
+use replicator_common::sys::quiet;
 use replicator_common::telemetry::{self, Page, Side};
 use replicator_src::engine::halt::HaltRule;
 
@@ -38,6 +39,8 @@ pub fn run(arguments: &Run) -> anyhow::Result<()> {
         ))
         .into());
     }
+    // Before there is another thread.
+    quiet::wake_gently();
     let stop = Stop::on_signals().context("cannot listen for signals")?;
     let display = Display::new();
     logging::init_to(

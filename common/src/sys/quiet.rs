@@ -20,6 +20,21 @@ pub fn background_thread() {
     let _ = rustix::process::setpriority_process(None, NICE);
 }
 
+/// Lets the calling thread, and those that it begins from then on, take no processor from
+/// whoever is at work in the moment that they wake (`SCHED_BATCH`): a program's stages wake each
+/// other for each few kilobytes, and each time the one that was at work is put off otherwise, and
+/// the users' own programs are (bench/NOTES.md). Who runs this program with a policy of their own
+/// keeps it; what the kernel does not grant is left as it is.
+pub fn wake_gently() {
+    // SAFETY: 0 is the calling thread, and nothing is passed by address.
+    if unsafe { libc::sched_getscheduler(0) } != libc::SCHED_OTHER {
+        return;
+    }
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: reads the parameters, which live until it returns.
+    let _ = unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &parameters) };
+}
+
 /// Says that what is read of a file will not be needed again.
 pub fn no_reuse(fd: impl AsFd) {
     let _ = rustix::fs::fadvise(fd, 0, None, Advice::NoReuse);
@@ -105,6 +120,26 @@ fn leaving_no_trace(
 mod tests {
     use super::*;
     use std::io::Write;
+
+    /// Threads inherit the policy; one that somebody chose stays.
+    #[test]
+    fn waking_gently_is_inherited_and_takes_no_choice_away() {
+        // SAFETY: as in `wake_gently`.
+        let policy = || unsafe { libc::sched_getscheduler(0) };
+        let gently = || {
+            wake_gently();
+            std::thread::spawn(move || policy()).join().unwrap()
+        };
+        assert_eq!(std::thread::spawn(gently).join().unwrap(), libc::SCHED_BATCH);
+        let idle = move || {
+            let parameters = libc::sched_param { sched_priority: 0 };
+            // SAFETY: as in `wake_gently`.
+            assert_eq!(unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &parameters) }, 0);
+            wake_gently();
+            policy()
+        };
+        assert_eq!(std::thread::spawn(idle).join().unwrap(), libc::SCHED_IDLE);
+    }
 
     #[test]
     fn reads_what_is_there() {

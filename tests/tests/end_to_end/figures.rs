@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
@@ -189,6 +190,26 @@ fn switches(daemon: &Daemon) -> u64 {
     count.unwrap().trim().parse().unwrap()
 }
 
+/// A user's programs are not put off whenever a thread of ours wakes: all are of the policy
+/// SCHED_BATCH, which is 3 (sched(7)).
+#[test]
+fn no_thread_takes_a_processor_from_who_is_at_work() {
+    let pair = Pair::alone(Layout::Two(Ext4, Ext4));
+    let daemon = pair.start_enabled("fanotify");
+    daemon.wait(patience());
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.id())).unwrap();
+    let mut threads = 0;
+    for task in tasks {
+        // One may have ended.
+        let Ok(said) = fs::read_to_string(task.unwrap().path().join("stat")) else { continue };
+        // The second field, in brackets, may hold anything; the policy is the 41st.
+        let policy = said.rsplit_once(')').unwrap().1.split_whitespace().nth(38);
+        assert_eq!(policy, Some("3"), "{said}");
+        threads += 1;
+    }
+    assert!(threads > 10, "{threads} threads");
+}
+
 #[test]
 fn a_paused_source_sleeps() {
     let pair = Pair::alone(Layout::Two(Ext4, Ext4));
@@ -219,4 +240,19 @@ fn one_clock_is_not_ahead_of_itself() {
         let ahead = link.clock_offset_nanos.expect("it is known by now");
         assert!(ahead.abs() < 3_000_000, "{ahead} ns: {link:?}");
     }
+}
+
+/// What two idle ends say each second is a heartbeat and its answer; the reports of both go in
+/// the packets of these.
+#[test]
+fn an_idle_pair_says_little() {
+    let hosts = Hosts::enrolled();
+    hosts.settle(&"the beginning");
+    // The first sync's last word, and looks at how long packets may be.
+    thread::sleep(Duration::from_secs(5));
+    let (before, start) = (hosts.packets(), Instant::now());
+    thread::sleep(Duration::from_secs(10));
+    let each = (hosts.packets() - before) as f64 / start.elapsed().as_secs_f64();
+    eprintln!("{each} packets a second");
+    assert!((2.0..12.0).contains(&each), "{each} packets a second");
 }
