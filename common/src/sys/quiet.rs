@@ -126,7 +126,7 @@ mod tests {
     fn waking_gently_is_inherited_and_takes_no_choice_away() {
         // SAFETY: as in `wake_gently`.
         let policy = || unsafe { libc::sched_getscheduler(0) };
-        let gently = || {
+        let gently = move || {
             wake_gently();
             std::thread::spawn(move || policy()).join().unwrap()
         };
