@@ -128,7 +128,7 @@ mod tests {
         let policy = || unsafe { libc::sched_getscheduler(0) };
         let gently = move || {
             wake_gently();
-            std::thread::spawn(move || policy()).join().unwrap()
+            std::thread::spawn(policy).join().unwrap()
         };
         assert_eq!(std::thread::spawn(gently).join().unwrap(), libc::SCHED_BATCH);
         let idle = move || {
