@@ -254,5 +254,5 @@ fn an_idle_pair_says_little() {
     thread::sleep(Duration::from_secs(10));
     let each = (hosts.packets() - before) as f64 / start.elapsed().as_secs_f64();
     eprintln!("{each} packets a second");
-    assert!((2.0..12.0).contains(&each), "{each} packets a second");
+    assert!((2.0..7.5).contains(&each), "{each} packets a second");
 }
