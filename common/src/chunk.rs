@@ -244,16 +244,17 @@ mod tests {
     /// Cuts of all lengths of data, random and not, are those of the crate.
     #[test]
     fn cuts_are_those_of_fastcdc() {
-        let mut data = noise(600_000);
-        data[100_000..300_000].fill(7);
-        data[300_000..400_000].iter_mut().for_each(|byte| *byte &= 3);
+        let mut data = noise(800_000);
+        data[100_000..400_000].fill(7);
+        data[400_000..500_000].iter_mut().for_each(|byte| *byte &= 3);
         for average in [AVERAGE_MIN, 64 << 10] {
             let cutter = Cutter::new(average);
             let min = average as usize / 4 * 3;
             let about = |length: usize| [length - 1, length, length + 1, length + 2, length + 3];
+            // Where all bytes are the same, only the maximum cuts.
             let edges = about(min).into_iter().chain(about(4 * average as usize));
             let each = (0..60).map(|n| (n * 9_973, 1_000 * n + n * n * 101 + n % 2));
-            for (start, length) in each.chain(edges.map(|length| (310_000, length))) {
+            for (start, length) in each.chain(edges.map(|length| (120_000, length))) {
                 let bytes = &data[start..data.len().min(start + length)];
                 let theirs = crates(bytes, average);
                 let end = if bytes.is_empty() { 0 } else { theirs.cut(0, bytes.len()).1 };

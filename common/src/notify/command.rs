@@ -10,6 +10,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 
 use super::{Channel, Event, NotifyError};
 use crate::config::NotifyConfig;
+use crate::sys::quiet;
 
 /// Between two looks whether it has ended.
 const POLL: Duration = Duration::from_millis(20);
@@ -42,7 +43,9 @@ impl Command {
         let (program, arguments) = self.words.split_first().ok_or("no command")?;
         let lag = event.time_since_last_sync.map(|lag| lag.to_string()).unwrap_or_default();
         let from = event.recovered_from.map_or("", |kind| kind.as_str());
-        std::process::Command::new(program)
+        let mut command = std::process::Command::new(program);
+        quiet::wake_as_usual(&mut command);
+        command
             .args(arguments)
             .env("REPLICATOR_EVENT", event.kind.as_str())
             .env("REPLICATOR_EVENT_ID", &event.id)

@@ -2,6 +2,7 @@
 //! disk, and without a trace in the page cache.
 
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::process::CommandExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::Advice;
@@ -23,16 +24,42 @@ pub fn background_thread() {
 /// Lets the calling thread, and those that it begins from then on, take no processor from
 /// whoever is at work in the moment that they wake (`SCHED_BATCH`): a program's stages wake each
 /// other for each few kilobytes, and each time the one that was at work is put off otherwise, and
-/// the users' own programs are (bench/NOTES.md). Who runs this program with a policy of their own
-/// keeps it; what the kernel does not grant is left as it is.
+/// the users' own programs are (bench/NOTES.md). Who runs this program with a policy other than
+/// the usual one keeps it; what the kernel does not grant is left as it is.
 pub fn wake_gently() {
-    // SAFETY: 0 is the calling thread, and nothing is passed by address.
-    if unsafe { libc::sched_getscheduler(0) } != libc::SCHED_OTHER {
+    if policy() == libc::SCHED_OTHER && set_policy(libc::SCHED_BATCH) {
+        GENTLE.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Lets a program that is about to be started wake as any other, if [`wake_gently`] has changed
+/// what it would inherit.
+pub fn wake_as_usual(command: &mut std::process::Command) {
+    if !GENTLE.load(Ordering::Relaxed) {
         return;
     }
+    let restore = || {
+        set_policy(libc::SCHED_OTHER);
+        Ok(())
+    };
+    // SAFETY: between fork and exec it makes one system call, and neither allocates nor locks.
+    unsafe { command.pre_exec(restore) };
+}
+
+/// Whether [`wake_gently`] changed the policy.
+static GENTLE: AtomicBool = AtomicBool::new(false);
+
+/// Of the calling thread.
+fn policy() -> i32 {
+    // SAFETY: 0 is the calling thread, and nothing is passed by address.
+    unsafe { libc::sched_getscheduler(0) }
+}
+
+/// Whether the kernel granted it.
+fn set_policy(policy: i32) -> bool {
     let parameters = libc::sched_param { sched_priority: 0 };
     // SAFETY: reads the parameters, which live until it returns.
-    let _ = unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &parameters) };
+    unsafe { libc::sched_setscheduler(0, policy, &parameters) == 0 }
 }
 
 /// Says that what is read of a file will not be needed again.
@@ -124,17 +151,19 @@ mod tests {
     /// Threads inherit the policy; one that somebody chose stays.
     #[test]
     fn waking_gently_is_inherited_and_takes_no_choice_away() {
-        // SAFETY: as in `wake_gently`.
-        let policy = || unsafe { libc::sched_getscheduler(0) };
         let gently = move || {
+            assert!(set_policy(libc::SCHED_OTHER));
             wake_gently();
-            std::thread::spawn(policy).join().unwrap()
+            let mut command = std::process::Command::new("chrt");
+            wake_as_usual(&mut command);
+            let told = command.args(["-p", "0"]).output().unwrap().stdout;
+            (std::thread::spawn(policy).join().unwrap(), String::from_utf8(told).unwrap())
         };
-        assert_eq!(std::thread::spawn(gently).join().unwrap(), libc::SCHED_BATCH);
+        let (inherited, told) = std::thread::spawn(gently).join().unwrap();
+        assert_eq!(inherited, libc::SCHED_BATCH);
+        assert!(told.contains("SCHED_OTHER"), "what is started has {told}");
         let idle = move || {
-            let parameters = libc::sched_param { sched_priority: 0 };
-            // SAFETY: as in `wake_gently`.
-            assert_eq!(unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &parameters) }, 0);
+            assert!(set_policy(libc::SCHED_IDLE));
             wake_gently();
             policy()
         };

@@ -45,9 +45,9 @@ impl Engine {
         Ok(None)
     }
 
-    /// Not in a first sync that stays on this host: there a sibling is as old as the file, and
-    /// seldom what it was made from, and to read a file twice for what differs takes longer
-    /// than to send all of it.
+    /// Not in a first sync, or a comparison anew, that stays on this host: there a sibling is as
+    /// old as the file, and seldom what it was made from, and to read a file twice for what
+    /// differs takes longer than to send all of it.
     fn siblings_pay(&self) -> bool {
         let is_local = self.session.as_ref().is_some_and(|session| session.sink.is_local());
         self.totals.watermark.is_some() || !is_local
