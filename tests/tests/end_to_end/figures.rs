@@ -215,7 +215,8 @@ fn assert_gentle(daemon: &Daemon) {
         assert_eq!(policy, Some("3"), "{said}");
         threads += 1;
     }
-    assert!(threads > 10, "{threads} threads");
+    // An applier, a session, stagers: else nothing was looked at.
+    assert!(threads > 4, "{threads} threads");
 }
 
 #[test]
