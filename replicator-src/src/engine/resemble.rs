@@ -25,9 +25,6 @@ impl Engine {
                 return Ok(Some((object, known)));
             }
         }
-        if !self.siblings_pay() {
-            return Ok(None);
-        }
         for (directory, name) in names {
             let mut best: Option<(usize, ObjectId, Known)> = None;
             for (other, object) in self.index.children(directory)?.into_iter().take(SIBLINGS) {
@@ -43,14 +40,6 @@ impl Engine {
             }
         }
         Ok(None)
-    }
-
-    /// Not in a first sync, or a comparison anew, that stays on this host: there a sibling is as
-    /// old as the file, and seldom what it was made from, and to read a file twice for what
-    /// differs takes longer than to send all of it.
-    fn siblings_pay(&self) -> bool {
-        let is_local = self.session.as_ref().is_some_and(|session| session.sink.is_local());
-        self.totals.watermark.is_some() || !is_local
     }
 
     fn chunked(&self, object: &ObjectId) -> Result<Option<Known>, EngineError> {

@@ -111,11 +111,6 @@ impl Sink {
         }
     }
 
-    /// Whether what is sent stays on this host.
-    pub fn is_local(&self) -> bool {
-        matches!(self.compression, Compression::Never)
-    }
-
     /// One of the streams for packs, each in its turn.
     pub fn pack_stream(&self) -> usize {
         let half = (self.streams.len() / 2).max(1);
