@@ -3,8 +3,9 @@
 //!
 //! One [`Stager`] serves one data stream, on a thread of its own and in a
 //! staging directory of its own. Memory is bounded by one frame, and what waits to be
-//! written of large files: three mebibytes for each of up to four. What a session before
-//! this one left there is used where the source says so (see [`crate::kept`]).
+//! written of large files: three mebibytes for each of up to four, and 29 more that all
+//! of the process share. What a session before this one left there is used where the
+//! source says so (see [`crate::kept`]).
 
 mod behind;
 mod direct;

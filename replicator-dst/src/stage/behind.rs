@@ -4,10 +4,10 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use crossbeam_channel::{Receiver, SendError, Sender, bounded};
+use crossbeam_channel::{Receiver, SendError, Sender, unbounded};
 use rustix::io::Errno;
 
-use super::direct::{Files, ROOMS, Room};
+use super::direct::{Files, Room};
 
 /// What became of a room.
 type Written = (Room, Result<(), Errno>);
@@ -24,9 +24,9 @@ pub(super) struct Behind {
 impl Behind {
     /// For these files.
     pub(super) fn start(files: Arc<Files>) -> std::io::Result<Self> {
-        // There are no more rooms than that: nobody waits to hand one over.
-        let (rooms, queue) = bounded::<Room>(ROOMS);
-        let (done, written) = bounded(ROOMS);
+        // Nobody waits to hand a room over: who has them makes no more than it may.
+        let (rooms, queue) = unbounded::<Room>();
+        let (done, written) = unbounded();
         let thread = std::thread::Builder::new().name("write-behind".to_owned());
         let thread = thread.spawn(move || {
             for room in queue {

@@ -13,7 +13,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use replicator_common::sys::place;
 use rustix::fs::OFlags;
@@ -28,8 +28,12 @@ pub(super) const DIRECT_MIN: u64 = 512 << 10;
 const ALIGNED: usize = 4096;
 /// Bytes of one write.
 const ROOM: usize = 1 << 20;
-/// Such writes that a file may have waiting, one of them being filled.
-pub(super) const ROOMS: usize = 3;
+/// Such writes that a file may have waiting in any case, one of them being filled.
+const ROOMS: usize = 3;
+/// How many more may wait of all files of the process together: while the disk empties
+/// its cache (for an early sync, or of its own accord) it takes nothing, and what arrives
+/// meanwhile would stop at the third.
+const MORE_ROOMS: usize = 29;
 /// Fewer go through the page cache: each write past it waits for the disk, and what is
 /// made of blocks here and there would wait for each.
 const LEAST: usize = 256 << 10;
@@ -73,6 +77,25 @@ impl Files {
     }
 }
 
+/// How many of [`MORE_ROOMS`] nobody has.
+static LEFT: AtomicUsize = AtomicUsize::new(MORE_ROOMS);
+
+/// One of [`MORE_ROOMS`]; when dropped, somebody else may have it.
+struct More;
+
+impl More {
+    fn take() -> Option<Self> {
+        let less = |left: usize| left.checked_sub(1);
+        LEFT.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).ok().map(|_| Self)
+    }
+}
+
+impl Drop for More {
+    fn drop(&mut self) {
+        LEFT.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 /// Bytes that belong side by side in a file.
 pub(super) struct Room {
     /// INVARIANT: never grows above its first capacity, for its address is aligned.
@@ -81,16 +104,18 @@ pub(super) struct Room {
     from: usize,
     /// Where in the file the first of them belongs: aligned.
     at: u64,
+    /// Unless it is one of the file's own [`ROOMS`].
+    _more: Option<More>,
 }
 
 impl Room {
-    fn new() -> Option<Self> {
+    fn new(more: Option<More>) -> Option<Self> {
         let mut memory = Vec::<u8>::with_capacity(ROOM + ALIGNED);
         let from = memory.as_ptr().align_offset(ALIGNED);
         // (The standard library may decline to say.)
         (from < ALIGNED).then_some(())?;
         memory.resize(from, 0);
-        Some(Self { memory, from, at: 0 })
+        Some(Self { memory, from, at: 0, _more: more })
     }
 
     fn bytes(&self) -> &[u8] {
@@ -134,7 +159,7 @@ pub(super) struct Direct {
     behind: Behind,
     /// What came last.
     room: Room,
-    /// Rooms with nothing in them, and how many more may be made.
+    /// Rooms with nothing in them, and how many of its own are not made yet.
     spare: Vec<Room>,
     unmade: usize,
     /// What could not be written.
@@ -147,7 +172,7 @@ impl Direct {
         let files = Arc::new(Files::open(file)?);
         let behind = Behind::start(files.clone()).ok()?;
         let (spare, failed) = (Vec::new(), Vec::new());
-        Some(Self { files, behind, room: Room::new()?, spare, unmade: ROOMS - 1, failed })
+        Some(Self { files, behind, room: Room::new(None)?, spare, unmade: ROOMS - 1, failed })
     }
 
     /// Whether anything that was taken may not be in the file yet.
@@ -212,13 +237,7 @@ impl Direct {
             return Ok(());
         }
         let mut next = loop {
-            if let Some(room) = self.spare.pop() {
-                break room;
-            }
-            if self.unmade > 0
-                && let Some(room) = Room::new()
-            {
-                self.unmade -= 1;
+            if let Some(room) = self.spare.pop().or_else(|| self.make()) {
                 break room;
             }
             if !self.behind.is_busy() {
@@ -231,6 +250,16 @@ impl Direct {
         let full = std::mem::replace(&mut self.room, next);
         self.failed.extend(self.behind.write(full));
         Ok(())
+    }
+
+    /// One more room, if it may have one.
+    fn make(&mut self) -> Option<Room> {
+        if self.unmade == 0 {
+            return Room::new(Some(More::take()?));
+        }
+        let room = Room::new(None)?;
+        self.unmade -= 1;
+        Some(room)
     }
 
     /// Sees what has been written.
@@ -269,6 +298,15 @@ mod tests {
     use rand::rngs::StdRng;
     use rand::{Rng, SeedableRng};
     use replicator_common::name::Name;
+
+    /// What a process may have waiting is bounded, and free again afterwards.
+    #[test]
+    fn rooms_are_shared_and_given_back() {
+        let all: Vec<More> = std::iter::from_fn(More::take).collect();
+        assert!((1..=MORE_ROOMS).contains(&all.len()));
+        drop(all);
+        assert!(More::take().is_some());
+    }
 
     /// Parts of any length, with gaps, some of them again, give the file that
     /// plain writes give.
