@@ -587,7 +587,13 @@ impl Applier {
         if batch.ops.is_empty() {
             // A heartbeat: nothing is staged, so nothing needs a sync. The
             // watermark is promised to others and must not be lost, hence the
-            // durable write.
+            // durable write. That there is nothing of it to apply is noted with
+            // it, unless a start would have steps to redo: until then it must
+            // not tell what this claims (`replica::told_before_redo`).
+            let mut next = next;
+            if self.standing.applied == self.standing.committed && !self.uncovered {
+                next.applied = next.committed;
+            }
             self.replica.store.set_standing(&next)?;
             self.standing = next;
             return Ok(Vec::new());

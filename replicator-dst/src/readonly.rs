@@ -15,6 +15,8 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use replicator_common::status::{Enforcement, EnforcementKind};
 use replicator_common::sys::mount::{self, CapabilitySet, Mount};
@@ -99,6 +101,26 @@ pub struct Protection {
     /// What holds strangers back in place of a mount; `None` with a mount,
     /// which is looked at whenever somebody asks.
     without_mount: Option<Enforcement>,
+    /// What the last look found.
+    seen: Mutex<Option<Seen>>,
+}
+
+/// What a look at the mounts found.
+#[derive(Debug)]
+struct Seen {
+    enforcement: Enforcement,
+    since: Instant,
+    changes: mount::Changes,
+}
+
+impl Seen {
+    /// It is good while no mount changes, and not for ever: directories above the
+    /// replica can be renamed, too.
+    const LIFE: Duration = Duration::from_secs(10);
+
+    fn is_good(&self) -> bool {
+        self.since.elapsed() < Self::LIFE && self.changes.any() == Ok(false)
+    }
 }
 
 impl Protection {
@@ -133,7 +155,7 @@ impl Protection {
             cover(&path)?;
         }
         let root = open_root(clone.as_fd(), Path::new("."), &path)?;
-        Ok(Self { path, root, _clone: Some(clone), without_mount: None })
+        Ok(Self { path, root, _clone: Some(clone), without_mount: None, seen: Mutex::new(None) })
     }
 
     fn without_mount(path: PathBuf, why: String) -> Result<Self, ReadOnlyError> {
@@ -143,7 +165,13 @@ impl Protection {
         let root = open_root(CWD, &path, &path)?;
         refuse_read_only(root.as_fd(), &path)?;
         let enforcement = permissions(&path, why)?;
-        Ok(Self { path, root, _clone: None, without_mount: Some(enforcement) })
+        Ok(Self {
+            path,
+            root,
+            _clone: None,
+            without_mount: Some(enforcement),
+            seen: Mutex::new(None),
+        })
     }
 
     /// The replica's root directory, open (not `O_PATH`) on the writable side.
@@ -155,9 +183,25 @@ impl Protection {
     }
 
     /// How strangers are held back, and what that does not cover. With a mount
-    /// this looks whether it is still there, and costs a read of mountinfo.
+    /// this looks whether it is still there: it reads mountinfo if any mount has
+    /// changed, or every ten seconds.
     pub fn enforcement(&self) -> Enforcement {
-        self.without_mount.clone().unwrap_or_else(|| match cover_of(&self.path) {
+        if let Some(enforcement) = &self.without_mount {
+            return enforcement.clone();
+        }
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(seen) = seen.as_ref().filter(|seen| seen.is_good()) {
+            return seen.enforcement.clone();
+        }
+        // Watched before it is looked at: what changes meanwhile is seen at the next look.
+        let (changes, since) = (mount::Changes::watch().ok(), Instant::now());
+        let enforcement = self.look();
+        *seen = changes.map(|changes| Seen { enforcement: enforcement.clone(), since, changes });
+        enforcement
+    }
+
+    fn look(&self) -> Enforcement {
+        match cover_of(&self.path) {
             Ok(Some(cover)) => Enforcement {
                 kind: EnforcementKind::Mount,
                 reason: format!("{MOUNT_LIMITS}{}", reach(&cover)),
@@ -169,7 +213,7 @@ impl Protection {
                     .to_owned(),
             },
             Err(error) => Enforcement { kind: EnforcementKind::None, reason: error.to_string() },
-        })
+        }
     }
 
     /// The replica's path, with symbolic links resolved.

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -182,6 +183,34 @@ fn list_from(path: &str) -> Result<Vec<Mount>, Errno> {
     let text =
         std::fs::read(path).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
     Ok(parse(&text))
+}
+
+/// Tells whether mounts have changed, for the price of one system call.
+#[derive(Debug)]
+pub struct Changes(Vec<OwnedFd>);
+
+impl Changes {
+    /// From now on: those of the calling thread's mount namespace, and of process 1's as
+    /// far as this process may look at them.
+    ///
+    /// # Errors
+    /// Those of opening the file under `/proc`.
+    pub fn watch() -> Result<Self, Errno> {
+        let open = |path| rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        let own = open("/proc/thread-self/mountinfo")?;
+        Ok(Self([own].into_iter().chain(open("/proc/1/mountinfo").ok()).collect()))
+    }
+
+    /// Whether something was mounted, unmounted or set otherwise since; says so once.
+    ///
+    /// # Errors
+    /// Those of `poll(2)`.
+    pub fn any(&self) -> Result<bool, Errno> {
+        let mut files: Vec<_> =
+            self.0.iter().map(|file| PollFd::new(file, PollFlags::PRI)).collect();
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        Ok(rustix::event::poll(&mut files, Some(&at_once))? > 0)
+    }
 }
 
 /// Whether the calling thread has the mount namespace of process 1.

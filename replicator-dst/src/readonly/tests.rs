@@ -93,6 +93,24 @@ fn root_gets_erofs_and_the_applier_writes() {
 }
 
 #[test]
+fn changes_of_mounts_are_told_once() {
+    isolated(|base| {
+        let changes = mount::Changes::watch().unwrap();
+        // (Others may mount something meanwhile, where process 1 sees it.)
+        let comes_to_rest = || (0..100).any(|_| changes.any() == Ok(false));
+        assert!(comes_to_rest());
+        mount_tmpfs(base);
+        assert_eq!(changes.any(), Ok(true), "a new mount");
+        assert!(comes_to_rest());
+        mount::set_read_only(open_path(base).unwrap().as_fd(), true).unwrap();
+        assert_eq!(changes.any(), Ok(true), "a mount is read-only now");
+        assert!(comes_to_rest());
+        mount::unmount(base).unwrap();
+        assert_eq!(changes.any(), Ok(true), "a mount is gone");
+    });
+}
+
+#[test]
 fn a_cover_that_is_gone_or_unseen_by_others_is_said() {
     isolated(|base| {
         let path = &both_kinds(base)[0];
