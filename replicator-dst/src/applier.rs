@@ -101,6 +101,11 @@ pub struct Applier {
     standing: Standing,
     /// Steps are in the log that the disk may not have seen the effects of.
     uncovered: bool,
+    /// Steps are in the log that may not all have been run.
+    ///
+    /// INVARIANT: while it is so, nothing is committed and nothing is covered, for both
+    /// remove what those steps need.
+    owing: bool,
     /// Staged files that logged steps need.
     needed: Vec<Place>,
     /// When the last steps were run.
@@ -192,6 +197,7 @@ impl Applier {
             tree,
             standing,
             uncovered: false,
+            owing: true,
             needed: Vec::new(),
             ran: Instant::now(),
             marked: None,
@@ -228,6 +234,7 @@ impl Applier {
             steps.extend(part);
         })?;
         if !steps.is_empty() {
+            self.owing = true;
             tracing::info!(steps = steps.len(), "redoing the last batch");
             self.tree.redoing(true);
             let result = self.run_steps(last, &steps);
@@ -235,6 +242,7 @@ impl Applier {
             result?;
             self.uncovered = true;
         }
+        self.owing = false;
         self.doubt = false;
         self.applied()?;
         Ok(())
@@ -408,7 +416,7 @@ impl Applier {
     /// Lets a later sync cover what was applied, and forgets the record.
     fn cover(&mut self) -> Result<(), SealError> {
         self.revive_store()?;
-        if self.doubt {
+        if self.doubt || self.owing {
             self.redo_once()?;
         }
         if !self.uncovered {
@@ -468,6 +476,7 @@ impl Applier {
         while let Err(error) = self.run_steps(id, &steps) {
             self.wait_after(&error)?;
         }
+        self.owing = false;
         tracing::debug!(batch = %id, steps = steps.len(), took = ?start.elapsed(), "applied");
         self.replica.meters.apply.record(start.elapsed());
         self.replica.meters.steps.increment(steps.len() as u64);
@@ -575,7 +584,6 @@ impl Applier {
     /// Makes a batch durable; returns the steps to run.
     fn seal(&mut self, batch: &WholeBatch) -> Result<Vec<Step>, SealError> {
         let start = Instant::now();
-        let next = advance(&self.standing, batch.batch, &batch.header).ok_or(SealError::Skipped)?;
         if self.astray {
             return Err(SealError::Sync(Errno::IO));
         }
@@ -584,6 +592,11 @@ impl Applier {
             // that what was applied is there. The next session redoes it first.
             return Err(SealError::Sync(Errno::IO));
         }
+        if self.owing {
+            // A failover was asked for while they could not be run, and did not succeed.
+            self.redo_once()?;
+        }
+        let next = advance(&self.standing, batch.batch, &batch.header).ok_or(SealError::Skipped)?;
         if batch.ops.is_empty() {
             // A heartbeat: nothing is staged, so nothing needs a sync. The
             // watermark is promised to others and must not be lost, hence the
@@ -626,6 +639,7 @@ impl Applier {
         self.standing = standing;
         self.covered();
         self.uncovered = true;
+        self.owing = true;
         self.needed = steps.iter().flat_map(needed_by).collect();
         tracing::debug!(batch = %batch.batch, took = ?start.elapsed(), "sealed");
         self.replica.meters.seal.record(start.elapsed());

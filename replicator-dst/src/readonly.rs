@@ -98,8 +98,8 @@ pub struct Protection {
     /// Keeps the clone whole: when the descriptor that made it is closed, the
     /// kernel takes the clone apart.
     _clone: Option<OwnedFd>,
-    /// What holds strangers back in place of a mount; `None` with a mount,
-    /// which is looked at whenever somebody asks.
+    /// What holds strangers back in place of a mount; `None` with a mount, of
+    /// which [`Self::enforcement`] tells.
     without_mount: Option<Enforcement>,
     /// What the last look found.
     seen: Mutex<Option<Seen>>,

@@ -36,7 +36,7 @@ use crate::tree;
 pub(crate) const CONFIG: Format = Format { name: "replica", version: 1 };
 const CONFIG_FILE: &str = "config.json";
 const STORE_FILE: &str = "store.redb";
-/// How old what status says of the read-only protection may be.
+/// How often status looks at most whether the read-only protection has changed.
 const ENFORCEMENT_LIFE: Duration = Duration::from_secs(1);
 
 /// A configuration, as `config.json` keeps it.

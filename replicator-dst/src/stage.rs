@@ -96,7 +96,7 @@ struct Open {
     waiting: VecDeque<(u64, u32, Hash)>,
     /// Whether they may go past the page cache.
     may_bypass: bool,
-    /// Bytes written since the file was last brought to disk.
+    /// Bytes taken since the file was last brought to disk.
     unsynced: u64,
     /// Bytes of the object that the pieces covered so far.
     offset: u64,

@@ -105,7 +105,7 @@ pub(super) struct Room {
     /// Where in the file the first of them belongs: aligned.
     at: u64,
     /// Unless it is one of the file's own [`ROOMS`].
-    _more: Option<More>,
+    more: Option<More>,
 }
 
 impl Room {
@@ -115,7 +115,7 @@ impl Room {
         // (The standard library may decline to say.)
         (from < ALIGNED).then_some(())?;
         memory.resize(from, 0);
-        Some(Self { memory, from, at: 0, _more: more })
+        Some(Self { memory, from, at: 0, more })
     }
 
     fn bytes(&self) -> &[u8] {
@@ -278,15 +278,27 @@ impl Direct {
     }
 
     fn returned(&mut self, room: Room, written: Result<(), Errno>) {
-        let rooms = if written.is_ok() { &mut self.spare } else { &mut self.failed };
-        rooms.push(room);
+        match written {
+            Ok(()) => self.keep(room),
+            Err(_) => self.failed.push(room),
+        }
+    }
+
+    /// Keeps a room for what follows; one that all files share only while the disk does
+    /// not keep up.
+    fn keep(&mut self, room: Room) {
+        if room.more.is_none() || self.spare.is_empty() {
+            self.spare.push(room);
+        }
     }
 
     /// Writes what could not be written.
     fn retry(&mut self) -> Result<(), Errno> {
         while let Some(room) = self.failed.last() {
             self.files.write(room)?;
-            self.spare.extend(self.failed.pop());
+            if let Some(room) = self.failed.pop() {
+                self.keep(room);
+            }
         }
         Ok(())
     }

@@ -9,8 +9,9 @@ use super::{Open, StageError, io_failed};
 use crate::area::AreaError;
 use crate::patch::PatchPiece;
 
-/// Chunks of a transfer that wait to be written at most; some 64 fill what is written at once.
-const WAITING_MAX: usize = 1024;
+/// Chunks of a transfer that wait to be written at most: twice what fills all that may wait
+/// (some 64 of the average length a mebibyte).
+const WAITING_MAX: usize = 4096;
 
 impl Open {
     pub(super) fn add(&mut self, transfer: TransferId, piece: &Piece) -> Result<(), StageError> {
