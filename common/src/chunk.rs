@@ -13,6 +13,7 @@ use std::io;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::sys::direct::ALIGNED;
 use crate::wire::Hash;
 use cut::Cutter;
 pub use expected::Expected;
@@ -80,6 +81,18 @@ pub struct Chunker<'a, R> {
     ended: bool,
 }
 
+/// Memory in which `first` is followed by room for `more` bytes, which begins at a multiple
+/// of [`ALIGNED`] wherever that can be had; and where in it `first` begins.
+fn room_behind(first: &[u8], more: usize) -> (Vec<u8>, usize) {
+    let mut memory = Vec::<u8>::with_capacity(ALIGNED + first.len() + more);
+    let to = memory.as_ptr().wrapping_add(first.len()).align_offset(ALIGNED);
+    // (The standard library may decline to say.)
+    let from = if to < ALIGNED { to } else { 0 };
+    memory.resize(from, 0);
+    memory.extend_from_slice(first);
+    (memory, from)
+}
+
 /// Some bytes of a stream, and where they are cut.
 pub struct Cuts {
     bytes: Bytes,
@@ -110,7 +123,8 @@ pub struct Window {
 
 impl<'a, R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Chunker<'a, R> {
     /// `read` appends the next bytes of the stream, as many as fit into the
-    /// spare capacity; 0 says that the stream ended. `average` is one of those
+    /// spare capacity or fewer; 0 says that the stream ended. What it appends first to some
+    /// bytes stands where [`crate::sys::direct::Once`] wants it. `average` is one of those
     /// that [`average_for`] gives: minimum three quarters of it, maximum four times it.
     pub fn new(read: R, average: u32) -> Self {
         let average = average.clamp(AVERAGE_MIN, AVERAGE_MAX);
@@ -134,11 +148,14 @@ impl<'a, R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Chunker<'a, R> {
     /// Those of reading.
     pub fn cuts(&mut self) -> io::Result<Option<Cuts>> {
         let longest = self.average as usize * 4;
-        let mut bytes = Vec::with_capacity(WINDOW.max(2 * longest));
-        bytes.append(&mut self.rest);
-        while !self.ended && bytes.len() < bytes.capacity() {
-            self.ended = (self.read)(&mut bytes)? == 0;
+        let more = (WINDOW.max(2 * longest) - self.rest.len()) / ALIGNED * ALIGNED;
+        let (mut memory, from) = room_behind(&self.rest, more);
+        self.rest.clear();
+        let full = memory.len() + more;
+        while !self.ended && memory.len() < full {
+            self.ended = (self.read)(&mut memory)? == 0;
         }
+        let bytes = &memory[from..];
         if bytes.is_empty() {
             return Ok(None);
         }
@@ -153,8 +170,9 @@ impl<'a, R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Chunker<'a, R> {
             at += length as usize;
             self.at += u64::from(length);
         }
-        self.rest = bytes.split_off(at);
-        Ok(Some(Cuts { bytes: bytes.into(), chunks }))
+        self.rest.extend_from_slice(&bytes[at..]);
+        memory.truncate(from + at);
+        Ok(Some(Cuts { bytes: Bytes::from(memory).slice(from..), chunks }))
     }
 
     /// The chunk that begins where the bytes do, with its hash.

@@ -6,6 +6,7 @@
 
 #[doc(hidden)]
 pub mod counting;
+pub mod direct;
 pub mod fanotify;
 pub mod handle;
 mod heap;

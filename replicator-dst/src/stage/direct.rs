@@ -15,6 +15,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use replicator_common::sys::direct::{self, ALIGNED};
 use replicator_common::sys::place;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -23,9 +24,6 @@ use super::behind::Behind;
 
 /// Files from this size on are written so.
 pub(super) const DIRECT_MIN: u64 = 512 << 10;
-/// What offsets, lengths and addresses are multiples of: enough for any block size
-/// of these file systems up to that of a page.
-const ALIGNED: usize = 4096;
 /// Bytes of one write.
 const ROOM: usize = 1 << 20;
 /// Such writes that a file may have waiting in any case, one of them being filled.
@@ -37,8 +35,6 @@ const MORE_ROOMS: usize = 29;
 /// Fewer go through the page cache: each write past it waits for the disk, and what is
 /// made of blocks here and there would wait for each.
 const LEAST: usize = 256 << 10;
-/// `EXT4_SUPER_MAGIC`, which ext2 and ext3 have too, and `XFS_SUPER_MAGIC`.
-const FILE_SYSTEMS: [u64; 2] = [0xef53, 0x5846_5342];
 
 /// A file, open in both ways.
 pub(super) struct Files {
@@ -50,11 +46,7 @@ pub(super) struct Files {
 
 impl Files {
     fn open(file: &OwnedFd) -> Option<Self> {
-        let magic = place::file_system_magic(file).ok()?;
-        if !FILE_SYSTEMS.contains(&magic) {
-            return None;
-        }
-        let direct = place::reopen(file.as_fd(), OFlags::WRONLY | OFlags::DIRECT).ok()?;
+        let direct = direct::open(file.as_fd(), OFlags::WRONLY)?;
         Some(Self { plain: file.try_clone().ok()?, direct, refused: AtomicBool::new(false) })
     }
 

@@ -10,8 +10,11 @@ use replicator_common::wire::{DataFrame, Hash, Piece, TransferBegin};
 use super::lane::LaneError;
 use super::sink::{Frame, Sink, SinkError};
 
-/// Bytes of a frame of pieces, about: what is read at once makes one frame.
+/// Bytes of a frame of pieces, about.
 const FRAME_DATA: usize = 448 << 10;
+/// With so many it does not wait for what is read next, with which it would be copied: what
+/// is read at once makes one frame.
+const FRAME_LEAST: usize = 256 << 10;
 
 /// Bytes of frames that wait for more, at most.
 const TOGETHER: usize = 16 << 10;
@@ -121,8 +124,10 @@ impl<'a> Out<'a> {
         // A chunk is far below 4 GiB.
         let length = u32::try_from(range.len()).unwrap_or(u32::MAX);
         self.literal += u64::from(length);
+        let is_last = range.end == window.len();
         self.data.add(window, range);
-        self.piece(Piece::Data { hash, length })
+        self.piece(Piece::Data { hash, length })?;
+        if is_last && self.data.len() >= FRAME_LEAST { self.flush() } else { Ok(()) }
     }
 
     pub(super) fn piece(&mut self, piece: Piece) -> Result<(), LaneError> {

@@ -14,6 +14,7 @@ use std::thread;
 
 use bytes::Bytes;
 use replicator_common::chunk::{Chunk, Chunker, Expected, Window};
+use replicator_common::sys::direct::Once;
 use replicator_common::sys::quiet;
 use replicator_common::sys::stat::Stat;
 use replicator_common::wire::Extent;
@@ -25,6 +26,8 @@ use super::runs::HOLE;
 
 /// From so many bytes on, a second thread is worth its start.
 const SHARED: u64 = 4 << 20;
+/// From so many bytes on, a part of a file is worth being opened once more.
+const DIRECT_MIN: u64 = 512 << 10;
 /// Windows that are cut and wait to be hashed.
 const AHEAD: usize = 2;
 
@@ -133,16 +136,20 @@ fn unreadable(error: io::Error) -> LaneError {
 }
 
 /// Reads a part of a file as [`Chunker`] wants it, and no byte behind the part: there
-/// another begins, or a hole. Where `once` is true, none of it will be read again, and
-/// what it brought into the page cache goes again.
+/// another begins, or a hole. Where that is to be `quietly`, none of it will be read again, and
+/// it leaves no trace in the page cache.
 fn reader(
     fd: BorrowedFd<'_>,
     part: Extent,
-    once: bool,
+    quietly: bool,
 ) -> impl FnMut(&mut Vec<u8>) -> io::Result<usize> + Send + '_ {
     let (mut at, end) = (part.offset, part.offset + part.length);
+    let mut once = (quietly && part.length >= DIRECT_MIN).then(|| Once::new(fd));
     move |bytes| {
-        let read = quiet::read_more(fd, bytes, (at, end - at), once)?;
+        let read = match &mut once {
+            Some(once) => once.read_more(bytes, (at, end - at))?,
+            None => quiet::read_more(fd, bytes, (at, end - at), quietly)?,
+        };
         at += read as u64;
         Ok(read)
     }
