@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::sync::OnceLock;
 
-use super::{Chunk, NONE};
+use super::{Chunk, NONE, SHORT};
 use crate::wire::Hash;
 
 /// What a stream probably consists of, in order.
@@ -27,6 +27,34 @@ impl<'a> Expected<'a> {
         Self { list, starts: starts.collect(), places: OnceLock::new() }
     }
 
+    /// How many chunks those are.
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Whether nothing is expected.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// Where the chunk of this number began, and the chunk.
+    pub fn get(&self, number: usize) -> Option<(u64, Chunk)> {
+        Some((*self.starts.get(number)?, *self.list.get(number)?))
+    }
+
+    /// The number of the chunk that began at `at`.
+    pub fn number_at(&self, at: u64) -> Option<usize> {
+        self.starts.binary_search(&at).ok()
+    }
+
+    /// Whether a stream that has the bytes of this chunk is cut where they end, whatever
+    /// follows: it is no hole, and was not cut short, by the end of the list or as what is
+    /// shorter than a quarter of the `average`.
+    pub fn is_regular(&self, number: usize, average: u32) -> bool {
+        let long = |chunk: &Chunk| chunk.hash != NONE && chunk.length >= average / SHORT;
+        number + 1 < self.list.len() && self.list.get(number).is_some_and(long)
+    }
+
     /// The chunk that begins at `at`, where `bytes` begin, if it is the one after
     /// `last`, or the one that stood there; which becomes the `last`.
     ///
@@ -40,7 +68,7 @@ impl<'a> Expected<'a> {
         min: u32,
     ) -> Option<Chunk> {
         let next = last.map(|last| last + 1);
-        let same = self.starts.binary_search(&at).ok();
+        let same = self.number_at(at);
         let each = [next, same.filter(|same| Some(*same) != next)];
         for number in each.into_iter().flatten() {
             let Some(chunk) = self.list.get(number) else { continue };

@@ -7,11 +7,11 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use bytes::Bytes;
-use replicator_common::chunk::{self, Chunk, Expected};
+use replicator_common::chunk::{self, Chunk};
 use replicator_common::id::{BatchId, ObjectId, TransferId};
 use replicator_common::name::Name;
 use replicator_common::sys::stat::{self, Stat};
@@ -21,6 +21,7 @@ use rustix::io::Errno;
 
 use super::blocks::{Asker, Blocks};
 use super::kept::{Dealer, KeptList};
+use super::met;
 use super::out::Out;
 use super::runs::{Run, fits_in_place, literal_bytes, patches, plan_runs};
 use super::same;
@@ -295,7 +296,7 @@ fn stream_whole(
     }
     let mut dealer = Dealer::new(job.kept.as_deref(), true);
     let (mut chunks, mut at) = (Vec::new(), 0);
-    each_chunk((fd, stat), average, None, true, |chunk, bytes| {
+    each_chunk((fd, stat), average, true, |chunk, bytes| {
         chunks.push(chunk);
         let (length, hash) = (chunk.length, chunk.hash);
         let kept = bytes.as_ref().and_then(|_| dealer.deal(&hash, length, at));
@@ -318,14 +319,9 @@ fn delta(
     (job, stop): (&Job, &AtomicBool),
     out: &mut Out<'_>,
 ) -> Result<Option<Vec<Chunk>>, LaneError> {
-    let mut chunks = Vec::new();
-    let expected = basis.map(|basis| Expected::new(&basis.chunks));
     // What differs is read again.
-    each_chunk((fd, stat), average, expected.as_ref(), false, |chunk, _| {
-        chunks.push(chunk);
-        // Nothing is sent meanwhile that would tell that the session has ended.
-        if stop.load(Ordering::Relaxed) { Err(SinkError::Closed.into()) } else { Ok(()) }
-    })?;
+    let list = basis.map_or(&[][..], |basis| &basis.chunks);
+    let mut chunks = met::chunks((fd, stat), average, list, stop)?;
     let own = basis.is_some_and(|basis| basis.own);
     if own
         && let Some(basis) = basis.filter(|basis| basis.complete)

@@ -13,7 +13,7 @@ use std::sync::mpsc::sync_channel;
 use std::thread;
 
 use bytes::Bytes;
-use replicator_common::chunk::{Chunk, Chunker, Expected, Window};
+use replicator_common::chunk::{Chunk, Chunker, Window};
 use replicator_common::sys::direct::Once;
 use replicator_common::sys::quiet;
 use replicator_common::sys::stat::Stat;
@@ -31,44 +31,63 @@ const DIRECT_MIN: u64 = 512 << 10;
 /// Windows that are cut and wait to be hashed.
 const AHEAD: usize = 2;
 
-/// Calls `each` with every chunk of a file in order, and with where its bytes
-/// stand; holes come without. Where it is read but `once`, it leaves no trace in the
-/// page cache.
-pub(super) fn each_chunk(
+/// A part of a file.
+pub(super) enum Part {
+    /// So many bytes that are nothing, 1 GiB at most.
+    Hole(u32),
+    /// Data.
+    Data(Extent),
+}
+
+/// Calls `each` with the parts of a file in order; it gives the bytes that it found of one.
+pub(super) fn each_part(
     (fd, stat): (BorrowedFd<'_>, &Stat),
-    average: u32,
-    expected: Option<&Expected<'_>>,
-    once: bool,
-    mut each: impl FnMut(Chunk, Option<(&Bytes, Range<usize>)>) -> Result<(), LaneError>,
+    mut each: impl FnMut(Part) -> Result<u64, LaneError>,
 ) -> Result<(), LaneError> {
     let mut at = 0;
     let mut extents = extents::of(fd, stat)?;
     extents.push(Extent { offset: stat.size, length: 0 });
     for extent in extents {
         while at < extent.offset {
-            let length = (extent.offset - at).min(1 << 30) as u32;
-            each(Chunk { length, hash: HOLE }, None)?;
-            at += u64::from(length);
+            at += each(Part::Hole((extent.offset - at).min(1 << 30) as u32))?;
         }
-        if extent.length == 0 {
-            continue;
+        if extent.length > 0 {
+            at += each(Part::Data(extent))?;
         }
-        let mut chunker = Chunker::new(reader(fd, extent, once), average);
-        if let Some(expected) = expected {
-            chunker = chunker.expecting(expected, extent.offset);
-        }
+    }
+    Ok(())
+}
+
+/// Calls `each` with every chunk of a file in order, and with where its bytes
+/// stand; holes come without. Where it is read but `once`, it leaves no trace in the
+/// page cache.
+pub(super) fn each_chunk(
+    (fd, stat): (BorrowedFd<'_>, &Stat),
+    average: u32,
+    once: bool,
+    mut each: impl FnMut(Chunk, Option<(&Bytes, Range<usize>)>) -> Result<(), LaneError>,
+) -> Result<(), LaneError> {
+    each_part((fd, stat), |part| {
+        let extent = match part {
+            Part::Hole(length) => {
+                each(Chunk { length, hash: HOLE }, None)?;
+                return Ok(u64::from(length));
+            }
+            Part::Data(extent) => extent,
+        };
+        let chunker = Chunker::new(reader(fd, extent, once), average);
+        let mut found = 0;
         let each = |window: Window| {
-            at += window.bytes.len() as u64;
+            found += window.bytes.len() as u64;
             each_of(&window, &mut each)
         };
-        // What is expected is hashed where it is cut.
-        if expected.is_none() && extent.length >= SHARED {
+        if extent.length >= SHARED {
             each_shared(chunker, each)?;
         } else {
             each_window(chunker, each)?;
         }
-    }
-    Ok(())
+        Ok(found)
+    })
 }
 
 fn each_of(
@@ -79,15 +98,19 @@ fn each_of(
     for chunk in &window.chunks {
         let range = end..end + chunk.length as usize;
         end = range.end;
-        if window.bytes[range.clone()].iter().all(|byte| *byte == 0) {
-            // Preallocated blocks that were looked at count as data, though
-            // nothing was ever written there. Zeros need no room anyway.
+        if is_zero(&window.bytes[range.clone()]) {
             each(Chunk { hash: HOLE, ..*chunk }, None)?;
         } else {
             each(*chunk, Some((&window.bytes, range)))?;
         }
     }
     Ok(())
+}
+
+/// Whether data is a hole for us. Preallocated blocks that were looked at count as data,
+/// though nothing was ever written there. Zeros need no room anyway.
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().all(|byte| *byte == 0)
 }
 
 fn each_window<R: FnMut(&mut Vec<u8>) -> io::Result<usize>>(
@@ -131,14 +154,14 @@ fn each_shared<R: FnMut(&mut Vec<u8>) -> io::Result<usize> + Send>(
     if shared { Ok(()) } else { each_window(chunker, each) }
 }
 
-fn unreadable(error: io::Error) -> LaneError {
+pub(super) fn unreadable(error: io::Error) -> LaneError {
     LaneError::Read(Errno::from_io_error(&error).unwrap_or(Errno::IO))
 }
 
 /// Reads a part of a file as [`Chunker`] wants it, and no byte behind the part: there
 /// another begins, or a hole. Where that is to be `quietly`, none of it will be read again, and
 /// it leaves no trace in the page cache.
-fn reader(
+pub(super) fn reader(
     fd: BorrowedFd<'_>,
     part: Extent,
     quietly: bool,
@@ -160,11 +183,13 @@ mod tests {
     use std::fs::File;
     use std::os::fd::AsFd;
     use std::os::unix::fs::FileExt;
+    use std::sync::atomic::AtomicBool;
 
     use replicator_common::chunk::AVERAGE_MIN;
     use replicator_common::sys::stat;
     use replicator_common::wire::Hash;
 
+    use super::super::met;
     use super::super::sink::SinkError;
     use super::*;
 
@@ -182,7 +207,8 @@ mod tests {
             })
             .collect();
         bytes[FIRST..HOLE_TO].fill(0);
-        let file = tempfile::tempfile().unwrap();
+        // Not where temporary files are by default: that may be tmpfs.
+        let file = tempfile::tempfile_in("/var/tmp").unwrap();
         file.write_all_at(&bytes[..FIRST], 0).unwrap();
         file.write_all_at(&bytes[HOLE_TO..], HOLE_TO as u64).unwrap();
         (file, bytes)
@@ -194,27 +220,25 @@ mod tests {
     fn two_threads_find_what_one_finds() {
         let (file, bytes) = sparse();
         let stat = stat::of_fd(file.as_fd()).unwrap();
-        let found = |expected: Option<&Expected<'_>>| {
-            let (mut chunks, mut at) = (Vec::new(), 0);
-            each_chunk((file.as_fd(), &stat), AVERAGE_MIN, expected, true, |chunk, data| {
-                let is = &bytes[at..at + chunk.length as usize];
-                match data {
-                    None => assert!(is.iter().all(|byte| *byte == 0), "no hole at {at}"),
-                    Some((window, range)) => {
-                        assert_eq!(&window[range], is, "at {at}");
-                        assert_eq!(chunk.hash, Hash::of(is), "at {at}");
-                    }
+        let (mut chunks, mut at) = (Vec::new(), 0);
+        each_chunk((file.as_fd(), &stat), AVERAGE_MIN, true, |chunk, data| {
+            let is = &bytes[at..at + chunk.length as usize];
+            match data {
+                None => assert!(is.iter().all(|byte| *byte == 0), "no hole at {at}"),
+                Some((window, range)) => {
+                    assert_eq!(&window[range], is, "at {at}");
+                    assert_eq!(chunk.hash, Hash::of(is), "at {at}");
                 }
-                at += is.len();
-                chunks.push(chunk);
-                Ok(())
-            })
-            .unwrap();
-            assert_eq!(at, END);
-            chunks
-        };
-        // One thread alone works with what is expected.
-        assert_eq!(found(None), found(Some(&Expected::new(&[]))));
+            }
+            at += is.len();
+            chunks.push(chunk);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(at, END);
+        // One thread alone cuts what nothing is known of.
+        let go = AtomicBool::new(false);
+        assert_eq!(met::chunks((file.as_fd(), &stat), AVERAGE_MIN, &[], &go).unwrap(), chunks);
     }
 
     /// What the other thread could not read is told.
@@ -224,7 +248,7 @@ mod tests {
         file.as_file().write_all_at(&[1; FIRST], 0).unwrap();
         let closed = File::options().write(true).open(file.path()).unwrap();
         let stat = stat::of_fd(closed.as_fd()).unwrap();
-        let ended = each_chunk((closed.as_fd(), &stat), AVERAGE_MIN, None, true, |_, _| Ok(()));
+        let ended = each_chunk((closed.as_fd(), &stat), AVERAGE_MIN, true, |_, _| Ok(()));
         assert!(matches!(ended, Err(LaneError::Read(Errno::BADF))), "{ended:?}");
     }
 
@@ -234,7 +258,7 @@ mod tests {
         let (file, _) = sparse();
         let stat = stat::of_fd(file.as_fd()).unwrap();
         let mut met = 0;
-        let ended = each_chunk((file.as_fd(), &stat), AVERAGE_MIN, None, true, |_, _| {
+        let ended = each_chunk((file.as_fd(), &stat), AVERAGE_MIN, true, |_, _| {
             met += 1;
             if met < 3 { Ok(()) } else { Err(SinkError::Closed.into()) }
         });
