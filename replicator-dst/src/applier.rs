@@ -8,8 +8,14 @@
 //! 4. the commit record is durable: from here on the batch will be applied
 //!    whatever happens, and `Durable` may be said;
 //! 5. the steps are run; `Applied` may be said.
+//!
+//! Here are the loop and a batch's way; how it is made durable is in `commit`, how steps are
+//! run, and done again after a crash, in `steps`, how a session begins in `begin`.
 
+mod begin;
+mod commit;
 mod marks;
+mod steps;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,25 +25,21 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use replicator_common::id::{BatchId, ObjectId};
 use replicator_common::pulse::{self, Heart};
 use replicator_common::status::{FailoverReport, TimedError};
-use replicator_common::sys::place;
 use replicator_common::time::Timestamp;
 use replicator_common::wire::SourceHello;
-use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::apply::execute::{self, Finding};
+use crate::apply::execute::Finding;
 use crate::apply::{Place, Step};
-use crate::area::AreaError;
 use crate::attributes;
 use crate::failover::{self, FailoverError};
-use crate::history::{advance, mismatch};
 use crate::mark::Reached;
 use crate::meters::ErrorKind;
-use crate::replica::{Point, Replica, ReplicaError, disclaim, renounce, wipe_staging};
-use crate::seal::{SealError, needed_by, staged_bytes};
+use crate::replica::{Point, Replica};
+use crate::seal::{SealError, staged_bytes};
 use crate::session::{StagedTransfer, WholeBatch};
 use crate::stage::Stager;
-use crate::store::{Commit, SetAsideItem, Standing, StoreError};
+use crate::store::{SetAsideItem, Standing, StoreError};
 use crate::tree::Tree;
 
 /// After this long without a batch, applied steps are synced and their record goes.
@@ -210,93 +212,6 @@ impl Applier {
         })
     }
 
-    // ------------------------------------------------------------ redo
-
-    /// Brings the replica to the state of the last logged batch. Tries until it
-    /// works, since nothing else may happen before.
-    fn redo(&mut self) -> Result<(), Ended> {
-        loop {
-            match self.redo_once() {
-                Ok(()) => {
-                    self.replica.shared().stalled = None;
-                    return Ok(());
-                }
-                Err(error) => self.wait_after(&error)?,
-            }
-        }
-    }
-
-    fn redo_once(&mut self) -> Result<(), SealError> {
-        let mut steps = Vec::new();
-        let mut last = BatchId(0);
-        self.replica.store.each_logged(|batch, part| {
-            last = batch;
-            steps.extend(part);
-        })?;
-        if !steps.is_empty() {
-            self.owing = true;
-            tracing::info!(steps = steps.len(), "redoing the last batch");
-            self.tree.redoing(true);
-            let result = self.run_steps(last, &steps);
-            self.tree.redoing(false);
-            result?;
-            self.uncovered = true;
-        }
-        self.owing = false;
-        self.doubt = false;
-        self.applied()?;
-        Ok(())
-    }
-
-    /// Runs the steps of `batch`, whose commit is durable. On a full disk, with
-    /// the space that was kept for them.
-    fn run_steps(&mut self, batch: BatchId, steps: &[Step]) -> Result<(), SealError> {
-        match self.try_steps(batch, steps) {
-            Err(SealError::Area(error)) if error.is_no_room() && self.replica.slack.spend() => {
-                tracing::warn!(%error, "the space that is kept for steps is used");
-                self.try_steps(batch, steps)
-            }
-            result => result,
-        }
-    }
-
-    fn try_steps(&mut self, batch: BatchId, steps: &[Step]) -> Result<(), SealError> {
-        if steps.is_empty() {
-            return Ok(());
-        }
-        // Before the first step: what a later look finds changed is marked.
-        self.mark(Reached::begun(batch))?;
-        self.ran = Instant::now();
-        let mut findings = Vec::new();
-        self.tree.learn(steps);
-        let result = execute::run(&mut self.tree, steps, &mut findings);
-        // Closed here, so that what was removed is freed.
-        self.tree.learn(&[]);
-        self.note_findings(&findings)?;
-        Ok(result?)
-    }
-
-    fn note_findings(&mut self, findings: &[Finding]) -> Result<(), SealError> {
-        let mut items = Vec::new();
-        for finding in findings {
-            items.extend(set_aside_item(finding));
-            if matches!(finding, Finding::Lost { .. }) {
-                // INVARIANT (the watermark tells the truth): before anybody is told
-                // of the batch. Nothing is known of the replica until it is reconciled.
-                disclaim(&mut self.standing);
-                self.distrust = true;
-            }
-            let error = finding.to_string();
-            tracing::error!(error, "the replica was changed by somebody else");
-            self.replica.meters.error(ErrorKind::Foreign);
-            self.note(error);
-        }
-        if !items.is_empty() {
-            self.replica.store.note_set_aside(&items)?;
-        }
-        Ok(())
-    }
-
     fn note(&mut self, error: String) {
         self.standing.last_error = Some(TimedError { time: Timestamp::now(), error });
     }
@@ -335,50 +250,6 @@ impl Applier {
         Ok(())
     }
 
-    // --------------------------------------------------------- sessions
-
-    fn begin_session(&mut self, hello: &SourceHello) -> Result<Standing, ReplicaError> {
-        let replica = self.replica.clone();
-        self.cover().map_err(|error| match error {
-            SealError::Store(error) => ReplicaError::Store(error),
-            SealError::Area(error) => ReplicaError::Area(error),
-            SealError::Sync(errno) => AreaError::system("sync", ".")(errno).into(),
-            SealError::Breach(what) => AreaError::system("apply", what)(Errno::IO).into(),
-            SealError::Unplaceable(_) | SealError::Killed | SealError::Skipped => {
-                AreaError::system("apply", "")(Errno::CANCELED).into()
-            }
-        })?;
-        let lost = "an object was missing in the replica";
-        let distrust = self.distrust.then_some(lost).or(mismatch(&self.standing, hello));
-        // Of another history, or perhaps not on disk: of no use to this session.
-        let known = self.standing.source_incarnation == Some(hello.incarnation);
-        let useless = self.spoilt || distrust.is_some() || !known;
-        if let Some(reason) = distrust {
-            tracing::warn!(reason, "source and destination do not fit together: reconciling");
-            renounce(&replica.area, &replica.store, &mut self.standing, reason)?;
-            self.distrust = false;
-            self.marked = None;
-        }
-        // What is of the session before was kept until now for a failover in
-        // between. After renouncing, which takes out what must not be lost.
-        if useless {
-            wipe_staging(&replica.area)?;
-            replica.kept.clear();
-        } else {
-            replica.kept.collect()?;
-        }
-        replica.nests.clear();
-        self.spoilt = false;
-        replica.shared().staged_bytes = 0;
-        replica.shared().arriving.clear();
-        if self.standing.source_incarnation != Some(hello.incarnation) {
-            self.standing.source_incarnation = Some(hello.incarnation);
-            replica.store.set_standing(&self.standing)?;
-        }
-        self.publish();
-        Ok(self.standing.clone())
-    }
-
     /// What others may know.
     fn publish(&mut self) {
         let part = std::mem::take(&mut self.tree.shortfalls);
@@ -395,58 +266,6 @@ impl Applier {
         shared.standing = self.standing.clone();
         shared.durable = self.standing.committed;
         self.replica.applied.store(self.standing.applied.0, Ordering::Release);
-    }
-
-    /// After the disk failed under the store: opens it again, and believes what
-    /// is in it, as after a crash.
-    fn revive_store(&mut self) -> Result<(), SealError> {
-        if !self.replica.store.has_failed() && !self.astray {
-            return Ok(());
-        }
-        self.astray = true;
-        self.replica.store.reopen()?;
-        self.standing = self.replica.store.standing()?;
-        self.redo_once()?;
-        self.astray = false;
-        self.replica.shared().stalled = None;
-        tracing::info!(committed = %self.standing.committed, "the store can be used again");
-        Ok(())
-    }
-
-    /// Lets a later sync cover what was applied, and forgets the record.
-    fn cover(&mut self) -> Result<(), SealError> {
-        self.revive_store()?;
-        if self.doubt || self.owing {
-            self.redo_once()?;
-        }
-        if !self.uncovered {
-            return Ok(());
-        }
-        self.sync()?;
-        self.replica.store.forget(self.standing.applied, self.marked)?;
-        self.covered();
-        self.mark_through()
-    }
-
-    fn covered(&mut self) {
-        Stager::discard(&self.replica.area, &std::mem::take(&mut self.needed));
-        self.uncovered = false;
-    }
-
-    fn sync(&mut self) -> Result<(), SealError> {
-        let start = Instant::now();
-        let result = place::sync_file_system(self.replica.protection.root());
-        tracing::debug!(took = ?start.elapsed(), "synced");
-        self.replica.meters.sync.record(start.elapsed());
-        let failed = self.replica.sync_failed.swap(false, Ordering::AcqRel);
-        let failed = failed || self.replica.dies_at(Point::Sync);
-        let result = if failed { Err(Errno::IO) } else { result };
-        result.map_err(|error| {
-            self.replica.meters.error(ErrorKind::Sync);
-            self.doubt = true;
-            self.spoilt = true;
-            SealError::Sync(error)
-        })
     }
 
     // ---------------------------------------------------------- batches
@@ -579,72 +398,6 @@ impl Applier {
         self.pause = RETRY.0;
         self.publish();
         Ok(())
-    }
-
-    /// Makes a batch durable; returns the steps to run.
-    fn seal(&mut self, batch: &WholeBatch) -> Result<Vec<Step>, SealError> {
-        let start = Instant::now();
-        if self.astray {
-            return Err(SealError::Sync(Errno::IO));
-        }
-        if self.doubt {
-            // INVARIANT (the watermark tells the truth): also a heartbeat claims
-            // that what was applied is there. The next session redoes it first.
-            return Err(SealError::Sync(Errno::IO));
-        }
-        if self.owing {
-            // A failover was asked for while they could not be run, and did not succeed.
-            self.redo_once()?;
-        }
-        let next = advance(&self.standing, batch.batch, &batch.header).ok_or(SealError::Skipped)?;
-        if batch.ops.is_empty() {
-            // A heartbeat: nothing is staged, so nothing needs a sync. The
-            // watermark is promised to others and must not be lost, hence the
-            // durable write. That there is nothing of it to apply is noted with
-            // it, unless a start would have steps to redo: until then it must
-            // not tell what this claims (`replica::told_before_redo`).
-            let mut next = next;
-            if self.standing.applied == self.standing.committed && !self.uncovered {
-                next.applied = next.committed;
-            }
-            self.replica.store.set_standing(&next)?;
-            self.standing = next;
-            return Ok(Vec::new());
-        }
-        if self.spoilt {
-            return Err(SealError::Sync(Errno::IO));
-        }
-        let staged = self.stage_rest(batch)?;
-        let mut planned = self.plan(batch, &staged)?;
-        let steps = self.steps(batch, &mut planned)?;
-        self.mark_next(next.edition())?;
-        if self.replica.dies_at(Point::Staged) {
-            return Err(SealError::Killed);
-        }
-        self.sync()?;
-        if self.replica.dies_at(Point::Synced) {
-            return Err(SealError::Killed);
-        }
-        let set_aside = self.set_aside_items(&planned);
-        let mut standing = next;
-        let commit = Commit {
-            steps: &steps,
-            rows: &planned.rows,
-            set_aside: &set_aside,
-            // The sync above covered everything applied before it.
-            covered: self.standing.applied,
-            marked: self.marked,
-        };
-        self.replica.store.commit(&mut standing, &commit)?;
-        self.standing = standing;
-        self.covered();
-        self.uncovered = true;
-        self.owing = true;
-        self.needed = steps.iter().flat_map(needed_by).collect();
-        tracing::debug!(batch = %batch.batch, took = ?start.elapsed(), "sealed");
-        self.replica.meters.seal.record(start.elapsed());
-        self.replica.meters.committed.increment(1);
-        Ok(steps)
     }
 }
 
