@@ -230,12 +230,9 @@ impl Store {
         durability: Durability,
         change: impl FnOnce(&redb::WriteTransaction, &Self) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        let mut transaction =
-            self.database()?.begin_write().map_err(|e| self.err(action)(e.into()))?;
-        transaction.set_durability(durability).map_err(|e| self.err(action)(e.into()))?;
-        // Else redb walks the whole file after an unclean end, which failover
-        // would have to wait for.
-        transaction.set_quick_repair(true);
+        let database = self.database()?;
+        let transaction =
+            store::begin(&database, &self.path, durability).map_err(self.err(action))?;
         let value = change(&transaction, self)?;
         transaction.commit().map_err(|e| self.err(action)(e.into()))?;
         Ok(value)

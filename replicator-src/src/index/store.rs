@@ -448,11 +448,7 @@ impl Store {
     }
 
     pub(super) fn begin(&self, durability: Durability) -> Result<WriteTransaction, IndexError> {
-        let mut write = self.db.begin_write().map_err(failed(&self.path))?;
-        write.set_durability(durability).map_err(failed(&self.path))?;
-        // Else redb walks the whole file after an unclean end.
-        write.set_quick_repair(true);
-        Ok(write)
+        store::begin(&self.db, &self.path, durability).map_err(failed(&self.path))
     }
 
     pub(super) fn meta<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>, IndexError> {
