@@ -27,29 +27,29 @@ pub fn at(_call: &'static str, _what: impl std::fmt::Display) -> Result<(), Errn
     Ok(())
 }
 
-/// Opens a store's file, or makes it.
-///
-/// # Errors
-/// What redb says.
+/// The file of the store called `name`, with a fault point at each call that changes it.
 #[cfg(not(feature = "failpoints"))]
-pub fn open_store(
-    builder: &redb::Builder,
-    path: &Path,
-) -> Result<redb::Database, redb::DatabaseError> {
-    builder.create(path)
+pub fn store<B: redb::StorageBackend>(file: B, _name: &Path) -> B {
+    file
+}
+
+/// Up to how many bytes a store is small, which is `usual`; with fault points, what
+/// `small-store` returns.
+#[cfg(not(feature = "failpoints"))]
+#[inline(always)]
+pub fn small_store(usual: u64) -> u64 {
+    usual
 }
 
 #[cfg(feature = "failpoints")]
-pub use enabled::{at, calls, open_store, watch};
+pub use enabled::{at, calls, small_store, store, watch};
 
 #[cfg(feature = "failpoints")]
 mod enabled {
-    use std::fs::{File, OpenOptions};
     use std::io;
     use std::sync::{Mutex, MutexGuard, PoisonError};
 
     use redb::StorageBackend;
-    use redb::backends::FileBackend;
 
     use super::{Errno, Path};
 
@@ -79,6 +79,14 @@ mod enabled {
         Ok(())
     }
 
+    /// See the module's own.
+    pub fn small_store(usual: u64) -> u64 {
+        fail::fail_point!("small-store", |bytes| {
+            bytes.and_then(|bytes| bytes.parse().ok()).unwrap_or(usual)
+        });
+        usual
+    }
+
     fn errno(name: &str) -> Errno {
         match name {
             "ENOSPC" => Errno::NOSPC,
@@ -91,25 +99,18 @@ mod enabled {
     }
 
     /// See the module's own.
-    pub fn open_store(
-        builder: &redb::Builder,
-        path: &Path,
-    ) -> Result<redb::Database, redb::DatabaseError> {
-        let mut options = OpenOptions::new();
-        let file: File = options.read(true).write(true).create(true).truncate(false).open(path)?;
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let backend = Points { file: FileBackend::new(file)?, name };
-        builder.create_with_backend(backend)
+    pub fn store<B: StorageBackend>(file: B, name: &Path) -> impl StorageBackend + use<B> {
+        let name = name.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Points { file, name }
     }
 
-    /// A store's file with a fault point at each call that changes it.
     #[derive(Debug)]
-    struct Points {
-        file: FileBackend,
+    struct Points<B> {
+        file: B,
         name: String,
     }
 
-    impl StorageBackend for Points {
+    impl<B: StorageBackend> StorageBackend for Points<B> {
         fn len(&self) -> io::Result<u64> {
             self.file.len()
         }

@@ -1,14 +1,16 @@
 //! The file of an embedded store (redb), made as a whole or not at all.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::Path;
 
-use redb::{Builder, Database, DatabaseError, Durability, WriteTransaction};
+use redb::backends::FileBackend;
+use redb::{Builder, Database, DatabaseError, Durability, StorageBackend, WriteTransaction};
 use rustix::fs::Advice;
 
 use crate::crashsafe;
 use crate::fault;
+use crate::sys::place;
 
 /// Bytes of a store that is read as a whole when it is opened after an unclean end: that
 /// takes redb some 0.1 s (0.7 for 300 MiB, see ARCHITECTURE.md), and a slow disk 0.3.
@@ -27,13 +29,61 @@ pub fn open(builder: &Builder, path: &Path) -> Result<Database, DatabaseError> {
     if !path.try_exists()? {
         make(builder, path)?;
     }
-    if is_small(path)
-        && let Ok(file) = File::open(path)
-    {
-        // In one go, and not page by page where redb looks: a hint.
-        let _ = rustix::fs::fadvise(&file, 0, None, Advice::WillNeed);
+    if let Ok(file) = File::open(path) {
+        // INVARIANT: what is read is what the disk holds. What a process before could not
+        // write is still in the kernel's cache, as if it had been.
+        place::forget_cached(&file);
+        if is_small(path) {
+            // In one go, and not page by page where redb looks: a hint.
+            let _ = rustix::fs::fadvise(&file, 0, None, Advice::WillNeed);
+        }
     }
-    fault::open_store(builder, path)
+    open_file(builder, path)
+}
+
+fn open_file(builder: &Builder, path: &Path) -> Result<Database, DatabaseError> {
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create(true).truncate(false).open(path)?;
+    let file = fault::store(FileBackend::new(file)?, path);
+    builder.create_with_backend(Lasting { file })
+}
+
+/// A store's file, which is as long as its header says also after a loss of power.
+///
+/// redb makes it longer and notes that in the header with the next commit, whose sync can
+/// put the header on the disk before the file's length is there. It refuses a file that is
+/// shorter than its header says, for good.
+#[derive(Debug)]
+struct Lasting<B> {
+    file: B,
+}
+
+impl<B: StorageBackend> StorageBackend for Lasting<B> {
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.file.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let grows = len > self.file.len()?;
+        self.file.set_len(len)?;
+        if grows { self.file.sync_data() } else { Ok(()) }
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.file.write(offset, data)
+    }
+
+    fn close(&self) -> io::Result<()> {
+        self.file.close()
+    }
 }
 
 /// Begins to change a store, whose file is `path`.
@@ -56,28 +106,78 @@ pub fn begin(
 }
 
 fn is_small(path: &Path) -> bool {
-    fs::metadata(path).is_ok_and(|data| data.len() <= SMALL)
+    fs::metadata(path).is_ok_and(|data| data.len() <= fault::small_store(SMALL))
 }
 
 fn make(builder: &Builder, path: &Path) -> Result<(), DatabaseError> {
     let new = path.with_extension("new");
     // Of a process that died while it made it.
     crashsafe::remove(&new).map_err(io::Error::other)?;
-    drop(fault::open_store(builder, &new)?);
+    drop(open_file(builder, &new)?);
     crashsafe::install(&new, path).map_err(io::Error::other)?;
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::{Arc, Mutex};
 
     use redb::{ReadableDatabase, TableDefinition};
 
     use super::*;
 
     const ROWS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("rows");
+
+    /// Remembers what was done to it since the last sync.
+    #[derive(Debug, Default)]
+    struct Watched {
+        file: redb::backends::InMemoryBackend,
+        unsynced: Arc<Mutex<Vec<&'static str>>>,
+        grown: Arc<AtomicBool>,
+    }
+
+    impl StorageBackend for Watched {
+        fn len(&self) -> io::Result<u64> {
+            self.file.len()
+        }
+
+        fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+            self.file.read(offset, out)
+        }
+
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            if len > self.file.len()? {
+                self.unsynced.lock().unwrap().push("grew");
+                self.grown.store(true, Ordering::Relaxed);
+            }
+            self.file.set_len(len)
+        }
+
+        fn sync_data(&self) -> io::Result<()> {
+            self.unsynced.lock().unwrap().clear();
+            self.file.sync_data()
+        }
+
+        fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+            assert!(self.unsynced.lock().unwrap().is_empty(), "written before it was as long");
+            self.file.write(offset, data)
+        }
+    }
+
+    #[test]
+    fn a_file_is_as_long_on_disk_before_its_header_says_so() {
+        let (file, grown) = (Watched::default(), Arc::new(AtomicBool::new(false)));
+        let file = Watched { grown: grown.clone(), ..file };
+        let database = Database::builder().create_with_backend(Lasting { file }).unwrap();
+        grown.store(false, Ordering::Relaxed);
+        for row in 0..40 {
+            let write = database.begin_write().unwrap();
+            write.open_table(ROWS).unwrap().insert(row, &*vec![1; 1 << 20]).unwrap();
+            write.commit().unwrap();
+        }
+        assert!(grown.load(Ordering::Relaxed), "it never grew");
+    }
 
     /// After an unclean end all that was committed is there; a small store is read as a whole
     /// for that, a large one is not.

@@ -12,6 +12,8 @@ use crate::wire::Hash;
 pub struct Expected<'a> {
     list: &'a [Chunk],
     starts: Vec<u64>,
+    /// Which of them somebody has seen where they were; none when empty.
+    seen: Vec<bool>,
     /// Made when something was found to be another.
     places: OnceLock<HashMap<(Hash, u32), usize>>,
 }
@@ -24,7 +26,19 @@ impl<'a> Expected<'a> {
             *at += u64::from(chunk.length);
             Some(start)
         });
-        Self { list, starts: starts.collect(), places: OnceLock::new() }
+        Self { list, starts: starts.collect(), seen: Vec::new(), places: OnceLock::new() }
+    }
+
+    /// Of these, one a chunk, somebody has seen which are where they were: they are not
+    /// hashed once more.
+    pub fn seen(self, seen: Vec<bool>) -> Self {
+        Self { seen, ..self }
+    }
+
+    /// The chunk that begins at `at`, as somebody has [seen](Self::seen).
+    pub fn seen_at(&self, at: u64) -> Option<Chunk> {
+        let number = self.number_at(at)?;
+        self.seen.get(number)?.then(|| self.list[number])
     }
 
     /// How many chunks those are.
@@ -67,8 +81,12 @@ impl<'a> Expected<'a> {
         bytes: &[u8],
         min: u32,
     ) -> Option<Chunk> {
-        let next = last.map(|last| last + 1);
         let same = self.number_at(at);
+        if let Some(seen) = self.seen_at(at).filter(|seen| seen.length as usize <= bytes.len()) {
+            *last = same;
+            return Some(seen);
+        }
+        let next = last.map(|last| last + 1);
         let each = [next, same.filter(|same| Some(*same) != next)];
         for number in each.into_iter().flatten() {
             let Some(chunk) = self.list.get(number) else { continue };

@@ -149,7 +149,7 @@ impl Store {
 
     /// Gives the order of keys, too.
     fn make_tables(&self) -> Result<KeyOrder, IndexError> {
-        let write = self.db.begin_write().map_err(failed(&self.path))?;
+        let write = self.begin(Durability::Immediate)?;
         let order = {
             let mut meta = write.open_table(META).map_err(failed(&self.path))?;
             let found = meta

@@ -13,7 +13,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::thread;
 
 use replicator_common::chunk::{Chunk, Chunker, Expected};
-use replicator_common::sys::quiet;
 use replicator_common::sys::stat::Stat;
 use replicator_common::wire::{Extent, Hash};
 use rustix::io::Errno;
@@ -21,15 +20,16 @@ use rustix::io::Errno;
 use super::lane::LaneError;
 use super::runs::HOLE;
 use super::sink::SinkError;
-use super::windows::{Part, each_part, is_zero, reader, unreadable};
+use super::small::read_full;
+use super::windows::{Part, each_chunk, each_part, is_zero, reader, unreadable};
 
 /// Bytes of which one thread looks at the chunks.
 const SHARE: u64 = 4 << 20;
 /// Bytes that are read at once, or those of one chunk.
 const SPAN: u64 = 512 << 10;
-/// After so many shares of which nothing is where it was, nothing more is expected to be:
-/// something was inserted, or all is new.
-const MISSED: u32 = 2;
+/// After so many shares, one after the other, of which nothing is where it was, nothing more
+/// is expected to be: something was inserted, or all is new.
+const MISSED: u32 = 8;
 
 /// The chunks of a file in order, of which `list` was what it consisted of, cut with the same
 /// average. Ends soon after it is to `stop`.
@@ -39,12 +39,19 @@ pub(super) fn chunks(
     list: &[Chunk],
     stop: &AtomicBool,
 ) -> Result<Vec<Chunk>, LaneError> {
+    let mut chunks = Vec::with_capacity(list.len());
+    if list.is_empty() {
+        each_chunk((fd, stat), average, false, |chunk, _| {
+            chunks.push(chunk);
+            going_on(stop)
+        })?;
+        return Ok(chunks);
+    }
     let expected = Expected::new(list);
     let look = Look::new(fd, average, &expected, stop);
     look.share()?;
-    let there = look.there.into_iter().map(AtomicBool::into_inner).collect();
-    let known = Known { there, expected: &expected, average, stop };
-    let mut chunks = Vec::with_capacity(list.len());
+    let seen = look.there.into_iter().map(AtomicBool::into_inner).collect();
+    let known = Known { expected: expected.seen(seen), average, stop };
     each_part((fd, stat), |part| match part {
         Part::Hole(length) => {
             chunks.push(Chunk { length, hash: HOLE });
@@ -57,8 +64,7 @@ pub(super) fn chunks(
 
 /// What was there, and what of it still is.
 struct Known<'a> {
-    expected: &'a Expected<'a>,
-    there: Vec<bool>,
+    expected: Expected<'a>,
     average: u32,
     stop: &'a AtomicBool,
 }
@@ -87,8 +93,9 @@ impl Known<'_> {
         Ok(at - part.offset)
     }
 
-    /// The chunks up to where one begins that is still there, or the part ends; gives the
-    /// bytes that they are.
+    /// The chunks of some windows, of which one was read for the first that is not where it was,
+    /// up to a window's end at which one begins that is, or the part's. Gives the bytes that they
+    /// are.
     fn cut(
         &self,
         fd: BorrowedFd<'_>,
@@ -96,8 +103,8 @@ impl Known<'_> {
         chunks: &mut Vec<Chunk>,
     ) -> Result<u64, LaneError> {
         let (mut at, end) = (part.offset, part.offset + part.length);
-        let chunker = Chunker::new(reader(fd, part, false), self.average);
-        for window in chunker.expecting(self.expected, at) {
+        let chunker = Chunker::new(reader(fd, part, None), self.average);
+        for window in chunker.expecting(&self.expected, at) {
             going_on(self.stop)?;
             let window = window.map_err(unreadable)?;
             let mut from = 0;
@@ -109,9 +116,9 @@ impl Known<'_> {
                 }
                 chunks.push(chunk);
                 at += u64::from(chunk.length);
-                if self.at(at, end).is_some() {
-                    return Ok(at - part.offset);
-                }
+            }
+            if self.at(at, end).is_some() {
+                break;
             }
         }
         Ok(at - part.offset)
@@ -119,9 +126,7 @@ impl Known<'_> {
 
     /// The chunk that begins at `at` as it did, and ends before `end`.
     fn at(&self, at: u64, end: u64) -> Option<Chunk> {
-        let number = self.expected.number_at(at)?;
-        let (_, chunk) = self.expected.get(number)?;
-        (self.there[number] && at + u64::from(chunk.length) <= end).then_some(chunk)
+        self.expected.seen_at(at).filter(|chunk| at + u64::from(chunk.length) <= end)
     }
 }
 
@@ -139,6 +144,8 @@ struct Look<'a> {
     /// The first chunk that no thread has taken on.
     next: AtomicUsize,
     missed: AtomicU32,
+    /// A thread could not read.
+    failed: AtomicBool,
     there: Vec<AtomicBool>,
 }
 
@@ -150,8 +157,9 @@ impl<'a> Look<'a> {
         stop: &'a AtomicBool,
     ) -> Self {
         let there = (0..expected.len()).map(|_| AtomicBool::new(false)).collect();
-        let (next, missed) = (AtomicUsize::new(0), AtomicU32::new(0));
-        Self { fd, average, expected, stop, next, missed, there }
+        let (next, missed, failed) =
+            (AtomicUsize::new(0), AtomicU32::new(0), AtomicBool::new(false));
+        Self { fd, average, expected, stop, next, missed, failed, there }
     }
 
     /// Looks at all, with the help of another thread where there is enough for two.
@@ -176,14 +184,16 @@ impl<'a> Look<'a> {
         let looked = self.shares();
         if looked.is_err() {
             // The other need not go on.
-            self.missed.store(MISSED, Ordering::Relaxed);
+            self.failed.store(true, Ordering::Relaxed);
         }
         looked
     }
 
     fn shares(&self) -> Result<(), LaneError> {
         let mut buffer = Vec::new();
-        while self.missed.load(Ordering::Relaxed) < MISSED {
+        let goes_on =
+            || self.missed.load(Ordering::Relaxed) < MISSED && !self.failed.load(Ordering::Relaxed);
+        while goes_on() {
             let share = self.take();
             if share.is_empty() {
                 break;
@@ -195,8 +205,10 @@ impl<'a> Look<'a> {
                 let found = self.look(span, &mut buffer)?;
                 (looked, met) = (looked + found.0, met + found.1);
             }
-            if looked > 0 && met == 0 {
-                self.missed.fetch_add(1, Ordering::Relaxed);
+            match (looked, met) {
+                (0, _) => {}
+                (_, 0) => _ = self.missed.fetch_add(1, Ordering::Relaxed),
+                _ => self.missed.store(0, Ordering::Relaxed),
             }
         }
         Ok(())
@@ -232,7 +244,8 @@ impl<'a> Look<'a> {
             return Ok((0, 0));
         };
         buffer.resize((last + u64::from(chunk.length) - from) as usize, 0);
-        let read = quiet::read_at(self.fd, buffer, from)?;
+        // Not quietly: what differs is read again.
+        let read = read_full(self.fd, buffer, from)?;
         let (mut looked, mut met) = (0, 0);
         for (number, (at, chunk)) in chunks() {
             let at = (at - from) as usize;
@@ -256,7 +269,6 @@ mod tests {
     use replicator_common::chunk::AVERAGE_MIN;
     use replicator_common::sys::{place, stat};
 
-    use super::super::windows::each_chunk;
     use super::*;
 
     static STOP: AtomicBool = AtomicBool::new(true);
@@ -369,26 +381,57 @@ mod tests {
         });
     }
 
-    /// Nothing is searched for, nor read a second time, but around what differs: of what the
-    /// look does not find all is.
+    /// What is where it was is found by the look, which gives up where nothing is.
     #[test]
     fn what_is_there_is_found_by_the_look() {
         let mut rng = StdRng::seed_from_u64(1);
         let file = tempfile::tempfile_in("/var/tmp").unwrap();
-        file.write_all_at(&noise(&mut rng, 5 * SHARE as usize), 0).unwrap();
+        let bytes = noise(&mut rng, 2 * MISSED as usize * SHARE as usize);
+        file.write_all_at(&bytes, 0).unwrap();
         let list = cut(&file);
         let found = || {
             let expected = Expected::new(&list);
             let look = Look::new(file.as_fd(), AVERAGE_MIN, &expected, &GO);
             look.share().unwrap();
-            look.there.into_iter().filter(|there| there.load(Ordering::Relaxed)).count()
+            let shares = look.next.load(Ordering::Relaxed) / look.each();
+            let there = look.there.into_iter().filter(|there| there.load(Ordering::Relaxed));
+            (there.count(), shares)
         };
-        assert_eq!(found(), list.len() - 1, "all but the last, which may have been cut short");
+        assert_eq!(found().0, list.len() - 1, "all but the last, which may have been cut short");
         file.write_all_at(b"else", 7 << 20).unwrap();
-        assert_eq!(found(), list.len() - 2);
-        // Where nothing is as it was, it is given up soon.
-        file.write_all_at(&noise(&mut rng, 4 * SHARE as usize), 0).unwrap();
-        assert_eq!(found(), 0);
+        assert_eq!(found().0, list.len() - 2);
+        file.write_all_at(b"inserted", 0).unwrap();
+        file.write_all_at(&bytes, 8).unwrap();
+        let (there, shares) = found();
+        assert!(there == 0 && shares <= MISSED as usize + 2, "{there} of {shares}");
+    }
+
+    /// Around each page that changed some chunks are hashed, and no more.
+    #[test]
+    fn what_was_seen_is_not_hashed_again() {
+        let mut rng = StdRng::seed_from_u64(3);
+        let file = tempfile::tempfile_in("/var/tmp").unwrap();
+        file.write_all_at(&noise(&mut rng, 3 * SHARE as usize), 0).unwrap();
+        let (list, stat) = (cut(&file), stat::of_fd(file.as_fd()).unwrap());
+        // Somebody claims to have seen what is not there any more: it is believed.
+        file.write_all_at(b"else", 1 << 20).unwrap();
+        file.write_all_at(b"else", 2 << 20).unwrap();
+        let at = |at: u64| {
+            let mut end = 0;
+            list.iter().position(|chunk| (end += u64::from(chunk.length), end > at).1).unwrap()
+        };
+        let (first, second) = (at(1 << 20), at(2 << 20));
+        let seen = (0..list.len()).map(|number| number != second && number + 1 < list.len());
+        let known = Known {
+            expected: Expected::new(&list).seen(seen.collect()),
+            average: AVERAGE_MIN,
+            stop: &GO,
+        };
+        let mut chunks = Vec::new();
+        let all = Extent { offset: 0, length: stat.size };
+        assert_eq!(known.chunks(file.as_fd(), all, &mut chunks).unwrap(), stat.size);
+        assert!(first < second && chunks[..second] == list[..second]);
+        assert!(chunks[second] != list[second] && chunks != cut(&file));
     }
 
     #[test]

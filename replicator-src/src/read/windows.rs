@@ -11,12 +11,14 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::mpsc::sync_channel;
 use std::thread;
+use std::time::Duration;
 
 use bytes::Bytes;
 use replicator_common::chunk::{Chunk, Chunker, Window};
 use replicator_common::sys::direct::Once;
 use replicator_common::sys::quiet;
 use replicator_common::sys::stat::Stat;
+use replicator_common::time::Timestamp;
 use replicator_common::wire::Extent;
 use rustix::io::Errno;
 
@@ -28,6 +30,11 @@ use super::runs::HOLE;
 const SHARED: u64 = 4 << 20;
 /// From so many bytes on, a part of a file is worth being opened once more.
 const DIRECT_MIN: u64 = 512 << 10;
+/// How long nobody has written to a file that is read past the page cache.
+const REST: Duration = Duration::from_secs(10);
+/// Bytes that a file may have: holes take an entry of the chunk list for each GiB (36 MB for
+/// all of this), and whoever may make files could name any size.
+const SIZE_MAX: u64 = 1 << 50;
 /// Windows that are cut and wait to be hashed.
 const AHEAD: usize = 2;
 
@@ -40,10 +47,16 @@ pub(super) enum Part {
 }
 
 /// Calls `each` with the parts of a file in order; it gives the bytes that it found of one.
+///
+/// # Errors
+/// Those of `each`, and `EFBIG` of a file of more than 1 PiB.
 pub(super) fn each_part(
     (fd, stat): (BorrowedFd<'_>, &Stat),
     mut each: impl FnMut(Part) -> Result<u64, LaneError>,
 ) -> Result<(), LaneError> {
+    if stat.size > SIZE_MAX {
+        return Err(Errno::FBIG.into());
+    }
     let mut at = 0;
     let mut extents = extents::of(fd, stat)?;
     extents.push(Extent { offset: stat.size, length: 0 });
@@ -75,6 +88,8 @@ pub(super) fn each_chunk(
             }
             Part::Data(extent) => extent,
         };
+        let direct = extent.length >= DIRECT_MIN && is_at_rest(stat);
+        let once = once.then(|| Once::new(fd, direct));
         let chunker = Chunker::new(reader(fd, extent, once), average);
         let mut found = 0;
         let each = |window: Window| {
@@ -158,20 +173,23 @@ pub(super) fn unreadable(error: io::Error) -> LaneError {
     LaneError::Read(Errno::from_io_error(&error).unwrap_or(Errno::IO))
 }
 
+/// Whether nobody has written to a file for a while.
+fn is_at_rest(stat: &Stat) -> bool {
+    Timestamp::now().0.saturating_sub(stat.mtime.0) > REST.as_nanos() as i64
+}
+
 /// Reads a part of a file as [`Chunker`] wants it, and no byte behind the part: there
-/// another begins, or a hole. Where that is to be `quietly`, none of it will be read again, and
-/// it leaves no trace in the page cache.
-pub(super) fn reader(
-    fd: BorrowedFd<'_>,
+/// another begins, or a hole. Where it is read `once`, it leaves no trace in the page cache.
+pub(super) fn reader<'a>(
+    fd: BorrowedFd<'a>,
     part: Extent,
-    quietly: bool,
-) -> impl FnMut(&mut Vec<u8>) -> io::Result<usize> + Send + '_ {
+    mut once: Option<Once<'a>>,
+) -> impl FnMut(&mut Vec<u8>) -> io::Result<usize> + Send + use<'a> {
     let (mut at, end) = (part.offset, part.offset + part.length);
-    let mut once = (quietly && part.length >= DIRECT_MIN).then(|| Once::new(fd));
     move |bytes| {
         let read = match &mut once {
             Some(once) => once.read_more(bytes, (at, end - at))?,
-            None => quiet::read_more(fd, bytes, (at, end - at), quietly)?,
+            None => quiet::read_more(fd, bytes, (at, end - at), false)?,
         };
         at += read as u64;
         Ok(read)
@@ -184,9 +202,10 @@ mod tests {
     use std::os::fd::AsFd;
     use std::os::unix::fs::FileExt;
     use std::sync::atomic::AtomicBool;
+    use std::time::SystemTime;
 
     use replicator_common::chunk::AVERAGE_MIN;
-    use replicator_common::sys::stat;
+    use replicator_common::sys::{place, stat};
     use replicator_common::wire::Hash;
 
     use super::super::met;
@@ -211,6 +230,10 @@ mod tests {
         let file = tempfile::tempfile_in("/var/tmp").unwrap();
         file.write_all_at(&bytes[..FIRST], 0).unwrap();
         file.write_all_at(&bytes[HOLE_TO..], HOLE_TO as u64).unwrap();
+        // At rest, and in no cache: it is read past the page cache.
+        file.sync_all().unwrap();
+        file.set_modified(SystemTime::now() - 2 * REST).unwrap();
+        place::forget_cached(&file);
         (file, bytes)
     }
 
@@ -239,6 +262,28 @@ mod tests {
         // One thread alone cuts what nothing is known of.
         let go = AtomicBool::new(false);
         assert_eq!(met::chunks((file.as_fd(), &stat), AVERAGE_MIN, &[], &go).unwrap(), chunks);
+    }
+
+    /// Of a file of any size that somebody could name there is no list that fills the memory.
+    #[test]
+    fn a_file_too_large_is_refused() {
+        let file = tempfile::tempfile().unwrap();
+        let stat = stat::of_fd(file.as_fd()).unwrap();
+        let holes = |size: u64| {
+            let mut holes = 0;
+            let stat = Stat { size, ..stat.clone() };
+            each_part((file.as_fd(), &stat), |part| match part {
+                Part::Hole(length) => {
+                    holes += 1;
+                    Ok(u64::from(length))
+                }
+                Part::Data(_) => unreachable!("it is empty"),
+            })
+            .map(|()| holes)
+        };
+        assert_eq!(holes(SIZE_MAX).unwrap(), 1 << 20);
+        let refused = holes(SIZE_MAX + 1);
+        assert!(matches!(refused, Err(LaneError::Read(Errno::FBIG))), "{refused:?}");
     }
 
     /// What the other thread could not read is told.
