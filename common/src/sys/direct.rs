@@ -7,8 +7,8 @@ use rustix::io::Errno;
 
 use super::{place, quiet};
 
-/// What offsets, lengths and addresses are multiples of: enough for any block size of
-/// [`FILE_SYSTEMS`] up to that of a page.
+/// What offsets, lengths and addresses are multiples of: enough for any block size of ext4 and
+/// xfs up to that of a page.
 pub const ALIGNED: usize = 4096;
 /// `EXT4_SUPER_MAGIC`, which ext2 and ext3 have too, and `XFS_SUPER_MAGIC`.
 const FILE_SYSTEMS: [u64; 2] = [0xef53, 0x5846_5342];
