@@ -13,7 +13,7 @@ use std::io;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::sys::direct::ALIGNED;
+use crate::sys::direct::{ALIGNED, room_behind};
 use crate::wire::Hash;
 use cut::Cutter;
 pub use expected::Expected;
@@ -81,18 +81,6 @@ pub struct Chunker<'a, R> {
     ended: bool,
 }
 
-/// Memory in which `first` is followed by room for `more` bytes, which begins at a multiple
-/// of [`ALIGNED`] wherever that can be had; and where in it `first` begins.
-fn room_behind(first: &[u8], more: usize) -> (Vec<u8>, usize) {
-    let mut memory = Vec::<u8>::with_capacity(ALIGNED + first.len() + more);
-    let to = memory.as_ptr().wrapping_add(first.len()).align_offset(ALIGNED);
-    // (The standard library may decline to say.)
-    let from = if to < ALIGNED { to } else { 0 };
-    memory.resize(from, 0);
-    memory.extend_from_slice(first);
-    (memory, from)
-}
-
 /// Some bytes of a stream, and where they are cut.
 pub struct Cuts {
     bytes: Bytes,
@@ -124,7 +112,8 @@ pub struct Window {
 impl<'a, R: FnMut(&mut Vec<u8>) -> io::Result<usize>> Chunker<'a, R> {
     /// `read` appends the next bytes of the stream, as many as fit into the
     /// spare capacity or fewer; 0 says that the stream ended. What it appends first to some
-    /// bytes stands where [`crate::sys::direct::Once`] wants it. `average` is one of those
+    /// bytes stands at a multiple of [`ALIGNED`], so that it may pass the page cache by.
+    /// `average` is one of those
     /// that [`average_for`] gives: minimum three quarters of it, maximum four times it.
     pub fn new(read: R, average: u32) -> Self {
         let average = average.clamp(AVERAGE_MIN, AVERAGE_MAX);

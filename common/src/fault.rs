@@ -104,6 +104,7 @@ mod enabled {
         Points { file, name }
     }
 
+    /// A store's file with a fault point at each call that changes it.
     #[derive(Debug)]
     struct Points<B> {
         file: B,

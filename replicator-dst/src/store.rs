@@ -29,7 +29,6 @@ use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinitio
 use replicator_common::codec::{self, CodecError};
 use replicator_common::id::{BatchId, Edition, KeyOrder, ObjectId};
 use replicator_common::store;
-use replicator_common::sys::place;
 use serde::{Deserialize, Serialize};
 
 use crate::apply::Step;
@@ -201,11 +200,6 @@ impl Store {
         let mut database = self.database.write().unwrap_or_else(PoisonError::into_inner);
         // Closed first: a file that is open is locked.
         *database = None;
-        // What could not be written is still in the kernel's cache, and would be
-        // taken for what is on disk.
-        if let Ok(file) = std::fs::File::open(&self.path) {
-            place::forget_cached(&file);
-        }
         *database = Some(open_database(&self.path)?);
         self.failed.store(false, Ordering::Release);
         Ok(())

@@ -70,7 +70,8 @@ impl<'a> Expected<'a> {
     }
 
     /// The chunk that begins at `at`, where `bytes` begin, if it is the one after
-    /// `last`, or the one that stood there; which becomes the `last`.
+    /// `last`, or the one that stood there; which becomes the `last`. One that was
+    /// [seen](Self::seen) there is believed.
     ///
     /// Not one that was cut short: by the end of the list, unless `bytes` end there
     /// too, or because it is shorter than `min`.

@@ -3,17 +3,14 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::OFlags;
-use rustix::io::Errno;
 
-use super::{place, quiet};
+use super::place;
 
 /// What offsets, lengths and addresses are multiples of: enough for any block size of ext4 and
 /// xfs up to that of a page.
 pub const ALIGNED: usize = 4096;
 /// `EXT4_SUPER_MAGIC`, which ext2 and ext3 have too, and `XFS_SUPER_MAGIC`.
 const FILE_SYSTEMS: [u64; 2] = [0xef53, 0x5846_5342];
-/// Fewer bytes are read through the page cache: a read past it waits for the disk.
-const LEAST: usize = 64 << 10;
 
 /// Opens a regular file once more, past the page cache; `None` where it is read and written
 /// as any other.
@@ -25,88 +22,32 @@ pub fn open(file: BorrowedFd<'_>, flags: OFlags) -> Option<OwnedFd> {
     place::reopen(file, flags | OFlags::DIRECT).ok()
 }
 
-/// Reads a file of which nothing will be needed again: past the page cache, where little of
-/// it is there and nobody writes to it. What the disk gives is not copied then, and no pages
-/// are found for it and freed (bench/NOTES.md).
-pub struct Once<'a> {
-    file: BorrowedFd<'a>,
-    direct: Option<OwnedFd>,
-    /// Reads that passed the cache by.
-    #[cfg(test)]
-    passed: usize,
-}
-
-impl<'a> Once<'a> {
-    /// For a regular file that is open to be read. One to which somebody writes is not to be
-    /// read past the cache: ext4 has who writes wait for each such read.
-    pub fn new(file: BorrowedFd<'a>, is_at_rest: bool) -> Self {
-        // Without a trace in the file's access time, or not at all.
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOATIME;
-        let direct = is_at_rest.then(|| open(file, flags)).flatten();
-        Self {
-            file,
-            direct,
-            #[cfg(test)]
-            passed: 0,
-        }
-    }
-
-    /// Reads as [`quiet::read_more`] does, quietly. Passes the cache by where `offset` and the end of
-    /// what is in `bytes` are multiples of [`ALIGNED`], and leaves off at such a one if it can.
-    ///
-    /// What was written before the call is read either way: the kernel writes out what is
-    /// dirty of the range first.
-    ///
-    /// # Errors
-    /// What the system says of a read through the cache.
-    pub fn read_more(
-        &mut self,
-        bytes: &mut Vec<u8>,
-        (offset, most): (u64, u64),
-    ) -> Result<usize, Errno> {
-        let spare = bytes.spare_capacity_mut();
-        let fits = (spare.len() as u64).min(most);
-        let whole = fits / ALIGNED as u64 * ALIGNED as u64;
-        let most = if whole > 0 && offset.is_multiple_of(ALIGNED as u64) { whole } else { fits };
-        if most >= LEAST as u64
-            && most == whole
-            && spare.as_ptr().addr().is_multiple_of(ALIGNED)
-            && let Some(direct) = &self.direct
-        {
-            match cached(self.file, offset, whole) {
-                // Quietly: some files of these file systems are read through the cache all
-                // the same.
-                Cached::Little => match quiet::read_more(direct, bytes, (offset, whole), true) {
-                    Ok(read) => {
-                        #[cfg(test)]
-                        (self.passed += 1);
-                        return Ok(read);
-                    }
-                    // What this file system wants aligned otherwise, an error of somebody
-                    // else's write that was not told yet, a bad block of which the cache has a
-                    // copy: what counts is what the cache says.
-                    Err(_) => self.direct = None,
-                },
-                Cached::Much => {}
-                Cached::Written => self.direct = None,
-            }
-        }
-        quiet::read_more(self.file, bytes, (offset, most), true)
-    }
+/// Memory in which `first` is followed by room for `more` bytes, which begins at a multiple
+/// of [`ALIGNED`] wherever that can be had; and where in it `first` begins.
+///
+/// It never needs to grow for so many bytes, which would take it elsewhere.
+pub fn room_behind(first: &[u8], more: usize) -> (Vec<u8>, usize) {
+    let mut memory = Vec::<u8>::with_capacity(ALIGNED + first.len() + more);
+    let to = memory.as_ptr().wrapping_add(first.len()).align_offset(ALIGNED);
+    // (The standard library may decline to say.)
+    let from = if to < ALIGNED { to } else { 0 };
+    memory.resize(from, 0);
+    memory.extend_from_slice(first);
+    (memory, from)
 }
 
 /// What the page cache has of a part of a file.
-#[derive(Debug, PartialEq, Eq)]
-enum Cached {
-    /// Half of it at most.
-    Little,
-    /// More; or the kernel does not tell (before Linux 6.5, or not to us).
-    Much,
-    /// Something that is not on the disk yet.
-    Written,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cached {
+    /// Bytes, in whole pages.
+    pub bytes: u64,
+    /// Whether some of them are not on the disk yet.
+    pub unwritten: bool,
 }
 
-fn cached(file: impl AsFd, offset: u64, length: u64) -> Cached {
+/// What the page cache has of a part of a file; `None` where the kernel does not tell
+/// (before Linux 6.5, or not to us).
+pub fn cached(file: impl AsFd, offset: u64, length: u64) -> Option<Cached> {
     /// `cachestat(2)`: its number is the same on all architectures but Alpha.
     const CACHESTAT: libc::c_long = 451;
     #[repr(C)]
@@ -128,110 +69,46 @@ fn cached(file: impl AsFd, offset: u64, length: u64) -> Cached {
     // SAFETY: reads the range and writes the counts, which both live until it returns and
     // are laid out as the kernel's `cachestat_range` and `cachestat`; flags are 0.
     let told = unsafe { libc::syscall(CACHESTAT, fd, &raw const range, &raw mut pages, 0) } == 0;
-    let cached = pages.cached.saturating_mul(rustix::param::page_size() as u64);
-    match told {
-        true if pages.dirty > 0 || pages.written_back > 0 => Cached::Written,
-        true if cached <= length / 2 => Cached::Little,
-        _ => Cached::Much,
-    }
+    told.then(|| Cached {
+        bytes: pages.cached.saturating_mul(rustix::param::page_size() as u64),
+        unwritten: pages.dirty > 0 || pages.written_back > 0,
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-    use std::io::Write;
     use std::os::unix::fs::FileExt;
-
-    use rustix::fs::Advice;
 
     use super::*;
 
-    /// Whole pages, and some bytes.
-    const LENGTH: usize = (1 << 20) + 77;
-
-    /// Not where temporary files are by default: that may be tmpfs.
-    fn file() -> (File, Vec<u8>) {
-        let bytes: Vec<u8> = (0..LENGTH).map(|at| (at * 31 + at / 509) as u8).collect();
-        let mut file = tempfile::tempfile_in("/var/tmp").unwrap();
-        file.write_all(&bytes).unwrap();
-        (file, bytes)
-    }
-
-    fn forget(file: &File) {
-        file.sync_all().unwrap();
-        rustix::fs::fadvise(file, 0, None, Advice::DontNeed).unwrap();
-    }
-
-    /// All of it, `step` bytes at a time, into memory that suits.
-    fn read(once: &mut Once<'_>, step: usize) -> Vec<u8> {
-        let mut all = Vec::new();
-        loop {
-            let mut memory = Vec::<u8>::with_capacity(2 * ALIGNED + step);
-            memory.resize(memory.as_ptr().align_offset(ALIGNED), 0);
-            let from = memory.len();
-            let most = step.min(LENGTH - all.len()) as u64;
-            if once.read_more(&mut memory, (all.len() as u64, most)).unwrap() == 0 {
-                return all;
-            }
-            all.extend_from_slice(&memory[from..]);
-        }
-    }
-
     #[test]
     fn what_is_cached_is_told() {
-        let (file, _) = file();
-        assert_eq!(cached(&file, 0, 64 << 10), Cached::Written);
+        const LENGTH: u64 = 1 << 20;
+        // Not where temporary files are by default: that may be tmpfs.
+        let file = tempfile::tempfile_in("/var/tmp").unwrap();
+        file.write_all_at(&[1; LENGTH as usize], 0).unwrap();
+        let told = |offset, length| cached(&file, offset, length).unwrap();
+        assert_eq!(told(0, LENGTH), Cached { bytes: LENGTH, unwritten: true });
         file.sync_all().unwrap();
-        assert_eq!(cached(&file, 0, 64 << 10), Cached::Much);
-        forget(&file);
-        assert_eq!(cached(&file, 0, 1 << 20), Cached::Little);
-        file.write_all_at(b"x", 5 << 12).unwrap();
-        assert_eq!(cached(&file, 0, 1 << 20), Cached::Written);
-        assert_eq!(cached(&file, 512 << 10, 512 << 10), Cached::Little);
+        assert_eq!(told(0, LENGTH), Cached { bytes: LENGTH, unwritten: false });
+        place::forget_cached(&file);
+        assert_eq!(told(0, LENGTH), Cached { bytes: 0, unwritten: false });
+        file.write_all_at(&[2; 4096], 5 << 12).unwrap();
+        assert_eq!(told(0, LENGTH / 2), Cached { bytes: 4096, unwritten: true });
+        assert_eq!(told(LENGTH / 2, LENGTH / 2), Cached { bytes: 0, unwritten: false });
     }
 
-    /// The bytes are the same however they are read, and what was in no cache is in none
-    /// afterwards.
     #[test]
-    fn a_file_is_read_as_without() {
-        let (file, mut bytes) = file();
-        for (step, direct) in [(LENGTH, 1), (512 << 10, 2), (100_000, 11), (5000, 0)] {
-            forget(&file);
-            let mut once = Once::new(file.as_fd(), true);
-            assert!(read(&mut once, step) == bytes, "nothing cached, {step} at a time");
-            assert_eq!(once.passed, direct);
-            assert_eq!(cached(&file, 0, 1 << 20), Cached::Little);
-            file.read_exact_at(&mut [0; 4096], 300_000).unwrap();
-            assert!(read(&mut once, step) == bytes, "some cached, {step} at a time");
-            // (What the kernel read ahead of that page may be most of some steps.)
-            assert!(once.passed + 3 >= 2 * direct, "{} of {direct}", once.passed);
-            file.write_all_at(&[step as u8; 9000], 700_001).unwrap();
-            bytes[700_001..709_001].fill(step as u8);
-            assert!(read(&mut once, step) == bytes, "some not written yet, {step} at a time");
-            // Somebody writes to it.
-            assert!(step < LEAST || once.direct.is_none());
-            let passed = once.passed;
-            assert!(read(&mut once, step) == bytes && once.passed == passed);
+    fn room_begins_where_it_should_and_stays_there() {
+        for (length, more) in [(0, 4096), (1, 5), (4095, 100_000), (4096, 512 << 10), (70_001, 1)] {
+            let first = vec![7; length];
+            let (mut memory, from) = room_behind(&first, more);
+            assert_eq!(memory[from..], first);
+            let room = memory.spare_capacity_mut().as_ptr().addr();
+            assert!(room.is_multiple_of(ALIGNED), "behind {length}");
+            let at = memory.as_ptr();
+            memory.resize(memory.len() + more, 1);
+            assert_eq!(memory.as_ptr(), at, "it moved");
         }
-    }
-
-    #[test]
-    fn what_is_not_at_rest_is_read_as_any_other() {
-        let (file, bytes) = file();
-        forget(&file);
-        let mut once = Once::new(file.as_fd(), false);
-        assert!(read(&mut once, 512 << 10) == bytes && once.passed == 0);
-    }
-
-    /// Content that is cut off meanwhile ends where the file does.
-    #[test]
-    fn a_file_that_shrinks_ends() {
-        let (file, bytes) = file();
-        let mut once = Once::new(file.as_fd(), true);
-        forget(&file);
-        file.set_len(600_001).unwrap();
-        forget(&file);
-        assert!(read(&mut once, 512 << 10) == bytes[..600_001]);
-        assert!(once.passed > 0);
     }
 }

@@ -101,13 +101,9 @@ pub(super) struct Room {
 }
 
 impl Room {
-    fn new(more: Option<More>) -> Option<Self> {
-        let mut memory = Vec::<u8>::with_capacity(ROOM + ALIGNED);
-        let from = memory.as_ptr().align_offset(ALIGNED);
-        // (The standard library may decline to say.)
-        (from < ALIGNED).then_some(())?;
-        memory.resize(from, 0);
-        Some(Self { memory, from, at: 0, more })
+    fn new(more: Option<More>) -> Self {
+        let (memory, from) = direct::room_behind(&[], ROOM);
+        Self { memory, from, at: 0, more }
     }
 
     fn bytes(&self) -> &[u8] {
@@ -164,7 +160,7 @@ impl Direct {
         let files = Arc::new(Files::open(file)?);
         let behind = Behind::start(files.clone()).ok()?;
         let (spare, failed) = (Vec::new(), Vec::new());
-        Some(Self { files, behind, room: Room::new(None)?, spare, unmade: ROOMS - 1, failed })
+        Some(Self { files, behind, room: Room::new(None), spare, unmade: ROOMS - 1, failed })
     }
 
     /// Whether anything that was taken may not be in the file yet.
@@ -247,11 +243,10 @@ impl Direct {
     /// One more room, if it may have one.
     fn make(&mut self) -> Option<Room> {
         if self.unmade == 0 {
-            return Room::new(Some(More::take()?));
+            return Some(Room::new(Some(More::take()?)));
         }
-        let room = Room::new(None)?;
         self.unmade -= 1;
-        Some(room)
+        Some(Room::new(None))
     }
 
     /// Sees what has been written.

@@ -9,6 +9,7 @@
 //! - [`tail`]: what was appended to a large file, ahead of the rest.
 //! - [`kept`]: what the destination still has of a session before.
 //! - `windows`: a large file, chunk by chunk, by two threads.
+//! - `once`: what will not be read again, past the page cache.
 //! - `met`: what of a large file is where it was.
 //! - `same`: whether a large file only looks different.
 //! - [`pool`]: the threads that do it.
@@ -18,6 +19,7 @@ pub mod extents;
 pub mod kept;
 pub mod lane;
 mod met;
+mod once;
 mod out;
 pub mod pool;
 pub mod runs;

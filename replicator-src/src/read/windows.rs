@@ -15,7 +15,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use replicator_common::chunk::{Chunk, Chunker, Window};
-use replicator_common::sys::direct::Once;
 use replicator_common::sys::quiet;
 use replicator_common::sys::stat::Stat;
 use replicator_common::time::Timestamp;
@@ -24,6 +23,7 @@ use rustix::io::Errno;
 
 use super::extents;
 use super::lane::LaneError;
+use super::once::Once;
 use super::runs::HOLE;
 
 /// From so many bytes on, a second thread is worth its start.
@@ -201,14 +201,12 @@ mod tests {
     use std::fs::File;
     use std::os::fd::AsFd;
     use std::os::unix::fs::FileExt;
-    use std::sync::atomic::AtomicBool;
     use std::time::SystemTime;
 
     use replicator_common::chunk::AVERAGE_MIN;
     use replicator_common::sys::{place, stat};
     use replicator_common::wire::Hash;
 
-    use super::super::met;
     use super::super::sink::SinkError;
     use super::*;
 
@@ -259,9 +257,25 @@ mod tests {
         })
         .unwrap();
         assert_eq!(at, END);
-        // One thread alone cuts what nothing is known of.
-        let go = AtomicBool::new(false);
-        assert_eq!(met::chunks((file.as_fd(), &stat), AVERAGE_MIN, &[], &go).unwrap(), chunks);
+        let mut one = Vec::new();
+        each_part((file.as_fd(), &stat), |part| match part {
+            Part::Hole(length) => {
+                one.push(Chunk { length, hash: HOLE });
+                Ok(u64::from(length))
+            }
+            Part::Data(part) => {
+                let chunker = Chunker::new(reader(file.as_fd(), part, None), AVERAGE_MIN);
+                each_window(chunker, |window| {
+                    each_of(&window, |chunk, _| {
+                        one.push(chunk);
+                        Ok(())
+                    })
+                })?;
+                Ok(part.length)
+            }
+        })
+        .unwrap();
+        assert_eq!(chunks, one);
     }
 
     /// Of a file of any size that somebody could name there is no list that fills the memory.

@@ -260,7 +260,7 @@ impl Replication {
         check_identity(&root, &configuration)?;
         check_state_outside(&options.state_dir, &configuration.path)?;
         if self.shared.failure().is_some() {
-            forget_cached(&self.directory);
+            forget_journal(&self.directory);
         }
         let store = Arc::new(Store::open(&self.directory.join("index.redb"))?);
         let mark = store.mark()?;
@@ -393,13 +393,12 @@ fn failed(what: &'static str) -> impl FnOnce(std::io::Error) -> ServiceError {
     move |source| ServiceError::Start { what, source }
 }
 
-/// After a failure, which may have been the disk's: what could not be written is
-/// still in the kernel's cache, and would be taken for what is on disk.
-fn forget_cached(directory: &std::path::Path) {
-    for file in ["index.redb", "journal/db"] {
-        if let Ok(file) = std::fs::File::open(directory.join(file)) {
-            place::forget_cached(&file);
-        }
+/// After a failure, which may have been the disk's: what could not be written of the journal
+/// is still in the kernel's cache, and would be taken for what is on disk. (Of the index,
+/// whoever opens it sees to that.)
+fn forget_journal(directory: &std::path::Path) {
+    if let Ok(file) = std::fs::File::open(directory.join("journal/db")) {
+        place::forget_cached(&file);
     }
 }
 
